@@ -1,0 +1,63 @@
+"Each notebook under `nbs` is one test, run by nbdev's own runner, so one `pytest` covers notebooks and `tests/`"
+import gc, os, signal, sys
+from unittest import mock
+
+import pytest
+
+# The suite needs no network: an attempt to reach a hub fails at once instead of waiting. Set before anything is imported.
+os.environ.update(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', HF_HUB_DISABLE_TELEMETRY='1', DO_NOT_TRACK='1',
+                  TOKENIZERS_PARALLELISM='false', WANDB_MODE='disabled')
+
+from nbdev.config import get_config
+from nbdev.test import test_nb as run_notebook
+
+config = get_config(os.path.dirname(os.path.abspath(__file__)))
+
+
+def pytest_addoption(parser):
+    parser.addoption('--nb-flags', default='', help='run cells with these flags too, e.g. "slow cuda"')
+
+
+def is_lesson(path):
+    "Whether `path` is a notebook of the project: not a checkpoint, a draft (`_name`) or in a folder marked `.notest`"
+    if path.suffix != '.ipynb' or not path.is_relative_to(config.nbs_path): return False
+    hidden = any(part[0] in '_.' for part in path.relative_to(config.nbs_path).parts)
+    return not hidden and not (path.parent/'.notest').exists()
+
+
+def pytest_collect_file(file_path, parent):
+    if is_lesson(file_path): return NotebookFile.from_parent(parent, path=file_path)
+
+
+class NotebookFile(pytest.File):
+    def collect(self): yield NotebookItem.from_parent(self, name=self.path.stem)
+
+
+class NotebookFailed(Exception): "A cell raised; the runner has already written its traceback to stderr"
+
+
+class NotebookItem(pytest.Item):
+    def runtest(self):
+        flags = self.config.getoption('--nb-flags').split()
+        passed,seconds = self._isolated(run_notebook, self.path, skip_flags=config.tst_flags.split(), force_flags=flags,
+                                        basepath=config.config_path, cell_timeout=config.cell_timeout)
+        if not passed: raise NotebookFailed(self.path.name)
+        if not seconds: pytest.skip('marked `skip_exec`')  # the runner gives 0 seconds for a notebook it did not run
+
+    @staticmethod
+    def _isolated(run, *args, **kwargs):
+        "Call `run`, then put back what a notebook may leave changed: environment, import path, folder, Ctrl-C"
+        before_path,before_folder,before_interrupt = sys.path[:],os.getcwd(),signal.getsignal(signal.SIGINT)
+        try:
+            with mock.patch.dict(os.environ): return run(*args, **kwargs)
+        finally:
+            sys.path[:] = before_path
+            os.chdir(before_folder)
+            signal.signal(signal.SIGINT, before_interrupt)
+            gc.collect()  # models that the notebook loaded, before the next one loads its own
+
+    def repr_failure(self, excinfo):
+        if excinfo.errisinstance(NotebookFailed): return f'{excinfo.value}: see the traceback of the failing cell in the captured stderr'
+        return super().repr_failure(excinfo)
+
+    def reportinfo(self): return self.path,None,f'notebook {self.path.relative_to(config.config_path)}'
