@@ -55,6 +55,7 @@ def _definitions(body, parent=''):
 # %% ../nbs/01a_codebase.ipynb #417d8955
 def _kind(node, name):
     if isinstance(node, ast.ClassDef): return 'class'
+    if any(ast.unparse(d).endswith('property') for d in node.decorator_list): return 'property'
     return 'method' if '.' in name else 'function'
 
 def _facts_of(name, node, file):
@@ -63,10 +64,10 @@ def _facts_of(name, node, file):
     yield Fact('location', name, f'`{name}` is a {kind} in `{file}`.', src)
     if doc := ast.get_docstring(node): yield Fact('purpose', name, first_sentence(doc), src)
     if isinstance(node, _function):
-        if args := _arguments(node): yield Fact('arguments', name, f'`{name}` takes {_names(args)}.', src)
+        if kind!='property': yield Fact('arguments', name, f'`{name}` takes {_names(_arguments(node)) or "no arguments"}.', src)
         return
     if bases := [ast.unparse(b) for b in node.bases]: yield Fact('bases', name, f'`{name}` inherits from {_names(bases)}.', src)
-    methods = [m.name for m in node.body if isinstance(m, _function) and not m.name.startswith('_')]
+    methods = [m.name for m in node.body if isinstance(m, _function) and not m.name.startswith('_') and _kind(m, '.')=='method']
     if methods: yield Fact('methods', name, f'`{name}` has {_names(methods)}.', src)
 
 def python_facts(

@@ -8,15 +8,15 @@ Docs: https://sage-finetune.github.io/sage_finetune/data.html.md"""
 __all__ = ['plain_template', 'ignored', 'Row', 'read_rows', 'load_training_data', 'detect_data_format', 'to_messages',
            'format_alpaca_sample', 'format_qa_sample', 'format_conversation_sample', 'ensure_template', 'render',
            'answer_spans', 'encode_texts', 'encode', 'encode_prompt', 'end_of_turn_id', 'DataReport', 'show_report',
-           'prepare_dataset', 'split_dataset', 'Collator', 'create_sample_data', 'save_rows']
+           'prepare_dataset', 'split_dataset', 'Collator', 'create_sample_data', 'sample_rows', 'save_rows']
 
 # %% ../nbs/01_data.ipynb #11d4dc68
-import json,random
+import json,random,unicodedata
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from .config import SageError, write_json, write_text
+from .config import SageError, checked, write_json, write_text
 
 # %% ../nbs/01_data.ipynb #e542de71
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def read_rows(
     path, # A .json list or a .jsonl file, UTF-8
 ): # Yields a `Row` for each row, readable or not
     "Every row of a data file, with its line"
-    path = Path(path).expanduser()
+    path = checked('path', path, Path)
     if path.suffix.lower() not in _readers and not path.is_dir():
         raise ValueError(f"`path` must end in .json or .jsonl, got {path.name!r}")
     yield from _readers.get(path.suffix.lower(), _json_rows)(_read_text(path), str(path))
@@ -110,6 +110,7 @@ def _part(row, key, optional=False):
     if optional and (value is None or value==''): return ''
     if not isinstance(value, str): raise ValueError(f'`{key}` must be a string, got {type(value).__name__}' if key in row else f'`{key}` is missing')
     if not value.strip(): raise ValueError(f'`{key}` is empty')
+    if any('\ud800'<=c<='\udfff' for c in value): raise ValueError(f'`{key}` holds half a character (a lone surrogate)')
     return value
 
 def _turns(*pairs): return [dict(role=r, content=c) for r,c in pairs if c]
@@ -189,7 +190,9 @@ def render(
     add_generation_prompt:bool=False, # Whether to open the assistant's next turn
 )->str: # Text as the model sees it
     "The one text form of a conversation"
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    from jinja2 import TemplateError
+    try: return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt, date_string='26 Jul 2024')
+    except TemplateError as e: raise ValueError(f'the chat template refuses this conversation: {e}') from None
 
 # %% ../nbs/01_data.ipynb #90935df1
 def answer_spans(
@@ -197,23 +200,36 @@ def answer_spans(
     tokenizer, # With a chat template
 )->tuple: # Text, and (start, end) of each stretch of characters to learn
     "Where the assistant's answers stand in the rendered text, each with its end of turn"
+    _refuse_control_tokens(messages, tokenizer)
     text,spans = render(messages, tokenizer), []
     for i,m in enumerate(messages):
         if m['role']!='assistant': continue
-        head,whole = render(messages[:i], tokenizer, True) if i else '', render(messages[:i+1], tokenizer)
-        if not (i and whole.startswith(head) and text.startswith(whole.rstrip())):
-            raise ValueError(f'the chat template rewrites turn {i+1}, so its answer cannot be located')
-        end = _end_of_turn(whole, len(head), m['content'])
-        spans.append((len(head), end))
+        if not i: raise ValueError('the assistant speaks first: there is nothing it answers')
+        head,whole = render(messages[:i], tokenizer, True), render(messages[:i+1], tokenizer)
+        if not (whole.startswith(head) and text.startswith(head)):
+            raise ValueError(f'the chat template rewrites what comes before turn {i+1}, so its answer cannot be located')
+        end_of = _end_of_turn if text.startswith(whole.rstrip()) else _end_of_earlier_turn
+        spans.append((len(head), end_of(text, len(head), m['content'], tokenizer, len(whole.rstrip()))))
     return text,spans
 
-def _end_of_turn(whole, start, content):
-    "Where the answer `content` that begins at `start` ends, its end-of-turn included and the white space after it left out"
-    at = whole.find(content.strip(), start)
+def _refuse_control_tokens(messages, tokenizer):
+    for i,m in enumerate(messages, 1):
+        for t in tokenizer.all_special_tokens:
+            if t in m['content']: raise ValueError(f'turn {i} holds the control token {t}')
+
+def _end_of_turn(text, start, content, tokenizer, end):
+    "Where the answer ends that begins at `start` and whose turn ends at `end`: its end-of-turn is in, white space after it is out"
+    at = text.find(content.strip(), start, end)
     if at<0: raise ValueError('the chat template changes the answer, so it cannot be located')
-    after = at+len(content.strip())
-    tail = whole[after:].rstrip()
-    return after+len(tail) if tail else after
+    return max(at+len(content.strip()), end)
+
+def _end_of_earlier_turn(text, start, content, tokenizer, end):
+    "The same for an answer that is written differently because the conversation goes on"
+    at = start+len(text[start:])-len(text[start:].lstrip())
+    end = at+len(content.strip())
+    stops = [len(str(t)) for t in tokenizer.added_tokens_decoder.values() if text.startswith(str(t), end)]
+    if not (text.startswith(content.strip(), at) and stops): raise ValueError('the chat template rewrites an earlier answer, so it cannot be located')
+    return end+max(stops)
 
 # %% ../nbs/01_data.ipynb #d0f92596
 ignored = -100 # The label that the loss leaves out, in torch and transformers
@@ -224,7 +240,8 @@ def _labels(ids, offsets, spans):
 
 def _proved(ids, labels, text, spans, tokenizer):
     learned = tokenizer.decode([t for t in labels if t!=ignored], clean_up_tokenization_spaces=False)
-    return ''.join(learned.split())==''.join(''.join(text[a:b] for a,b in spans).split())
+    bare = lambda s: ''.join(unicodedata.normalize('NFKC', s).split()) # some tokenizers normalise, some drop a leading space
+    return bare(learned)==bare(''.join(text[a:b] for a,b in spans))
 
 def _by_pieces(text, spans, tokenizer):
     "Ids and labels with each stretch of `text` tokenised by itself"
@@ -244,6 +261,7 @@ def _finish(ids, labels, text, spans, tokenizer, ends):
         if not _proved(ids, labels, text, spans, tokenizer): raise ValueError('the tokens of the answer cannot be told from those around it')
     last = max(i for i,t in enumerate(labels) if t!=ignored)
     if labels[last] not in ends:
+        if tokenizer.eos_token_id is None: raise ValueError('neither the chat template nor the tokenizer has a token that ends an answer')
         ids,labels = ids[:last+1]+[tokenizer.eos_token_id], labels[:last+1]+[tokenizer.eos_token_id]
     return dict(input_ids=ids, labels=labels)
 
@@ -284,7 +302,8 @@ def end_of_turn_id(
 )->int: # Token id
     "The token that ends an answer"
     talk = [dict(role='user', content='a'), dict(role='assistant', content='b')]
-    return [t for t in encode(talk, tokenizer)['labels'] if t!=ignored][-1]
+    try: return [t for t in encode(talk, tokenizer)['labels'] if t!=ignored][-1]
+    except ValueError: return tokenizer.eos_token_id # a template that no row can be trained with
 
 # %% ../nbs/01_data.ipynb #10dbfc7f
 @dataclass
@@ -327,9 +346,10 @@ def show_report(
 def _text_examples(row, tokenizer, max_length):
     "Examples of a plain text row: everything is learned, its end included"
     ids = tokenizer(_part(row, 'text'), add_special_tokens=True)['input_ids']
+    if tokenizer.eos_token_id is None: raise ValueError('the tokenizer has no token that ends a text')
     if ids[-1]!=tokenizer.eos_token_id: ids = ids+[tokenizer.eos_token_id]
-    pieces = [ids[i:i+max_length] for i in range(0, len(ids), max_length)]
-    return [dict(input_ids=p, labels=p) for p in pieces if len(p)>1]
+    pieces = [ids[i:i+max_length] for i in range(0, len(ids)-1, max_length-1)] # each begins with the last token of the one before
+    return [dict(input_ids=p, labels=p) for p in pieces]
 
 def _shape_of(row, format_type):
     if row.error: raise ValueError(row.error)
@@ -364,7 +384,7 @@ def _count(report, shape, examples):
     for x in examples:
         n = len(x['input_ids'])
         report.tokens += n; report.longest = max(report.longest, n)
-        report.learned_tokens += n-x['labels'].count(ignored)
+        report.learned_tokens += n-1-x['labels'][1:].count(ignored) # the first token has nothing before it to be told from
 
 def _batches(rows, n=1000):
     batch = []
@@ -430,11 +450,18 @@ class Collator:
     def __call__(self, rows): # Of {input_ids, labels}
         "Tensors `input_ids` and `labels`, (batch, time)"
         import torch
+        rows = [_without_padding(r) for r in rows]
         longest = max(len(r['input_ids']) for r in rows)
         T = -(-longest//self.multiple)*self.multiple
         fill = lambda xs,v: torch.tensor([[*x, *[v]*(T-len(x))] for x in xs])
         return dict(input_ids=fill([r['input_ids'] for r in rows], self.pad_id),
-                    labels=fill([r.get('labels', r['input_ids']) for r in rows], ignored))
+                    labels=fill([r['labels'] for r in rows], ignored))
+
+def _without_padding(row):
+    "Ids and labels of a row, without what an `attention_mask` of another tool marks as padding; without labels everything is learned"
+    ids,labels = list(row['input_ids']),list(row.get('labels', row['input_ids']))
+    keep = row.get('attention_mask', [1]*len(ids))
+    return dict(input_ids=[int(t) for t,k in zip(ids, keep) if k], labels=[int(t) for t,k in zip(labels, keep) if k])
 
 # %% ../nbs/01_data.ipynb #ff741d93
 def _sum(i): return f'What is {i} plus {i*7%10}?',f'{i} plus {i*7%10} is {i+i*7%10}.'
@@ -449,11 +476,18 @@ def create_sample_data(
     num_samples:int=10, # Rows
 )->Path: # The file
     "Write a data file of small sums"
-    path = Path(path).expanduser()
+    path = checked('path', path, Path)
     if format_type not in _samples: raise ValueError(f"`format_type` must be one of {', '.join(_samples)}, got {format_type!r}")
     if num_samples<1: raise ValueError(f'`num_samples` must be at least 1, got {num_samples}')
     if path.suffix not in _readers: raise ValueError(f'`path` must end in .json or .jsonl, got {path.name!r}')
-    return save_rows(path, [_samples[format_type](*_sum(i)) for i in range(num_samples)])
+    return save_rows(path, sample_rows(format_type, num_samples))
+
+def sample_rows(
+    format_type:str, # "alpaca", "conversation", "qa" or "text"
+    num_samples:int, # Rows
+)->list: # Of dicts
+    "Small sums as rows"
+    return [_samples[format_type](*_sum(i)) for i in range(num_samples)]
 
 def save_rows(
     path, # A .json or .jsonl file

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from sage_finetune.config import (Change, LoRAConfig, Machine, PresetConfigs, RunFolder, SageError, Settings, TrainingConfig, checked,
-                                  config_from_meta, fit_config, last_checkpoint, read_json, read_meta, run_folder, show_changes,
-                                  whole_folder, write_json, write_text)
+from sage_finetune.config import (LoRAConfig, PresetConfigs, SageError, Settings, TrainingConfig, checked, read_json, whole_folder, write_json, write_text)
+from sage_finetune.machine import Change, Machine, fit_config, show_changes
+from sage_finetune.folder import RunFolder, config_from_meta, last_checkpoint, read_meta, run_folder
 
 DEFAULTS = dict(
     model_name="Qwen/Qwen2.5-Coder-1.5B-Instruct", load_in_8bit=True, load_in_4bit=False, data_path=None, max_length=1024,

@@ -42,6 +42,7 @@ def github_form(
     text = re.sub(r'^:{3,} *\{\.callout-(\w+)[^}]*\}\n(.*?)\n:{3,}$', callout, text, flags=re.S|re.M)
     text = text.replace('```{mermaid}', '```mermaid')
     text = re.sub(r'\]\((?!\w+:)([\w./-]+\.ipynb)(#[^)\s]*)?\)', lambda match: site_link(match, base), text)
+    text = re.sub(r'(!\[[^\]]*\]\()(images/)', r'\1nbs/\2', text)
     return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 
 

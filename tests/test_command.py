@@ -1,0 +1,124 @@
+"The command line as a process: bad input, a kill in the middle, and no word to any other machine"
+import json
+import signal
+import time
+
+import pytest
+
+from sage_finetune.cli import main
+from sage_finetune.data import create_sample_data
+
+bad_files = {
+    'missing': (None, 'data file not found'),
+    'empty': (b'', 'must hold a list of rows'),
+    'no rows': (b'[]', 'holds no row that can be used'),
+    'broken': (b'[{"question": "a", "answer": "b"},', 'not JSON'),
+    'cut off': (b'[{"question": "a", "ans', 'not JSON'),
+    'an object': (b'{"question": "a"}', 'must hold a list of rows'),
+    'other keys': (b'[{"ask": "a", "reply": "b"}]', "`question` is missing"),
+    'wrong types': (b'[{"question": 1, "answer": 2}]', '`question` must be a string, got int'),
+    'not objects': (b'[1, 2]', 'holds no row that can be used'),
+    'binary': (b'\xff\xfe\x00\x01', 'not UTF-8 text'),
+}
+
+
+def refused(capsys, *args):
+    "The one line that a command fails with"
+    status = main([str(a) for a in args])
+    said = capsys.readouterr()
+    assert status != 0 and said.err.count('\n') == 1 and said.err.startswith('error: '), said
+    assert 'Traceback' not in said.err + said.out
+    return said.err
+
+
+@pytest.mark.parametrize('name', bad_files)
+def test_a_bad_data_file_is_named_in_one_line_and_nothing_is_written(name, tmp_path, capsys):
+    content,expected = bad_files[name]
+    file = tmp_path/'rows.json'
+    if content is not None: file.write_bytes(content)
+    line = refused(capsys, 'start', '--task', 'qa', '--data', file, '--output', tmp_path/'run', '--auto')
+    assert expected in line and 'rows.json' in line
+    assert not (tmp_path/'run').exists()
+
+
+@pytest.mark.parametrize('args,expected', [
+    (('start', '--task', 'quiz', '--auto'), 'unknown task `quiz`'),
+    (('start', '--task', 'qa', '--auto'), 'needs `data`'),
+    (('start', '--task', 'qa', '--data', '.', '--auto'), 'is a folder'),
+    (('quickstart', '--colour', 'red'), 'No such option: --colour'),
+    (('quickstart', 'code', '--data', 'no/such/code'), 'codebase not found'),
+    (('run', 'no-such-run'), "no run 'no-such-run'"),
+    (('run', '../../etc'), 'is not a run folder'),
+    (('run', 'no-such-run', '--use-llamafactory'), 'No such option'),
+    (('merge', 'no-such-run'), "no run 'no-such-run'"),
+    (('chat', 'no-such-run'), "no run 'no-such-run'"),
+    (('chat', '../x'), 'is not a run folder'),
+    (('clean', 'no-such-run', '--force'), "no run 'no-such-run'"),
+    (('serv', 'x'), "No such command 'serv'"),
+])
+def test_an_unknown_name_is_refused_in_one_line(args, expected, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr('sage_finetune.folder.default_output_dir', tmp_path/'runs')
+    monkeypatch.setattr('sage_finetune.runs.default_output_dir', tmp_path/'runs')
+    assert expected in refused(capsys, *args)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_is_not_there_is_refused_before_anything_is_written(tmp_path, capsys):
+    file = create_sample_data(tmp_path/'rows.jsonl', 'qa')
+    line = refused(capsys, 'start', '--task', 'qa', '--data', file, '--model', 'nobody/nothing', '--output', tmp_path/'run', '--auto')
+    assert "model 'nobody/nothing'" in line and 'sage-tiny' in line
+    assert not (tmp_path/'run').exists()
+
+
+def test_an_output_that_cannot_be_written_is_refused(tmp_path, capsys):
+    (tmp_path/'file').write_text('not a folder')
+    line = refused(capsys, 'quickstart', 'code', '--max-facts', 5, '--output', tmp_path/'file'/'run')
+    assert f"cannot write {tmp_path/'file'/'run'}" in line
+    assert (tmp_path/'file').read_text() == 'not a folder'
+
+
+def test_a_run_with_a_vanished_data_file_is_refused(tmp_path, capsys):
+    (tmp_path/'finetune_meta.json').write_text(json.dumps(dict(model='sage-tiny', dataset='gone.json')))
+    line = refused(capsys, 'run', tmp_path)
+    assert 'gone.json' in line
+    assert [p.name for p in tmp_path.iterdir()] == ['finetune_meta.json']
+
+
+def test_a_killed_quickstart_goes_on_from_its_last_checkpoint(command, tmp_path):
+    run = tmp_path/'run'
+    args = 'quickstart', 'code', '--max-facts', 30, '--output', run
+    first = command(*args, wait=False)
+    marker,give_up = run/'checkpoints'/'checkpoint-50'/'COMPLETE', time.monotonic()+300
+    while not marker.exists() and first.poll() is None and time.monotonic() < give_up: time.sleep(.01)
+    first.send_signal(signal.SIGKILL); first.wait()
+    assert marker.exists() and not (run/'lora_weights').exists(), 'it was to be killed between the checkpoint and the end'
+    second = command(*args)
+    assert second.returncode == 0, second.stderr
+    assert 'Going on from step 50' in second.stderr
+    assert json.loads((run/'results.json').read_text())['steps'] == 64
+    steps = [json.loads(line)['step'] for line in (run/'metrics.jsonl').read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+watcher = '''
+import os, sys
+def watch(event, args):
+    if event in ("socket.getaddrinfo", "socket.gethostbyname"): note = f"{event} {args[0]}"
+    elif event in ("socket.connect", "socket.sendto"): note = f"{event} {args[1]}" if isinstance(args[1], tuple) else ""
+    else: return
+    if note:
+        with open(os.environ["NETWORK_LOG"], "a") as f: f.write(note + "\\n")
+sys.addaudithook(watch)
+'''
+
+
+def test_the_whole_path_speaks_to_no_other_machine(command, tmp_path):
+    (tmp_path/'watch').mkdir(); (tmp_path/'watch'/'sitecustomize.py').write_text(watcher)
+    log = tmp_path/'network.log'
+    watched = dict(PYTHONPATH=str(tmp_path/'watch'), NETWORK_LOG=str(log), HF_HUB_OFFLINE='0')
+    done = command('quickstart', 'code', '--max-facts', 10, '--output', tmp_path/'run', **watched)
+    assert done.returncode == 0, done.stderr
+    assert not log.exists(), log.read_text()
+    # the watcher does see what goes out
+    seen = command('start', '--task', 'qa', '--data', create_sample_data(tmp_path/'rows.json', 'qa'), '--model', 'nobody/nothing', '--auto', **watched)
+    assert seen.returncode == 1 and 'getaddrinfo' in log.read_text()
