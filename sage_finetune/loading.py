@@ -78,6 +78,7 @@ def load_tokenizer(
     "The tokenizer of a model; one without a chat template gets the plain headings"
     try: tokenizer = AutoTokenizer.from_pretrained(resolve_model(name), trust_remote_code=False)
     except _load_errors as e: raise no_model(name, e) from None
+    except TypeError: tokenizer = () # what transformers 4 says where there are no files; 5 makes an empty tokenizer
     if len(tokenizer)<10: raise SageError(f'model {name!r} has no tokenizer files (tokenizer.json): add those of its base')
     return ensure_template(tokenizer)
 

@@ -52,10 +52,11 @@ def code_rows(
 # %% ../nbs/04_runs.ipynb #12f791c6
 def _check_rows(task, data, format_type):
     "Check that a data file can be read and has at least one row that can be used"
-    first = None
-    for r in read_rows(data):
-        try: return _check_row(r.value, format_type)
+    first,good = None,False
+    for r in read_rows(data): # to the end, where a broken list breaks
+        try: good = good or _check_row(r.value, format_type)
         except (ValueError, AttributeError, TypeError) as e: first = first or f'{r.file}:{r.line}: {r.error or e}'
+    if good: return
     raise SageError(f'{data} holds no row that can be used for the task `{task}`' + (f', for example {first}' if first else ''))
 
 def quick_settings(
@@ -69,7 +70,7 @@ def quick_settings(
 def _check_row(row, format_type):
     if not isinstance(row, dict): raise ValueError(f'a row must be an object {{…}}, got {type(row).__name__}')
     shape = format_type or detect_data_format(row)
-    if shape!='text': to_messages(row, shape)
+    return bool(row.get('text') if shape=='text' else to_messages(row, shape))
 
 # %% ../nbs/04_runs.ipynb #120f2c93
 def _prepared(task, data, max_facts, sample):

@@ -89,7 +89,7 @@ class ByLength(torch.utils.data.Sampler):
         seed:int, # Of the order
     ): self.lengths,self.batch,self.seed,self.epoch = lengths,batch,seed,0
 
-    def set_epoch(self, epoch): self.epoch = epoch # accelerate calls it
+    def set_epoch(self, epoch): self.epoch = max(self.epoch, epoch) # accelerate calls it; before 1.15 once more with 0 after a restart
     def __len__(self): return len(self.lengths)
     def __iter__(self):
         from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -170,13 +170,22 @@ class Checkpoints(TrainerCallback):
         for p in set(found) - set(whole[-self.keep:] if self.keep else whole): shutil.rmtree(p, ignore_errors=True)
 
 # %% ../nbs/02_trainer.ipynb #9ff2fd57
+def _figure(**kwargs):
+    "A matplotlib figure that shows itself in a notebook, whatever its settings"
+    from io import BytesIO
+    from matplotlib.figure import Figure
+    class Shown(Figure):
+        def _repr_png_(self):
+            out = BytesIO(); self.savefig(out, format='png', dpi=100)
+            return out.getvalue()
+    return Shown(**kwargs)
+
 def plot_losses(
     metrics:list, # From `read_metrics`
     path=None, # PNG file to write, or None
 ): # A matplotlib figure
     "Training and held-out loss over the optimizer steps"
-    from matplotlib.figure import Figure
-    fig = Figure(figsize=(6.4, 3.6), layout='constrained'); ax = fig.add_subplot()
+    fig = _figure(figsize=(6.4, 3.6), layout='constrained'); ax = fig.add_subplot()
     for key,label,style in (('loss', 'training', '-'), ('eval_loss', 'held out', 'o-')):
         xy = [(m['step'], m[key]) for m in metrics if key in m]
         if xy: ax.plot(*zip(*xy), style, label=label, markersize=4)
@@ -214,11 +223,16 @@ class Progress(TrainerCallback):
         self.loss,self.eval_loss = (logs or {}).get('loss', self.loss), (logs or {}).get('eval_loss', self.eval_loss)
 
     def on_step_end(self, args, state, control, **kwargs):
+        part = state.global_step*self.lines//state.max_steps
+        self._show(state, due=self.shown<part<self.lines)
+        self.shown = part
+
+    def on_train_end(self, args, state, control, **kwargs): self._show(state, due=True, last=True)
+
+    def _show(self, state, due, last=False):
         if not state.is_world_process_zero: return
-        line = progress_line(state.global_step, state.max_steps, time.monotonic()-self.began, state.global_step-self.first, self.loss, self.eval_loss)
-        due = state.global_step*self.lines//state.max_steps>self.shown
-        self.shown = state.global_step*self.lines//state.max_steps
-        self.show(line, due, state.global_step>=state.max_steps)
+        done = state.global_step-self.first
+        self.show(progress_line(state.global_step, state.max_steps, time.monotonic()-self.began, done, self.loss, self.eval_loss), due, last)
 
 # %% ../nbs/02_trainer.ipynb #dbc8f1f0
 def _in_notebook():
@@ -322,7 +336,8 @@ class LoRATrainer:
         "The config as it can run"
         return self.config.adapted(**{c.setting: c.used for c in self.changes})
     def say(self, text):
-        if not self.quiet and int(os.environ.get('RANK', 0))==0: print(text, file=sys.stderr, flush=True)
+        "Tell the user, in a notebook as plain output and elsewhere beside the results of a command"
+        if not self.quiet and int(os.environ.get('RANK', 0))==0: print(text, file=sys.stdout if _in_notebook() else sys.stderr, flush=True)
 
     def load_model_and_tokenizer(self):
         "Load the model in the precision that fits this machine, and its tokenizer"
@@ -533,7 +548,7 @@ def _result(run, before, seconds):
     last = lambda key: next((m[key] for m in reversed(log) if key in m), None)
     known = [m['eval_loss'] for m in log if m['step']==run.trainer.state.global_step and 'eval_loss' in m]
     after = None if run.eval_dataset is None else known[-1] if known else run.trainer.evaluate()['eval_loss']
-    return TrainingResult(run.trainer.state.global_step, before, after, last('loss'), seconds)
+    return TrainingResult(run.trainer.state.global_step, before, after, last('loss'), round(seconds, 2))
 
 # %% ../nbs/02_trainer.ipynb #d7aedd2d
 def train_from_meta(
