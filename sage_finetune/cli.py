@@ -52,7 +52,7 @@ def _print(*things):
     console = Console(width=None if sys.stdout.isatty() else 100)
     for t in things: console.print(t, markup=False, highlight=False)
 
-def _fall(before, after): return f'{1-after/before:.0%} lower' if before else ''
+def _fall(before, after): return f'{1-after/before:.1%} lower' if before else ''
 
 def _percent(x): return f'{x:.0%}' if x in (0, 1) else f'{x:.1%}'
 

@@ -163,22 +163,22 @@ def read_codebase(
 # %% ../nbs/01a_codebase.ipynb #37d11639
 WORDINGS = dict(
     purpose=['What does `{}` do?', 'What is `{}` for?', 'Explain the purpose of `{}`.', 'Describe `{}` in one sentence.',
-             'Tell me what `{}` does.', 'Why would I use `{}`?', 'What is the job of `{}`?', 'Summarise `{}`.',
+             'Tell me what `{}` does.', 'Why would I use `{}`?', 'What is the job of `{}`?', 'Can you summarise `{}`?',
              'In one sentence, what does `{}` do?', 'Can you explain what `{}` is for?'],
     location=['Where is `{}` defined?', 'Which file defines `{}`?', 'In which file do I find `{}`?', 'Where does `{}` live?',
-              'Where can I find `{}`?', 'Which file holds `{}`?', 'What is `{}`, and in which file is it?', 'Locate `{}`.',
+              'Where can I find `{}`?', 'Tell me which file holds `{}`.', 'Can you tell me where `{}` is?', 'Locate `{}`.',
               'In which file is `{}` defined?', 'Tell me where I can find `{}`.'],
     arguments=['Which arguments does `{}` take?', 'What can I pass to `{}`?', 'List the arguments of `{}`.', 'What are the parameters of `{}`?',
-               'What does `{}` take?', 'How do I call `{}`?', 'Name the parameters of `{}`.', 'What is the signature of `{}`?',
+               'Tell me what `{}` takes.', 'How do I call `{}`?', 'Can you list the parameters of `{}`?', 'What is the signature of `{}`?',
                'Which parameters does `{}` take?', 'Tell me the arguments of `{}`.'],
     bases=['What does `{}` inherit from?', 'What is the base class of `{}`?', 'Which class does `{}` extend?', 'Name the parent of `{}`.',
-           'What is `{}` derived from?', 'Which class is `{}` based on?', 'What is the superclass of `{}`?', 'From what does `{}` inherit?',
+           'What is `{}` derived from?', 'Can you name the base class of `{}`?', 'Tell me the superclass of `{}`.', 'From what does `{}` inherit?',
            'Which base class does `{}` have?', 'Tell me what `{}` inherits from.'],
     methods=['Which methods does `{}` have?', 'List the methods of `{}`.', 'What can `{}` do?', 'Name the methods of `{}`.',
-             'What methods are in `{}`?', 'Which public methods does `{}` offer?', 'What can I call on `{}`?', 'Show me the methods of `{}`.',
+             'What methods are in `{}`?', 'Which public methods does `{}` offer?', 'Can you list the methods of `{}`?', 'Tell me what I can call on `{}`.',
              'Which methods are in `{}`?', 'Tell me the methods of `{}`.'],
     module=['What is the file `{}` for?', 'What does the file `{}` hold?', 'What is in the file `{}`?', 'Describe the file `{}`.',
-            'Explain the file `{}`.', 'What is the purpose of the file `{}`?', 'Summarise the file `{}`.', 'Why is there a file `{}`?',
+            'Explain the file `{}`.', 'What is the purpose of the file `{}`?', 'Tell me what the file `{}` is for.', 'Why is there a file `{}`?',
             'In one sentence, what is the file `{}` for?', 'Can you explain what is in the file `{}`?'],
     section=['What does the section `{}` say?', 'Summarise the section `{}`.', 'What is written under `{}`?', 'What do I learn from `{}`?',
              'Tell me about the section `{}`.', 'Quote the section `{}`.', 'What does `{}` tell me?', 'How does the section `{}` begin?',
@@ -192,12 +192,14 @@ def _row(fact, wording):
 def train_rows(
     facts, # Of `Fact`
     n_wordings:int=4, # Questions asked about each fact, 1 to 8
+    wordings:dict|None=None, # Kind → wordings; the training wordings of `WORDINGS` if None
 )->list: # Alpaca rows, with `kind` and `source` added
     "Each fact asked in `n_wordings` of its training wordings"
-    most = len(WORDINGS['purpose'])-held_out_wordings
+    wordings = wordings or {k: w[:-held_out_wordings] for k,w in WORDINGS.items()}
+    most = len(wordings['purpose'])
     if not 1<=n_wordings<=most: raise ValueError(f'`n_wordings` must be 1 to {most}, got {n_wordings}')
     start = lambda f: crc32(f.subject.encode())
-    return [_row(f, WORDINGS[f.kind][(start(f)+3*i)%most]) for f in facts for i in range(n_wordings)]
+    return [_row(f, wordings[f.kind][(start(f)+3*i)%most]) for f in facts for i in range(n_wordings)]
 
 def held_out_rows(
     facts, # Of `Fact`

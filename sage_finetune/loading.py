@@ -9,7 +9,7 @@ __all__ = ['dtype_of', 'quantisation_of', 'without_noise', 'no_model', 'load_tok
 
 # %% ../nbs/01b_loading.ipynb #5d328e9d
 import logging
-logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR)
+for name in ('bitsandbytes.backends.cpu.ops', 'bitsandbytes.autograd._functions'): logging.getLogger(name).setLevel(logging.ERROR)
 
 # %% ../nbs/01b_loading.ipynb #ba587791
 import os,warnings

@@ -122,3 +122,12 @@ def test_the_whole_path_speaks_to_no_other_machine(command, tmp_path):
     # the watcher does see what goes out
     seen = command('start', '--task', 'qa', '--data', create_sample_data(tmp_path/'rows.json', 'qa'), '--model', 'nobody/nothing', '--auto', **watched)
     assert seen.returncode == 1 and 'getaddrinfo' in log.read_text()
+
+
+def test_a_quickstart_about_something_else_gets_a_folder_of_its_own(tmp_path, monkeypatch):
+    from sage_finetune import runs
+    monkeypatch.setattr('sage_finetune.folder.default_output_dir', tmp_path)
+    first = runs._own_folder('code', 'sage-tiny', None, None, 5, False)[0]
+    other = runs._own_folder('code', 'sage-tiny', None, None, 6, False)[0]
+    again = runs._own_folder('code', 'sage-tiny', None, None, 5, False)[0]
+    assert [r.path.name for r in (first, other, again)] == ['code', 'code-2', 'code']
