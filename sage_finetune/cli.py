@@ -68,7 +68,7 @@ def show_quickstart(
     said = _table('question', 'base', 'tuned')
     for e in r.examples: said.add_row(e['prompt'], e['base'][:160], e['tuned'])
     m,name = r.merge,r.folder
-    _print('', figures, f'{r.questions} questions in wordings that were not trained on. Correct: the expected answer word for word, ended by itself.', said,
+    _print('', figures, f'{r.questions} questions, none of them trained on. Correct: the expected answer word for word, ended by itself.', said,
            f"Merged model against base and adapter: largest logit difference {m['difference']:.1e} (bound {m['bound']:g}).",
            f'{r.source}. {r.seconds:.0f} s in all.', '', *_where(r.folder), '', *_next(name))
 
@@ -78,7 +78,7 @@ def _where(folder):
     return [f'{folder}/', *(f'  {n:<22}{what}' for n,what in parts.items())]
 
 def _next(name):
-    return ['Next:', f'  sage-finetune chat {_short(name)}', f'  sage-finetune quickstart code --data PATH/TO/YOUR/CODE --output {_short(name)}-mine', '  sage-finetune examples']
+    return ['Next:', f'  sage-finetune chat {_short(name)}', '  sage-finetune quickstart code --data PATH/TO/YOUR/CODE', '  sage-finetune examples']
 
 def _short(folder):
     "The name of a run in the usual place, else its path"
@@ -203,7 +203,7 @@ EXAMPLES = '''The whole path on the embedded model, on any CPU:
   sage-finetune quickstart code
 
 The same about your own code:
-  sage-finetune quickstart code --data ~/my/project --output ~/.sage/finetune_output/my-project
+  sage-finetune quickstart code --data ~/my/project
 
 A data file of questions and answers, {"question": …, "answer": …} in each row:
   sage-finetune start --task qa --data rows.jsonl --model Qwen/Qwen2.5-0.5B-Instruct --auto

@@ -41,14 +41,14 @@ def _installed_package():
 def code_rows(
     data=None, # Folder of a codebase; this package if None
     max_facts:int=120, # Facts to take at most
-)->TaskRows: # Each fact in four wordings to train on, and in one more for the exam
+)->TaskRows: # Each fact in six wordings to train on, and in one more for the exam
     "Rows about a codebase"
     root = Path(data).expanduser() if data else _installed_package()
     book = read_codebase(root)
     if not book.facts: raise SageError(f'{root} holds no Python or Markdown file with something to ask about')
     facts = sample_facts(book.facts, max_facts)
     notes = [f'{n} not read: {why}' for n,why in book.skipped.items()] + [f'{n} facts left out: {why}' for why,n in book.left_out.items()]
-    return TaskRows(train_rows(facts), held_out_rows(facts), f'{len(facts)} of {len(book.facts)} facts in {len(book.files)} files of {root}', notes)
+    return TaskRows(train_rows(facts, n_wordings=6), held_out_rows(facts), f'{len(facts)} of {len(book.facts)} facts in {len(book.files)} files of {root}', notes)
 
 # %% ../nbs/04_runs.ipynb #12f791c6
 def _check_rows(task, data, format_type):
@@ -66,7 +66,7 @@ def quick_settings(
     "Settings for a first run: enough to learn a few hundred facts with the embedded model, the defaults with any other"
     if model!=embedded_model: return {}
     return dict(max_length=256, per_device_train_batch_size=16, gradient_accumulation_steps=1, learning_rate=5e-3, num_train_epochs=8,
-                logging_steps=10, save_steps=50, lora=dict(r=16, lora_alpha=32, target_modules='all-linear', lora_dropout=0.0))
+                logging_steps=10, save_steps=50, lora=dict(r=16, lora_alpha=32, target_modules='all-linear', lora_dropout=0.1))
 
 def _check_row(row, format_type):
     if not isinstance(row, dict): raise ValueError(f'a row must be an object {{…}}, got {type(row).__name__}')
