@@ -318,6 +318,8 @@ class DataReport:
     learned_tokens: int = 0 # Tokens that are targets of the loss
     longest: int = 0 # Tokens of the longest example
     shapes: dict = field(default_factory=dict) # Shape → rows of it
+    held_out: int = 0 # Of the examples, how many are kept for evaluation and not trained on
+    evaluation: object = None # The report of a file of its own for evaluation, if there is one
 
     def drop(self, row, reason): self.dropped.append(dict(file=row.file, line=row.line, reason=str(reason)))
 
@@ -338,8 +340,10 @@ def show_report(
     lines = [f'{report.read:,} rows read = {report.used:,} used + {len(report.dropped):,} dropped',
              f'{report.examples:,} examples, {report.tokens:,} tokens, {report.learned_tokens:,} learned{share}, longest {report.longest:,}']
     if report.split: lines.append(f'{report.split:,} rows of plain text were cut into several examples')
+    if report.held_out: lines.append(f'{report.held_out:,} of the examples are held out for evaluation')
     lines += [f"  {d['file']}:{d['line']}: {d['reason']}" for d in report.dropped[:most]]
     if len(report.dropped)>most: lines.append(f'  … and {len(report.dropped)-most:,} more')
+    if report.evaluation: lines.append(f'for evaluation: {show_report(report.evaluation, most)}')
     return '\n'.join(lines)
 
 # %% ../nbs/01_data.ipynb #637761f5

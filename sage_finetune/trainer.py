@@ -408,8 +408,12 @@ def _read_data(config, tokenizer, report):
     _check_data_path(config)
     read = lambda path,book: prepare_dataset(path, tokenizer, config.max_length, config.format_type, book)
     data = read(config.data_path, report)
-    if config.eval_data_path is None: return split_dataset(data, config.test_size, config.seed)
-    return data,read(config.eval_data_path, DataReport())
+    if config.eval_data_path:
+        report.evaluation = DataReport()
+        return data,read(config.eval_data_path, report.evaluation)
+    train,held = split_dataset(data, config.test_size, config.seed)
+    report.held_out = len(held) if held else 0
+    return train,held
 
 def _check_dataset(dataset):
     columns = getattr(dataset, 'column_names', None)
