@@ -45,7 +45,7 @@ def test_a_bad_data_file_is_named_in_one_line_and_nothing_is_written(name, tmp_p
     (('start', '--task', 'quiz', '--auto'), 'unknown task `quiz`'),
     (('start', '--task', 'qa', '--auto'), 'needs `data`'),
     (('start', '--task', 'qa', '--data', '.', '--auto'), 'is a folder'),
-    (('quickstart', '--colour', 'red'), 'No such option: --colour'),
+    (('quickstart', '--colour', 'red'), '--colour'),
     (('quickstart', 'code', '--data', 'no/such/code'), 'codebase not found'),
     (('run', 'no-such-run'), "no run 'no-such-run'"),
     (('run', '../../etc'), 'is not a run folder'),
