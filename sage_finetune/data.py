@@ -209,7 +209,7 @@ def answer_spans(
         if not (whole.startswith(head) and text.startswith(head)):
             raise ValueError(f'the chat template rewrites what comes before turn {i+1}, so its answer cannot be located')
         end_of = _end_of_turn if text.startswith(whole.rstrip()) else _end_of_earlier_turn
-        spans.append((len(head), end_of(text, len(head), m['content'], tokenizer, len(whole.rstrip()))))
+        spans.append((len(head), end_of(text, len(head), m['content'], len(whole.rstrip()), tokenizer)))
     return text,spans
 
 def _refuse_control_tokens(messages, tokenizer):
@@ -217,13 +217,13 @@ def _refuse_control_tokens(messages, tokenizer):
         for t in tokenizer.all_special_tokens:
             if t in m['content']: raise ValueError(f'turn {i} holds the control token {t}')
 
-def _end_of_turn(text, start, content, tokenizer, end):
+def _end_of_turn(text, start, content, end, _):
     "Where the answer ends that begins at `start` and whose turn ends at `end`: its end-of-turn is in, white space after it is out"
     at = text.find(content.strip(), start, end)
     if at<0: raise ValueError('the chat template changes the answer, so it cannot be located')
     return max(at+len(content.strip()), end)
 
-def _end_of_earlier_turn(text, start, content, tokenizer, end):
+def _end_of_earlier_turn(text, start, content, _, tokenizer):
     "The same for an answer that is written differently because the conversation goes on"
     at = start+len(text[start:])-len(text[start:].lstrip())
     end = at+len(content.strip())

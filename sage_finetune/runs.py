@@ -9,7 +9,7 @@ __all__ = ['TASKS', 'TaskRows', 'code_rows', 'quick_settings', 'is_run', 'HoldsA
            'list_runs', 'remove_run', 'trainer_of', 'QuickstartResult', 'quickstart']
 
 # %% ../nbs/04_runs.ipynb #9978827a
-import json,shutil
+import json,shutil,time
 from itertools import count
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from pathlib import Path
 from .codebase import held_out_rows, read_codebase, sample_facts, train_rows
 from .config import checked, SageError, TrainingConfig, default_output_dir, embedded_model, read_json, refuse_unknown, write_json
 from .folder import RunFolder, config_from_meta, read_meta, run_folder
-from .data import detect_data_format, load_training_data, read_rows, sample_rows, save_rows, to_messages
+from .data import detect_data_format, encode, load_training_data, read_rows, sample_rows, save_rows, to_messages
 
 # %% ../nbs/04_runs.ipynb #8c46aa36
 TASKS = dict(code='understand a codebase: questions and answers are read from its files', qa='questions with answers (and contexts)',
@@ -248,7 +248,6 @@ def _exam_rows(run, trainer, n=200):
 
 def _rows_of(trainer, wanted):
     "The rows of the data file whose token ids are in `wanted`, without those of plain text"
-    from sage_finetune.data import encode
     found = []
     for r in read_rows(trainer.config.data_path):
         try:
@@ -269,7 +268,6 @@ def quickstart(
     quiet:bool=False, # Say nothing and show no progress
 )->QuickstartResult: # Every figure, measured
     "Data, training, exam, merge and exam again, in one run folder"
-    import time
     from sage_finetune.trainer import LoRATrainer
     began = time.monotonic()
     run,notes = _own_folder(task, model, data, output, max_facts, fresh)

@@ -491,7 +491,7 @@ def _train(run, fresh):
     result = _result(run, before, time.monotonic()-began)
     if main:
         run.save_model()
-        write_json(folder.config, _record(run))
+        write_json(folder.config, read_json(folder.lora_weights/'training_config.json')) # with what the run itself had to change
         plot_losses(read_metrics(folder.metrics), folder.loss_curve)
         write_json(folder.results, vars(result))
     return result
@@ -504,7 +504,7 @@ def _train_in_memory(run, start):
         if start and _is_last(start): return _load_last(run, start)
         if start: run.say(f'Going on from step {start.name.rpartition("-")[2]}')
         try: return run.trainer.train(resume_from_checkpoint=str(start) if start else None)
-        except torch.OutOfMemoryError: full = True # handled outside, where the traceback no longer holds the tensors
+        except torch.OutOfMemoryError: pass # handled below, where the traceback no longer holds the tensors
         except OSError as e:
             if e.errno in _disk_errors: raise cannot_write(run.folder.path, e) from None
             raise
