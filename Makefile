@@ -1,7 +1,8 @@
 # `make` alone lists what there is. `PYTHON=python3.12 make test` chooses the Python that .venv is made with.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lab docs pages readme clean-notebooks sync check clean
+ROWS ?= ../shared/data/gsm8k_train.jsonl
+.PHONY: help setup quickstart test test-slow bench lab docs pages readme clean-notebooks sync check clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -26,6 +27,13 @@ quickstart: $(READY) ## Fine-tune the embedded model from data to chat
 
 test: $(READY) ## Run every notebook and every test
 	$(BIN)/python -m pytest
+
+test-slow: $(READY) ## Run the property tests on 10,000 cases each, and what takes too long for `make test`
+	SAGE_EXAMPLES=10000 $(BIN)/python -m pytest tests/test_data.py tests/test_sources.py tests/test_codebase.py -k 'any'
+
+bench: $(READY) ## Measure: preparing data against TRL, and a million rows (ROWS=FILE.jsonl names the rows)
+	$(BIN)/python benchmarks/prepare.py $(ROWS)
+	$(BIN)/python benchmarks/million_rows.py $(ROWS) 250,000 1,000,000
 
 lab: $(READY) ## Open the notebooks in JupyterLab
 	$(BIN)/python -m jupyterlab --notebook-dir=nbs

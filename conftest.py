@@ -1,5 +1,5 @@
 "Each notebook under `nbs` is one test, run by nbdev's own runner, so one `pytest` covers notebooks and `tests/`"
-import gc, os, signal, sys
+import atexit, gc, os, shutil, signal, sys, tempfile
 from unittest import mock
 
 import pytest
@@ -7,6 +7,11 @@ import pytest
 # The suite needs no network: an attempt to reach a hub fails at once instead of waiting. Set before anything is imported.
 os.environ.update(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', HF_HUB_DISABLE_TELEMETRY='1', DO_NOT_TRACK='1',
                   TOKENIZERS_PARALLELISM='false', WANDB_MODE='disabled')
+
+# Prepared data is kept between runs of the program, not between tests
+if 'SAGE_CACHE' not in os.environ:
+    os.environ['SAGE_CACHE'] = tempfile.mkdtemp(prefix='sage_cache_')
+    atexit.register(shutil.rmtree, os.environ['SAGE_CACHE'], ignore_errors=True)
 
 from nbdev.config import get_config
 from nbdev.test import test_nb as run_notebook

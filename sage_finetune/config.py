@@ -49,14 +49,18 @@ def _as_list(value):
     if isinstance(value, str): raise TypeError
     return [_as_str(v) for v in value]
 
+def _as_names(value):
+    if not isinstance(value, dict): raise TypeError
+    return {_as_str(k): _as_str(v) for k,v in value.items()}
+
 _kinds = {bool: (_as_bool, 'true or false'), int: (_as_int, 'a whole number'), float: (_as_float, 'a finite number'),
-          list: (_as_list, 'a list of names'), str: (_as_str, 'a non-empty string'), Path: (_as_path, 'a path')}
+          list: (_as_list, 'a list of names'), dict: (_as_names, 'a dict of names'), str: (_as_str, 'a non-empty string'), Path: (_as_path, 'a path')}
 
 # %% ../nbs/00_config.ipynb #dea0acee
 def checked(
     name:str, # The setting, for the message
     value, # What was given
-    kind, # `bool`, `int`, `float`, `str`, `Path`, `list`, or a union of them such as `Path|None`
+    kind, # `bool`, `int`, `float`, `str`, `Path`, `list`, `dict`, or a union of them such as `Path|None`
 ): # `value` as that kind
     "Bring `value` to the type of the setting `name`, or refuse it by name"
     kinds = getattr(kind, '__args__', (kind,))
@@ -397,7 +401,8 @@ _training_rules = dict(
     save_steps=_at_least(1), save_total_limit=_at_least(1), report_to=_one_of('tensorboard', 'wandb', 'none'),
     seed=('between 0 and 4294967295', lambda v: 0<=v<2**32), dataloader_num_workers=_at_least(0),
     test_size=('at least 0 and below 1', lambda v: 0<=v<1),
-    format_type=_one_of('alpaca', 'conversation', 'qa', 'text'),
+    format_type=_one_of('alpaca', 'conversation', 'messages', 'qa', 'prompt_completion', 'text'),
+    train_on=_one_of('assistant', 'last', 'all'), overflow=_one_of('drop', 'truncate', 'split'), duplicates=_one_of('keep', 'drop'),
     max_steps=('-1 (as many as the epochs need) or at least 1', lambda v: v==-1 or v>=1),
     weight_decay=_at_least(0), max_grad_norm=_at_least(0))
 
@@ -430,14 +435,26 @@ class TrainingConfig(Settings):
     dataloader_num_workers: int = 0 # Processes that prepare batches
     test_size: float = 0.05 # Share of the rows held out for evaluation
     eval_data_path: Path|None = None # Rows for evaluation, instead of a share of the training rows
+    eval_data_split: str = "train" # Which split of `eval_data_path`, where it has splits
     format_type: str|None = None # Shape of the rows; None looks at each row
+    columns: dict|None = None # {name in the file: known name} for rows with other names
+    data_split: str = "train" # Which split, where the data has splits
+    data_subset: str|None = None # Which part of a data set on the Hub
+    data_revision: str|None = None # Branch, tag or commit of a data set on the Hub
+    train_on: str = "assistant" # What is learned: "assistant", the "last" answer or "all"
+    overflow: str = "drop" # What becomes of rows that are too long: "drop", "truncate" or "split"
+    cut_answers: bool = False # Whether "truncate" may cut the end of an answer
+    duplicates: str = "keep" # What becomes of copies of a row: "keep" or "drop"
+    strict: bool = False # Stop at the first row that cannot be used
+    packing: bool = False # Fill rows of `max_length` tokens with several examples
     max_steps: int = -1 # Optimizer steps, whatever the epochs; -1 for as many as they need
     weight_decay: float = 0.0 # Pull of the trained weights towards zero
     max_grad_norm: float = 1.0 # Longest gradient; 0 for no limit
 
     _rules = _training_rules
     _exclusive = ('load_in_8bit', 'load_in_4bit'), ('fp16', 'bf16')
-    _added = 'test_size', 'eval_data_path', 'format_type', 'max_steps', 'weight_decay', 'max_grad_norm'
+    _added = ('test_size', 'eval_data_path', 'eval_data_split', 'format_type', 'columns', 'data_split', 'data_subset', 'data_revision', 'train_on', 'overflow',
+              'cut_answers', 'duplicates', 'strict', 'packing', 'max_steps', 'weight_decay', 'max_grad_norm')
 
     @property
     def effective_batch_size(self)->int: # Rows, on one device

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from .config import SageError, TrainingConfig, resolve_model
-from .data import ensure_template
+from .template import ensure_template
 
 # %% ../nbs/01b_loading.ipynb #4fc092c5
 def dtype_of(

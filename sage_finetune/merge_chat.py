@@ -20,7 +20,9 @@ import torch
 from .config import SageError, TrainingConfig, read_json, whole_folder, write_json
 from .machine import Machine, fit_config
 from .folder import RunFolder, config_from_meta
-from .data import encode, encode_prompt, end_of_turn_id, read_rows, to_messages
+from .shapes import to_messages
+from .template import encode, encode_prompt, end_of_turn_id
+from .data import conversations
 from .loading import dtype_of, load_model, load_tokenizer, without_noise
 
 # %% ../nbs/03_merge_chat.ipynb #d7dbda34
@@ -234,10 +236,11 @@ def probe_rows(
     run,found = RunFolder(folder),[]
     try:
         config = config_from_meta(run.path) if run.meta.is_file() else _settings(run.lora_weights)
-        for r in read_rows(config.data_path) if config.data_path else ():
+        where = dict(split=config.data_split, subset=config.data_subset, revision=config.data_revision)
+        for talk in conversations(config.data_path, config.format_type, config.columns, **where) if config.data_path else ():
             if len(found)==n: break
-            try: found.append(encode(to_messages(r.value), tokenizer)['input_ids'][:max_length])
-            except (ValueError, AttributeError, TypeError): continue
+            try: found.append(encode(talk.messages, tokenizer, talk.tools)['input_ids'][:max_length])
+            except ValueError: continue
     except (OSError, ValueError, SageError): pass
     return found or [encode_prompt(_messages(q), tokenizer) for q in _fallback]
 

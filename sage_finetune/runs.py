@@ -17,13 +17,15 @@ from pathlib import Path
 from .codebase import held_out_rows, read_codebase, sample_facts, train_rows
 from .config import checked, SageError, TrainingConfig, default_output_dir, embedded_model, read_json, refuse_unknown, write_json
 from .folder import RunFolder, config_from_meta, read_meta, run_folder
-from .data import detect_data_format, encode, load_training_data, read_rows, sample_rows, save_rows, to_messages
+from .sources import load_training_data, read_rows, save_rows
+from .shapes import checked_columns, detect_data_format, renamed, sample_rows, to_messages
+from .template import encode
+from .data import conversations
 
 # %% ../nbs/04_runs.ipynb #8c46aa36
 TASKS = dict(code='understand a codebase: questions and answers are read from its files', qa='questions with answers (and contexts)',
              instruction='instructions with outputs, the Alpaca form', chat='conversations of several turns', custom='rows of any shape, each looked at')
-_formats = dict(code='alpaca', qa='qa', instruction='alpaca', chat='conversation', custom=None)
-_sample_formats = _formats | dict(custom='alpaca')
+_sample_formats = dict(qa='qa', instruction='alpaca', chat='conversation', custom='alpaca')
 
 # %% ../nbs/04_runs.ipynb #018ea0f2
 @dataclass
@@ -45,17 +47,18 @@ def code_rows(
     "Rows about a codebase"
     root = Path(data).expanduser() if data else _installed_package()
     book = read_codebase(root)
-    if not book.facts: raise SageError(f'{root} holds no Python or Markdown file with something to ask about')
+    if not book.facts: raise SageError(f'{root} holds no file with something to ask about')
     facts = sample_facts(book.facts, max_facts)
-    notes = [f'{n} not read: {why}' for n,why in book.skipped.items()] + [f'{n} facts left out: {why}' for why,n in book.left_out.items()]
-    return TaskRows(train_rows(facts, n_wordings=6), held_out_rows(facts), f'{len(facts)} of {len(book.facts)} facts in {len(book.files)} files of {root}', notes)
+    source = f'{len(facts)} of {len(book.facts)} facts in {len(book.files)} files of {root}'
+    return TaskRows(train_rows(facts, n_wordings=6), held_out_rows(facts), source, str(book).splitlines()[1:])
 
 # %% ../nbs/04_runs.ipynb #12f791c6
-def _check_rows(task, data, format_type):
-    "Check that a data file can be read and has at least one row that can be used"
-    first,good = None,False
-    for r in read_rows(data): # to the end, where a broken list breaks
-        try: good = good or _check_row(r.value, format_type)
+def _check_rows(task, data, config):
+    "Check that data can be read and has at least one row that can be used"
+    first,good,columns = None,False,checked_columns(config.columns)
+    where = dict(split=config.data_split, subset=config.data_subset, revision=config.data_revision)
+    for r in read_rows(data, **where): # to the end, where a broken list breaks
+        try: good = good or _check_row(r.value, config.format_type, columns)
         except (ValueError, AttributeError, TypeError) as e: first = first or f'{r.file}:{r.line}: {r.error or e}'
     if good: return
     raise SageError(f'{data} holds no row that can be used for the task `{task}`' + (f', for example {first}' if first else ''))
@@ -68,8 +71,9 @@ def quick_settings(
     return dict(max_length=256, per_device_train_batch_size=16, gradient_accumulation_steps=1, learning_rate=5e-3, num_train_epochs=8,
                 logging_steps=10, save_steps=50, lora=dict(r=16, lora_alpha=32, target_modules='all-linear', lora_dropout=0.1))
 
-def _check_row(row, format_type):
+def _check_row(row, format_type, columns):
     if not isinstance(row, dict): raise ValueError(f'a row must be an object {{…}}, got {type(row).__name__}')
+    row = renamed(row, columns)
     shape = format_type or detect_data_format(row)
     return bool(row.get('text') if shape=='text' else to_messages(row, shape))
 
@@ -77,11 +81,15 @@ def _check_row(row, format_type):
 def _prepared(task, data, max_facts, sample):
     "For each file of the run its name and rows, the data file of a task that has one, and lines that say what was made from what"
     if task!='code' and data is None:
-        if not sample: raise ValueError(f'the task `{task}` needs `data`: a .json or .jsonl file (`sage-finetune examples` shows the shapes)')
+        if not sample: raise ValueError(f'the task `{task}` needs `data`: a file, a folder or a data set on the Hub (`sage-finetune examples` shows the shapes)')
         return {f'training_data_{task}.json': sample_rows(_sample_formats[task], 200)},None,['200 small sums']
-    if task!='code': return {},checked('data', data, Path).resolve(),[]
+    if task!='code': return {},_where(checked('data', data, Path)),[]
     rows = code_rows(data, max_facts)
     return {'training_data_code.json': rows.train, 'held_out_code.json': rows.held_out},None,[rows.source, *rows.notes]
+
+def _where(data):
+    "A path that holds from any folder; what is no path (a data set on the Hub) as it is"
+    return data.resolve() if data.exists() or any(c in str(data) for c in '*?[') else data
 
 def _same_request(run, meta, files):
     "Whether the run folder holds what is asked for, and nothing else"
@@ -112,7 +120,7 @@ def new_run(
     model:str=embedded_model, # Hub name, folder, or "sage-tiny"
     data=None, # Data file; for the task `code`, the folder of a codebase
     output=None, # Run folder; `~/.sage/finetune_output/TASK` if None
-    format_type:str|None=None, # Shape of the rows; None goes by the task
+    format_type:str|None=None, # Shape of the rows; None looks at each row
     settings:dict|None=None, # Settings that differ from the defaults
     max_facts:int=120, # Facts to take from a codebase
     fresh:bool=False, # Replace what the folder asked for before
@@ -120,11 +128,11 @@ def new_run(
 )->tuple: # `RunFolder`, and lines that say what it was made from
     "Write the folder of a run that can be trained"
     refuse_unknown([task], TASKS, 'task')
-    run,format_type = RunFolder(output) if output else run_folder(task), format_type or _formats[task]
+    run,format_type = RunFolder(output) if output else run_folder(task), format_type or ('alpaca' if task=='code' else None)
     settings = quick_settings(model) if settings is None else dict(settings)
-    TrainingConfig.from_dict(settings | dict(format_type=format_type)) # a bad setting is refused before anything is written
+    config = TrainingConfig.from_dict(settings | dict(format_type=format_type)) # a bad setting is refused before anything is written
     files,file,notes = _prepared(task, data, max_facts, sample)
-    if file: _check_rows(task, file, format_type)
+    if file: _check_rows(task, file, config)
     _check_model(model)
     if 'held_out_code.json' in files: settings['eval_data_path'] = 'held_out_code.json'
     meta = _meta(run, task, model, file, format_type, settings, data)
@@ -247,14 +255,14 @@ def _exam_rows(run, trainer, n=200):
     return _rows_of(trainer, prompts)[:n]
 
 def _rows_of(trainer, wanted):
-    "The rows of the data file whose token ids are in `wanted`, without those of plain text"
-    found = []
-    for r in read_rows(trainer.config.data_path):
-        try:
-            talk = to_messages(r.value, trainer.config.format_type)
-            held = talk[-1]['role']=='assistant' and tuple(encode(talk, trainer.tokenizer)['input_ids']) in wanted
-        except (ValueError, AttributeError, TypeError): continue # counted in the data report already
-        if held: found.append(r.value)
+    "The rows of the data whose token ids are in `wanted` and whose question can be asked as it stands"
+    c,found = trainer.config,[]
+    where = dict(split=c.data_split, subset=c.data_subset, revision=c.data_revision)
+    for talk in conversations(c.data_path, c.format_type, c.columns, **where):
+        if talk.tools or talk.messages[-1]['role']!='assistant' or any(m.get('tool_calls') for m in talk.messages): continue
+        try: held = tuple(encode(talk.messages, trainer.tokenizer, train_on=c.train_on)['input_ids']) in wanted
+        except ValueError: continue # counted in the data report already
+        if held: found.append(dict(messages=talk.messages))
     return found
 
 # %% ../nbs/04_runs.ipynb #d80eb501

@@ -24,7 +24,10 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from .config import SageError, TrainingConfig, cannot_write, read_json, whole_folder, write_json, write_text
 from .machine import Change, Machine, fit_config, show_changes
 from .folder import complete_marker, RunFolder, config_from_meta, last_checkpoint, mark_complete
-from .data import Collator, DataReport, ignored, prepare_dataset, read_rows, split_dataset
+from .template import ignored
+from .data import DataReport, prepare_dataset, read_rows
+from .batches import Collator, PackingReport, check_packing, example_lengths, flat_chunks, pack_dataset
+from .split import overlap, split_dataset
 
 # %% ../nbs/02_trainer.ipynb #42325ef7
 def linear_names(
@@ -53,13 +56,15 @@ def loss_sum(
     model, # A causal language model, with or without an adapter
     input_ids, # Token ids, (batch, time)
     labels, # The same, -100 where nothing is learned, (batch, time)
+    position_ids=None, # Where rows are packed: the position of each token in its document, (batch, time)
 )->tuple: # Sum of -log p over the learned tokens, and how many they are
     "Summed cross-entropy of the learned tokens"
     target_BT = labels[:, 1:]
     learned_BT = target_BT!=ignored
     at_K = learned_BT.any(0).nonzero().squeeze(1)
     if not len(at_K): at_K = torch.zeros(1, dtype=torch.long, device=labels.device)
-    logits_BKV = model(input_ids=input_ids, logits_to_keep=at_K, use_cache=False).logits
+    where = {} if position_ids is None else dict(position_ids=position_ids) # with a mask or a cache packed documents would see each other
+    logits_BKV = model(input_ids=input_ids, **where, logits_to_keep=at_K, use_cache=False).logits
     if logits_BKV.shape[1]!=len(at_K): logits_BKV = logits_BKV[:, at_K] # a model that computes its head everywhere
     loss = F.cross_entropy(logits_BKV.float().flatten(0, 1), target_BT[:, at_K].flatten(), ignore_index=ignored, reduction='sum')
     return loss,learned_BT.sum()
@@ -68,14 +73,14 @@ def loss_sum(
 @torch.no_grad()
 def mean_loss(
     model, # A causal language model
-    batches, # Yields {input_ids, labels}
+    batches, # Yields {input_ids, labels}, and `position_ids` where rows are packed
 )->float: # Nats for each learned token
     "Mean cross-entropy over the learned tokens of all batches"
     was_training,total,n = model.training,0.0,0
     model.eval()
     try:
         for b in batches:
-            loss,k = loss_sum(model, b['input_ids'].to(model.device), b['labels'].to(model.device))
+            loss,k = loss_sum(model, **{c: b[c].to(model.device) for c in ('input_ids', 'labels', 'position_ids') if c in b})
             total,n = total+loss.item(), n+k.item()
     finally: model.train(was_training)
     return total/n if n else math.nan
@@ -105,7 +110,7 @@ class AnswerTrainer(Trainer):
         self.model_accepts_loss_kwargs = True # `compute_loss` divides by all tokens of the step; no second division
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        total,n = loss_sum(model, inputs['input_ids'], inputs['labels'])
+        total,n = loss_sum(model, inputs['input_ids'], inputs['labels'], inputs.get('position_ids'))
         loss = total/n if num_items_in_batch is None else total*self.accelerator.num_processes/num_items_in_batch
         return (loss, None) if return_outputs else loss
 
@@ -116,7 +121,7 @@ class AnswerTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         data,a = self.train_dataset if train_dataset is None else train_dataset, self.args
         if not self.by_length: return super()._get_train_sampler(data)
-        return ByLength([len(r['input_ids']) for r in data], a.train_batch_size*a.gradient_accumulation_steps, a.seed)
+        return ByLength(example_lengths(data).tolist(), a.train_batch_size*a.gradient_accumulation_steps, a.seed)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix='eval'):
         data = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -281,16 +286,17 @@ def training_arguments(
     return args
 
 # %% ../nbs/02_trainer.ipynb #bd81b132
-_may_change = 'output_dir', 'logging_steps', 'save_steps', 'save_total_limit', 'report_to', 'dataloader_num_workers', 'data_path', 'eval_data_path'
+_may_change = 'output_dir', 'logging_steps', 'save_steps', 'save_total_limit', 'report_to', 'dataloader_num_workers', 'data_path', 'eval_data_path', 'strict'
 
 def data_digest(
     dataset, # Rows with `input_ids`, perhaps `labels`; or None
 )->str: # Sixteen hexadecimal digits
     "Checksum of every token and label"
-    h = hashlib.sha256()
-    for i in range(len(dataset) if dataset is not None else 0):
-        row = dataset[i]
-        for k in ('input_ids', 'labels'): h.update(json.dumps([int(t) for t in row[k]] if k in row else None).encode())
+    h,rows = hashlib.sha256(),0 if dataset is None else len(dataset)
+    held = getattr(dataset, 'column_names', None) or (list(dataset[0]) if rows else [])
+    for column in ('input_ids', 'labels'):
+        for ids,starts in flat_chunks(dataset, column) if rows and column in held else (): h.update(starts.astype('<i8').tobytes()); h.update(ids.astype('<i4').tobytes())
+        h.update(column.encode())
     return h.hexdigest()[:16]
 
 def differences(
@@ -335,9 +341,12 @@ class LoRATrainer:
     def fitted(self)->TrainingConfig:
         "The config as it can run"
         return self.config.adapted(**{c.setting: c.used for c in self.changes})
-    def say(self, text):
-        "Tell the user, in a notebook as plain output and elsewhere beside the results of a command"
-        if not self.quiet and int(os.environ.get('RANK', 0))==0: print(text, file=sys.stdout if _in_notebook() else sys.stderr, flush=True)
+    def say(self, what):
+        "Tell the user: in a notebook as it shows itself there, elsewhere beside the results of a command"
+        if self.quiet or int(os.environ.get('RANK', 0)): return
+        if _in_notebook(): _display(what) if hasattr(what, '_repr_html_') else print(what, flush=True)
+        elif sys.stderr.isatty() and hasattr(what, '__rich__'): _on_terminal(what)
+        else: print(what, file=sys.stderr, flush=True)
 
     def load_model_and_tokenizer(self):
         "Load the model in the precision that fits this machine, and its tokenizer"
@@ -362,9 +371,10 @@ class LoRATrainer:
     def setup_trainer(self):
         "Build transformers' `Trainer`"
         _check_dataset(self.dataset)
+        rows = _packed(self) if self.config.packing else self.dataset
         self.trainer = AnswerTrainer(
             model=self.model, args=training_arguments(self.fitted, self.eval_dataset is not None, self.machine.device),
-            train_dataset=self.dataset, eval_dataset=self.eval_dataset, data_collator=Collator(_pad_id(self.tokenizer)),
+            train_dataset=rows, eval_dataset=self.eval_dataset, data_collator=Collator(_pad_id(self.tokenizer)),
             processing_class=self.tokenizer, callbacks=self.callbacks(), by_length=self.config.per_device_train_batch_size>1)
         _drop_printers(self.trainer)
 
@@ -399,27 +409,54 @@ def _adapter_line(model):
     trained,every = model.get_nb_trainable_parameters()
     return f'{trained:,} trained of {every:,} parameters ({trained/every:.2%})'
 
+def _source(config, evaluation=False):
+    "Which rows of `data_path`, or of `eval_data_path`, are meant"
+    if not evaluation: return dict(split=config.data_split, subset=config.data_subset, revision=config.data_revision)
+    same = config.eval_data_path==config.data_path
+    return dict(split=config.eval_data_split, subset=config.data_subset if same else None, revision=config.data_revision if same else None)
+
 def _check_data_path(config):
-    if config.data_path is None: raise ValueError('`data_path` is None: give a .json or .jsonl file, or override `prepare_data`')
-    for path in filter(None, (config.data_path, config.eval_data_path)): next(read_rows(path), None)
+    if config.data_path is None: raise ValueError('`data_path` is None: give a file, a folder or a data set on the Hub, or override `prepare_data`')
+    next(read_rows(config.data_path, **_source(config)), None)
+    if config.eval_data_path: next(read_rows(config.eval_data_path, **_source(config, True)), None)
+
+_data_settings = 'format_type', 'columns', 'train_on', 'overflow', 'cut_answers', 'duplicates', 'strict'
 
 def _read_data(config, tokenizer, report):
     "Training and evaluation data of `config`"
     _check_data_path(config)
-    read = lambda path,book: prepare_dataset(path, tokenizer, config.max_length, config.format_type, book)
+    how = {n: getattr(config, n) for n in _data_settings}
+    read = lambda path,book,evaluation=False: prepare_dataset(path, tokenizer, config.max_length, report=book, **_source(config, evaluation), **how)
     data = read(config.data_path, report)
-    if config.eval_data_path:
-        report.evaluation = DataReport()
-        return data,read(config.eval_data_path, report.evaluation)
-    train,held = split_dataset(data, config.test_size, config.seed)
-    report.held_out = len(held) if held else 0
-    return train,held
+    if not config.eval_data_path: return split_dataset(data, config.test_size, config.seed, report)
+    report.evaluation = DataReport()
+    held = read(config.eval_data_path, report.evaluation, True)
+    report.overlap = overlap(data, held)
+    return data,held
+
+def _display(what):
+    from IPython.display import display
+    display(what)
+
+def _on_terminal(what):
+    from rich.console import Console
+    Console(stderr=True).print(what)
 
 def _check_dataset(dataset):
     columns = getattr(dataset, 'column_names', None)
     if dataset is None or not len(dataset): raise ValueError('`dataset` is empty: `prepare_data` must set `self.dataset`')
     if columns is not None and 'input_ids' not in columns:
         raise ValueError(f"`dataset` must have a column `input_ids`, got {', '.join(columns)}: make it with `prepare_dataset`")
+
+def _packed(run):
+    "The training rows, packed, once it is proved that this model keeps documents apart"
+    c,report = run.fitted,PackingReport()
+    check_packing(run.model, c.per_device_train_batch_size)
+    rows = pack_dataset(run.dataset, c.max_length, report)
+    if run.data_report: run.data_report.packing = report.to_dict()
+    run.say(f'{report}\n`per_device_train_batch_size` counts packed rows: {c.effective_batch_size:,} of them, about '
+            f'{c.effective_batch_size*report.documents/report.rows:,.0f} documents, behind each optimizer step')
+    return rows
 
 def _pad_id(tokenizer): return next(t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if t is not None)
 

@@ -10,12 +10,12 @@ from sage_finetune.data import create_sample_data
 
 bad_files = {
     'missing': (None, 'data file not found'),
-    'empty': (b'', 'must hold a list of rows'),
+    'empty': (b'', 'holds no row that can be used'),
     'no rows': (b'[]', 'holds no row that can be used'),
     'broken': (b'[{"question": "a", "answer": "b"},', 'not JSON'),
     'cut off': (b'[{"question": "a", "ans', 'not JSON'),
-    'an object': (b'{"question": "a"}', 'must hold a list of rows'),
-    'other keys': (b'[{"ask": "a", "reply": "b"}]', "`question` is missing"),
+    'an object': (b'{"question": "a"}', "the keys 'question'"),
+    'other keys': (b'[{"ask": "a", "reply": "b"}]', "the keys 'ask', 'reply'"),
     'wrong types': (b'[{"question": 1, "answer": 2}]', '`question` must be a string, got int'),
     'not objects': (b'[1, 2]', 'holds no row that can be used'),
     'binary': (b'\xff\xfe\x00\x01', 'not UTF-8 text'),
@@ -44,7 +44,8 @@ def test_a_bad_data_file_is_named_in_one_line_and_nothing_is_written(name, tmp_p
 @pytest.mark.parametrize('args,expected', [
     (('start', '--task', 'quiz', '--auto'), 'unknown task `quiz`'),
     (('start', '--task', 'qa', '--auto'), 'needs `data`'),
-    (('start', '--task', 'qa', '--data', '.', '--auto'), 'is a folder'),
+    (('start', '--task', 'qa', '--data', 'nbs/images', '--auto'), 'no file in'),
+    (('start', '--task', 'qa', '--data', 'no/where', '--auto'), 'no file or folder is called no/where'),
     (('quickstart', '--colour', 'red'), '--colour'),
     (('quickstart', 'code', '--data', 'no/such/code'), 'codebase not found'),
     (('run', 'no-such-run'), "no run 'no-such-run'"),
