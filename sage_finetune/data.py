@@ -79,6 +79,8 @@ class DataReport:
     def _repr_html_(self): return _html_report(self)
 
 # %% ../nbs/01_data.ipynb #637761f5
+def _number(n, thing): return f"{n:,} {thing}{'s'*(n!=1)}"
+
 def _counts(numbers): return ', '.join(f'{v:,} {k}' for k,v in numbers.items())
 
 def _facts(report):
@@ -86,17 +88,17 @@ def _facts(report):
     r,share = report,f' ({report.learned_tokens/report.tokens:.0%})' if report.tokens else ''
     yield 'rows',f'{r.read:,} rows read = {r.used:,} used + {len(r.dropped):,} dropped'
     yield 'examples',f'{r.examples:,} examples, {r.tokens:,} tokens, {r.learned_tokens:,} learned{share}, longest {r.longest:,}'
-    if r.lengths: yield 'lengths','tokens of an example: '+_counts({k: v for k,v in r.lengths.items()})
+    if r.lengths: yield 'lengths','tokens of an example: '+', '.join(f'{k} {v:,}' for k,v in r.lengths.items())
     if r.shapes: yield 'shapes',f'shapes: {_counts(r.shapes)}'
-    if r.split: yield 'split',f'{r.split:,} rows were cut into several examples'
+    if r.split: yield 'split',f'cut into several examples: {_number(r.split, "row")}'
     if r.truncated: yield 'truncated',f'cut to fit: {_counts(r.truncated)}'
     if r.notes: yield 'template',f'chat template: {_counts(r.notes)}'
-    if r.duplicates: yield 'duplicates',f'{r.duplicates:,} of the examples are copies of an earlier one'
-    if r.near_duplicates: yield 'near duplicates',f'{r.near_duplicates:,} of the examples are nearly copies'
-    if r.held_out: yield 'held out',f'{r.held_out:,} of the examples are held out for evaluation'
-    if r.overlap: yield 'overlap',f'{r.overlap:,} evaluation examples are copies of training examples, or nearly'
-    if len(r.files)>1: yield 'files',f'{len(r.files):,} files'
-    if r.passed_over: yield 'passed over',f"{len(r.passed_over):,} files passed over: {', '.join(f'{k} ({v})' for k,v in list(r.passed_over.items())[:5])}"
+    if r.duplicates: yield 'duplicates',f'copies of an earlier one: {_number(r.duplicates, "example")}'
+    if r.near_duplicates: yield 'near duplicates',f'nearly copies of an earlier one: {_number(r.near_duplicates, "example")}'
+    if r.held_out: yield 'held out',f'held out for evaluation: {_number(r.held_out, "example")}'
+    if r.overlap: yield 'overlap',f'copies of training examples, or nearly: {_number(r.overlap, "evaluation example")}'
+    if len(r.files)>1: yield 'files',_number(len(r.files), 'file')
+    if r.passed_over: yield 'passed over',f"{_number(len(r.passed_over), 'file')} passed over: {', '.join(f'{k} ({v})' for k,v in list(r.passed_over.items())[:5])}"
     if r.packing: yield 'packing',f"packed: {_counts({k: v for k,v in r.packing.items() if isinstance(v, int)})}"
 
 def _dropped_lines(report, most):

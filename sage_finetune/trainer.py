@@ -27,6 +27,7 @@ from .folder import complete_marker, RunFolder, config_from_meta, last_checkpoin
 from .template import ignored
 from .data import DataReport, prepare_dataset, read_rows
 from .batches import Collator, PackingReport, check_packing, example_lengths, flat_chunks, pack_dataset
+from .inspect_data import save_picture, shown_figure
 from .split import overlap, split_dataset
 
 # %% ../nbs/02_trainer.ipynb #42325ef7
@@ -175,30 +176,19 @@ class Checkpoints(TrainerCallback):
         for p in set(found) - set(whole[-self.keep:] if self.keep else whole): shutil.rmtree(p, ignore_errors=True)
 
 # %% ../nbs/02_trainer.ipynb #9ff2fd57
-def _figure(**kwargs):
-    "A matplotlib figure that shows itself in a notebook, whatever its settings"
-    from io import BytesIO
-    from matplotlib.figure import Figure
-    class Shown(Figure):
-        def _repr_png_(self):
-            out = BytesIO(); self.savefig(out, format='png', dpi=100)
-            return out.getvalue()
-    return Shown(**kwargs)
-
 def plot_losses(
     metrics:list, # From `read_metrics`
     path=None, # PNG file to write, or None
 ): # A matplotlib figure
     "Training and held-out loss over the optimizer steps"
-    fig = _figure(figsize=(6.4, 3.6), layout='constrained'); ax = fig.add_subplot()
+    fig = shown_figure(figsize=(6.4, 3.6), layout='constrained'); ax = fig.add_subplot()
     for key,label,style in (('loss', 'training', '-'), ('eval_loss', 'held out', 'o-')):
         xy = [(m['step'], m[key]) for m in metrics if key in m]
         if xy: ax.plot(*zip(*xy), style, label=label, markersize=4)
     ax.set(xlabel='optimizer step', ylabel='loss (nats per learned token)'); ax.grid(alpha=.3)
     if ax.lines: ax.legend(frameon=False)
     if path:
-        temp = Path(path).with_name(f'.{Path(path).name}.tmp')
-        fig.savefig(temp, format='png', dpi=150); os.replace(temp, path)
+        save_picture(fig, path)
     return fig
 
 # %% ../nbs/02_trainer.ipynb #5c9194b3

@@ -1,4 +1,4 @@
-"""The templates of real models: TRL ships some seventy of them, and each is asked what is learned from eight conversations"""
+"""The templates of real models: TRL ships some seventy of them, and each is asked what is learned from ten conversations"""
 import re
 from collections import Counter
 from importlib.util import find_spec
@@ -28,6 +28,8 @@ talks = dict(
     system=([dict(role='system', content='sysword rules'), user('askone'), said('replyone here'), user('asktwo'), said('replytwo there')], None),
     call=([user('askone'), said('', tool_calls=[call]), result, said('replyone here')], [tool]),
     call_and_text=([user('askone'), said('lookword now', tool_calls=[call]), result, said('replyone here'), user('asktwo'), said('replytwo there')], [tool]),
+    earlier_call=([user('askone'), said('', tool_calls=[call]), result, said('replyone here'), user('asktwo'), said('replytwo there')], [tool]),
+    empty_result=([user('askone'), said('', tool_calls=[call]), result | dict(content=''), said('replyone here')], [tool]),
     thought=([user('askone'), said('<think>\nthoughtone\n</think>\n\nreplyone here')], None),
     thoughts=([user('askone'), said('<think>\nthoughtone\n</think>\n\nreplyone here'), user('asktwo'), said('<think>\nthoughttwo\n</think>\n\nreplytwo there')], None),
     reasoning=([user('askone'), said('replyone here', reasoning_content='thoughtone'), user('asktwo'), said('replytwo there', reasoning_content='thoughttwo')], None))
@@ -59,7 +61,7 @@ def judge(source, messages, tools):
         if w in text and w not in learned: return f'wrong: {w!r} stands in the text and is not learned'
     if re.search(r'assistant\s|<\|im_start\|>assistant|<start_of_turn>|<｜Assistant｜>|model\n', learned) and '<|start|>assistant' not in learned: return 'wrong: the header of a turn is learned'
     if any(m.get('tool_calls') for m in messages) and ('Oslo' not in learned or 'Oslo' in blank): return 'wrong: the call is not learned whole'
-    if out['labels'][-1]==-100 and not text.rstrip().endswith(learned[-3:].rstrip()) and len(blank.rpartition('asktwo')[2])>400: return 'wrong: much follows the last answer'
+    if re.search(r'<\|start\|>functions|response:|</tool_response>', learned): return 'wrong: the result of a call is learned'
     return 'right' if re.search(r'(?:<[^<>]+>|\])\s*$', learned) else f'wrong: no end of turn, but {learned[-20:]!r}'
 
 @pytest.fixture(scope='module')
