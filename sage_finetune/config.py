@@ -215,6 +215,8 @@ def _meant(config, values):
     return [n for n in values if getattr(config, n)!=getattr(default, n)]
 
 # %% ../nbs/00_config.ipynb #9d8a2e8e
+_ways_to_begin = 'gaussian', 'orthogonal', 'pissa', 'olora'
+
 @dataclass
 class LoRAConfig(Settings):
     "The shape of the correction that LoRA learns"
@@ -225,18 +227,24 @@ class LoRAConfig(Settings):
     lora_dropout: float = 0.05 # Share of the inputs of A that training drops
     bias: str = "none" # Which biases train too: "none", "all" or "lora_only"
     task_type: str = "CAUSAL_LM" # The task, in peft's words
+    use_rslora: bool = False # Scale by `lora_alpha / sqrt(r)`, which keeps high ranks alive
+    use_dora: bool = False # Learn the length of each weight vector apart from its direction
+    init_lora_weights: bool|str = True # How A and B begin: True, "gaussian", "orthogonal", "pissa", "pissa_niter_16" or "olora"
 
+    _added = 'use_rslora', 'use_dora', 'init_lora_weights'
     _what = 'LoRA setting'
     _rules = dict(
         r=('at least 1', lambda v: v>=1), lora_alpha=('at least 1', lambda v: v>=1),
         target_modules=('a list with at least one name, or "all-linear"', len),
         lora_dropout=('at least 0 and below 1', lambda v: 0<=v<1),
-        bias=('"none", "all" or "lora_only"', ('none', 'all', 'lora_only').__contains__))
+        bias=('"none", "all" or "lora_only"', ('none', 'all', 'lora_only').__contains__),
+        init_lora_weights=('True, "gaussian", "orthogonal", "pissa", "pissa_niter_N" or "olora"', lambda v: v is True or str(v) in _ways_to_begin or
+                           str(v).startswith('pissa_niter_') and str(v)[12:].isdigit()))
 
     @property
     def scaling(self)->float: # Factor on B·A
-        "How strongly the correction acts: `lora_alpha / r`"
-        return self.lora_alpha / self.r
+        "How strongly the correction acts: `lora_alpha / r`, or over the root of `r` with `use_rslora`"
+        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
 
 # %% ../nbs/00_config.ipynb #8c54638b
 class SageError(Exception):
@@ -404,7 +412,8 @@ _training_rules = dict(
     format_type=_one_of('alpaca', 'conversation', 'messages', 'qa', 'prompt_completion', 'text'),
     train_on=_one_of('assistant', 'last', 'all'), overflow=_one_of('drop', 'truncate', 'split'), duplicates=_one_of('keep', 'drop'),
     max_steps=('-1 (as many as the epochs need) or at least 1', lambda v: v==-1 or v>=1),
-    weight_decay=_at_least(0), max_grad_norm=_at_least(0))
+    weight_decay=_at_least(0), max_grad_norm=_at_least(0), eval_steps=_at_least(1), early_stopping_patience=_at_least(1),
+    loraplus_lr_ratio=_at_least(1), neftune_noise_alpha=_above_zero)
 
 # %% ../nbs/00_config.ipynb #7937675d
 @dataclass
@@ -450,11 +459,18 @@ class TrainingConfig(Settings):
     max_steps: int = -1 # Optimizer steps, whatever the epochs; -1 for as many as they need
     weight_decay: float = 0.0 # Pull of the trained weights towards zero
     max_grad_norm: float = 1.0 # Longest gradient; 0 for no limit
+    eval_steps: int|None = None # Optimizer steps between two evaluations; None evaluates after each epoch
+    early_stopping_patience: int|None = None # Evaluations without a better loss after which to stop; None never stops early
+    load_best_model_at_end: bool = False # Keep the adapter of the best evaluation instead of the last
+    loraplus_lr_ratio: float|None = None # Learning rate of B over that of A (LoRA+); None for the same
+    neftune_noise_alpha: float|None = None # Noise on the embeddings while training (NEFTune); None for none
+    torch_compile: bool = False # Compile the model, which pays on long runs
 
     _rules = _training_rules
     _exclusive = ('load_in_8bit', 'load_in_4bit'), ('fp16', 'bf16')
     _added = ('test_size', 'eval_data_path', 'eval_data_split', 'format_type', 'columns', 'data_split', 'data_subset', 'data_revision', 'train_on', 'overflow',
-              'cut_answers', 'duplicates', 'strict', 'packing', 'max_steps', 'weight_decay', 'max_grad_norm')
+              'cut_answers', 'duplicates', 'strict', 'packing', 'max_steps', 'weight_decay', 'max_grad_norm', 'eval_steps', 'early_stopping_patience', 'load_best_model_at_end', 'loraplus_lr_ratio',
+              'neftune_noise_alpha', 'torch_compile')
 
     @property
     def effective_batch_size(self)->int: # Rows, on one device

@@ -19,11 +19,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from weakref import WeakValueDictionary
 
-from .config import SageError, read_json, resolve_model, whole_folder, write_json
+from .config import SageError, read_json, whole_folder, write_json
 from .sources import Row, load_training_data, read_rows, save_rows, source_digest, source_files
 from .shapes import (Conversation, checked_columns, create_sample_data, detect_data_format, format_alpaca_sample, format_conversation_sample,
                                   format_qa_sample, renamed, sample_rows, shape_keys, to_conversation, to_messages)
-from .template import (chat_form, encode, encode_prompt, encode_rendered, end_of_turn_id, ensure_template, ignored, plain_template,
+from .template import (encode, encode_prompt, encode_rendered, end_of_turn_id, ensure_template, ignored, plain_template,
                                     render, render_learned, token_ids, train_choices)
 
 # %% ../nbs/01_data.ipynb #11f0b069
@@ -90,6 +90,7 @@ def _facts(report):
     yield 'examples',f'{r.examples:,} examples, {r.tokens:,} tokens, {r.learned_tokens:,} learned{share}, longest {r.longest:,}'
     if r.lengths: yield 'lengths','tokens of an example: '+', '.join(f'{k} {v:,}' for k,v in r.lengths.items())
     if r.shapes: yield 'shapes',f'shapes: {_counts(r.shapes)}'
+    if set(r.found)-{'after the prompt'}: yield 'found',f'where answers begin: {_counts(r.found)}'
     if r.split: yield 'split',f'cut into several examples: {_number(r.split, "row")}'
     if r.truncated: yield 'truncated',f'cut to fit: {_counts(r.truncated)}'
     if r.notes: yield 'template',f'chat template: {_counts(r.notes)}'
