@@ -22,18 +22,22 @@ from .template import ignored
 def flat_chunks(
     dataset, # `datasets.Dataset`, or any sequence of dicts
     column:str='input_ids', # Of lists of token ids
-    n:int=20_000, # Rows at a time
+    n:int|None=None, # Rows at a time; None takes about 4 million tokens
 ): # Yields two arrays: ids end to end, and where each row begins, with where the last one ends
     "A column of token ids, many rows end to end at a time"
     import numpy as np
-    for i in range(0, len(dataset), n):
+    i,step = 0,n or 1000
+    while i<len(dataset):
         if hasattr(dataset, 'with_format'):
-            part = dataset.with_format('arrow')[i:i+n].column(column).combine_chunks()
+            part = dataset.with_format('arrow')[i:i+step].column(column).combine_chunks()
             starts = part.offsets.to_numpy()
-            yield part.values.to_numpy(zero_copy_only=False)[starts[0]:starts[-1]].astype(np.int32, copy=False),starts-starts[0]
+            flat,starts = part.values.to_numpy(zero_copy_only=False)[starts[0]:starts[-1]].astype(np.int32, copy=False),starts-starts[0]
         else:
-            rows = [np.asarray(dataset[j][column], dtype=np.int32).ravel() for j in range(i, min(i+n, len(dataset)))]
-            yield np.concatenate(rows),np.cumsum([0, *map(len, rows)])
+            rows = [np.asarray(dataset[j][column], dtype=np.int32).ravel() for j in range(i, min(i+step, len(dataset)))]
+            flat,starts = np.concatenate(rows),np.cumsum([0, *map(len, rows)])
+        yield flat,starts
+        i += len(starts)-1
+        step = n or max(1, min(20_000, 4_000_000*(len(starts)-1)//max(1, len(flat))))
 
 def example_lengths(
     dataset, # `datasets.Dataset`, or any sequence of dicts

@@ -13,9 +13,10 @@ __all__ = ['overflow_choices', 'duplicate_choices', 'DataReport', 'show_report',
            'render_learned']
 
 # %% ../nbs/01_data.ipynb #11d4dc68
-import hashlib,html,json,os,tempfile
+import hashlib,html,json,operator,os,re,tempfile,time
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
+from datetime import date
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -149,8 +150,10 @@ def _one_of(name, value, choices):
     if value not in choices: raise ValueError(f"`{name}` must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 def _checked_how(max_length, columns, **rest):
-    how = _How(max_length, columns=tuple(checked_columns(columns).items()), **rest)
-    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length<8: raise ValueError(f'`max_length` must be a whole number from 8, got {max_length!r}')
+    try: n = 0 if isinstance(max_length, bool) else operator.index(max_length)
+    except TypeError: n = 0
+    if n<8: raise ValueError(f'`max_length` must be a whole number from 8, got {max_length!r}')
+    how = _How(n, columns=tuple(checked_columns(columns).items()), **rest)
     _one_of('format_type', how.format_type, (None, *(k for k in shape_keys if k!='preference')))
     for name,choices in (('train_on', train_choices), ('overflow', overflow_choices), ('duplicates', duplicate_choices)): _one_of(name, getattr(how, name), choices)
     return how
@@ -200,17 +203,25 @@ def _with_shorter_questions(messages, tools, tokenizer, how):
     return None
 
 # %% ../nbs/01_data.ipynb #36c4692d
+def _learns(messages): return any(m['role']=='assistant' and m.get('train', True) for m in messages)
+
+def _only_last(talk, how):
+    "A conversation in parts learns what the whole would: with `train_on=\"last\"` its last answer, not that of each part"
+    if how.train_on!='last': return talk.messages,how
+    last = max(i for i,m in enumerate(talk.messages) if m['role']=='assistant')
+    return [m | dict(train=i==last and m.get('train', True)) if m['role']=='assistant' else m for i,m in enumerate(talk.messages)],replace(how, train_on='assistant')
+
 def _truncated(talk, tokenizer, how):
     "(examples, what was cut off) of a conversation that is too long"
-    system,groups = _exchanges(talk.messages)
-    whole = len(groups)
-    learns = lambda groups: any(m['role']=='assistant' and m.get('train', True) for g in groups for m in g)
-    while len(groups)>1 and learns(groups[1:]):
-        groups = groups[1:]
-        example,_ = _encoded([*system, *(m for g in groups for m in g)], talk.tools, tokenizer, how.train_on)
+    messages,how = _only_last(talk, how)
+    system,groups = _exchanges(messages)
+    without = lambda k: [*system, *(m for g in groups[k:] for m in g)] # the oldest `k` exchanges
+    most = max(k for k in range(len(groups)) if _learns(without(k)))
+    few = _least(most, lambda k: len(token_ids([render(without(k), tokenizer, tools=talk.tools)], tokenizer)[0])<=how.max_length)
+    for k in range(few, most+1):
+        example,_ = _encoded(without(k), talk.tools, tokenizer, how.train_on)
         if _length(example)<=how.max_length: return [example],['earlier turns']
-    cut = ['earlier turns'] if len(groups)<whole else []
-    last = [*system, *(m for g in groups for m in g)]
+    cut,last = ['earlier turns'] if most else [],without(most)
     example = _with_shorter_questions(last, talk.tools, tokenizer, how)
     if example is not None: return [example],[*cut, 'middle of a question']
     example,_ = _encoded(last, talk.tools, tokenizer, how.train_on)
@@ -219,6 +230,14 @@ def _truncated(talk, tokenizer, how):
     raise ValueError(f"too long: {_length(example):,} tokens, `max_length` is {how.max_length:,}, and no question can be shortened enough"
                      + ('' if how.cut_answers else ' (`cut_answers` keeps the beginning of the answer)'))
 
+def _least(most, fits):
+    "The least number up to `most` that fits, where all above it fit too; `most` if none does"
+    low,high = 0,most
+    while low<high:
+        middle = (low+high)//2
+        low,high = (low, middle) if fits(middle) else (middle+1, high)
+    return low
+
 def _pieces(ids, labels, n):
     "Pieces of at most `n` tokens in which each token is learned once: each begins with the last token of the one before"
     cut = [dict(input_ids=ids[i:i+n], labels=labels[i:i+n].copy()) for i in range(0, max(1, len(ids)-1), n-1)]
@@ -226,43 +245,50 @@ def _pieces(ids, labels, n):
     return [p for p in cut if (p['labels'][1:]!=ignored).any()]
 
 def _split(talk, tokenizer, how):
-    "Examples that together hold a conversation that is too long"
-    system,groups = _exchanges(talk.messages)
-    out,window = [],[]
-    learns = lambda messages: any(m['role']=='assistant' and m.get('train', True) for m in messages)
-    fits = lambda messages: not learns(messages) or _length(_encoded([*system, *messages], talk.tools, tokenizer, how.train_on)[0])<=how.max_length
+    "(examples that together hold a conversation that is too long, what was cut off)"
+    messages,how = _only_last(talk, how)
+    system,groups = _exchanges(messages)
+    out,cut,window = [],[],[]
+    fits = lambda messages: not _learns(messages) or _length(_encoded([*system, *messages], talk.tools, tokenizer, how.train_on)[0])<=how.max_length
     for g in [*groups, None]:
         if g is not None and (not window or fits([*window, *g])): window = [*window, *g]; continue
-        if learns(window):
-            example,_ = _encoded([*system, *window], talk.tools, tokenizer, how.train_on)
-            out += _pieces(example['input_ids'], example['labels'], how.max_length)
+        if _learns(window):
+            new,less = _in_pieces([*system, *window], talk.tools, tokenizer, how)
+            out += new; cut += less
         window = g
-    return out
+    return out,list(dict.fromkeys(cut))
+
+def _in_pieces(messages, tools, tokenizer, how):
+    "(examples, what was cut off) of the exchanges of one part; the question is shortened where it alone would fill the first piece"
+    import numpy as np
+    example,_ = _encoded(messages, tools, tokenizer, how.train_on)
+    begins = int(np.flatnonzero(example['labels']!=ignored)[0])
+    if begins<how.max_length: return _pieces(example['input_ids'], example['labels'], how.max_length),[]
+    shorter = _with_shorter_questions(messages, tools, tokenizer, how)
+    if shorter is not None: return [shorter],['middle of a question']
+    return _pieces(example['input_ids'], example['labels'], how.max_length),['beginning of a question']
 
 # %% ../nbs/01_data.ipynb #4378a895
-def _too_long(talk, n, tokenizer, how, report):
-    "Examples of a conversation of `n` tokens, more than fit"
-    if how.overflow=='truncate':
-        examples,cut = _truncated(talk, tokenizer, how)
-        for kind in cut: report.truncated[kind] = report.truncated.get(kind, 0)+1
-        return examples
+def _too_long(talk, n, tokenizer, how):
+    "(examples, what was cut off) of a conversation of `n` tokens, more than fit"
+    if how.overflow=='truncate': return _truncated(talk, tokenizer, how)
     if how.overflow=='split': return _split(talk, tokenizer, how)
     raise ValueError(f'too long: {n:,} tokens, `max_length` is {how.max_length:,}')
 
-def _text_examples(row, tokenizer, how, report):
-    "Examples of a plain text row: everything is learned, its end included"
+def _text_examples(row, tokenizer, how):
+    "(examples, what was cut off) of a plain text row: everything is learned, its end included"
     import numpy as np
     text = row.get('text')
     if not isinstance(text, str) or not text.strip(): raise ValueError('`text` must be a string that is not empty')
     if any('\ud800'<=c<='\udfff' for c in text) if not text.isascii() else False: raise ValueError('`text` holds half a character (a lone surrogate)')
     if tokenizer.eos_token_id is None: raise ValueError('the tokenizer has no token that ends a text')
     ids = tokenizer(text, add_special_tokens=True, truncation=False, verbose=False)['input_ids']
+    if tokenizer.bos_token_id is not None and ids[:2]==[tokenizer.bos_token_id]*2: ids = ids[1:] # the text brought its own
     if ids[-1]!=tokenizer.eos_token_id: ids = ids+[tokenizer.eos_token_id]
     ids = np.array(ids, dtype=np.int32)
     if len(ids)<2: raise ValueError('nothing to learn: `text` has no token')
     pieces = _pieces(ids, ids, how.max_length)
-    if how.overflow=='truncate' and len(pieces)>1: report.truncated['end of a text'] = report.truncated.get('end of a text', 0)+1
-    return pieces[:1] if how.overflow=='truncate' else pieces
+    return (pieces[:1], ['end of a text']) if how.overflow=='truncate' and len(pieces)>1 else (pieces, [])
 
 # %% ../nbs/01_data.ipynb #4bd552e0
 def _shape_of(row, how):
@@ -273,47 +299,50 @@ def _shape_of(row, how):
 
 def _one_line(e): return ' '.join(f'{e}'.split())[:500] or type(e).__name__
 
-def _first_step(row, tokenizer, how, report):
-    "(shape, examples or None, conversation, rendered) of a row"
+def _first_step(row, tokenizer, how):
+    "(shape, examples and what was cut off or None, conversation, rendered) of a row"
     value,shape = _shape_of(row, how)
-    if shape=='text': return shape,_text_examples(value, tokenizer, how, report),None,None
+    if shape=='text': return shape,_text_examples(value, tokenizer, how),None,None
     talk = to_conversation(value, shape)
     return shape,None,talk,render_learned(talk.messages, tokenizer, talk.tools, how.train_on)
 
-def _tokenized(batches, tokenizer, how, report, strict):
+def _tokenized(batches, tokenizer, how, report):
     "(row, first step) of each row of a batch, what is rendered of them and its tokens, one batch ahead"
     from concurrent.futures import ThreadPoolExecutor
     waiting = None
     with ThreadPoolExecutor(1) as pool:
         for rows in batches:
-            made = [(r, m) for r in rows if (m := _guarded(r, report, strict, _first_step, r, tokenizer, how, report))]
+            made = [(r, m) for r in rows if (m := _guarded(r, report, _first_step, r, tokenizer, how))]
             rendered = [m[3] for _,m in made if m[3]]
             new = made,rendered,pool.submit(token_ids, [r.text for r in rendered], tokenizer)
             if waiting: yield waiting
             waiting = new
         if waiting: yield waiting
 
-def _examples_of_rows(made, rendered, encodings, tokenizer, how, report, strict):
-    "(row, shape, examples, rendered) of each row of a batch that can be used; why the others cannot goes into `report`"
+def _examples_of_rows(made, rendered, encodings, tokenizer, how, report):
+    "(row, shape, (examples, what was cut off), rendered) of each row of a batch that can be used; why the others cannot goes into `report`"
     encoded = iter(encode_rendered(rendered, tokenizer, encodings))
     for r,(shape,examples,talk,rendered) in made:
-        if rendered: examples = _guarded(r, report, strict, _second_step, next(encoded), talk, tokenizer, how, report)
-        if examples: yield r,shape,examples,rendered
+        if rendered: examples = _guarded(r, report, _second_step, next(encoded), talk, tokenizer, how)
+        if examples and examples[0]: yield r,shape,examples,rendered
 
-def _second_step(example, talk, tokenizer, how, report):
+def _second_step(example, talk, tokenizer, how):
     if isinstance(example, ValueError): raise example
-    if (n := _length(example))>how.max_length: return _too_long(talk, n, tokenizer, how, report)
-    if not (example['labels'][1:]!=ignored).any(): raise ValueError('nothing to learn: no token is a target')
-    return [example]
+    if (n := _length(example))>how.max_length: return _some_examples(_too_long(talk, n, tokenizer, how))
+    return _some_examples(([example], []))
 
-def _guarded(row, report, strict, step, *args):
+def _some_examples(made):
+    if not any((x['labels'][1:]!=ignored).any() for x in made[0]): raise ValueError('nothing to learn: no token is a target')
+    return made
+
+def _guarded(row, report, step, *args):
     "What a step makes of a row, or None where it fails; then the row is dropped with the reason"
     try: return step(*args)
-    except Exception as e: # a row may hold anything, and a template may raise anything
-        if strict: raise ValueError(f'{row.file}:{row.line}: {_one_line(e)}') from None
-        report.drop(row, _one_line(e))
+    except Exception as e: report.drop(row, _one_line(e)) # a row may hold anything, and a template may raise anything
 
 # %% ../nbs/01_data.ipynb #a67407d5
+_copy_of = 'duplicate of '
+
 class _Book:
     "Counts what is written, and finds copies"
     def __init__(self, report, duplicates):
@@ -330,8 +359,9 @@ class _Book:
         for x in examples: key.update(x['input_ids'].tobytes()); key.update(x['labels'].tobytes())
         return self.seen.setdefault(key.digest(), (row.file, row.line))
 
-    def count(self, shape, examples, rendered):
+    def count(self, shape, examples, cut, rendered):
         r = self.report
+        for kind in cut: r.truncated[kind] = r.truncated.get(kind, 0)+1
         r.used += 1; r.split += len(examples)>1; r.examples += len(examples)
         r.shapes[shape] = r.shapes.get(shape, 0)+1
         for key,n in (Counter(rendered.found) if rendered else {}).items(): r.found[key] = r.found.get(key, 0)+n
@@ -341,10 +371,14 @@ class _Book:
             self.lengths[n] += 1; r.tokens += n
             r.learned_tokens += int((x['labels'][1:]!=ignored).sum()) # the first token has nothing before it to be told from
 
+    def in_order(self):
+        "Dropped rows, in the order of the source"
+        place = {file: i for i,file in enumerate(self.files)}
+        return sorted(self.report.dropped, key=lambda d: (place[d['file']], d['line']))
+
     def close(self):
         r,n,seen = self.report,sum(self.lengths.values()),0
-        place = {file: i for i,file in enumerate(self.files)}
-        r.dropped.sort(key=lambda d: (place[d['file']], d['line']))
+        r.dropped = self.in_order()
         r.files,r.longest,steps = dict(self.files),max(self.lengths, default=0),[('a quarter up to', .25), ('half up to', .5), ('95 % up to', .95)]
         for length in sorted(self.lengths):
             seen += self.lengths[length]
@@ -358,18 +392,25 @@ def _batches(rows, n=1000):
         if len(batch)==n: yield batch; batch = []
     if batch: yield batch
 
+def _refuse_first(dropped):
+    "What `strict` does: no row may be dropped, but for copies that were asked to be"
+    bad = [d for d in dropped if not d['reason'].startswith(_copy_of)]
+    if bad: raise ValueError(f"{bad[0]['file']}:{bad[0]['line']}: {bad[0]['reason']}")
+
 def _prepared(rows, tokenizer, how, report, strict):
     "Batches of examples, each counted"
     book = _Book(report, how.duplicates)
-    for made,rendered,encodings in _tokenized(book.counted(_batches(rows)), tokenizer, how, report, strict):
+    for made,rendered,encodings in _tokenized(book.counted(_batches(rows)), tokenizer, how, report):
         out = []
-        for row,shape,examples,rendered in _examples_of_rows(made, rendered, encodings.result(), tokenizer, how, report, strict):
+        for row,shape,(examples,cut),rendered in _examples_of_rows(made, rendered, encodings.result(), tokenizer, how, report):
             first = book.copies(row, examples)
             if first!=(row.file, row.line):
-                if how.duplicates=='drop': report.drop(row, f'duplicate of {first[0]}:{first[1]}'); continue
+                if how.duplicates=='drop': report.drop(row, f'{_copy_of}{first[0]}:{first[1]}'); continue
                 report.duplicates += len(examples)
-            book.count(shape, examples, rendered); out += examples
+            book.count(shape, examples, cut, rendered); out += examples
+        if strict and report.dropped: _refuse_first(book.in_order())
         if out: yield out
+    if strict and report.dropped: _refuse_first(book.in_order())
     book.close()
 
 # %% ../nbs/01_data.ipynb #d1244c59
@@ -404,7 +445,8 @@ def tokenizer_digest(
     backend = tokenizer.backend_tokenizer
     if backend.truncation: backend.no_truncation()
     if backend.padding: backend.no_padding()
-    return _digest(backend.to_str().encode(), str(tokenizer.chat_template), [tokenizer.bos_token, tokenizer.eos_token])
+    today = str(date.today()) if 'strftime_now' in str(tokenizer.chat_template) else '' # such a template writes the day
+    return _digest(backend.to_str().encode(), str(tokenizer.chat_template), str(tokenizer.special_tokens_map), today)
 
 def _code_digest():
     "Checksum of the code that prepares data, and of what it stands on"
@@ -442,10 +484,12 @@ def _open(folder, report, tokenizer, digest):
     return Dataset.from_file(str(folder/'examples.arrow'), info=_info(tokenizer, digest))
 
 def _make_room(folder):
-    "Remove what was used longest ago"
+    "Remove what was used longest ago, but nothing of the last day, for it may be in use, and nothing that is not ours"
     from shutil import rmtree
-    age = lambda p: p.stat().st_mtime if p.exists() else 0
-    for p in sorted((p for p in folder.glob('*') if not p.name.startswith('.')), key=age)[:-_kept]: rmtree(p, ignore_errors=True)
+    ours = [p for p in folder.iterdir() if re.fullmatch('[0-9a-f]{32}', p.name) and (p/'data_report.json').is_file() and not p.is_symlink()]
+    old = sorted((p.stat().st_mtime, p) for p in ours)[:-_kept]
+    for when,p in old:
+        if when<time.time()-86_400: rmtree(p, ignore_errors=True)
 
 def _writable(folder):
     try: folder.mkdir(parents=True, exist_ok=True)
@@ -456,7 +500,8 @@ def _place(cache):
     "The folder for prepared data, and whether it is kept"
     import atexit
     from shutil import rmtree
-    folder = cache_folder() if cache is True else Path(cache).expanduser() if cache else None
+    if not isinstance(cache, (bool, str, os.PathLike)): raise ValueError(f'`cache` must be true, false or a folder, got {cache!r}')
+    folder = cache_folder() if cache is True else Path(cache).expanduser()/'sage_data' if cache else None
     if folder and _writable(folder): return folder,True
     if folder and cache is not True: raise SageError(f'cannot write {folder}: give another folder as `cache`')
     folder = Path(tempfile.mkdtemp(prefix='sage_data_'))
@@ -484,15 +529,16 @@ def prepare_dataset(
 ): # `datasets.Dataset` with `input_ids` and `labels`, unpadded
     "Training examples of the rows of a source, and an account of every row"
     how = _checked_how(max_length, columns, format_type=format_type, train_on=train_on, overflow=overflow, cut_answers=cut_answers, duplicates=duplicates)
+    if isinstance(tokenizer, (str, Path)): raise ValueError(f'`tokenizer` must be a tokenizer, got the name {str(tokenizer)!r}: load it with `sage_finetune.loading.load_tokenizer`')
     if not getattr(tokenizer, 'is_fast', False): raise ValueError(f'`tokenizer` must be a fast one: {type(tokenizer).__name__} cannot say which characters a token has')
     ensure_template(tokenizer)
     source,book,digest = dict(split=split, revision=revision, subset=subset),DataReport(),tokenizer_digest(tokenizer)
     folder,kept = _place(cache)
-    place = folder/_digest(source_digest(data_path, **source), _name_of(data_path), digest, asdict(how), _code_digest())
+    place = folder/_digest(source_digest(data_path, **source), _files_of(data_path), digest, asdict(how), _code_digest())
     try:
-        if kept and (place/'data_report.json').is_file(): os.utime(place); dataset = _open(place, book, tokenizer, digest); book.cached = True
-        else: dataset = _prepare(data_path, source, tokenizer, how, book, strict, place, digest)
-        if strict and book.dropped: raise ValueError(next(_dropped_lines(book, 1)))
+        dataset = _from_cache(place, book, tokenizer, digest) if kept else None
+        if dataset is None: dataset = _prepare(data_path, source, tokenizer, how, book, strict, place, digest)
+        elif strict and book.dropped: _refuse_first(book.dropped)
     finally:
         if report is not None: vars(report).update(vars(book))
     if kept: _make_room(folder)
@@ -500,6 +546,26 @@ def prepare_dataset(
     return dataset
 
 def _name_of(source): return str(source) if isinstance(source, (str, Path)) else type(source).__name__
+
+def _files_of(source):
+    "What the report will name: the files that are read and those that are passed over"
+    try: return [_name_of(source), *map(str, source_files(source))] if isinstance(source, (str, Path)) else [_name_of(source)]
+    except (ValueError, OSError, SageError): return [_name_of(source)]
+
+def _from_cache(place, report, tokenizer, digest):
+    "What was prepared before, or None where it was not or is damaged"
+    from shutil import rmtree
+    if not (place/'data_report.json').is_file(): return None
+    try:
+        os.utime(place)
+        dataset = _open(place, report, tokenizer, digest)
+        if len(dataset)!=report.examples: raise ValueError('the file was cut short')
+    except (OSError, ValueError, TypeError, AttributeError, SageError):
+        rmtree(place, ignore_errors=True)
+        vars(report).update(vars(DataReport()))
+        return None
+    report.cached = True
+    return dataset
 
 # %% ../nbs/01_data.ipynb #63e1281d
 def _prepare(source, where, tokenizer, how, report, strict, place, digest):

@@ -43,6 +43,8 @@ def checked_columns(
     columns:dict|None, # {name in the file: known name}
 )->dict: # The same, in that direction
     "Refuse a map of columns that leads to no known name"
+    if not isinstance(columns or {}, dict) or not all(isinstance(x, str) for pair in (columns or {}).items() for x in pair):
+        raise ValueError(f'`columns` must be a dict of names {{in the file: known}}, got {columns!r}')
     columns = dict(columns or {})
     if columns and not _known.issuperset(columns.values()) and _known.issuperset(columns): columns = {v: k for k,v in columns.items()}
     for theirs,ours in columns.items():
@@ -124,6 +126,7 @@ def _turn_of(turn, role, what):
     may_be_empty = out['role'] in ('system', 'tool') or bool(calls)
     out['content'] = '' if turn.get(what) is None and calls else _content(turn.get(what), f'`{what}`', may_be_empty)
     thought = next((turn[k] for k in ('reasoning_content', 'thinking', 'reasoning') if turn.get(k)), None)
+    if isinstance(thought, str) and not thought.strip(): thought = None
     if thought and out['role']=='assistant': out['reasoning_content'] = _string(thought, 'the reasoning')
     if calls and out['role']!='assistant': raise ValueError(f'`tool_calls` in a turn of the role {role}')
     if calls: out['tool_calls'] = calls
@@ -141,10 +144,12 @@ def _content(value, name, empty):
 
 def _train_flag(turn):
     "{train: False} for a turn that asks not to be learned"
-    flag,weight = turn.get('train'),turn.get('weight')
-    if flag not in (None, True, False): raise ValueError(f'`train` must be true or false, got {flag!r}')
-    if weight is not None and (weight not in (0, 1)): raise ValueError(f'`weight` must be 0 or 1, got {weight!r}')
-    return dict(train=False) if flag is False or (weight is not None and weight==0) else {}
+    for name,asked in (('train', 'true or false'), ('weight', '0 or 1')):
+        value = turn.get(name)
+        if value is None: continue
+        if not isinstance(value, (bool, int, float)) or value not in (0, 1): raise ValueError(f'`{name}` must be {asked}, got {repr(value)[:60]}')
+        if not value: return dict(train=False)
+    return {}
 
 # %% ../nbs/00d_shapes.ipynb #52fc88fa
 def _object(text, name):

@@ -238,6 +238,11 @@ def _tsv_rows(f, file): return _csv_rows(f, file, '\t')
 # %% ../nbs/00c_sources.ipynb #d1fa9e76
 _batch = 256 # Rows taken out of Arrow at a time
 
+def _present(row):
+    "A row of a table without the inner keys that hold nothing"
+    inner = lambda v: ({k: inner(x) for k,x in v.items() if x is not None} if isinstance(v, dict) else [inner(x) for x in v] if isinstance(v, list) else v)
+    return {k: inner(v) if isinstance(v, (dict, list)) else v for k,v in row.items()}
+
 def _parquet_rows(f, file):
     "The rows of the parquet file in the stream `f`"
     import pyarrow.parquet as pq
@@ -250,7 +255,7 @@ def _parquet_rows(f, file):
             names = table.schema_arrow.names
             if len(set(names))<len(names): _check_columns(names, file)
             for batch in table.iter_batches(batch_size=_batch):
-                for n,value in enumerate(batch.to_pylist(), n+1): yield Row(file, n, value)
+                for n,value in enumerate(batch.to_pylist(), n+1): yield Row(file, n, _present(value))
         except (EOFError, gzip.BadGzipFile, zlib.error): raise
         except Exception as e: raise ValueError(f'{file} is no parquet file, or a broken one: {_one_line(e)}') from None
 
@@ -404,7 +409,7 @@ def _load(kind, source, split, revision, subset):
 def _dataset_rows(data, name):
     "The rows of a `datasets` object: plain values, unless it has a transform of its own"
     rows = _by_batches(data) if _is_plain(data) else data
-    for i,value in enumerate(rows, 1): yield Row(name, i, value)
+    for i,value in enumerate(rows, 1): yield Row(name, i, _present(value) if isinstance(value, dict) else value)
 
 def _is_plain(data):
     "Whether `data` is a `Dataset` without a transform of its own"
@@ -420,13 +425,17 @@ def _list_of_rows(rows, name):
     for i,value in enumerate(rows, 1): yield Row(name, i, value)
 
 def _frame_rows(frame, name):
-    "The rows of a pandas frame; a missing value becomes None"
-    import pandas as pd
+    "The rows of a pandas frame: plain values, a missing one as None"
+    import numpy as np, pandas as pd
     columns = [str(c) for c in frame.columns]
     _check_columns(columns, 'the frame')
-    known = lambda v: None if v is pd.NA or v is pd.NaT or isinstance(v, float) and v!=v else v
+    def known(v):
+        if isinstance(v, np.ndarray): return [known(x) for x in v]
+        if isinstance(v, (dict, list)): return {k: known(x) for k,x in v.items()} if isinstance(v, dict) else [known(x) for x in v]
+        if isinstance(v, np.generic): v = v.item()
+        return None if v is pd.NA or v is pd.NaT or isinstance(v, float) and v!=v else v
     for i,values in enumerate(zip(*(frame.iloc[:,j] for j in range(len(columns)))), 1):
-        yield Row(name, i, dict(zip(columns, map(known, values))))
+        yield Row(name, i, _present(dict(zip(columns, map(known, values)))))
 
 # %% ../nbs/00c_sources.ipynb #1c40ba06
 def read_rows(

@@ -13,7 +13,7 @@ import random
 from .batches import flat_chunks
 
 # %% ../nbs/01e_split.ipynb #5bccb85b
-_run,_seeds,_bands,_alike = 5,24,6,0.8 # tokens in a shingle, numbers in a signature, parts of a signature that must agree to look closer, likeness
+_run,_seeds,_bands,_alike = 5,40,10,0.8 # tokens in a shingle, numbers in a signature, parts of a signature that must agree to look closer, likeness
 
 def _shingles(flat):
     "A 64-bit number for each run of tokens that begins at a place of `flat`"
@@ -31,20 +31,22 @@ def _shingles_of_rows(flat, starts):
     inside = row[:len(found)]==row[_run-1:] if len(found) else np.zeros(0, dtype=bool)
     return found[inside],row[:len(found)][inside]
 
-def _common(dataset, most=4000):
-    "Shingles that more than a tenth of the examples hold, judged by at most `most` of them"
+def _common(dataset, copies, most=4000):
+    "Shingles that more than a tenth of the different examples hold, judged by at most `most` of them"
     import numpy as np
-    step = max(1, len(dataset)//most)
-    sample,seen = dataset.select(range(0, len(dataset), step)),[]
+    different = np.flatnonzero(copies==np.arange(len(copies)))
+    sample,seen = dataset.select(different[::max(1, len(different)//most)]),[]
     for flat,starts in flat_chunks(sample):
         found,row = _shingles_of_rows(flat, starts)
-        seen.append(np.unique(np.stack([found, row.astype(np.uint64)]), axis=1)[0])
+        order = np.argsort(found, kind='stable'); found,row = found[order],row[order]
+        once = np.diff(found, prepend=found[:1]+np.uint64(1)).astype(bool) | np.diff(row, prepend=-1).astype(bool)
+        seen.append(found[once])
     values,n = np.unique(np.concatenate(seen), return_counts=True)
     return values[n>max(10, len(sample)//10)]
 
 # %% ../nbs/01e_split.ipynb #258cd370
 def _signatures(dataset, common):
-    "A row of numbers for each example, (examples, 24); all ones where no shingle is left"
+    "A row of numbers for each example, (examples, 40); all ones where no shingle is left"
     import numpy as np
     odd = np.random.default_rng(0).integers(0, 2**63, _seeds, dtype=np.uint64)*np.uint64(2)+np.uint64(1)
     out = []
@@ -89,7 +91,7 @@ def alike_groups(
 )->tuple: # Two arrays: for each example the first that is a copy of it, and the first that is a copy or nearly
     "Which examples are the same, and which nearly"
     copies = _copies(dataset)
-    return copies,_joined(copies.copy(), _signatures(dataset, _common(dataset)))
+    return copies,_joined(copies.copy(), _signatures(dataset, _common(dataset, copies)))
 
 # %% ../nbs/01e_split.ipynb #863f5547
 def split_dataset(
@@ -106,7 +108,9 @@ def split_dataset(
     groups = _members(alike)
     if len(groups)<2: groups = _members(copies) # all alike: then only copies are kept together
     held = _drawn(groups, max(1, round(test_size*len(dataset))), seed)
-    if not held: return dataset,None
+    if not held:
+        if report is not None: report.notes['nothing is held out: all examples are copies of one'] = len(dataset)
+        return dataset,None
     if report is not None: report.held_out = len(held)
     chosen = set(held)
     return dataset.select([i for i in range(len(dataset)) if i not in chosen]),dataset.select(held)

@@ -65,7 +65,7 @@ def chat_form(
     tokenizer, # With a chat template
 )->ChatForm: # Found once, then remembered by the tokenizer
     "What a tokenizer's chat template takes, found by trying"
-    key = str(tokenizer.chat_template),len(tokenizer),tokenizer.bos_token,tokenizer.eos_token
+    key = str(tokenizer.chat_template),len(tokenizer),str(tokenizer.special_tokens_map)
     known = getattr(tokenizer, '_sage_form', None)
     if not known or known[0]!=key: tokenizer._sage_form = known = key,_find_form(tokenizer)
     return known[1]
@@ -86,8 +86,11 @@ def _find_form(tokenizer):
     bare = ChatForm(parts)
     system = shown(_formed([dict(role='system', content=S), *talk], bare), S, U, A)
     calls,empty = next((f for f in _ways_to_call if _takes_calls(tokenizer, ChatForm(parts, system, *f))), ('text', ''))
-    controls = sorted({t for t in tokenizer.all_special_tokens if t.strip()}, key=len, reverse=True)
-    return ChatForm(parts, system, calls, empty, _header(tokenizer, bare), _turn_ends(tokenizer, bare), frozenset(tokenizer.added_tokens_decoder),
+    ends,special = _turn_ends(tokenizer, bare),{i: str(t) for i,t in tokenizer.added_tokens_decoder.items() if t.special}
+    controls = sorted({t for t in (*tokenizer.all_special_tokens, *special.values(), *ends) if t.strip()}, key=len, reverse=True)
+    closing = {i for i,t in tokenizer.added_tokens_decoder.items() if any(e.endswith(str(t)) for e in ends)}
+    end_ids = closing | set(special) | {tokenizer.eos_token_id}
+    return ChatForm(parts, system, calls, empty, _header(tokenizer, bare), ends, frozenset(end_ids),
                     re.compile('|'.join(map(re.escape, controls))) if controls else None)
 
 _ways_to_call = [(calls, empty) for calls in ('object', 'string') for empty in ('', None)]
@@ -102,18 +105,32 @@ def _takes_calls(tokenizer, form):
 # %% ../nbs/00e_template.ipynb #df65ea7a
 def _formed(messages, form):
     "Messages in the form that a template takes"
-    out = [_with_calls({k: v for k,v in m.items() if k!='train'}, i, form) for i,m in enumerate(messages)]
+    out = [_with_calls({k: v for k,v in m.items() if k!='train'}, i, form) for i,m in enumerate(_with_ids(messages))]
     return _in_parts(out) if form.parts else out
 
 def _in_parts(messages):
     return [m | dict(content=[dict(type='text', text=m['content'])]) if isinstance(m.get('content'), str) else m for m in messages]
 
 def _with_calls(m, i, form):
-    if m['role']=='tool': return m | dict(tool_call_id=m.get('tool_call_id') or f'call{i-1:05d}')
     if not m.get('tool_calls'): return m
     args = (lambda a: json.dumps(a, ensure_ascii=False)) if form.calls=='string' else (lambda a: a)
-    calls = [dict(type='function', id=c.get('id') or f'call{i:05d}', function=c['function'] | dict(arguments=args(c['function']['arguments']))) for c in m['tool_calls']]
+    calls = [dict(type='function', id=_id_of(c, i, k), function=c['function'] | dict(arguments=args(c['function']['arguments']))) for k,c in enumerate(m['tool_calls'])]
     return m | dict(tool_calls=calls, content=m['content'] or form.empty)
+
+def _id_of(call, turn, k): return call.get('id') or f'c{turn:04d}{k:04d}' # nine characters, as Mistral's templates insist on
+
+def _with_ids(messages):
+    "Results that do not say which call they answer are those of the last calls, in order"
+    out,open_calls = [],[]
+    for i,m in enumerate(messages):
+        if m.get('tool_calls'): open_calls = [_id_of(c, i, k) for k,c in enumerate(m['tool_calls'])]
+        if m['role']=='tool':
+            known = m.get('tool_call_id')
+            new = known or (open_calls[0] if open_calls else f'c{i:04d}0000')
+            if new in open_calls: open_calls.remove(new)
+            m = m | dict(tool_call_id=new)
+        out.append(m)
+    return out
 
 # %% ../nbs/00e_template.ipynb #47ffe692
 def _header(tokenizer, form):
@@ -324,8 +341,8 @@ def _marked_inside(messages):
     out,bodies = [],[]
     for i,m in enumerate(messages):
         body = m['content']
-        middle = [k for k in range(1, len(body)) if body[k-1].isalnum() and body[k].isalnum()]
-        if not middle: raise ValueError(_lost)
+        middle = [k for k in range(1, len(body)) if body[k-1].isalnum() and body[k].isalnum()] or [*range(1, len(body))]
+        if not middle: raise ValueError(f'the chat template looks into the texts, and one of a single character (turn {i+1}) cannot be located in what it makes of them')
         k = middle[len(middle)//2]
         bodies.append((_sign(i), body, k)); out.append(m | dict(content=body[:k]+_sign(i)+body[k:]))
     return out,bodies
@@ -392,18 +409,23 @@ def render_learned(
     if train_on!='all': messages = _chosen(messages, train_on)
     messages,tools,notes = _adapted(messages, tools, form)
     text = _applied(tokenizer, _formed(messages, form), tools)
-    if train_on=='all': return Rendered(text, [(0, len(text))], ('every token',), tuple(notes))
-    spans,missing = _proved_spans(tokenizer, text, messages, tools, form)
+    if train_on=='all': return Rendered(text, [(0, len(text.rstrip()))], ('every token',), tuple(notes))
+    text,spans,missing = _proved_spans(tokenizer, text, messages, tools, form)
     learned = sorted(s for i,m in enumerate(messages) if m['role']=='assistant' and m['train'] for s in spans[i])
     if any(b>c for (_,b,_),(c,_,_) in zip(learned, learned[1:])): raise ValueError('the chat template mixes the turns, so the answers cannot be told apart')
+    if any(not text[a:b].rstrip().endswith(form.ends or ('\0',)) and text[b:].strip() for a,b,_ in learned[:-1]): missing = [*missing, 'an earlier answer has no end of its own']
     return Rendered(text, [(a, b) for a,b,_ in learned], tuple(h for *_,h in learned), tuple(notes+missing))
 
 # %% ../nbs/00e_template.ipynb #c1952776
 def _proved_spans(tokenizer, text, messages, tools, form):
-    "Turn → spans in `text`, and what the template left out"
+    "The text, turn → spans in it, and what the template left out"
     signed,bodies = _signed([{k: v for k,v in m.items() if k!='train'} for m in messages])
     skeleton = _skeleton(tokenizer, signed, tools, form)
     overlay = _overlay(skeleton.text, text, bodies)
+    if overlay is None and 'strftime_now' in str(tokenizer.chat_template): # its clock may have moved since the skeleton was made
+        form.skeletons.clear()
+        text,skeleton = _applied(tokenizer, _formed(messages, form), tools),_skeleton(tokenizer, signed, tools, form)
+        overlay = _overlay(skeleton.text, text, bodies)
     if overlay:
         spans = {i: [(_moved(a, overlay), _moved(b, overlay), how) for a,b,how in found] for i,found in skeleton.spans.items()}
         missing = _left_out([s for s in bodies if s not in skeleton.text], messages)
@@ -412,14 +434,15 @@ def _proved_spans(tokenizer, text, messages, tools, form):
         places = _places_inside(tokenizer, text, messages, tools, form)
         spans,missing = _all_spans(tokenizer, text, places, messages, tools, form),[]
     _check_spans(spans, messages)
-    return spans,missing
+    return text,spans,missing
 
 def _left_out(signs, messages):
     "Notes on texts that the template leaves out"
     out = []
     for s in signs:
         role,part = messages[_turn_of(s)]['role'],(ord(s)-_first_sign)%_signs_each
-        if role in ('user', 'tool') or part==2: raise ValueError(f"the chat template leaves out turn {_turn_of(s)+1} (role {role})")
+        if role in ('user', 'tool'): raise ValueError(f'the chat template leaves out turn {_turn_of(s)+1} (role {role})')
+        if part==2: raise ValueError(f'the chat template leaves out the last call of turn {_turn_of(s)+1}')
         out.append('system prompt left out' if role=='system' else 'thoughts left out' if part==0 else 'text beside a call left out')
     return list(dict.fromkeys(out))
 
@@ -474,9 +497,21 @@ def _by_pieces(rendered, tokenizer):
     return np.array(ids, dtype=np.int32),np.array(labels, dtype=np.int32)
 
 def _same_text(decoded, wanted):
-    "Whether tokens say what they should; some tokenizers normalise, some drop a leading space"
+    "Whether tokens say what they should, where a tokenizer normalises or drops a leading space"
     bare = lambda s: ''.join(unicodedata.normalize('NFKC', s).split())
-    return decoded==wanted or bare(decoded)==bare(wanted)
+    return bare(decoded)==bare(wanted)
+
+def _better_by_pieces(rendered, whole, wanted, tokenizer):
+    "Ids and labels by pieces where these say exactly what is wanted and nothing more than the text as a whole, else None"
+    ids,labels = _by_pieces(rendered, tokenizer)
+    say = lambda ids: tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
+    learned = labels[labels!=ignored].tolist()
+    return (ids, labels) if learned and say(learned)==wanted and say(ids.tolist())==say(whole) else None
+
+# %% ../nbs/00e_template.ipynb #68be58cc
+def _not_written_back(said, wanted):
+    n = len(os.path.commonprefix([said, wanted]))
+    return f'the tokenizer cannot write the answer back: {wanted[max(0, n-10):n+20]!r} becomes {said[max(0, n-10):n+20]!r}'
 
 # %% ../nbs/00e_template.ipynb #3f9e42fb
 def _closed(ids, labels, form, tokenizer):
@@ -502,11 +537,10 @@ def encode_rendered(
 def _finished(rendered, ids, labels, said, form, tokenizer):
     wanted = ''.join(rendered.text[a:b] for a,b in rendered.spans)
     try:
-        if not _same_text(said, wanted):
-            ids,labels = _by_pieces(rendered, tokenizer)
-            learned = labels[labels!=ignored].tolist()
-            if not learned or not _same_text(tokenizer.backend_tokenizer.decode(learned, skip_special_tokens=False), wanted):
-                raise ValueError('the tokens of the answer cannot be told from those around it')
+        if said!=wanted:
+            better = _better_by_pieces(rendered, token_ids([rendered.text], tokenizer)[0].ids, wanted, tokenizer)
+            if better is not None: ids,labels = better
+            elif not _same_text(said, wanted): raise ValueError(_not_written_back(said, wanted))
         ids,labels = _closed(ids, labels, form, tokenizer)
     except ValueError as e: return e
     return dict(input_ids=ids, labels=labels)

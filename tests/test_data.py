@@ -124,7 +124,7 @@ def test_a_run_that_stops_half_way_leaves_nothing_in_the_cache(tmp_path):
     path = tmp_path/'half.json'
     path.write_text(json.dumps(qa)[:-20])
     with pytest.raises(ValueError, match='half.json:1: not JSON'): prepare_dataset(path, tok, cache=tmp_path/'cache')
-    assert list((tmp_path/'cache').iterdir())==[]
+    assert [*(tmp_path/'cache').rglob('*')]==[tmp_path/'cache'/'sage_data']
 
 def test_a_copy_of_the_data_elsewhere_gives_the_same_examples(tmp_path):
     one,two = create_sample_data(tmp_path/'a.jsonl', 'qa', 30),save_rows(tmp_path/'b.json', sample_rows('qa', 30))

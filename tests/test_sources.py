@@ -160,7 +160,7 @@ def test_a_parquet_file_keeps_types_and_counts_rows_over_batches(tmp_path):
     import pyarrow.parquet as pq
     rows = [dict(text=str(i), day=datetime.date(2026, 1, 1), raw=b'\xff', chat=[dict(role='user', content=None)]) for i in range(1000)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path/'x.parquet')
-    assert [r.value for r in read_rows(tmp_path/'x.parquet')] == rows
+    assert [r.value for r in read_rows(tmp_path/'x.parquet')] == [r | dict(chat=[dict(role='user')]) for r in rows]
     assert [r.line for r in read_rows(tmp_path/'x.parquet')] == list(range(1, 1001))
     data = (tmp_path/'x.parquet').read_bytes()
     for broken in (b'', b'PAR1', data[:-1], data[:200] + bytes(50) + data[250:], b'PAR1' + data[100:]):
