@@ -12,13 +12,13 @@ __all__ = ['Piece', 'pieces_of', 'RowView', 'show_row', 'Views', 'show_rows', 't
 import codecs,html,os,re,unicodedata
 from base64 import b64encode
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import groupby
 from operator import index, itemgetter
 from pathlib import Path
 
 from .config import TrainingConfig, cannot_write, embedded_model, refuse_unknown
 from .folder import RunFolder, config_from_meta
+from .template import byte_letters, is_byte_level
 from .data import DataReport, ignored, prepare_dataset, tokenizer_of
 from .batches import PackingReport, pack_dataset
 
@@ -34,20 +34,9 @@ class Piece:
     document: int = 0 # Number of the packed document that begins here, from 1; 0 where none does
 
 # %% ../nbs/01d_inspect.ipynb #74f4001f
-@lru_cache(1)
-def _letters():
-    "Letter of a byte-level vocabulary → byte"
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [b for b in range(256) if b not in shown]
-    return {chr(b): b for b in shown} | {chr(256+i): b for i,b in enumerate(hidden)}
-
-def _is_byte_level(tokenizer):
-    decoder = getattr(getattr(tokenizer, 'backend_tokenizer', None), 'decoder', None)
-    return decoder is not None and decoder.decode(['aĠ'])=='a '
-
 def _raw(ids, tokenizer, alone):
     "The bytes of each token that is made of bytes, else None; `alone` are tokens that are not"
-    byte_level,letters,out = _is_byte_level(tokenizer),_letters(),[]
+    byte_level,letters,out = is_byte_level(tokenizer),byte_letters(),[]
     for t,token in zip(ids, tokenizer.convert_ids_to_tokens(ids)):
         if t in alone or token is None: out.append(None)
         elif byte_level: out.append(bytes(map(letters.get, token)) if letters.keys()>=set(token) else None)
