@@ -304,7 +304,7 @@ def main(
     _quiet_libraries(); _any_letter()
     argv = sys.argv[1:] if argv is None else argv
     try: return get_command(app).main(argv, prog_name='sage-finetune', standalone_mode=False) or 0
-    except KeyboardInterrupt: return _fail('stopped; the same command goes on from the last checkpoint', 130)
+    except KeyboardInterrupt as e: return _fail(str(e) or 'stopped; the same command goes on from the last checkpoint', 128+getattr(e, 'signal', 2))
     except (SageError, ValueError, OSError) as e:
         if os.environ.get('SAGE_DEBUG'): raise
         return _fail(e, 1)

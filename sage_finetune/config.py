@@ -7,7 +7,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/config.html.md"""
 # %% auto #0
 __all__ = ['default_output_dir', 'embedded_model', 'checked', 'refuse_unknown', 'Settings', 'with_given', 'LoRAConfig',
            'SageError', 'cannot_write', 'to_disk', 'write_text', 'write_json', 'read_json', 'whole_folder',
-           'TrainingConfig', 'PresetConfigs', 'resolve_model']
+           'TrainingConfig', 'PresetConfigs', 'preset_for', 'resolve_model']
 
 # %% ../nbs/00_config.ipynb #8d5faccc
 import errno,json,math,os,platform,re,warnings
@@ -489,13 +489,18 @@ class TrainingConfig(Settings):
         "Where TensorBoard looks"
         return self.output_dir/'logs'
 
-# %% ../nbs/00_config.ipynb #f7f68f4b
+# %% ../nbs/00_config.ipynb #2bf1814a
 def _preset(settings, changes):
     "A config of which only `changes` count as given by hand"
     return TrainingConfig().adapted(**settings).replace(**changes)
 
+_unquantised = dict(load_in_8bit=False, gradient_checkpointing=False, optim='adamw_torch') # no quantisation, nothing computed twice
+_two_by_eight = dict(per_device_train_batch_size=2, gradient_accumulation_steps=8)
+
 class PresetConfigs:
-    "Starting points for four sizes of GPU; a keyword changes a setting by hand"
+    "Starting points for seven kinds of machine; a keyword changes a setting by hand"
+    fits_in = dict(minimal=6, rtx_3060=10, colab_t4=14, rtx_4090=20, a100=35, h200=120, cpu=12) # GB the default model needs at most
+
     @staticmethod
     def minimal(**changes)->TrainingConfig: # 4 bits, 512 tokens, effective batch 32
         "A card below 8 GB: the default model fits in 6 GB"
@@ -506,13 +511,44 @@ class PresetConfigs:
         "A card with 12 GB: the default model fits in 10 GB"
         return _preset({}, changes)
     @staticmethod
+    def colab_t4(**changes)->TrainingConfig: # fp16, 1,024 tokens, effective batch 16
+        "A T4, as Colab lends it, or another card with 16 GB: the default model fits in 14 GB"
+        return _preset(dict(_unquantised, **_two_by_eight), changes)
+    @staticmethod
     def rtx_4090(**changes)->TrainingConfig: # fp16, 2,048 tokens, effective batch 16
         "A card with 24 GB: the default model fits in 20 GB"
-        return _preset(dict(load_in_8bit=False, max_length=2048, optim='adamw_torch'), changes)
+        return _preset(dict(_unquantised, **_two_by_eight, max_length=2048), changes)
     @staticmethod
     def a100(**changes)->TrainingConfig: # bf16, 4,096 tokens, effective batch 16
         "A card with 40 or 80 GB: the default model fits in 35 GB"
-        return _preset(dict(load_in_8bit=False, max_length=4096, fp16=False, bf16=True, optim='adamw_torch'), changes)
+        return _preset(dict(_unquantised, **_two_by_eight, max_length=4096, fp16=False, bf16=True), changes)
+    @staticmethod
+    def h200(**changes)->TrainingConfig: # bf16, 4,096 tokens, effective batch 16
+        "A card with 141 GB: the default model fits in 120 GB"
+        return _preset(dict(_unquantised, per_device_train_batch_size=8, gradient_accumulation_steps=2, max_length=4096, fp16=False, bf16=True), changes)
+    @staticmethod
+    def cpu(**changes)->TrainingConfig: # fp32, 512 tokens, effective batch 16
+        "No GPU: the default model fits in 12 GB of main memory"
+        return _preset(dict(_unquantised, max_length=512, fp16=False), changes)
+    @staticmethod
+    def auto(
+        machine=None, # A `Machine`; this one if None
+        **changes, # Settings by hand
+    )->TrainingConfig: # One of the others
+        "The preset for a machine"
+        return getattr(PresetConfigs, preset_for(machine))(**changes)
+
+# %% ../nbs/00_config.ipynb #cfecd8b2
+def preset_for(
+    machine=None, # A `Machine`; this one if None
+)->str: # Name of a preset
+    "Which preset suits a machine"
+    if machine is None:
+        from sage_finetune.machine import Machine
+        machine = Machine.here()
+    if machine.device!='cuda': return 'cpu'
+    order = [*(('h200', 'a100', 'rtx_4090') if machine.bf16 else ()), 'colab_t4', 'rtx_3060', 'minimal']
+    return next((n for n in order if PresetConfigs.fits_in[n]*1e9 <= (machine.memory or 0)), 'minimal')
 
 # %% ../nbs/00_config.ipynb #34f8502b
 embedded_model = 'sage-tiny'

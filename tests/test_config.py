@@ -8,7 +8,7 @@ import pytest
 
 from sage_finetune.config import (LoRAConfig, PresetConfigs, SageError, Settings, TrainingConfig, checked, read_json, whole_folder, write_json, write_text)
 from sage_finetune.machine import Change, Machine, fit_config, show_changes
-from sage_finetune.folder import RunFolder, config_from_meta, last_checkpoint, read_meta, run_folder
+from sage_finetune.folder import RunFolder, config_from_meta, last_checkpoint, mark_complete, read_meta, run_folder
 
 DEFAULTS = dict(
     model_name="Qwen/Qwen2.5-Coder-1.5B-Instruct", load_in_8bit=True, load_in_4bit=False, data_path=None, max_length=1024,
@@ -234,7 +234,8 @@ def test_files_keep_the_usual_permissions(tmp_path):
 def test_checkpoints_by_number_and_only_whole_ones(tmp_path):
     assert last_checkpoint(tmp_path) is None
     for name in ('checkpoint-9', 'checkpoint-10', 'checkpoint-100x', 'xcheckpoint-200', 'checkpoint-', 'checkpoint-٣٠٠'):
-        write_text(tmp_path/name/'COMPLETE', '')
+        write_text(tmp_path/name/'state.json', '{}')
+        mark_complete(tmp_path/name)
     (tmp_path/'checkpoint-500').mkdir()
     write_text(tmp_path/'checkpoint-600', 'a file')
     assert last_checkpoint(tmp_path).name=='checkpoint-10'

@@ -1,0 +1,128 @@
+"""Training against TRL's `SFTTrainer` and against a bare loop: `python benchmarks/train.py ROWS.jsonl [--rows N] [--out FILE.json] [--plot FILE.png]`
+
+One epoch over the same rows with the same model, adapter, batch and optimizer, each way in a process of its own, one after the other. A token counts once,
+filling up counts as nothing. The bare loop runs full rows of random tokens without anything around it, which is what the machine can do with this model.
+Prints tokens a second, the largest resident memory, the loss over all rows after training, and the ratios.
+"""
+import argparse, json, os, platform, resource, subprocess, sys, tempfile, time, warnings
+from datetime import date
+from pathlib import Path
+
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+warnings.filterwarnings('ignore')
+
+ways = ('bare loop', 'sage_finetune', 'sage_finetune packed', 'trl', 'trl by length', 'trl packed')
+lora = dict(r=8, lora_alpha=16, target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj'], lora_dropout=0.0, bias='none', task_type='CAUSAL_LM')
+batch,max_length,learning_rate,seed = 8,1024,1e-3,0
+template = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+            "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+def make_model(folder):
+    "A Qwen2 of 5.8 million parameters with random weights, and the embedded tokenizer"
+    import torch
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+    from sage_finetune.config import resolve_model
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model('sage-tiny'))
+    tokenizer.chat_template = template
+    torch.manual_seed(seed)
+    config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=4,
+                         max_position_embeddings=2048, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model = Qwen2ForCausalLM(config); model.save_pretrained(folder); tokenizer.save_pretrained(folder)
+
+def rows_of(path, n):
+    from sage_finetune.sources import load_training_data
+    from sage_finetune.shapes import to_messages
+    return [dict(messages=to_messages(r)) for r in load_training_data(path)[:n]]
+
+def final_loss(model, tokenizer, rows):
+    "Mean loss over the learned tokens of all rows"
+    from sage_finetune.batches import Collator
+    from sage_finetune.data import DataReport, prepare_dataset
+    from sage_finetune.loss import mean_loss
+    data,collate = prepare_dataset(rows, tokenizer, max_length, report=DataReport(), cache=False),Collator(tokenizer.pad_token_id)
+    return mean_loss(model, (collate([data[j] for j in range(i, min(i+8, len(data)))]) for i in range(0, len(data), 8)))
+
+def run_bare(model_folder, rows, work):
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), LoraConfig(**lora))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+    ids,steps = torch.randint(0, model.config.vocab_size, (8, 256)),max(4, sum(len(m['content']) for r in rows for m in r['messages'])//2//2048//2)
+    def step(): model(input_ids=ids, labels=ids, use_cache=False).loss.backward(); optimizer.step(); optimizer.zero_grad()
+    step(); step()
+    began = time.perf_counter()
+    for _ in range(steps): step()
+    return time.perf_counter()-began,steps*ids.numel(),None
+
+def run_ours(model_folder, rows, work, **more):
+    from sage_finetune import LoRATrainer, TrainingConfig
+    from sage_finetune.sources import save_rows
+    config = TrainingConfig(model_name=model_folder, data_path=save_rows(Path(work)/'rows.jsonl', rows), output_dir=Path(work)/'run', max_length=max_length, num_train_epochs=1,
+                            gradient_accumulation_steps=1, learning_rate=learning_rate, lr_scheduler_type='constant', warmup_ratio=0, weight_decay=0.01,
+                            load_in_8bit=False, fp16=False, gradient_checkpointing=False, optim='adamw_torch', test_size=0, save_steps=10_000, report_to='none', seed=seed,
+                            lora={k: v for k,v in lora.items()}, **(dict(per_device_train_batch_size=batch) | more))
+    run = LoRATrainer(config, quiet=True)
+    run.load_model_and_tokenizer(); run.prepare_data(); run.apply_lora(); run.setup_trainer()
+    tokens = run.data_report.tokens
+    began = time.perf_counter(); run.trainer.train()
+    return time.perf_counter()-began,tokens,final_loss(run.model, run.tokenizer, rows)
+
+def run_trl(model_folder, rows, work, **more):
+    import datasets, transformers, trl
+    from datasets import Dataset
+    from peft import LoraConfig
+    datasets.disable_progress_bars(); transformers.logging.set_verbosity_error()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    args = trl.SFTConfig(output_dir=work, max_length=max_length, num_train_epochs=1, learning_rate=learning_rate, lr_scheduler_type='constant', weight_decay=0.01, optim='adamw_torch',
+                         gradient_accumulation_steps=1, gradient_checkpointing=False, assistant_only_loss=True, report_to='none', use_cpu=True, bf16=False, fp16=False, disable_tqdm=True,
+                         save_strategy='no', logging_steps=10, seed=seed, **(dict(per_device_train_batch_size=batch) | more))
+    trainer = trl.SFTTrainer(model=transformers.AutoModelForCausalLM.from_pretrained(model_folder), args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+                             peft_config=LoraConfig(**lora))
+    tokens = sum(map(len, trainer.train_dataset['input_ids']))
+    began = time.perf_counter(); trainer.train()
+    return time.perf_counter()-began,tokens,final_loss(trainer.model, tokenizer, rows)
+
+full_row = dict(per_device_train_batch_size=batch//4) # a packed row of 1,024 holds about four documents
+runs = {'bare loop': run_bare, 'sage_finetune': run_ours, 'sage_finetune packed': lambda *a: run_ours(*a, packing=True, **full_row), 'trl': run_trl,
+        'trl by length': lambda *a: run_trl(*a, train_sampling_strategy='group_by_length'), 'trl packed': lambda *a: run_trl(*a, packing=True, **full_row)}
+
+def one(way, model_folder, path, n):
+    with tempfile.TemporaryDirectory() as work: seconds,tokens,loss = runs[way](model_folder, rows_of(path, n), work)
+    print(json.dumps(dict(way=way, seconds=round(seconds, 1), tokens=tokens, tokens_a_second=round(tokens/seconds), loss=loss and round(loss, 4),
+                          resident_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024)))
+
+def ratios(results):
+    speed = {r['way']: r['tokens_a_second'] for r in results}
+    ours,trl = (max((w for w in speed if w.startswith(k)), key=speed.get) for k in ('sage', 'trl'))
+    loss = {r['way']: r['loss'] for r in results}
+    return dict(best=ours, best_of_trl=trl, against_trl=round(speed[ours]/speed[trl], 2), against_the_bare_loop=round(speed[ours]/speed['bare loop'], 2),
+                loss_against_trl=round(loss['sage_finetune']/loss['trl']-1, 4))
+
+def plot(results, path):
+    from sage_finetune.inspect_data import save_picture, shown_figure
+    fig = shown_figure(figsize=(6.4, 3), layout='constrained'); ax = fig.add_subplot()
+    ax.barh([r['way'] for r in results][::-1], [r['tokens_a_second'] for r in results][::-1], color=['C0' if r['way'].startswith('sage') else '0.7' for r in results][::-1])
+    ax.set(xlabel='tokens a second, filling up not counted'); save_picture(fig, path)
+
+def main():
+    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parse.add_argument('file'); parse.add_argument('--rows', type=int, default=200); parse.add_argument('--out'); parse.add_argument('--plot')
+    parse.add_argument('--only', choices=ways); parse.add_argument('--model')
+    a = parse.parse_args()
+    if a.only: return one(a.only, a.model, a.file, a.rows)
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(folder)
+        for way in ways:
+            done = subprocess.run([sys.executable, __file__, a.file, '--rows', str(a.rows), '--only', way, '--model', folder], capture_output=True, text=True)
+            if done.returncode: sys.exit(f'{way}: {done.stderr[-2000:]}')
+            results.append(json.loads(done.stdout.strip().splitlines()[-1])); print(json.dumps(results[-1]), flush=True)
+    import torch, transformers, trl
+    out = dict(results=results, **ratios(results), rows=a.rows, torch=torch.__version__, transformers=transformers.__version__, trl=trl.__version__, cores=os.cpu_count(),
+               machine=platform.machine(), date=str(date.today()))
+    print(json.dumps({k: v for k,v in out.items() if k!='results'}))
+    if a.out: Path(a.out).write_text(json.dumps(out, indent=1)+'\n')
+    if a.plot: plot(results, a.plot)
+
+if __name__=='__main__': main()

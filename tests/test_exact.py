@@ -1,0 +1,167 @@
+"What a run computes, compared: any split of the batch, packed or not, the reported loss, the same seed, a run that goes on"
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+
+from sage_finetune import callbacks
+from sage_finetune.config import LoRAConfig, TrainingConfig
+from sage_finetune.folder import RunFolder
+from sage_finetune.shapes import to_messages
+from sage_finetune.template import encode
+from sage_finetune.trainer import LoRATrainer, Stopped
+
+lengths = [1, 19, 3, 7, 12, 2, 5, 16, 9, 4, 11, 6, 1, 14, 8, 3] # words of the answers, so that no two passes learn equally many tokens
+
+
+class Words(LoRATrainer):
+    "Rows whose answers have 1 to 19 words"
+    def prepare_data(self):
+        talks = [to_messages(dict(question=f'{n} words, number {i}?', answer=' '.join(['word']*n))) for i,n in enumerate(lengths)]
+        self.dataset = Dataset.from_list([encode(t, self.tokenizer) for t in talks])
+
+    def setup_trainer(self):
+        super().setup_trainer()
+        self.trainer.by_length = not self.config.packing # the same order of rows, however they are split
+
+
+def config(folder, batch=4, accum=1, **more):
+    settings = dict(model_name='sage-tiny', output_dir=folder, max_steps=1, per_device_train_batch_size=batch, gradient_accumulation_steps=accum,
+                    learning_rate=1e-3, warmup_ratio=0.0, logging_steps=1, report_to='none', max_length=256, lora=LoRAConfig(r=4, lora_dropout=0.0))
+    return TrainingConfig(**(settings | more))
+
+
+def after(*args, **more):
+    "A run, and its trained weights as one vector"
+    run = Words(config(*args, **more), quiet=True); run.train()
+    return run,torch.cat([p.detach().flatten() for p in run.model.parameters() if p.requires_grad])
+
+def gradients(*args, **more):
+    "The gradient of the first step, before it is clipped, as one vector"
+    run,held = Words(config(*args, **more), quiet=True), []
+    run.load_model_and_tokenizer(); run.apply_lora(); run.prepare_data(); run.setup_trainer()
+    with torch.no_grad():
+        for n,p in run.model.named_parameters():
+            if 'lora_B' in n: p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(n)))*.02) # with B = 0, A would have no gradient
+    step = run.trainer.finite
+    def keep(): held.append(torch.cat([p.grad.flatten() for p in run.model.parameters() if p.requires_grad]).clone()); return step()
+    run.trainer.finite = keep
+    run.train()
+    return held[0]
+
+def logged(run): return [m for m in callbacks.read_metrics(run.folder.metrics) if 'loss' in m]
+
+
+@pytest.mark.parametrize('batch,accum', [(2, 2), (1, 4)])
+def test_any_split_of_the_batch_gives_the_same_loss_gradient_and_adapter(batch, accum, tmp_path):
+    g4,g = gradients(tmp_path/'g4', max_grad_norm=0), gradients(tmp_path/'g', batch, accum, max_grad_norm=0)
+    assert g4.norm()>.01 and (g4-g).abs().max()<=1e-5*max(1, g4.abs().max())
+    (whole,w4),(split,w) = after(tmp_path/'4x1', max_steps=4), after(tmp_path/'split', batch, accum, max_steps=4)
+    assert (w4-w).abs().max()<=1e-5
+    assert max(abs(a['loss']-b['loss']) for a,b in zip(logged(whole), logged(split), strict=True))<=1e-5
+
+
+def test_packed_or_not_gives_the_same_loss_gradient_and_adapter(tmp_path):
+    rows = len(lengths)
+    g,packed = gradients(tmp_path/'g', rows, max_grad_norm=0), gradients(tmp_path/'gp', rows, packing=True, max_grad_norm=0)
+    assert (g-packed).abs().max()<=1e-5*max(1, g.abs().max())
+    (alone,w),(full,wp) = after(tmp_path/'alone', rows), after(tmp_path/'full', rows, packing=True)
+    assert len(full.trainer.train_dataset)<rows/2
+    assert (w-wp).abs().max()<=1e-5 and abs(logged(alone)[0]['loss']-logged(full)[0]['loss'])<=1e-5
+
+
+@torch.no_grad()
+def mean_by_hand(model, rows):
+    "-log p of each learned token, row by row, with no code of ours"
+    each = []
+    model.eval()
+    for r in rows:
+        ids,labels = (torch.tensor(r[c]) for c in ('input_ids', 'labels'))
+        logits = model(input_ids=ids[None]).logits[0, :-1].double()
+        each.append(F.cross_entropy(logits, labels[1:], ignore_index=-100, reduction='none')[labels[1:]!=-100])
+    return torch.cat(each)
+
+
+def test_the_reported_loss_is_the_mean_over_learned_tokens(tmp_path):
+    still = dict(learning_rate=1e-12, num_train_epochs=1, max_steps=-1) # the weights stand still, so the loss of any step can be computed afterwards
+    run,_ = after(tmp_path/'steps', 2, 2, logging_steps=3, **still)
+    losses = mean_by_hand(run.model, run.dataset)
+    order = list(run.trainer._get_train_sampler())
+    each = {i: mean_by_hand(run.model, [run.dataset[i]]) for i in order}
+    first = torch.cat([each[i] for i in order[:4]]); two_three = torch.cat([each[i] for i in order[4:12]])
+    lines = logged(run)
+    assert [m['step'] for m in lines]==[1, 3]
+    assert abs(lines[0]['loss']-first.mean().item())<1e-5
+    assert abs(lines[1]['loss']-two_three.mean().item())<1e-5 # over the tokens of both steps, not the mean of two means
+    means = [torch.cat([each[i] for i in order[a:a+4]]).mean().item() for a in (4, 8)]
+    assert abs(sum(means)/2-two_three.mean().item())>1e-4, 'the lengths must differ for this to say something'
+    assert len(losses)==sum(n+1 for n in map(len, each.values())) or len(losses)>sum(lengths)
+
+
+def test_the_loss_of_held_out_rows_is_the_mean_over_learned_tokens(tmp_path):
+    run = Words(config(tmp_path/'run', 4), quiet=True)
+    run.load_model_and_tokenizer(); run.apply_lora(); run.prepare_data()
+    run.eval_dataset = run.dataset
+    run.setup_trainer()
+    assert abs(run.trainer.evaluate()['eval_loss']-mean_by_hand(run.model, run.dataset).mean().item())<1e-5
+
+
+def test_the_same_seed_gives_the_same_run(tmp_path):
+    with_dropout = dict(max_steps=6, lora=LoRAConfig(r=4, lora_dropout=0.2))
+    (a,wa),(b,wb),(_,wc) = after(tmp_path/'a', 2, 2, **with_dropout), after(tmp_path/'b', 2, 2, **with_dropout), after(tmp_path/'c', 2, 2, seed=43, **with_dropout)
+    assert torch.equal(wa, wb) and not torch.equal(wa, wc)
+    assert [(m['loss'], m['grad_norm'], m['learning_rate']) for m in logged(a)]==[(m['loss'], m['grad_norm'], m['learning_rate']) for m in logged(b)]
+
+
+@pytest.mark.parametrize('packing', [False, True])
+def test_a_run_that_goes_on_is_the_same_to_the_bit(packing, tmp_path):
+    how = dict(max_steps=7, save_steps=100, packing=packing, lora=LoRAConfig(r=4, lora_dropout=0.2), learning_rate=5e-3)
+    if packing: how['max_length'] = 64 # more than one row
+    whole,w = after(tmp_path/'whole', 2, 2, **how)
+    for stop in range(1, 7): # at each step, in and between the passes over the rows
+        run = Words(config(tmp_path/f'stop{stop}', 2, 2, **how), quiet=True)
+        run.load_model_and_tokenizer(); run.apply_lora(); run.prepare_data(); run.setup_trainer()
+        run.trainer.asked = lambda: 2 if run.trainer.state.global_step==stop else None
+        with pytest.raises(Stopped): run.train()
+        again,v = after(tmp_path/f'stop{stop}', 2, 2, **how)
+        assert torch.equal(v, w), stop
+        assert [(m['step'], m['loss']) for m in logged(again)]==[(m['step'], m['loss']) for m in logged(whole)]
+
+
+def test_what_is_measured_beside_the_loss(tmp_path):
+    run,_ = after(tmp_path/'run', 2, 2, max_steps=4)
+    line = logged(run)[-1]
+    assert {'loss', 'grad_norm', 'learning_rate', 'learned_tokens_per_second', 'tokens_per_second', 'memory', 'matmul_share'} <= set(line)
+    assert 0<line['learned_tokens_per_second']<line['tokens_per_second'] and line['memory']>2**26 and line['matmul_share']>0
+    # all tokens over learned tokens, of the whole data set: 4 steps of 4 rows are the 16 rows once
+    learned = sum(sum(x!=-100 for x in r['labels'][1:]) for r in run.dataset); every = sum(len(r['input_ids']) for r in run.dataset)
+    whole,_ = after(tmp_path/'whole', 16)
+    line = logged(whole)[-1]
+    assert math.isclose(line['tokens_per_second']/line['learned_tokens_per_second'], every/learned, rel_tol=1e-2) # filling is not counted
+
+
+def test_measuring_changes_no_bit(tmp_path, monkeypatch):
+    from sage_finetune import trainer
+    _,w = after(tmp_path/'with', 2, 2, max_steps=3, lora=LoRAConfig(r=4, lora_dropout=0.2))
+    def other_peak(device, dtype): return 1.0
+    monkeypatch.setattr(trainer, 'matmul_peak', other_peak)
+    monkeypatch.setattr(trainer, 'peak_memory', lambda device: None)
+    _,v = after(tmp_path/'without', 2, 2, max_steps=3, logging_steps=100, lora=LoRAConfig(r=4, lora_dropout=0.2))
+    assert torch.equal(v, w)
+
+
+def test_a_compiled_run_is_the_same_but_for_rounding(tmp_path, monkeypatch):
+    from sage_finetune import trainer
+    plain,w = after(tmp_path/'plain', 2, 2, max_steps=3)
+    arguments = trainer.TrainingArguments
+    with monkeypatch.context() as m: # traced and differentiated as always; "inductor" would need a C++ compiler on top
+        m.setattr(trainer, 'TrainingArguments', lambda **kw: arguments(**kw, torch_compile_backend='aot_eager'))
+        m.setattr(trainer, 'fields', lambda cls: dataclasses.fields(arguments))
+        fast,v = after(tmp_path/'compiled', 2, 2, max_steps=3, torch_compile=True)
+    assert type(fast.trainer.model_wrapped).__name__=='OptimizedModule'
+    assert (w-v).abs().max()<=1e-4 and abs(logged(plain)[-1]['loss']-logged(fast)[-1]['loss'])<=1e-4
+    after_it,x = after(tmp_path/'after', 2, 2, max_steps=3)
+    assert type(after_it.trainer.model_wrapped).__name__!='OptimizedModule' and torch.equal(x, w), 'the next run is not compiled'
