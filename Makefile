@@ -26,14 +26,16 @@ quickstart: $(READY) ## Fine-tune the embedded model from data to chat
 	$(BIN)/sage-finetune quickstart code
 
 test: $(READY) ## Run every notebook and every test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
 
 test-slow: $(READY) ## Run the property tests on 10,000 cases each, and what takes too long for `make test`
-	SAGE_EXAMPLES=10000 $(BIN)/python -m pytest tests/test_data.py tests/test_sources.py tests/test_codebase.py -k 'any'
+	SAGE_EXAMPLES=10000 $(BIN)/python -m pytest tests/test_data.py tests/test_sources.py tests/test_codebase.py -k any
 
-bench: $(READY) ## Measure: preparing data against TRL, and a million rows (ROWS=FILE.jsonl names the rows)
+bench: $(READY) ## Measure: data and training against TRL, a million rows, the head (ROWS=FILE.jsonl names the rows)
 	$(BIN)/python benchmarks/prepare.py $(ROWS)
 	$(BIN)/python benchmarks/million_rows.py $(ROWS) 250,000 1,000,000
+	$(BIN)/python benchmarks/head.py
+	$(BIN)/python benchmarks/train.py $(ROWS)
 
 lab: $(READY) ## Open the notebooks in JupyterLab
 	$(BIN)/python -m jupyterlab --notebook-dir=nbs
