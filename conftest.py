@@ -13,6 +13,9 @@ if 'SAGE_CACHE' not in os.environ:
     os.environ['SAGE_CACHE'] = tempfile.mkdtemp(prefix='sage_cache_')
     atexit.register(shutil.rmtree, os.environ['SAGE_CACHE'], ignore_errors=True)
 
+# A shell starts what runs in its background with Ctrl-C ignored, and tests inherit that; some of them press it
+if signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None): signal.signal(signal.SIGINT, signal.default_int_handler)
+
 from nbdev.config import get_config
 from nbdev.test import test_nb as run_notebook
 
