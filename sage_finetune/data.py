@@ -24,7 +24,7 @@ from .config import SageError, read_json, whole_folder, write_json
 from .sources import Row, load_training_data, read_rows, save_rows, source_digest, source_files
 from .shapes import (Conversation, checked_columns, create_sample_data, detect_data_format, format_alpaca_sample, format_conversation_sample,
                                   format_qa_sample, renamed, sample_rows, shape_keys, to_conversation, to_messages)
-from .template import (encode, encode_prompt, encode_rendered, end_of_turn_id, ensure_template, ignored, plain_template,
+from .template import (chat_form, encode, encode_prompt, encode_rendered, end_of_turn_id, ensure_template, ignored, plain_template,
                                     render, render_learned, token_ids, train_choices)
 
 # %% ../nbs/01_data.ipynb #11f0b069
@@ -170,11 +170,10 @@ def _exchanges(messages):
     return system,groups
 
 def _encoded(messages, tools, tokenizer, train_on):
-    "(example, Rendered) of one conversation"
-    rendered = render_learned(messages, tokenizer, tools, train_on)
-    example = encode_rendered([rendered], tokenizer)[0]
+    "The example of one conversation"
+    example = encode_rendered([render_learned(messages, tokenizer, tools, train_on)], tokenizer)[0]
     if isinstance(example, ValueError): raise example
-    return example,rendered
+    return example
 
 def _length(example): return len(example['input_ids'])
 
@@ -194,7 +193,7 @@ def _longest_question(messages):
 def _with_shorter_questions(messages, tools, tokenizer, how):
     "The example of a conversation whose longest question is shortened until it fits, or None"
     for _ in range(8):
-        example,_rendered = _encoded(messages, tools, tokenizer, how.train_on)
+        example = _encoded(messages, tools, tokenizer, how.train_on)
         if (over := _length(example)-how.max_length)<=0: return example
         i = _longest_question(messages)
         less = _shortened(messages[i]['content'], over, tokenizer) if i is not None else ''
@@ -219,12 +218,12 @@ def _truncated(talk, tokenizer, how):
     most = max(k for k in range(len(groups)) if _learns(without(k)))
     few = _least(most, lambda k: len(token_ids([render(without(k), tokenizer, tools=talk.tools)], tokenizer)[0])<=how.max_length)
     for k in range(few, most+1):
-        example,_ = _encoded(without(k), talk.tools, tokenizer, how.train_on)
+        example = _encoded(without(k), talk.tools, tokenizer, how.train_on)
         if _length(example)<=how.max_length: return [example],['earlier turns']
     cut,last = ['earlier turns'] if most else [],without(most)
     example = _with_shorter_questions(last, talk.tools, tokenizer, how)
     if example is not None: return [example],[*cut, 'middle of a question']
-    example,_ = _encoded(last, talk.tools, tokenizer, how.train_on)
+    example = _encoded(last, talk.tools, tokenizer, how.train_on)
     short = {k: v[:how.max_length] for k,v in example.items()}
     if how.cut_answers and (short['labels'][1:]!=ignored).any(): return [short],[*cut, 'end of an answer']
     raise ValueError(f"too long: {_length(example):,} tokens, `max_length` is {how.max_length:,}, and no question can be shortened enough"
@@ -249,7 +248,7 @@ def _split(talk, tokenizer, how):
     messages,how = _only_last(talk, how)
     system,groups = _exchanges(messages)
     out,cut,window = [],[],[]
-    fits = lambda messages: not _learns(messages) or _length(_encoded([*system, *messages], talk.tools, tokenizer, how.train_on)[0])<=how.max_length
+    fits = lambda messages: not _learns(messages) or _length(_encoded([*system, *messages], talk.tools, tokenizer, how.train_on))<=how.max_length
     for g in [*groups, None]:
         if g is not None and (not window or fits([*window, *g])): window = [*window, *g]; continue
         if _learns(window):
@@ -261,7 +260,7 @@ def _split(talk, tokenizer, how):
 def _in_pieces(messages, tools, tokenizer, how):
     "(examples, what was cut off) of the exchanges of one part; the question is shortened where it alone would fill the first piece"
     import numpy as np
-    example,_ = _encoded(messages, tools, tokenizer, how.train_on)
+    example = _encoded(messages, tools, tokenizer, how.train_on)
     begins = int(np.flatnonzero(example['labels']!=ignored)[0])
     if begins<how.max_length: return _pieces(example['input_ids'], example['labels'], how.max_length),[]
     shorter = _with_shorter_questions(messages, tools, tokenizer, how)
@@ -299,20 +298,20 @@ def _shape_of(row, how):
 
 def _one_line(e): return ' '.join(f'{e}'.split())[:500] or type(e).__name__
 
-def _first_step(row, tokenizer, how):
+def _first_step(row, tokenizer, how, form):
     "(shape, examples and what was cut off or None, conversation, rendered) of a row"
     value,shape = _shape_of(row, how)
     if shape=='text': return shape,_text_examples(value, tokenizer, how),None,None
     talk = to_conversation(value, shape)
-    return shape,None,talk,render_learned(talk.messages, tokenizer, talk.tools, how.train_on)
+    return shape,None,talk,render_learned(talk.messages, tokenizer, talk.tools, how.train_on, form)
 
 def _tokenized(batches, tokenizer, how, report):
     "(row, first step) of each row of a batch, what is rendered of them and its tokens, one batch ahead"
     from concurrent.futures import ThreadPoolExecutor
-    waiting = None
+    waiting,form = None,chat_form(tokenizer)
     with ThreadPoolExecutor(1) as pool:
         for rows in batches:
-            made = [(r, m) for r in rows if (m := _guarded(r, report, _first_step, r, tokenizer, how))]
+            made = [(r, m) for r in rows if (m := _guarded(r, report, _first_step, r, tokenizer, how, form))]
             rendered = [m[3] for _,m in made if m[3]]
             new = made,rendered,pool.submit(token_ids, [r.text for r in rendered], tokenizer)
             if waiting: yield waiting
@@ -345,8 +344,7 @@ _copy_of = 'duplicate of '
 
 class _Book:
     "Counts what is written, and finds copies"
-    def __init__(self, report, duplicates):
-        self.report,self.duplicates,self.seen,self.lengths,self.files = report,duplicates,{},Counter(),Counter()
+    def __init__(self, report): self.report,self.seen,self.lengths,self.files = report,{},Counter(),Counter()
 
     def counted(self, batches):
         for rows in batches:
@@ -399,7 +397,7 @@ def _refuse_first(dropped):
 
 def _prepared(rows, tokenizer, how, report, strict):
     "Batches of examples, each counted"
-    book = _Book(report, how.duplicates)
+    book = _Book(report)
     for made,rendered,encodings in _tokenized(book.counted(_batches(rows)), tokenizer, how, report):
         out = []
         for row,shape,(examples,cut),rendered in _examples_of_rows(made, rendered, encodings.result(), tokenizer, how, report):
