@@ -6,8 +6,8 @@ Docs: https://sage-finetune.github.io/sage_finetune/data.html.md"""
 
 # %% auto #0
 __all__ = ['overflow_choices', 'duplicate_choices', 'DataReport', 'show_report', 'cache_folder', 'tokenizer_digest',
-           'tokenizer_of', 'prepare_dataset', 'conversations', 'Row', 'load_training_data', 'read_rows', 'save_rows',
-           'Conversation', 'create_sample_data', 'detect_data_format', 'format_alpaca_sample',
+           'tokenizer_of', 'prepare_dataset', 'source_of', 'conversations', 'Row', 'load_training_data', 'read_rows',
+           'save_rows', 'Conversation', 'create_sample_data', 'detect_data_format', 'format_alpaca_sample',
            'format_conversation_sample', 'format_qa_sample', 'sample_rows', 'to_conversation', 'to_messages', 'encode',
            'encode_prompt', 'end_of_turn_id', 'ensure_template', 'ignored', 'plain_template', 'render',
            'render_learned']
@@ -589,6 +589,15 @@ def _warn(report):
     warnings.warn(show_report(report), stacklevel=3)
 
 # %% ../nbs/01_data.ipynb #c43878b0
+def source_of(
+    config, # A `TrainingConfig`
+    evaluation:bool=False, # Whether `eval_data_path` is meant, and not `data_path`
+)->dict: # `split`, `subset` and `revision`, for `read_rows`
+    "Which rows of its data a config means"
+    if not evaluation: return dict(split=config.data_split, subset=config.data_subset, revision=config.data_revision)
+    same = config.eval_data_path==config.data_path
+    return dict(split=config.eval_data_split, subset=config.data_subset if same else None, revision=config.data_revision if same else None)
+
 def conversations(
     source, # As `data_path` of `prepare_dataset`
     format_type:str|None=None, # Shape of the rows, such as "qa"; None looks at each row

@@ -22,7 +22,7 @@ from .machine import Machine, fit_config
 from .folder import RunFolder, config_from_meta
 from .shapes import to_messages
 from .template import encode, encode_prompt, end_of_turn_id
-from .data import conversations
+from .data import conversations, source_of
 from .loading import dtype_of, load_model, load_tokenizer, without_noise
 
 # %% ../nbs/03_merge_chat.ipynb #d7dbda34
@@ -236,8 +236,7 @@ def probe_rows(
     run,found = RunFolder(folder),[]
     try:
         config = config_from_meta(run.path) if run.meta.is_file() else _settings(run.lora_weights)
-        where = dict(split=config.data_split, subset=config.data_subset, revision=config.data_revision)
-        for talk in conversations(config.data_path, config.format_type, config.columns, **where) if config.data_path else ():
+        for talk in conversations(config.data_path, config.format_type, config.columns, **source_of(config)) if config.data_path else ():
             if len(found)==n: break
             try: found.append(encode(talk.messages, tokenizer, talk.tools)['input_ids'][:max_length])
             except ValueError: continue

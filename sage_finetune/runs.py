@@ -20,7 +20,7 @@ from .folder import RunFolder, config_from_meta, read_meta, run_folder
 from .sources import load_training_data, read_rows, save_rows
 from .shapes import checked_columns, detect_data_format, renamed, sample_rows, to_messages
 from .template import encode
-from .data import conversations
+from .data import conversations, source_of
 
 # %% ../nbs/04_runs.ipynb #8c46aa36
 TASKS = dict(code='understand a codebase: questions and answers are read from its files', qa='questions with answers (and contexts)',
@@ -56,8 +56,7 @@ def code_rows(
 def _check_rows(task, data, config):
     "Check that data can be read and has at least one row that can be used"
     first,good,columns = None,False,checked_columns(config.columns)
-    where = dict(split=config.data_split, subset=config.data_subset, revision=config.data_revision)
-    for r in read_rows(data, **where): # to the end, where a broken list breaks
+    for r in read_rows(data, **source_of(config)): # to the end, where a broken list breaks
         try: good = good or _check_row(r.value, config.format_type, columns)
         except (ValueError, AttributeError, TypeError) as e: first = first or f'{r.file}:{r.line}: {r.error or e}'
     if good: return
@@ -257,8 +256,7 @@ def _exam_rows(run, trainer, n=200):
 def _rows_of(trainer, wanted):
     "The rows of the data whose token ids are in `wanted` and whose question can be asked as it stands"
     c,found = trainer.config,[]
-    where = dict(split=c.data_split, subset=c.data_subset, revision=c.data_revision)
-    for talk in conversations(c.data_path, c.format_type, c.columns, **where):
+    for talk in conversations(c.data_path, c.format_type, c.columns, **source_of(c)):
         if talk.tools or talk.messages[-1]['role']!='assistant' or any(m.get('tool_calls') for m in talk.messages): continue
         try: held = tuple(encode(talk.messages, trainer.tokenizer, train_on=c.train_on)['input_ids']) in wanted
         except ValueError: continue # counted in the data report already

@@ -23,7 +23,7 @@ from .config import SageError, TrainingConfig, cannot_write, read_json, whole_fo
 from .machine import Change, Machine, fit_config, show_changes
 from .folder import RunFolder, checkpoint_fault, config_from_meta, last_checkpoint, only_run
 from .template import ignored
-from .data import DataReport, prepare_dataset, read_rows
+from .data import DataReport, prepare_dataset, read_rows, source_of
 from .batches import Collator, PackingReport, check_packing, example_lengths, flat_chunks, pack_dataset
 from .split import overlap, split_dataset
 from .adapter import (Evaluations, adapter_line, add_lora, best_evaluation, check_knobs, faster_b, ready_for_quantised_training, save_adapter,
@@ -412,17 +412,11 @@ class LoRATrainer:
             if self.unfinished: write_json(new/self.folder.stopped.name, self.unfinished)
 
 # %% ../nbs/02_trainer.ipynb #a9ae9122
-def _source(config, evaluation=False):
-    "Which rows of `data_path`, or of `eval_data_path`, are meant"
-    if not evaluation: return dict(split=config.data_split, subset=config.data_subset, revision=config.data_revision)
-    same = config.eval_data_path==config.data_path
-    return dict(split=config.eval_data_split, subset=config.data_subset if same else None, revision=config.data_revision if same else None)
-
 def _check_data_path(config):
     if config.data_path is None: raise ValueError('`data_path` is None: give a file, a folder or a data set on the Hub, or override `prepare_data`')
     check_knobs(config.adapted(load_in_8bit=False, load_in_4bit=False), held_out=bool(config.test_size or config.eval_data_path))
-    next(read_rows(config.data_path, **_source(config)), None)
-    if config.eval_data_path: next(read_rows(config.eval_data_path, **_source(config, True)), None)
+    next(read_rows(config.data_path, **source_of(config)), None)
+    if config.eval_data_path: next(read_rows(config.eval_data_path, **source_of(config, True)), None)
 
 _data_settings = 'format_type', 'columns', 'train_on', 'overflow', 'cut_answers', 'duplicates', 'strict'
 
@@ -430,7 +424,7 @@ def _read_data(config, tokenizer, report):
     "Training and evaluation data of `config`"
     _check_data_path(config)
     how = {n: getattr(config, n) for n in _data_settings}
-    read = lambda path,book,evaluation=False: prepare_dataset(path, tokenizer, config.max_length, report=book, **_source(config, evaluation), **how)
+    read = lambda path,book,evaluation=False: prepare_dataset(path, tokenizer, config.max_length, report=book, **source_of(config, evaluation), **how)
     data = read(config.data_path, report)
     if not config.eval_data_path: return split_dataset(data, config.test_size, config.seed, report)
     report.evaluation = DataReport()
