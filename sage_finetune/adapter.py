@@ -236,15 +236,9 @@ def check_knobs(
 def ready_for_quantised_training(
     model, # A causal language model, perhaps with quantised weights
 ): # The same model
-    "Norms in 32 bits, inputs that carry gradients, and weights that no evaluation changes"
+    "Frozen weights, and norms in 32 bits"
     if not getattr(model, 'is_quantized', False): return model
-    for m in model.modules():
-        if hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu = False
-        if hasattr(getattr(m, 'weight', None), 'SCB'): m.register_forward_pre_hook(_keep_scales)
     with without_noise(): return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-
-def _keep_scales(layer, args):
-    if layer.weight.CB is not None and layer.weight.SCB is None: layer.weight.SCB = layer.state.SCB
 
 # %% ../nbs/01f_adapter.ipynb #8945d685
 def adapter_line(

@@ -297,9 +297,10 @@ def packing_leak(
 )->tuple: # Share of the gradient that reaches another document, and relative change of the logits with the place in the row
     "How far packed documents are from being apart: (0, about 0) where packing is exact"
     import torch
+    from sage_finetune.attention import documents
     b = {k: v.to(model.device) for k,v in _probe(model.config.get_text_config().vocab_size, batch).items()}
     with _watched(model) as seen, torch.enable_grad():
-        logits_BTV = model(input_ids=b['input_ids'], position_ids=b['position_ids'], use_cache=False).logits.float()
+        with documents(b['position_ids']): logits_BTV = model(input_ids=b['input_ids'], position_ids=b['position_ids'], use_cache=False).logits.float()
         nth_BT,real_BT = (b['position_ids']==0).cumsum(1),b['labels']!=ignored
         last_BT = (nth_BT==3) & real_BT
         sign_V = 1-2*(torch.arange(logits_BTV.shape[-1], device=logits_BTV.device)%2)

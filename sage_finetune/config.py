@@ -140,6 +140,10 @@ class Settings:
         "Read a config back: saved by `save`, dumped by the earlier module, or written by hand"
         return _config_of_file(cls, path)
 
+    def __str__(self): return str(_table_of(self))
+    def __rich__(self): return _table_of(self).__rich__()
+    def _repr_html_(self): return _table_of(self)._repr_html_()
+
 # %% ../nbs/00_config.ipynb #be37d0ea
 def _check_setting(
     f, # The dataclass field
@@ -157,6 +161,11 @@ def _check_setting(
     return value
 
 # %% ../nbs/00_config.ipynb #a770f67a
+def _table_of(config):
+    "What a config shows of itself: the settings that are not simply the default"
+    from sage_finetune.show import config_table # which is of no use before something is shown
+    return config_table(config)
+
 def _settled(
     config:Settings, # The config, its values checked
     a:str, # A setting
@@ -413,7 +422,7 @@ _training_rules = dict(
     train_on=_one_of('assistant', 'last', 'all'), overflow=_one_of('drop', 'truncate', 'split'), duplicates=_one_of('keep', 'drop'),
     max_steps=('-1 (as many as the epochs need) or at least 1', lambda v: v==-1 or v>=1),
     weight_decay=_at_least(0), max_grad_norm=_at_least(0), eval_steps=_at_least(1), early_stopping_patience=_at_least(1),
-    loraplus_lr_ratio=_at_least(1), neftune_noise_alpha=_above_zero)
+    loraplus_lr_ratio=_at_least(1), neftune_noise_alpha=_above_zero, tokens_per_step=_at_least(8))
 
 # %% ../nbs/00_config.ipynb #7937675d
 @dataclass
@@ -465,17 +474,23 @@ class TrainingConfig(Settings):
     loraplus_lr_ratio: float|None = None # Learning rate of B over that of A (LoRA+); None for the same
     neftune_noise_alpha: float|None = None # Noise on the embeddings while training (NEFTune); None for none
     torch_compile: bool = False # Compile the model, which pays on long runs
+    tokens_per_step: int|None = None # Tokens behind one optimizer step, filling up included, instead of a number of rows; None counts rows
 
     _rules = _training_rules
     _exclusive = ('load_in_8bit', 'load_in_4bit'), ('fp16', 'bf16')
     _added = ('test_size', 'eval_data_path', 'eval_data_split', 'format_type', 'columns', 'data_split', 'data_subset', 'data_revision', 'train_on', 'overflow',
               'cut_answers', 'duplicates', 'strict', 'packing', 'max_steps', 'weight_decay', 'max_grad_norm', 'eval_steps', 'early_stopping_patience', 'load_best_model_at_end', 'loraplus_lr_ratio',
-              'neftune_noise_alpha', 'torch_compile')
+              'neftune_noise_alpha', 'torch_compile', 'tokens_per_step')
 
     @property
-    def effective_batch_size(self)->int: # Rows, on one device
+    def rows_per_pass(self)->int: # Rows, on one device; where tokens are counted, rows of `max_length`
+        "Rows in one pass"
+        if not self.tokens_per_step: return self.per_device_train_batch_size
+        return max(1, self.tokens_per_step//self.gradient_accumulation_steps//self.max_length)
+    @property
+    def effective_batch_size(self)->int: # Rows, on one device; where tokens are counted, rows of `max_length`
         "Rows behind one optimizer step"
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return self.rows_per_pass * self.gradient_accumulation_steps
     @property
     def checkpoint_dir(self)->Path: # Folder of `checkpoint-N` folders
         "Where training can be continued from"
@@ -535,17 +550,21 @@ class PresetConfigs:
         machine=None, # A `Machine`; this one if None
         **changes, # Settings by hand
     )->TrainingConfig: # One of the others
-        "The preset for a machine"
-        return getattr(PresetConfigs, preset_for(machine))(**changes)
+        "The preset for a machine; a processor with units for bf16 computes in it"
+        if machine is None: machine = _here()
+        fast = dict(bf16=True) if machine.device=='cpu' and machine.bf16 and not changes.get('fp16') else {}
+        return getattr(PresetConfigs, preset_for(machine))(**fast | changes)
 
 # %% ../nbs/00_config.ipynb #cfecd8b2
+def _here():
+    from sage_finetune.machine import Machine
+    return Machine.here()
+
 def preset_for(
     machine=None, # A `Machine`; this one if None
 )->str: # Name of a preset
     "Which preset suits a machine"
-    if machine is None:
-        from sage_finetune.machine import Machine
-        machine = Machine.here()
+    if machine is None: machine = _here()
     if machine.device!='cuda': return 'cpu'
     order = [*(('h200', 'a100', 'rtx_4090') if machine.bf16 else ()), 'colab_t4', 'rtx_3060', 'minimal']
     return next((n for n in order if PresetConfigs.fits_in[n]*1e9 <= (machine.memory or 0)), 'minimal')

@@ -70,6 +70,16 @@ def no_model(
                                  'connect, give the folder of a model, or use "sage-tiny"')
     return SageError(f'model {name!r} cannot be loaded: check the name, give the folder of a model, or use "sage-tiny" ({text[:200]})')
 
+def _steady(model):
+    "Quantised weights that no forward pass rearranges for good, and whose scales are there to be saved"
+    for m in model.modules() if getattr(model, 'is_quantized', False) else ():
+        if hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu = False # else an evaluation repacks 4-bit weights
+        if hasattr(getattr(m, 'weight', None), 'SCB'): m.register_forward_pre_hook(_keep_scales)
+    return model
+
+def _keep_scales(layer, args):
+    if layer.weight.CB is not None and layer.weight.SCB is None: layer.weight.SCB = layer.state.SCB
+
 _load_errors = OSError, ValueError, KeyError, ImportError, SafetensorError
 
 def load_tokenizer(
@@ -91,7 +101,7 @@ def load_model(
     "A causal language model, in evaluation mode"
     how = dict(dtype=dtype, device_map=_place(device), quantization_config=quantisation, trust_remote_code=False)
     try:
-        with without_noise(): return AutoModelForCausalLM.from_pretrained(resolve_model(name), **how)
+        with without_noise(): return _steady(AutoModelForCausalLM.from_pretrained(resolve_model(name), **how))
     except _load_errors as e: raise no_model(name, e) from None
 
 # %% ../nbs/01b_loading.ipynb #c18d61f4

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .attention import documents
 from .template import ignored
 
 # %% ../nbs/01g_loss.ipynb #085499c6
@@ -220,13 +221,14 @@ def loss_sum(
     at_N = (target!=ignored).nonzero().squeeze(1)
     where = {} if position_ids is None else dict(position_ids=position_ids) # with a mask or a cache packed documents would see each other
     head,after = _way(model, input_ids)
-    if after is None: return _from_logits(model, input_ids, labels, where),(target!=ignored).sum()
+    if after is None:
+        with documents(position_ids): return _from_logits(model, input_ids, labels, where),(target!=ignored).sum()
     found = []
     def answer(hidden_BTH, forward):
         at = at_N.to(hidden_BTH.device)
         found.append(head_loss(hidden_BTH.flatten(0, 1).index_select(0, at), target[at_N].to(at.device), head, after, forward))
         return (found[0]*0).expand(*hidden_BTH.shape[:-1], 1)
-    with _in_place_of(head, answer): zeros = model(input_ids=input_ids, **where, use_cache=False).logits
+    with documents(position_ids), _in_place_of(head, answer): zeros = model(input_ids=input_ids, **where, use_cache=False).logits
     return found[0] + zeros.sum().to(found[0])*0, (target!=ignored).sum()
 
 def _from_logits(model, input_ids, labels, where):
@@ -242,6 +244,7 @@ def _from_logits(model, input_ids, labels, where):
 def mean_loss(
     model, # A causal language model
     batches, # Yields {input_ids, labels}, and `position_ids` where rows are packed
+    add=None, # Takes the sum of the losses and the number of tokens of this process, returns those of all
 )->float: # Nats for each learned token
     "Mean cross-entropy over the learned tokens of all batches"
     total,n = 0.0,0
@@ -249,4 +252,5 @@ def mean_loss(
         for b in batches:
             loss,k = loss_sum(model, **{c: b[c].to(model.device) for c in ('input_ids', 'labels', 'position_ids') if c in b})
             total,n = total+loss.item(), n+k.item()
+    if add: total,n = add(total, n)
     return total/n if n else math.nan

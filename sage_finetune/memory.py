@@ -287,7 +287,7 @@ def _pass_bytes(model, config, machine, exact=False, learned=None):
     from unittest.mock import patch
     from sage_finetune.loss import head_bytes
     T = -(-config.max_length//8)*8 # as `Collator` does
-    shape = dict(size=(config.per_device_train_batch_size, T), dtype=torch.long, device='meta')
+    shape = dict(size=(config.rows_per_pass, T), dtype=torch.long, device='meta')
     batch = dict(input_ids=torch.empty(**shape))
     if config.packing: batch['position_ids'] = torch.empty(**shape)
     half = torch.float16 if config.fp16 else torch.bfloat16 if config.bf16 else None
@@ -383,9 +383,10 @@ class Remedy:
 
 def _smaller(config, machine):
     "Changes of settings that make a step smaller"
-    batch,effective = config.per_device_train_batch_size,config.effective_batch_size
+    batch,effective = config.rows_per_pass,config.effective_batch_size
     half = next((b for b in range(batch//2, 0, -1) if effective%b==0), None)
-    if half: yield dict(per_device_train_batch_size=half, gradient_accumulation_steps=effective//half)
+    if half and config.tokens_per_step: yield dict(gradient_accumulation_steps=2*config.gradient_accumulation_steps)
+    elif half: yield dict(per_device_train_batch_size=half, gradient_accumulation_steps=effective//half)
     if not config.gradient_checkpointing: yield dict(gradient_checkpointing=True)
     if machine.bitsandbytes and not config.load_in_4bit:
         if not config.load_in_8bit: yield dict(load_in_8bit=True)
@@ -437,7 +438,7 @@ def _parts(e):
 def _title(e):
     c = e.config
     bits = ', 8 bits' if c.load_in_8bit else ', 4 bits' if c.load_in_4bit else ''
-    return (f"{c.model_name}: {c.per_device_train_batch_size} × {c.max_length:,} tokens, {'fp16' if c.fp16 else 'bf16' if c.bf16 else 'fp32'}{bits}, "
+    return (f"{c.model_name}: {c.rows_per_pass} × {c.max_length:,} tokens, {'fp16' if c.fp16 else 'bf16' if c.bf16 else 'fp32'}{bits}, "
             f"{'with' if c.gradient_checkpointing else 'without'} checkpointing")
 
 def _verdict(e):
@@ -529,7 +530,7 @@ def probe_step(
     "Take a batch forward and backward, and compare what it took with the prediction"
     import torch
     machine,rows,tokens = machine or Machine.here(),*batch['input_ids'].shape
-    same = config.adapted(per_device_train_batch_size=rows, max_length=max(8, tokens), packing='position_ids' in batch)
+    same = config.adapted(per_device_train_batch_size=rows, tokens_per_step=None, max_length=max(8, tokens), packing='position_ids' in batch)
     device,fitted = next(model.parameters()).device,fit_config(same, machine)[0]
     batch = {k: v.to(device) for k,v in batch.items() if k in ('input_ids', 'labels', 'position_ids')}
     half = torch.float16 if fitted.fp16 else torch.bfloat16
@@ -561,8 +562,10 @@ def longest_batch(
     dataset, # Prepared rows
     rows:int, # In one pass
     collate, # Makes a batch of rows
+    tokens:int|None=None, # Instead of `rows`: as many as have room in so many places
 )->dict: # The batch
     "The rows that need most memory, as one batch"
     from sage_finetune.batches import example_lengths
     lengths = example_lengths(dataset)
+    if tokens: rows = max(1, tokens//(-(-int(max(lengths))//8)*8))
     return collate([dataset[i] for i in sorted(range(len(lengths)), key=lambda i: -lengths[i])[:rows]])

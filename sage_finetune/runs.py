@@ -9,7 +9,8 @@ __all__ = ['TASKS', 'TaskRows', 'code_rows', 'quick_settings', 'is_run', 'HoldsA
            'list_runs', 'remove_run', 'trainer_of', 'QuickstartResult', 'quickstart']
 
 # %% ../nbs/04_runs.ipynb #9978827a
-import json,shutil,time
+import json,shutil,sys,time
+from functools import partial
 from itertools import count
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from .sources import load_training_data, read_rows, save_rows
 from .shapes import checked_columns, detect_data_format, renamed, sample_rows, to_messages
 from .template import encode
 from .data import conversations, source_of
+from .foreign import foreign_config, read_settings, tool_of
 
 # %% ../nbs/04_runs.ipynb #8c46aa36
 TASKS = dict(code='understand a codebase: questions and answers are read from its files', qa='questions with answers (and contexts)',
@@ -214,16 +216,21 @@ def remove_run(
     return freed
 
 # %% ../nbs/04_runs.ipynb #bd4c3aa0
+def _config_of_file(path, quiet):
+    "The config in a file of settings, those of LLaMA-Factory and TRL included"
+    if not tool_of(given := read_settings(path)): return TrainingConfig.load(path) if path.suffix=='.json' else TrainingConfig.from_dict(given)
+    return foreign_config(path, (lambda line: None) if quiet else partial(print, file=sys.stderr))
+
 def trainer_of(
-    target, # Run folder, name of a run, or JSON file of settings
+    target, # Run folder, name of a run, or file of settings, of LLaMA-Factory and TRL too
     quiet:bool=False, # Say nothing and show no progress
 ): # A `LoRATrainer`
     "The trainer of what `target` asks for"
     from sage_finetune.trainer import LoRATrainer
     path = checked('target', target, Path)
     if path.is_file():
-        if path.suffix!='.json': raise SageError(f'{path} is not a .json file of settings')
-        return LoRATrainer(TrainingConfig.load(path), quiet=quiet)
+        if path.suffix not in ('.json', '.yaml', '.yml'): raise SageError(f'{path} is not a file of settings (.json, .yaml)')
+        return LoRATrainer(_config_of_file(path, quiet), quiet=quiet)
     run = find_run(target)
     return LoRATrainer(config_from_meta(run.path) if run.meta.is_file() else TrainingConfig.load(run.config), quiet=quiet)
 

@@ -1,0 +1,173 @@
+"""A person at JupyterLab, for tests: a server of its own, a headless Chromium, and what such a person does and sees.
+
+Everything stays on this machine: a request to any other host is refused and remembered (`Page.strangers`). Settings, workspaces and kernels are thrown away at the end.
+"""
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+browser_names = 'chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable'
+browser_flags = ['--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--disable-quic', '--no-first-run', '--disable-background-networking',
+                 '--disable-component-update', '--disable-sync']
+lab_settings = {
+    '@jupyterlab/docmanager-extension/plugin': {'autosave': False},
+    '@jupyterlab/apputils-extension/notification': {'fetchNews': 'false', 'checkForUpdates': False},
+    '@jupyterlab/notebook-extension/tracker': {'windowingMode': 'none'}, # every cell is in the page, also one that is out of sight
+}
+
+
+def missing()->str|None:
+    "What is not installed that these tests need, in one line"
+    from importlib.util import find_spec
+    lacking = [name for name in ('playwright', 'jupyterlab', 'ipywidgets', 'nbconvert') if find_spec(name) is None]
+    if lacking: return f"not installed: {', '.join(lacking)} (make test-browser installs it)"
+    return None if browser() else 'no Chromium: install the package `chromium` of the system (make test-browser says how)'
+
+
+def browser()->str|None:
+    "The Chromium to use: that of SAGE_CHROMIUM, of the system, or the one playwright brought"
+    found = os.environ.get('SAGE_CHROMIUM') or next(filter(None, map(shutil.which, browser_names)), None)
+    if found: return found
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as play: own = play.chromium.executable_path
+    return own if Path(own).is_file() else None
+
+
+def notebook(path, *cells):
+    "Write a notebook of code cells"
+    import nbformat
+    new = nbformat.v4.new_notebook(metadata=dict(kernelspec=dict(display_name='Python 3', language='python', name='python3')))
+    new.cells = [nbformat.v4.new_code_cell(c) for c in cells]
+    nbformat.write(new, path)
+    return path
+
+
+def _free_port():
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+
+
+@contextmanager
+def server(root, scratch, kernels=True):
+    "JupyterLab over the folder `root`; its address. Its scratch folder knows which notebooks are trusted: in a new one none is"
+    port,scratch,log = _free_port(),Path(scratch),Path(scratch)/'lab.log'
+    for name,value in lab_settings.items():
+        file = scratch/'settings'/f'{name}.jupyterlab-settings'
+        file.parent.mkdir(parents=True, exist_ok=True); file.write_text(json.dumps(value))
+    command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip', '127.0.0.1', '--port', str(port), '--ServerApp.port_retries=0', '--IdentityProvider.token=',
+               '--ServerApp.password=', '--ServerApp.root_dir', str(root), '--LabApp.expose_app_in_browser=True', '--LabApp.news_url=',
+               '--LabApp.user_settings_dir', str(scratch/'settings'), '--LabApp.workspaces_dir', str(scratch/'workspaces'),
+               *([] if kernels else ['--KernelSpecManager.ensure_native_kernel=False', '--KernelSpecManager.allowed_kernelspecs=none'])]
+    env = {**os.environ, 'JUPYTER_CONFIG_DIR': str(scratch/'config'), 'JUPYTER_RUNTIME_DIR': str(scratch/'runtime'), 'JUPYTER_DATA_DIR': str(scratch/'data'), 'OMP_NUM_THREADS': '1'}
+    process = subprocess.Popen(command, stdout=log.open('w'), stderr=subprocess.STDOUT, start_new_session=True, env=env)
+    try:
+        _wait_for(f'http://127.0.0.1:{port}', process, log)
+        yield f'http://127.0.0.1:{port}'
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try: process.wait(20)
+        except subprocess.TimeoutExpired: os.killpg(process.pid, signal.SIGKILL)
+
+
+def _wait_for(address, process, log, seconds=90):
+    end = time.monotonic()+seconds
+    while time.monotonic()<end and process.poll() is None:
+        try: urllib.request.urlopen(f'{address}/api/status', timeout=2).read(); return
+        except OSError: time.sleep(.2)
+    raise RuntimeError(f'JupyterLab did not start:\n{log.read_text()[-3000:]}')
+
+
+@contextmanager
+def person(size=(1280, 1500)):
+    "A browser; a function that opens a notebook at an address gives a `Page`"
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as play:
+        chromium = play.chromium.launch(executable_path=browser(), args=browser_flags)
+        new_page = lambda: chromium.new_context(viewport=dict(width=size[0], height=size[1])).new_page()
+        def opens(address, name, run=True, dark=False): return Page(new_page(), address, name, run, dark)
+        opens.empty = new_page
+        try: yield opens
+        finally: chromium.close()
+
+
+_idle = "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
+_begun = r"() => [...document.querySelectorAll('.jp-InputPrompt')].some(e => /\[(\*|\d+)\]/.test(e.textContent))"
+_finished = "() => ![...document.querySelectorAll('.jp-Notebook .jp-InputPrompt')].some(e => e.textContent.includes('*'))"
+_faults = """() => window.jupyterapp.shell.currentWidget.content.model.toJSON().cells.flatMap((c, i) =>
+  (c.outputs || []).filter(o => o.output_type === 'error').map(o => `cell ${i}: ${o.ename}: ${o.evalue}`))"""
+_run_cell = """([at, code]) => { const book = window.jupyterapp.shell.currentWidget.content;
+  book.model.sharedModel.insertCell(at, {cell_type: 'code', source: code}); book.activeCellIndex = at;
+  return window.jupyterapp.commands.execute('notebook:run-cell') }"""
+
+
+class Page:
+    "A notebook that somebody has open"
+    def __init__(self, page, address, name, run, dark):
+        self.page,self.strangers,self.wrong = page,[],[]
+        page.route('**/*', self._gate)
+        page.on('pageerror', lambda e: self.wrong.append(str(e)))
+        page.goto(f'{address}/lab/tree/{name}?reset')
+        page.wait_for_selector('.jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook .jp-Cell', timeout=90_000)
+        page.evaluate("() => { const s = window.jupyterapp.shell; s.collapseLeft(); s.collapseRight() }")
+        if dark: self.theme('Dark')
+        if not run: return self.no_kernel()
+        page.wait_for_function(_idle, timeout=90_000)
+        page.locator('.lm-MenuBar-itemLabel', has_text=re.compile('^Run$')).click()
+        page.locator('.lm-Menu-item[data-command="runmenu:run-all"]').click()
+        page.wait_for_function(_begun, timeout=30_000)
+
+    def _gate(self, route):
+        url = route.request.url
+        if re.match(r'(https?|wss?)://127\.0\.0\.1[:/]', url) or url.startswith(('data:', 'blob:', 'file:')): return route.continue_()
+        self.strangers.append(url); route.abort()
+
+    def no_kernel(self):
+        "Answer the question for a kernel, if it is asked, with none"
+        self.page.wait_for_timeout(3000)
+        for name in ('No Kernel', 'Cancel'):
+            button = self.page.locator('.jp-Dialog button', has_text=name)
+            if button.count(): button.first.click(); return
+
+    def theme(self, name): self.page.evaluate(f"() => window.jupyterapp.commands.execute('apputils:change-theme', {{theme: 'JupyterLab {name}'}})"); self.page.wait_for_timeout(1500)
+    def faults(self): return self.page.evaluate(_faults)
+    def finished(self, seconds=120): self.page.wait_for_function(_finished, timeout=1000*seconds); return self
+
+    def cell(self, i): return self.page.locator('.jp-Notebook .jp-Cell').nth(i)
+    def shown(self, i): return self.cell(i).locator('.jp-Cell-outputArea').inner_text()
+    def see(self, pattern, cell=None, seconds=60):
+        "Wait until a text is to be seen in the outputs (of one cell); its match"
+        from playwright.sync_api import expect
+        place = (self.page.locator('.jp-Notebook') if cell is None else self.cell(cell)).locator('.jp-Cell-outputArea')
+        expect(place.filter(has_text=re.compile(pattern)).first).to_be_visible(timeout=1000*seconds)
+        return re.search(pattern, place.filter(has_text=re.compile(pattern)).first.inner_text())
+
+    def press(self, name, seconds=30): self.page.locator('.jp-Notebook button.jupyter-button:visible', has_text=name).first.click(timeout=1000*seconds)
+    def button(self, name): return self.page.locator('.jp-Notebook button.jupyter-button:visible', has_text=name).first
+    def enter(self, text, hint=''):
+        "Type into the box with this hint, and press Enter"
+        box = self.page.get_by_placeholder(hint).first
+        box.click(); box.fill(text); box.press('Enter')
+    def run(self, code, at=None):
+        "Put a cell at the end (or at a place) and run it; its place"
+        at = self.page.locator('.jp-Notebook .jp-Cell').count() if at is None else at
+        self.page.evaluate(_run_cell, [at, code])
+        return at
+    def save(self): self.page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')"); self.page.wait_for_timeout(1000)
+
+    def picture(self, path, cell, tallest=None):
+        "The output of a cell as a PNG of few colours"
+        area = self.cell(cell).locator('.jp-Cell-outputArea')
+        area.scroll_into_view_if_needed()
+        self.page.wait_for_timeout(300)
+        area.screenshot(path=str(path), animations='disabled')
+        from PIL import Image
+        with Image.open(path) as image: small = image.convert('RGB').quantize(128, dither=Image.Dither.NONE); box = small.getbbox()
+        small.crop((0, 0, box[2], min(box[3], tallest or box[3]))).save(path, optimize=True)

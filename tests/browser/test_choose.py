@@ -1,0 +1,63 @@
+"What somebody sees who fills in the form for a config in JupyterLab"
+import nbformat
+
+import lab
+
+cells = '''from sage_finetune.choose import choose_config
+from sage_finetune.machine import Machine
+card = Machine('cuda', 'RTX 3060', memory=12*10**9, bf16=True)''', '''form = choose_config('sage-tiny', 'rows.jsonl', machine=card)
+form'''
+
+
+def field(page, label): return page.page.locator('.jp-Notebook .widget-text, .jp-Notebook .widget-dropdown, .jp-Notebook .widget-checkbox').filter(has_text=label).first
+
+
+def fill(page, label, text):
+    box = field(page, label).locator('input')
+    box.click(); box.fill(text)
+
+
+def nothing_wrong(page): assert (page.faults(), page.strangers, page.wrong)==([], [], [])
+
+
+def says(page, code, wanted): page.see(rf'^\s*(\[\d+\]:\s*)?{wanted}\s*$', page.run(code))
+
+
+def test_form(root, visit, images):
+    lab.notebook(root/'form.ipynb', *cells)
+    page = visit('form.ipynb')
+    page.see('fits: .* of 12.00 GB', 1, seconds=180)
+    page.see(r"config = TrainingConfig\(model_name='sage-tiny', data_path='rows.jsonl'\)", 1)
+
+    fill(page, 'rows in a pass', '512')
+    page.see('does not fit: .* and RTX 3060 has 12.00 GB', 1, seconds=90)
+    page.see('take 256 instead of 512 rows in a pass, in 32 passes: the effective batch stays 8192', 1, seconds=90)
+    for theme in ('Dark', 'Light'): page.theme(theme); page.picture(images/('form.png' if theme=='Light' else 'form_dark.png'), 1)
+
+    line = page.cell(1).locator('.widget-hbox').filter(has_text='take 256 instead of 512').last
+    line.locator('button', has_text='Do it').click()
+    page.see('256 × 1,024 tokens in a pass, effective batch 8192', 1, seconds=90)
+    says(page, 'form.config.per_device_train_batch_size, form.config.gradient_accumulation_steps', r'\(256, 32\)')
+
+    fill(page, 'learning rate', 'fast')
+    page.see("`learning_rate` must be a finite number, got 'fast'", 1)
+    page.see('None yet: see what is red', 1)
+    fill(page, 'learning rate', '2e-4')
+    page.see('learning_rate=0.0002', 1)
+    assert 'must be a finite number' not in page.shown(1)
+
+    page.press('a100')
+    page.see(r"config = PresetConfigs.a100\(model_name='sage-tiny', data_path='rows.jsonl'\)", 1)
+    field(page, 'hold weights').locator('select').select_option('4 bits')
+    field(page, 'packing').locator('input').check()
+    page.see('packing=True', 1)
+    says(page, 'from sage_finetune import LoRAConfig, PresetConfigs, TrainingConfig; eval(form.code)==form.config', 'True')
+    says(page, 'form.config.load_in_4bit, form.config.packing, form.config.max_length', r'\(True, True, 4096\)')
+
+    page.press('Keep')
+    page.see('Settings, from the preset a100', 1, seconds=90)
+    assert page.cell(1).locator('.jupyter-widgets').count()==0
+    page.save()
+    kept = nbformat.read(root/'form.ipynb', 4).cells[1].outputs
+    assert [sorted(o.data) for o in kept]==[['text/html', 'text/plain']] and 'packing=True' in kept[0].data['text/html']
+    nothing_wrong(page)

@@ -1,0 +1,308 @@
+"A server that was really started, asked by the real `openai` client: the answers of `chat`, many clients, faults, signals"
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+openai = pytest.importorskip('openai')
+
+from sage_finetune import serve as module
+from sage_finetune.config import LoRAConfig, SageError, TrainingConfig, resolve_model, write_json
+from sage_finetune.generation import answers, load_for_chat, stream_answer
+from sage_finetune.merge_chat import merge_run
+from sage_finetune.serve import models_at, serving, start_server, stream_from
+from sage_finetune.trainer import LoRATrainer
+
+needs_posix = pytest.mark.skipif(os.name!='posix', reason='needs signals and processes as POSIX has them')
+
+# What a server may spoil: white space at the ends, a blank line, marks that stand for a call or a thought, characters of several tokens
+LEARNED = {'Complete: def add(a, b):': '    return a + b', 'Two lines, please.': 'one\n\n  two',
+           'How is a call written?': 'Like this: <tool_call>\n{"name": "f"}\n</tool_call> and so on.', 'Think and say three.': '<think>\none two\n</think>\n\nthree',
+           'Greet me.': '你好 🐟!'}
+TALKS = [[dict(role='user', content=q)] for q in (*LEARNED, 'What is Python?')]
+TALKS += [[dict(role='system', content='Be brief.'), *TALKS[0]], [*TALKS[1], dict(role='assistant', content='one'), *TALKS[3]]]
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    "A run on a copy of the embedded model, merged"
+    folder = tmp_path_factory.mktemp('serve')
+    shutil.copytree(resolve_model('sage-tiny'), folder/'base')
+    (folder/'rows.json').write_text(json.dumps([dict(question=q, answer=a) for q,a in LEARNED.items()]*20), encoding='utf-8')
+    config = TrainingConfig(model_name=str(folder/'base'), data_path=folder/'rows.json', output_dir=folder/'code', max_steps=60, per_device_train_batch_size=5,
+                            gradient_accumulation_steps=1, learning_rate=5e-3, test_size=0, report_to='none', lora=LoRAConfig(r=16, lora_alpha=32, target_modules='all-linear'))
+    LoRATrainer(config, quiet=True).train()
+    merge_run(folder/'code')
+    return folder/'code'
+
+
+@pytest.fixture(scope='module')
+def expected(run):
+    "What `chat` says to each of `TALKS`"
+    model,tokenizer = load_for_chat(run)
+    whole = [a.text for a in answers(model, tokenizer, TALKS, 48, batch_size=1)]
+    assert whole == [''.join(stream_answer(model, tokenizer, t, 48)) for t in TALKS]
+    assert whole[:4] == list(LEARNED.values())[:4], 'the run has not learned what the tests look for'
+    return whole
+
+
+@pytest.fixture(scope='module')
+def server(run):
+    with serving(run) as server: yield server
+
+
+def client(server, key='none'): return openai.OpenAI(base_url=f'{server.url}/v1', api_key=key, max_retries=0, timeout=60)
+
+
+def ask(server, messages, key='none', **more):
+    return client(server, key).chat.completions.create(model=server.model, messages=messages, **dict(max_tokens=48, temperature=0) | more)
+
+
+def said(server, messages, **more): return ask(server, messages, **more).choices[0].message.content
+
+
+def streamed(server, messages, **more):
+    return ''.join(c.choices[0].delta.content or '' for c in ask(server, messages, stream=True, **more) if c.choices)
+
+
+def test_answers_are_those_of_chat(server, expected):
+    assert [said(server, t) for t in TALKS] == expected
+    assert [streamed(server, t) for t in TALKS] == expected
+    assert [''.join(stream_from(server.url, t, 48)) for t in TALKS] == expected
+    without = client(server).chat.completions.create(model=server.model, messages=TALKS[0], max_tokens=48)
+    assert without.choices[0].message.content == expected[0], 'where no temperature is named, the likeliest token is taken'
+
+
+def test_twenty_clients_at_once_get_right_answers(server, expected):
+    def one(i): return (streamed if i%2 else said)(server, TALKS[i%len(TALKS)])
+    with ThreadPoolExecutor(20) as many: got = list(many.map(one, range(20)))
+    assert got == [expected[i%len(TALKS)] for i in range(20)]
+
+
+def test_what_comes_beside_the_text(server, expected):
+    whole = ask(server, TALKS[0])
+    assert whole.choices[0].finish_reason == 'stop' and whole.usage.total_tokens == whole.usage.prompt_tokens+whole.usage.completion_tokens
+    short = ask(server, TALKS[0], max_tokens=2)
+    assert short.choices[0].finish_reason == 'length' and short.usage.completion_tokens == 2
+    cut = ask(server, TALKS[2], stop=[' and', 'never'])
+    assert cut.choices[0].message.content == expected[2].partition(' and')[0] == streamed(server, TALKS[2], stop=[' and', 'never'])
+    assert cut.choices[0].finish_reason == 'stop'
+    chunks = list(ask(server, TALKS[0], stream=True, stream_options=dict(include_usage=True)))
+    assert chunks[0].choices[0].delta.role == 'assistant' and chunks[-2].choices[0].finish_reason == 'stop'
+    assert chunks[-1].usage == whole.usage and not chunks[-1].choices
+    drawn = [said(server, TALKS[5], temperature=1.5, seed=s) for s in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert [m.id for m in client(server).models.list()] == ['code'] == models_at(f'{server.url}/v1')
+    assert client(server).models.retrieve('code').id == 'code'
+
+
+@pytest.mark.parametrize('change,error,words', [
+    (dict(model='gpt-4'), openai.NotFoundError, "no model 'gpt-4' here; there is 'code'"),
+    (dict(temperature=9), openai.BadRequestError, '`temperature` must be a number from 0 to 2'),
+    (dict(messages=[]), openai.BadRequestError, '`messages` must be a list'),
+    (dict(messages=[dict(role='user', content='word '*3000)]), openai.BadRequestError, 'the model takes 2,048'),
+    (dict(n=3), openai.BadRequestError, '`n` is not supported'),
+    (dict(response_format=dict(type='json_object')), openai.BadRequestError, '`response_format` is not supported'),
+])
+def test_a_bad_request_is_refused_by_name(server, change, error, words):
+    for stream in (False, True):
+        with pytest.raises(error, match=words.replace('`', '.')): ask(server, **dict(messages=TALKS[0], stream=stream) | change) if 'model' not in change else \
+            client(server).chat.completions.create(**dict(messages=TALKS[0], stream=stream) | change)
+
+
+def test_a_body_that_is_no_json_and_an_unknown_address(server):
+    from urllib.error import HTTPError
+    from urllib.request import Request, urlopen
+    for path,body,status in (('/v1/chat/completions', b'{', 400), ('/v1/chat/completions', b'[]', 400), ('/v1/nothing', None, 404), ('/v1/chat/completions', None, 405)):
+        with pytest.raises(HTTPError) as refused: urlopen(Request(server.url+path, body))
+        assert refused.value.code == status
+
+
+def test_a_client_that_goes_away_gives_way_to_the_next(server, expected):
+    for stream in (True, False):
+        started = threading.Event()
+        def leave():
+            try:
+                with client(server).with_options(timeout=1).chat.completions.create(model='code', messages=TALKS[5], max_tokens=1900, temperature=2, stream=True, stop=[]) as talk:
+                    next(iter(talk)); started.set()
+            except openai.APITimeoutError: pass
+        def give_up():
+            started.set()
+            with pytest.raises(openai.APITimeoutError):
+                client(server).with_options(timeout=0.5).chat.completions.create(model='code', messages=TALKS[5], max_tokens=1900, temperature=2)
+        leaver = threading.Thread(target=leave if stream else give_up); leaver.start(); started.wait(20)
+        began = time.monotonic()
+        assert said(server, TALKS[0]) == expected[0]
+        assert time.monotonic()-began < 10
+        leaver.join()
+
+
+def test_the_log_lies_in_the_run_folder_and_holds_no_conversation(server, run):
+    log = (run/'logs'/'serve.log').read_text()
+    assert server.log == run/'logs'/'serve.log' and 'POST /v1/chat/completions' in log
+    assert 'return a + b' not in log and 'Complete' not in log and '\x1b' not in log
+
+
+def test_a_second_server_on_the_port_is_refused(server, run):
+    with pytest.raises(SageError, match='is in use: stop the program that has it, or give another port'): start_server(run, port=int(server.url.rpartition(':')[2]))
+    assert said(server, TALKS[0]) == LEARNED[TALKS[0][0]['content']]
+
+
+@needs_posix
+def test_killed_and_started_again_on_the_same_port(run, expected, tmp_path):
+    first = start_server(run, port=0, log=tmp_path/'log')
+    port = int(first.url.rpartition(':')[2])
+    first.process.kill(); first.process.wait()
+    with pytest.raises(SageError, match='nothing answers at'): list(stream_from(first.url, TALKS[0]))
+    with serving(run, port=port, log=tmp_path/'log') as again: assert said(again, TALKS[0]) == expected[0]
+    assert first.stop() == -signal.SIGKILL
+
+
+def children_of(pid):
+    "Processes that a process started"
+    return [int(p.name) for p in Path('/proc').iterdir() if p.name.isdigit() and f'PPid:\t{pid}\n' in (read(p/'status') or '')]
+
+
+def read(path):
+    try: return path.read_text()
+    except OSError: return None
+
+
+@needs_posix
+@pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='needs /proc')
+def test_a_key_is_asked_for_and_shown_nowhere_and_the_adapter_answers_the_same(run, expected):
+    key = 'key-4711-secret'
+    with serving(run, api_key=key, adapter=True) as locked:
+        assert said(locked, TALKS[0], key=key) == expected[0] == ''.join(stream_from(locked.url, TALKS[0], 48, api_key=key))
+        for wrong in ('none', key[:-1]):
+            with pytest.raises(openai.AuthenticationError, match='the key is missing or wrong'): said(locked, TALKS[0], key=wrong)
+        with pytest.raises(SageError, match='refuses .401.'): models_at(locked.url)
+        pid = locked.process.pid
+        shown = [read(Path(f'/proc/{p}/cmdline')) for p in (pid, *children_of(pid))]
+        assert key not in ''.join(shown)
+    assert not [p for p in run.parent.rglob('*') if p.is_file() and key.encode() in p.read_bytes()]
+
+
+script = '''
+import sys
+from sage_finetune.serve import serve
+serve(sys.argv[1], port=0, log=sys.argv[2], say=lambda line: print(line, flush=True))
+'''
+
+
+@needs_posix
+@pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='needs /proc')
+def test_ctrl_c_an_end_and_a_kill_leave_no_server_behind(run, tmp_path):
+    signals = signal.SIGINT,signal.SIGTERM,signal.SIGKILL
+    started = [subprocess.Popen([sys.executable, '-c', script, run, tmp_path/s.name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for s in signals]
+    addresses = [p.stdout.readline().split()[4].removesuffix('/v1') for p in started]
+    servers = [children_of(p.pid) for p in started]
+    assert all(len(s)==1 for s in servers) and [models_at(a) for a in addresses] == [['code']]*3
+    for p,s in zip(started, signals): p.send_signal(s)
+    assert [p.wait(30) for p in started] == [0, 0, -signal.SIGKILL]
+    give_up = time.monotonic()+30
+    while (left := [s for s, in servers if Path(f'/proc/{s}').exists() and 'zombie' not in read(Path(f'/proc/{s}/status'))]) and time.monotonic()<give_up: time.sleep(0.1)
+    assert not left
+    said = [p.stdout.read() for p in started]
+    assert said[0].endswith('stopped\n') and said[1].endswith('stopped\n') and 'Traceback' not in ''.join(said)
+
+
+def follow(folder, base=None, **more):
+    "What the process of a server does, in this one"
+    module._follow(dict(name='code', folder=str(folder), base=base, log='', host='127.0.0.1', port=0, api_key=None, max_new_tokens=8, ignore_contract=False) | more)
+
+
+FAULTS = {
+    'a changed template': ('merged_model', lambda d: (d/'chat_template.jinja').write_text((d/'chat_template.jinja').read_text().replace('<|im_start|>', '<|im_start|> ')),
+                           'the chat template has changed'),
+    'another tokenizer': ('merged_model', lambda d: swap_words(d/'tokenizer.json'), 'another tokenizer'),
+    'a shard cut short': ('merged_model', lambda d: cut(d/'model.safetensors'), 'model.safetensors is cut short'),
+    'an adapter cut short': ('lora_weights', lambda d: cut(d/'adapter_model.safetensors'), 'adapter_model.safetensors is cut short'),
+    'another base': ('lora_weights', lambda d: other_weights(d.parent/'base'/'model.safetensors'), 'is not the base it was trained on'),
+}
+
+
+def cut(file): os.truncate(file, file.stat().st_size//2)
+
+
+def swap_words(file):
+    words = json.loads(file.read_text(encoding='utf-8'))
+    vocabulary = words['model']['vocab']
+    a,b = [k for k in vocabulary if len(k)>3][:2]
+    vocabulary[a],vocabulary[b] = vocabulary[b],vocabulary[a]
+    file.write_text(json.dumps(words), encoding='utf-8')
+
+
+def other_weights(file):
+    from safetensors.torch import load_file, save_file
+    save_file({k: t+1 for k,t in load_file(file).items()}, file, metadata=dict(format='pt'))
+
+
+@pytest.mark.parametrize('fault', FAULTS)
+def test_a_planted_fault_is_caught_by_name_before_anything_is_served(fault, run, tmp_path):
+    kind,plant,words = FAULTS[fault]
+    shutil.copytree(run.parent/'base', tmp_path/'base'); shutil.copytree(run/kind, tmp_path/kind)
+    base = None
+    if kind=='lora_weights':
+        base = str(tmp_path/'base')
+        settings = json.loads((tmp_path/kind/'training_config.json').read_text())
+        write_json(tmp_path/kind/'training_config.json', settings | dict(model_name=base))
+    plant(tmp_path/kind)
+    for engine in ('native', 'vllm'):
+        with pytest.raises(SageError, match=words) as told: follow(tmp_path/kind, base, engine=engine)
+        assert '\n' not in str(told.value)
+
+
+def test_a_server_that_cannot_start_says_why_in_one_line(run, tmp_path):
+    shutil.copytree(run/'merged_model', tmp_path/'broken')
+    cut(tmp_path/'broken'/'model.safetensors')
+    with pytest.raises(SageError) as told: start_server(tmp_path/'broken', port=0, log=tmp_path/'log')
+    assert 'the server did not start: ' in str(told.value) and 'model.safetensors is cut short' in str(told.value) and '\n' not in str(told.value)
+    with pytest.raises(SageError, match='did not answer within 0.01 s'): start_server(run, port=0, log=tmp_path/'log', timeout=0.01)
+
+
+def test_transformers_serve_can_be_asked_for(run, tmp_path):
+    pytest.importorskip('fastapi')
+    with pytest.raises(SageError, match='takes no adapter'): start_server(run, port=0, engine='transformers', adapter=True, log=tmp_path/'log')
+    with serving(run, engine='transformers', log=tmp_path/'log') as other:
+        assert said(other, TALKS[1]) == LEARNED[TALKS[1][0]['content']]
+        assert isinstance(models_at(other.url), list)
+
+
+class Scripted(BaseHTTPRequestHandler):
+    "A server that says what its address asks for"
+    replies = {
+        'cut': b'data: {"choices": [{"delta": {"content": "half"}}]}\n\n',
+        'error': b'data: {"choices": [{"delta": {"content": "half"}}]}\n\ndata: {"error": {"message": "out of memory"}}\n\n',
+        'odd': ': hello\r\n\r\nevent: x\r\ndata: {"choices": []}\r\n\r\ndata: {"choices": [{"delta": {"content": "鱼"}, "finish_reason": "stop"}]}\r\n\r\n'.encode(),
+    }
+
+    def do_GET(self): self.reply(b'{"data": [{"id": "one"}, {"id": "two"}]}')
+    def do_POST(self): self.reply(self.replies[self.path.split('/')[1]])
+    def log_message(self, *args): pass
+
+    def reply(self, body):
+        self.send_response(200); self.end_headers()
+        for i in range(len(body)): self.wfile.write(body[i:i+1]); self.wfile.flush()
+
+
+def test_the_client_takes_any_stream_and_notices_one_that_breaks_off():
+    with ThreadingHTTPServer(('127.0.0.1', 0), Scripted) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        url = f'http://127.0.0.1:{other.server_port}'
+        assert models_at(url) == ['one', 'two']
+        assert list(stream_from(f'{url}/odd', TALKS[0])) == ['鱼']
+        for path,words in (('cut', 'broke off in the middle'), ('error', 'broke off: out of memory')):
+            pieces = stream_from(f'{url}/{path}/v1', TALKS[0])
+            assert next(pieces) == 'half'
+            with pytest.raises(SageError, match=words): next(pieces)
+        other.shutdown()
