@@ -48,9 +48,10 @@ def config_code(
 
 def config_script(
     config:TrainingConfig, # A config
+    width:int=100, # Characters in a line
 )->str: # Two lines or more
     "The imports and the call, ready to be copied"
-    code = config_code(config)
+    code = config_code(config, width)
     names = [n for n in ('LoRAConfig', 'PresetConfigs', 'TrainingConfig') if f'{n}(' in code or f'{n}.' in code]
     return f"from sage_finetune import {', '.join(names)}\n\nconfig = {code}"
 
@@ -74,6 +75,8 @@ form_fields = (
 
 _by_name = {f.name: f for f in form_fields}
 
+def _at_home(path): return f'~/{path.relative_to(Path.home())}' if path.is_relative_to(Path.home()) else str(path)
+
 def form_values(
     config:TrainingConfig, # A config
 )->dict: # {name of a field: text, or true or false for a tick}
@@ -82,7 +85,7 @@ def form_values(
         if f.name=='precision': return precision_of(config)
         if f.name=='weights': return '8 bits' if config.load_in_8bit else '4 bits' if config.load_in_4bit else 'as stored'
         v = getattr(config.lora, f.name[5:]) if f.name.startswith('lora.') else getattr(config, f.name)
-        return v if f.kind=='tick' else '' if v is None else ', '.join(v) if isinstance(v, list) else str(v)
+        return v if f.kind=='tick' else '' if v is None else ', '.join(v) if isinstance(v, list) else _at_home(v) if isinstance(v, Path) else str(v)
     return {f.name: value(f) for f in form_fields}
 
 # %% ../nbs/05a_choose.ipynb #15961a7c
@@ -182,7 +185,7 @@ def memory_bar(
             f'<div style="position:relative;display:flex;height:16px;margin:6px 0;border:1px solid rgba(128,128,128,.7)">{parts}{line}</div>'
             f'<div style="font-size:12px;line-height:1.6">{legend}</div>')
 
-_red = '#d62728'
+_red = '#e03c3c'
 _bad = f'color:{_red};font-weight:bold;line-height:1.4;white-space:normal;overflow-wrap:anywhere'
 _good = 'font-weight:bold;line-height:1.4;white-space:normal'
 
@@ -371,7 +374,7 @@ class _View:
         for n,b in self.presets.items(): b.button_style = 'info' if n==self.form.preset else ''
         self._offer([])
         if wrong: self.code.value = self.memory.value = '<i>None yet: see what is red.</i>'; self.later.ask(None); return
-        self.code.value = _Code(config_script(self.form.config))._repr_html_()
+        self.code.value = _Code(config_script(self.form.config, 52))._repr_html_()
         self.memory.value = f'<div style="opacity:.5">{self.memory.value}</div>' if 'counting' not in self.memory.value else self.memory.value
         self.memory.value = self.memory.value or '<i>counting …</i>'
         self.later.ask(self.form.config)

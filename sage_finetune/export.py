@@ -123,24 +123,34 @@ def _settings_part(source):
     made = ', '.join(f'{k} {v}' for k,v in (s.get('_versions') or {}).items())
     return _table([*rows, *lora], 'setting', 'used')+(f'\n\nMade with {made}.' if made else '')
 
+_figures = dict(loss_before='held-out loss of the base', loss_after='held-out loss after training', train_loss='training loss', steps='steps')
+_exam = dict(questions='exam questions', share_before='answered correctly by the base', share_after='answered correctly after training')
+_merge = dict(difference='largest logit difference of the merged model from base with adapter', divergence='its divergence, nats a token',
+              effect='largest logit difference that the adapter makes')
+
+def _told(file, names):
+    "(name, value) of what a file holds"
+    found = read_json(file) if file.is_file() else {}
+    return [(what, found[k]) for k,what in names.items() if found.get(k) is not None]
+
 def _figures_part(source):
-    run,rows = source.run,[]
-    read = lambda path: read_json(path) if path.is_file() else {}
-    results,quick,merge = read(run.results),read(run.path/'quickstart.json'),read(run.merged_model/'merge_report.json')
-    rows += [(what, results[k]) for k,what in dict(loss_before='held-out loss of the base', loss_after='held-out loss after training', train_loss='training loss', steps='steps').items() if results.get(k) is not None]
-    rows += [(what, quick[k]) for k,what in dict(questions='exam questions', share_before='answered correctly by the base', share_after='answered correctly after training').items() if k in quick]
-    if source.kind=='merged':
-        rows += [(what, merge[k]) for k,what in dict(difference='largest logit difference of the merged model from base with adapter', effect='largest logit difference that the adapter makes').items() if merge.get(k) is not None]
+    run = source.run
+    rows = [*_told(run.results, _figures), *_told(run.path/'quickstart.json', _exam)]
+    if source.kind=='merged': rows += _told(run.merged_model/'merge_report.json', _merge)
     return _table(rows, 'figure', 'value') if rows else 'None were measured.'
+
+_counts = dict(read='rows read', used='rows used', duplicates='copies', examples='examples', held_out='held out for evaluation', tokens='tokens',
+               learned_tokens='learned tokens', longest='tokens of the longest example')
 
 def _data_part(source):
     report = read_json(source.run.data_report) if source.run.data_report.is_file() else {}
     data = str(source.settings.get('data_path') or '')
     named = f'`{data if _is_hub_name(data) and "/" in data else Path(data).name}`'
-    rows = [(what, report[k]) for k,what in dict(read='rows read', used='rows used', duplicates='copies', examples='examples', held_out='held out for evaluation', tokens='tokens',
-                                                 learned_tokens='learned tokens', longest='tokens of the longest example').items() if k in report]
+    rows = _told(source.run.data_report, _counts)
     why = {}
-    for d in report.get('dropped', ()): key = re.sub(r'[0-9]+', 'N', str(d.get('reason', '')))[:120]; why[key] = why.get(key, 0)+1
+    for d in report.get('dropped', ()):
+        reason = re.sub(r'[0-9]+', 'N', str(d.get('reason', '')))[:120]
+        why[reason] = why.get(reason, 0)+1
     rows += [(f'dropped: {reason}', n) for reason,n in sorted(why.items(), key=lambda x: -x[1])[:8]]
     return f'Rows of {named}.\n\n'+(_table(rows, 'data', 'count') if rows else 'No data report was kept.')
 
@@ -162,6 +172,10 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r})
 prompt = tokenizer.apply_chat_template([dict(role="user", content="Hello?")], add_generation_prompt=True, return_tensors="pt", return_dict=True)
 answer = model.generate(**prompt, max_new_tokens=256, do_sample=False)
 print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True))'''
+
+_form = 'It was trained on conversations in the form of its own chat template, which lies beside it; another form gives away part of what it learned.'
+_limits = ('It knows what its base knew and what stood in the data above. '
+           'Nobody has looked for bias, or for what it says outside that data, unless it is written here.')
 
 def _licence_part(license, license_name, base):
     named = license_name if license=='other' and license_name else license
@@ -186,10 +200,8 @@ def model_card(
     what = 'A LoRA adapter for' if source.kind=='adapter' else 'A language model, fine-tuned with LoRA from'
     head = _head(source, known, license, license_name, license_link, language)
     parts = [f'# {source.name}', f'{what} `{below}`, made with [sage_finetune](https://github.com/sage-finetune/sage_finetune).',
-             '## Use', f'```python\n{use}\n```', 'It was trained on conversations in the form of its own chat template, which lies beside it; another form gives away part of what it learned.',
-             '## Data', _data_part(source), '## Training', _settings_part(source), '## Figures', _figures_part(source),
-             '## Limits', 'It knows what its base knew and what stood in the data above. Nobody has looked for bias, or for what it says outside that data, unless it is written here.',
-             '## Licence', _licence_part(license, license_name, known)]
+             '## Use', f'```python\n{use}\n```', _form, '## Data', _data_part(source), '## Training', _settings_part(source),
+             '## Figures', _figures_part(source), '## Limits', _limits, '## Licence', _licence_part(license, license_name, known)]
     return f'---\n{head.to_yaml()}\n---\n\n'+'\n\n'.join(parts)+'\n'
 
 # %% ../nbs/06a_export.ipynb #1eea41ef

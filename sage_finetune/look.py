@@ -23,7 +23,7 @@ from .template import encode, ignored
 from .inspect_data import Views, _columns, _css, _shown, _tag, pieces_of, shown_figure
 from .loss import _evaluating, _in_place_of, _vocabulary, _way, head_rows
 from .generation import base_of
-from .compare import Run
+from .compare import Run, on_any_ground
 
 # %% ../nbs/05b_look.ipynb #5d137155
 def row_losses(
@@ -124,7 +124,7 @@ class TokenLosses:
     def summary(self)->str: # One line
         "The counts"
         n = len(self.learned)
-        return f'{self.name}: loss {self.means[0]:.2f} → {self.means[1]:.2f} nats over {n:,} learned; it fell for {len(self.improved):,}, and {len(self.unknown):,} stay above {_known:g}'
+        return f'{self.name}: loss {self.means[0]:.2f} → {self.means[1]:.2f} nats over {n:,} learned; it fell for {len(self.improved):,}; still above {_known:g}: {len(self.unknown):,}'
     def __str__(self): return str(_token_table(self))
     def __repr__(self): return str(self)
     def _repr_html_(self): return _html_losses(self)
@@ -473,7 +473,7 @@ def plot_adapter(
     axes = fig.subplots(1, 2, width_ratios=(len(modules)+1, 7)) if of=='size' else [fig.add_subplot()]
     _map(axes[0], inside, modules, numbers, what)
     if of=='size': _spectrum(axes[1], [l for l in inside if l.module==module], module)
-    return fig
+    return on_any_ground(fig)
 
 _names = {'relative': '‖ΔW‖ / ‖W‖', 'norm': '‖ΔW‖', 'stable rank': 'stable rank'}
 

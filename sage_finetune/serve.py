@@ -7,12 +7,14 @@ Docs: https://sage-finetune.github.io/sage_finetune/serve.html.md"""
 # %% auto #0
 __all__ = ['ENGINES', 'Served', 'what_to_serve', 'Refused', 'Wanted', 'read_request', 'Writer', 'write_answer', 'Desk',
            'chat_app', 'vllm_command', 'transformers_command', 'check_served', 'main', 'choose_engine', 'free_port',
-           'Server', 'start_server', 'serving', 'event_data', 'models_at', 'stream_from', 'serve']
+           'Server', 'start_server', 'serving', 'event_data', 'models_at', 'find_model', 'stream_from', 'speaker_at',
+           'serve']
 
 # %% ../nbs/06_serve.ipynb #67a5cf8b
 import asyncio,errno,hmac,json,os,shutil,signal,socket,subprocess,sys,threading,time,uuid
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
@@ -297,7 +299,7 @@ def chat_app(
     from starlette.routing import Route
     began = int(time.time())
     card = dict(id=name, object='model', created=began, owned_by='sage_finetune')
-    async def health(request): return JSONResponse(dict(status='ok', model=name))
+    async def health(request): return JSONResponse(dict(status='ok'))
     async def models(request): return JSONResponse(dict(object='list', data=[card]))
     async def one(request):
         if request.path_params['id']!=name: raise Refused(f"no model {request.path_params['id']!r} here; there is {name!r}", 404, 'model_not_found')
@@ -318,11 +320,15 @@ def chat_app(
 # %% ../nbs/06_serve.ipynb #7898f829
 _vllm_ranks = 1,8,16,32,64,128,256,320,512 # what --max-lora-rank takes
 
-def _vllm_lora(served):
-    "The part of vLLM's command line for an adapter"
+def _vllm_fit(served):
+    "Rank of an adapter, and what of it vLLM does not take"
     asked = read_json(served.folder/'adapter_config.json')
     rank = max([asked.get('r') or 8, *(asked.get('rank_pattern') or {}).values()])
-    unfit = [k for k in ('modules_to_save', 'use_dora') if asked.get(k)] + [f'r={rank}']*(rank>_vllm_ranks[-1])
+    return rank,[k for k in ('modules_to_save', 'use_dora') if asked.get(k)] + [f'r={rank}']*(rank>_vllm_ranks[-1])
+
+def _vllm_lora(served):
+    "The part of vLLM's command line for an adapter"
+    rank,unfit = _vllm_fit(served)
     if unfit: raise SageError(f'vLLM cannot serve this adapter beside its base ({", ".join(unfit)}): merge it first (`sage-finetune merge NAME`)')
     module = json.dumps(dict(name=served.name, path=str(served.folder), base_model_name=served.base))
     return ['--tokenizer', str(served.folder), '--enable-lora', '--lora-modules', module, '--max-lora-rank', str(next(r for r in _vllm_ranks if r>=rank))]
@@ -336,10 +342,9 @@ def vllm_command(
     served:Served, # What is to be served
     host:str, # Address to listen on
     port:int, # Port to listen on
-    max_new_tokens:int=512, # Tokens of an answer at most, where a client names no number
 )->list: # The program and its arguments
     "The command line of vLLM"
-    settings = dict(temperature=0.0, repetition_penalty=1.0, max_new_tokens=max_new_tokens)
+    settings = dict(temperature=0.0, repetition_penalty=1.0)
     model,names = (served.base, served.base) if served.base else (str(served.folder), served.name)
     return ['vllm', 'serve', model, '--served-model-name', names, '--host', host, '--port', str(port), '--generation-config', str(served.folder),
             '--override-generation-config', json.dumps(settings), *(_vllm_lora(served) if served.base else ()),
@@ -414,7 +419,7 @@ def _follow(order):
     served = Served(order['name'], Path(order['folder']), order['base'], Path(order['log']))
     if order['engine']=='native': return _serve_here(served, order) # loading checks the same
     for note in check_served(served, order['ignore_contract']): print('note:', note, flush=True)
-    if order['engine']=='vllm': return _serve_there(vllm_command(served, order['host'], order['port'], order['max_new_tokens']), order)
+    if order['engine']=='vllm': return _serve_there(vllm_command(served, order['host'], order['port']), order)
     from huggingface_hub import constants
     from sage_finetune.machine import Machine
     Path(constants.HF_HUB_CACHE).mkdir(parents=True, exist_ok=True) # without it, /v1/models fails
@@ -432,11 +437,12 @@ ENGINES = dict(vllm='many requests in one pass, on a GPU', native='the functions
 def choose_engine(
     engine:str='auto', # "auto", or one of `ENGINES`
     api_key:str|None=None, # What clients must know
+    served:Served|None=None, # What is to be served; "auto" passes over vLLM for an adapter that it does not take
     installed=lambda module: find_spec(module) is not None, # Tells whether a module is here
 )->str: # One of `ENGINES`
     "vLLM where it is installed, else the functions of this package"
     refuse_unknown([engine], ['auto', *ENGINES], 'engine')
-    if engine=='auto': engine = 'vllm' if installed('vllm') else 'native'
+    if engine=='auto': engine = 'vllm' if installed('vllm') and not (served and served.base and _vllm_fit(served)[1]) else 'native'
     needed = dict(vllm=('vllm',), native=('starlette', 'uvicorn'), transformers=('fastapi', 'uvicorn', 'openai'))[engine]
     if missing := [m for m in needed if not installed(m)]:
         raise SageError(f'{engine} needs {" and ".join(missing)}: pip install {"vllm" if engine=="vllm" else chr(34)+"sage-finetune[serve]"+chr(34)}')
@@ -532,7 +538,7 @@ def start_server(
     api_key:str|None=None, # What clients must know; None lets everybody in
     engine:str='auto', # "auto", or one of `ENGINES`
     adapter:bool=False, # Take the adapter even where a merged model exists
-    max_new_tokens:int=512, # Tokens of an answer at most, where a client names no number
+    max_new_tokens:int=512, # Tokens of an answer at most, where a client names no number; the other engines have limits of their own
     ignore_contract:bool=False, # Serve even where template, tokenizer or base are not those of training
     timeout:float=600.0, # Seconds until it must answer
     log=None, # File that the server writes to; `logs/serve.log` in the run folder if None
@@ -540,7 +546,8 @@ def start_server(
     "Start a server and wait until it answers"
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip()==api_key!=''):
         raise ValueError('`api_key` must be a word of plain letters, digits and signs, without spaces around it')
-    served,engine = what_to_serve(name, adapter),choose_engine(engine, api_key)
+    served = what_to_serve(name, adapter)
+    engine = choose_engine(engine, api_key, served)
     port = free_port(host, port)
     log = Path(log).expanduser() if log else served.log
     order = dict(name=served.name, folder=str(served.folder.resolve()), base=served.base, log=str(log), host=host, port=port, api_key=api_key, engine=engine,
@@ -611,7 +618,7 @@ def _opened(url, body=None, api_key=None, timeout=600):
         with _opener(url).open(request, timeout=timeout) as reply: yield reply
     except HTTPError as e: raise SageError(f'{url} refuses ({e.code}): {_message(e.read())}') from None
     except URLError as e: raise SageError(f'nothing answers at {url} ({e.reason}): start a server (`sage-finetune serve NAME`), or check the address') from None
-    except OSError as e: raise SageError(f'{url} does not answer any more ({e or type(e).__name__})') from None
+    except (OSError, HTTPException) as e: raise SageError(f'{url} does not answer any more ({e or type(e).__name__})') from None
 
 # %% ../nbs/06_serve.ipynb #34e587f2
 def models_at(
@@ -620,7 +627,20 @@ def models_at(
     timeout:float=30.0, # Seconds to wait
 )->list: # Names
     "The models of a server"
-    with _opened(f'{_api(url)}/models', None, api_key, timeout) as reply: return [m['id'] for m in json.load(reply)['data']]
+    with _opened(f'{_api(url)}/models', None, api_key, timeout) as reply: said = reply.read()
+    try: return [m['id'] for m in json.loads(said)['data']]
+    except (ValueError, KeyError, TypeError): raise SageError(f'{_api(url)} does not speak the API of OpenAI: check the address') from None
+
+def find_model(
+    url:str, # Address of a server, with or without "/v1"
+    name:str|None=None, # Name or folder of a run; the first model of the server if None
+    api_key:str|None=None, # What the server wants to be told
+)->str: # What the server calls the model
+    "The model of a server that a name stands for"
+    there = models_at(url, api_key)
+    found = [m for m in there if name is None or m==str(name) or Path(m).name==Path(name).expanduser().resolve().name]
+    if found: return found[0]
+    raise SageError(f'{name} is not served at {url}; there is {", ".join(there) or "nothing"}')
 
 def stream_from(
     url:str, # Address of a server, with or without "/v1"
@@ -632,18 +652,29 @@ def stream_from(
     timeout:float=600.0, # Seconds to wait for the next piece
 ): # Yields pieces of text
     "Ask a server, piece by piece"
-    model = model or next(iter(models_at(url, api_key)), None)
+    model = model or find_model(url, None, api_key)
     body = dict(model=model, messages=messages, max_tokens=max_new_tokens, temperature=temperature, stream=True)
     with _opened(f'{_api(url)}/chat/completions', body, api_key, timeout) as reply:
         ended = False
         for data in event_data(reply):
             if data=='[DONE]': return
-            piece = json.loads(data)
+            try: piece = json.loads(data)
+            except ValueError: raise SageError(f'{_api(url)} sent what is not JSON: {data[:100]!r}') from None
             if piece.get('error'): raise SageError(f'{_api(url)} broke off: {_message(data.encode())}')
             for choice in piece.get('choices') or ():
                 ended = ended or bool(choice.get('finish_reason'))
                 if text := (choice.get('delta') or {}).get('content'): yield text
         if not ended: raise SageError(f'{_api(url)} broke off in the middle of the answer')
+
+def speaker_at(
+    url:str, # Address of a server, with or without "/v1"
+    name:str|None=None, # Name or folder of a run; the first model of the server if None
+    max_new_tokens:int=512, # Tokens of an answer at most
+    api_key:str|None=None, # What the server wants to be told
+): # Called with messages and a temperature, yields the pieces of an answer
+    "A server as somebody to talk to"
+    model = find_model(url, name, api_key)
+    return lambda messages,temperature=0.0: stream_from(url, messages, max_new_tokens, temperature, model, api_key)
 
 # %% ../nbs/06_serve.ipynb #23c86c6f
 @contextmanager

@@ -171,12 +171,13 @@ class Exchange:
     strength:float # Of the adapter in the second answer
     base:str='' # Answer of the base
     tuned:str='' # Answer at `strength`
+    stopped:bool=False # Whether somebody stopped it
 
     @property
     def table(self)->Table:
         "The answers beside each other"
-        return Table(['base', _named(self.strength)], [[self.base, self.tuned]], title=self.prompt)
-    def __str__(self): return f'{self.prompt}\n  base: {self.base}\n  {_named(self.strength)}: {self.tuned}'
+        return Table(['base', _named(self.strength)], [[self.base, self.tuned]], title=self.prompt, note='(stopped)'*self.stopped)
+    def __str__(self): return f"{self.prompt}{' (stopped)'*self.stopped}\n  base: {self.base}\n  {_named(self.strength)}: {self.tuned}"
     def __repr__(self): return str(self)
     def __rich__(self): return self.table.__rich__()
     def _repr_html_(self): return _html_exchange(self)
@@ -188,7 +189,7 @@ _column = 'flex:1 1 18em;min-width:0;border:1px solid rgba(128,128,128,.5);borde
 def _html_exchange(e, writing=False):
     "Two boxes that stand below each other where there is little room"
     box = lambda name,text: f'<div style="{_column}"><div style="font-size:11px;opacity:.7;margin-bottom:.3em">{name}</div>{html.escape(text)}{"▌" if writing else ""}</div>'
-    return (f'<div style="font-weight:bold;margin:.6em 0 .3em;line-height:1.4;overflow-wrap:anywhere">{html.escape(e.prompt)}</div>'
+    return (f'<div style="font-weight:bold;margin:.6em 0 .3em;line-height:1.4;overflow-wrap:anywhere">{html.escape(e.prompt)}{" (stopped)"*e.stopped}</div>'
             f'<div style="display:flex;flex-wrap:wrap;gap:.6em">{box("base", e.base)}{box(_named(e.strength), e.tuned)}</div>')
 
 # %% ../nbs/05c_talk.ipynb #209fc679
@@ -214,7 +215,7 @@ class Talk:
         "Ask both, and wait for the answers"
         if not prompt.strip(): raise ValueError('`prompt` is empty: ask something')
         strength = self.strength if strength is None else _checked_strength(strength)
-        known = next((e.base for e in reversed(self.said) if e.prompt==prompt), None) if not self.temperature else None
+        known = next((e.base for e in reversed(self.said) if e.prompt==prompt and not e.stopped), None) if not self.temperature else None
         exchange = Exchange(prompt, strength, known or '')
         messages = [*([dict(role='system', content=self.system)] if self.system else []), dict(role='user', content=prompt)]
         sides = [('tuned', strength)] if known is not None else [('base', 0), ('tuned', strength)]
@@ -222,7 +223,7 @@ class Talk:
             self._now = exchange
             for side,text in pieces:
                 setattr(exchange, sides[side][0], getattr(exchange, sides[side][0])+text)
-                if heard(exchange) is False: break # `stop`
+                if heard(exchange) is False: exchange.stopped = True; break
         self.said.append(exchange)
         return exchange
 
@@ -291,6 +292,7 @@ class _View:
     def begin(self, prompt):
         "Answer in a thread; an answer that is being written is stopped first"
         self.halt()
+        if self.talk.said and self.talk.said[-1].stopped and self.talk.said[-1].prompt==prompt: self.talk.said.pop() # asked once more, and begun anew
         self.thread = threading.Thread(target=self.work, args=(prompt, self.talk.strength), daemon=True)
         self.thread.start()
 
@@ -309,7 +311,7 @@ class _View:
             if time.monotonic()-shown>.1: shown = time.monotonic(); self.now.value = _html_exchange(exchange, writing=True)
             return not self.stopping
         try: self.now.value = _html_exchange(self.talk.ask(prompt, strength, heard))
-        except Exception as e: self.now.value = f'<div style="color:#d62728;font-weight:bold">{html.escape(str(e))}</div>'
+        except Exception as e: self.now.value = f'<div style="color:#e03c3c;font-weight:bold">{html.escape(str(e))}</div>'
         self.stop.disabled = True
 
     def close(self):

@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sage_finetune.config import LoRAConfig, SageError, TrainingConfig, resolve_model
-from sage_finetune.export import export_files, export_folder, export_gguf, model_card, ollama_template, push_to_hub
+from sage_finetune.export import export_files, export_folder, export_gguf, ollama_template, push_to_hub
 from sage_finetune.folder import write_meta
 from sage_finetune.generation import load_for_chat
 from sage_finetune.merge_chat import merge_run

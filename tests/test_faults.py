@@ -251,10 +251,10 @@ def test_what_an_interrupt_leaves_can_be_asked_and_holds_no_memory(base, data, u
 @needs_posix
 def test_interrupted_in_an_evaluation(base, data, undisturbed, told, monkeypatch):
     folder,real,calls = base/'in_evaluation', trainer.mean_loss, []
-    def slow(model, batches):
+    def slow(model, batches, add=None):
         calls.append(1)
         if len(calls)==2: os.kill(os.getpid(), signal.SIGINT) # the first in training: after step 6
-        return real(model, batches)
+        return real(model, batches, add)
     monkeypatch.setattr(trainer, 'mean_loss', slow)
     with pytest.raises(Stopped) as stop: LoRATrainer(config(folder, data), quiet=True).train()
     assert 'stopped at step 5 of 14' in str(stop.value), str(stop.value)
@@ -471,10 +471,10 @@ def test_three_rows_are_divided_by_three(data, base):
 
 def test_memory_runs_out_in_an_evaluation(base, data, undisturbed, told, monkeypatch):
     folder,real,calls = base/'evaluation', trainer.mean_loss, []
-    def fails(model, batches):
+    def fails(model, batches, add=None):
         calls.append(1)
         if len(calls)==2: raise torch.OutOfMemoryError('simulated') # after step 6
-        return real(model, batches)
+        return real(model, batches, add)
     monkeypatch.setattr(trainer, 'mean_loss', fails)
     run = Troubled(config(folder, data), quiet=True); run.train()
     assert run.evaluation_rows==1 and sum('in one pass (memory ran out' in h for h in run.heard)==1

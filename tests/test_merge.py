@@ -93,13 +93,17 @@ cases += [(kind, kind in ('gemma', 'qwen2'), 'bf16') for kind in ('qwen2', 'qwen
 
 
 @pytest.mark.parametrize('kind,tied,dtype', cases, ids=['-'.join([k, 'tied' if t else 'untied', d]) for k,t,d in cases])
-def test_every_architecture(tmp_path, table, kind, tied, dtype):
+def test_every_architecture(tmp_path, table, monkeypatch, kind, tied, dtype):
     where = base(tmp_path/f'{kind}_base', kind, tied, dtype)
     kept = ('q_proj', 'k_proj', 'v_proj', 'o_proj') if kind=='mixtral' else 'all-linear'
     report = proved(table, f'{kind} {"tied" if tied else "untied"} {dtype}', adapter(tmp_path/'a', where, dtype=dtype, target_modules=list(kept) if kept!='all-linear' else kept), tmp_path/'m')
     assert report.how=='weight by weight' and report.dtype==str(formats[dtype])[6:]
     assert report.effect_divergence>0.1 and report.divergence < (1e-6 if dtype=='fp32' else 2e-2)
     if dtype=='fp32': assert report.same==report.asked and report.difference<1e-3
+    if dtype=='fp32' and kind!='mixtral':
+        monkeypatch.setattr(merging, 'stream_above', 0)
+        streamed = merge_adapters(tmp_path/'a', tmp_path/'s', rows=4)
+        assert streamed.compared=='next tokens' and streamed.divergence<1e-6 and streamed.same==streamed.asked>20 and abs(streamed.effect_divergence/report.effect_divergence-1)<0.5
     a,b = read_json(where/'config.json'),read_json(tmp_path/'m'/'config.json')
     assert a==b and len(list((tmp_path/'m').glob('*.safetensors')))==1
 
@@ -148,6 +152,13 @@ def test_rounding_is_that_of_the_loaded_model(tmp_path):
     for bits in (8, 4):
         model = load_model(str(where), torch.float32, 'cpu', quantisation_of(TrainingConfig(load_in_8bit=bits==8, load_in_4bit=bits==4)))
         assert (dequantize_module_weight(model.model.layers[0].mlp.up_proj)-merging.rounded(weight, bits)).abs().max()<1e-6
+
+
+def test_a_proof_without_room_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    a = adapter(tmp_path/'a', base(tmp_path/'base', 'llama'))
+    monkeypatch.setattr(merging, '_free_memory', lambda: 10**6)
+    with pytest.raises(SageError, match=r'about 0.0 GB, and 0.0 GB are free: merge without it \(`rows=0`\)'): merge_adapters(a, tmp_path/'m')
+    assert merge_adapters(a, tmp_path/'m', rows=0).difference is None
 
 
 def test_several_adapters_add_up(tmp_path, table):
@@ -339,6 +350,12 @@ _merge_alone = '''
     before = peak()
     merging.merge_adapters(large+'/a', large+'/m', rows=0)
     print(peak()-before)
+    merging.stream_above = 0 # as if the model were a large one
+    report = merging.merge_adapters(large+'/a', large+'/m', rows=4)
+    print(peak()-before, report.divergence<1e-6, report.compared)
+    merging.stream_above = 10**9
+    report = merging.merge_adapters(small+'/a', small+'/h', base='somebody/small') # by its name on a hub
+    print(report.how, report.same==report.asked, report.divergence<1e-6)
 '''
 
 
@@ -359,10 +376,18 @@ def test_memory_for_a_few_copies_of_one_weight(tmp_path, capsys):
         TrainingConfig(model_name=str(where), load_in_8bit=False, fp16=False).save(tmp_path/name/'a'/'training_config.json')
         del model, lora
     files = [f.stat().st_size for f in (tmp_path/'large'/'base').glob('*.safetensors')]
-    env = os.environ | dict(OMP_NUM_THREADS='1', MALLOC_ARENA_MAX='2')
+    cache = tmp_path/'hf'/'hub'/'models--somebody--small'
+    shutil.copytree(tmp_path/'small'/'base', cache/'snapshots'/'0123')
+    (cache/'refs').mkdir(); (cache/'refs'/'main').write_text('0123')
+    env = os.environ | dict(OMP_NUM_THREADS='1', MALLOC_ARENA_MAX='2', HF_HOME=str(tmp_path/'hf'), HF_HUB_OFFLINE='1')
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', textwrap.dedent(_merge_alone), str(tmp_path/'small'), str(tmp_path/'large')], capture_output=True, text=True, env=env)
     assert done.returncode==0, done.stderr
-    peak,largest = int(done.stdout.split()[-1]),max(files)
-    with capsys.disabled(): print(f'\nmerging {sum(files)/2**20:.0f} MB in {len(files)} files of at most {largest/2**20:.0f} MB took {peak/2**20:.0f} MB more than before')
+    *_,peak,proved,hub = done.stdout.splitlines()
+    peak,largest,(with_proof,*proved) = int(peak),max(files),proved.split(maxsplit=2)
+    with_proof = int(with_proof)
+    assert proved==['True', 'next tokens']
+    assert hub=='weight by weight True True'
+    with capsys.disabled(): print(f'\nmerging {sum(files)/2**20:.0f} MB in {len(files)} files of at most {largest/2**20:.0f} MB took {peak/2**20:.0f} MB more than before, with its proof {with_proof/2**20:.0f} MB')
     assert len(files)>=8 and sum(files)>8*largest
     assert peak<=3*largest < sum(files)/2 # the promise allows one GB more
+    assert with_proof<sum(files)*0.7 # three sets of logits among it

@@ -28,9 +28,15 @@ def address(root, tmp_path_factory):
 
 
 @pytest.fixture(scope='session')
-def visit(address):
+def opens():
+    "Open a notebook at any address: `opens(address, name)`; `opens.empty()` is an empty page"
+    with lab.person() as how: yield how
+
+
+@pytest.fixture(scope='session')
+def visit(address, opens):
     "Open a notebook of `root`: `visit(name)`"
-    with lab.person() as opens: yield lambda name,**how: opens(address, name, **how)
+    return lambda name,**how: opens(address, name, **how)
 
 
 @pytest.fixture

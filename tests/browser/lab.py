@@ -149,6 +149,12 @@ class Page:
         expect(place.filter(has_text=re.compile(pattern)).first).to_be_visible(timeout=1000*seconds)
         return re.search(pattern, place.filter(has_text=re.compile(pattern)).first.inner_text())
 
+    def settled(self, cell, seconds=60):
+        "Wait until a cell shows one picture and no widget any more"
+        from playwright.sync_api import expect
+        expect(self.cell(cell).locator('.jupyter-widgets')).to_have_count(0, timeout=1000*seconds)
+        expect(self.cell(cell).locator('.jp-Cell-outputArea img')).to_have_count(1, timeout=1000*seconds)
+
     def press(self, name, seconds=30): self.page.locator('.jp-Notebook button.jupyter-button:visible', has_text=name).first.click(timeout=1000*seconds)
     def button(self, name): return self.page.locator('.jp-Notebook button.jupyter-button:visible', has_text=name).first
     def enter(self, text, hint=''):
@@ -163,11 +169,13 @@ class Page:
     def save(self): self.page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')"); self.page.wait_for_timeout(1000)
 
     def picture(self, path, cell, tallest=None):
-        "The output of a cell as a PNG of few colours"
+        "The outputs of a cell, without the margin, as a PNG of few colours"
         area = self.cell(cell).locator('.jp-Cell-outputArea')
         area.scroll_into_view_if_needed()
         self.page.wait_for_timeout(300)
+        margin = area.locator('.jp-OutputArea-output').first.bounding_box()['x']-area.bounding_box()['x']
         area.screenshot(path=str(path), animations='disabled')
         from PIL import Image
-        with Image.open(path) as image: small = image.convert('RGB').quantize(128, dither=Image.Dither.NONE); box = small.getbbox()
-        small.crop((0, 0, box[2], min(box[3], tallest or box[3]))).save(path, optimize=True)
+        with Image.open(path) as image: whole = image.convert('RGB')
+        part = whole.crop((max(0, round(margin)-8), 0, whole.width, min(whole.height, tallest or whole.height)))
+        part.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
