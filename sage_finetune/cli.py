@@ -7,7 +7,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/cli.html.md"""
 # %% auto #0
 __all__ = ['app', 'Output', 'Model', 'Data', 'Fresh', 'Runs', 'Format', 'Split', 'Subset', 'Revision', 'TrainOn', 'Overflow',
            'Columns', 'EXAMPLES', 'quickstart', 'show_quickstart', 'inspect', 'start', 'run', 'list_command', 'merge',
-           'clean', 'chat', 'examples', 'main']
+           'clean', 'chat', 'compare', 'look', 'serve', 'export', 'examples', 'main']
 
 # %% ../nbs/10_cli.ipynb #b5095066
 import json,os,sys
@@ -164,10 +164,14 @@ def start(
     echo('\n'.join([*notes, f'Written: {run.meta}']))
     _train(run.path, fresh)
 
-def _train(target, fresh):
+def _train(target, fresh, live=False, prompts=()):
     from sage_finetune.runs import trainer_of
     trainer = trainer_of(target)
-    _show_result(trainer.train(fresh=fresh), trainer.folder.path)
+    if live:
+        from sage_finetune.live import train_in_terminal
+        result = train_in_terminal(trainer, prompts, fresh=fresh)
+    else: result = trainer.train(fresh=fresh)
+    _show_result(result, trainer.folder.path)
 
 def _show_result(result, folder):
     held = '' if result.loss_before is None else f', held-out loss {result.loss_before:.3f} → {result.loss_after:.3f}'
@@ -177,12 +181,14 @@ def _show_result(result, folder):
 # %% ../nbs/10_cli.ipynb #c1d7ec74
 @app.command()
 def run(
-    target: Annotated[str, Argument(metavar='DIR_OR_CONFIG', help='Run folder, name of a run, or JSON file of settings')],
+    target: Annotated[str, Argument(metavar='DIR_OR_CONFIG', help='Run folder, name of a run, or file of settings (.json, .yaml), of LLaMA-Factory and TRL too')],
     native: Annotated[bool, Option('--use-native', help='Train with this package (the default)')] = True,
+    live: Annotated[bool, Option('--live', help='Show curve, speed, memory and answers while it trains')] = False,
+    prompt: Annotated[Optional[list[str]], Option('--prompt', help='With --live: a question that is answered again and again; may be repeated')] = None,
     fresh: Fresh = False,
 ):
     "Train what a run folder or a file of settings asks for; a killed run goes on"
-    _train(target, fresh)
+    _train(target, fresh, live, prompt or ())
 
 # %% ../nbs/10_cli.ipynb #59245e96
 def _bytes(n): return f'{n/2**30:.1f} GB' if n>=2**30 else f'{n/2**20:.1f} MB'
@@ -229,20 +235,34 @@ def clean(
 # %% ../nbs/10_cli.ipynb #6ba45626
 @app.command()
 def chat(
-    name: Annotated[str, Argument(help='Name or folder of a run, or folder of a model')],
+    name: Annotated[Optional[str], Argument(help='Name or folder of a run, or folder of a model')] = None,
     prompt: Annotated[Optional[str], Option('--prompt', help='Answer this once and exit')] = None,
     system: Annotated[str, Option('--system', help='System message')] = '',
     adapter: Annotated[bool, Option('--adapter', help='Take the adapter even where a merged model exists')] = False,
     temperature: Annotated[float, Option('--temperature', min=0.0, help='0 takes the likeliest token each time')] = 0.0,
     max_new_tokens: Annotated[int, Option('--max-new-tokens', min=1, help='Tokens of one answer at most')] = 512,
+    url: Annotated[Optional[str], Option('--url', help='Ask the server at this address instead of loading a model; SAGE_API_KEY holds its key')] = None,
 ):
-    "Talk to a run: its merged model, else its adapter"
-    from sage_finetune.merge_chat import chat as talk, load_for_chat, stream_answer
-    model,tokenizer = load_for_chat(_chat_target(name), adapter)
-    if prompt is None: talk(model, tokenizer, system=system, temperature=temperature, max_new_tokens=max_new_tokens); return
-    asked = [*([dict(role='system', content=system)] if system else []), dict(role='user', content=prompt)]
-    for piece in stream_answer(model, tokenizer, asked, max_new_tokens, temperature): echo(piece, nl=False)
+    "Talk to a run: its merged model, else its adapter, or to a server"
+    say,base = _on_server(url, name, max_new_tokens) if url else _loaded(name, adapter, max_new_tokens)
+    if prompt is None:
+        from sage_finetune.merge_chat import converse
+        converse(say, system=system, temperature=temperature, base=base); return
+    for piece in say([*([dict(role='system', content=system)] if system else []), dict(role='user', content=prompt)], temperature): echo(piece, nl=False)
     echo('')
+
+def _on_server(url, name, max_new_tokens):
+    from sage_finetune.serve import stream_from
+    return lambda messages,temperature: stream_from(url, messages, max_new_tokens, temperature, model=name, api_key=os.environ.get('SAGE_API_KEY')),None
+
+def _loaded(name, adapter, max_new_tokens):
+    "What answers, and what answers as the base did, if the base is at hand"
+    from sage_finetune.merge_chat import base_of, load_for_chat, stream_answer
+    if name is None: raise ValueError('name a run or a folder to talk to, or a server with --url')
+    model,tokenizer = load_for_chat(_chat_target(name), adapter)
+    def below(messages, temperature):
+        with base_of(model): yield from stream_answer(model, tokenizer, messages, max_new_tokens, temperature)
+    return lambda messages,temperature: stream_answer(model, tokenizer, messages, max_new_tokens, temperature),below if hasattr(model, 'disable_adapter') else None
 
 def _chat_target(name):
     "A folder of a model as it is, anything else as a run"
@@ -250,6 +270,64 @@ def _chat_target(name):
     path = Path(name).expanduser()
     holds = path.is_dir() and ((path/'config.json').is_file() or (path/'adapter_config.json').is_file())
     return path if holds else find_run(name).path
+
+# %% ../nbs/10_cli.ipynb #74e0427d
+@app.command()
+def compare(
+    names: Annotated[list[str], Argument(metavar='RUN...', help='Names or folders of two or more runs')],
+    plot: Annotated[Optional[str], Option('--plot', metavar='FILE', help='Draw the curves into this file: .png, .svg or .pdf')] = None,
+    dir: Runs = None,
+):
+    "Lay runs side by side: figures, and the settings that differ"
+    from sage_finetune.compare import compare as side_by_side
+    from sage_finetune.inspect_data import picture_file, save_picture
+    if plot: picture_file(plot)
+    found = side_by_side(*names, root=dir)
+    if plot: save_picture(found.plot(), plot)
+    _print(found)
+
+@app.command()
+def look(
+    name: Annotated[str, Argument(help='Name or folder of a run')],
+    rows: Annotated[int, Option('--rows', min=1, help='Rows to show')] = 3,
+):
+    "What a run learned worst, what it forgot, and where its adapter is large"
+    from sage_finetune.look import adapter_sizes, forgetting, worst_rows
+    run = _folder_of(name)
+    _print(worst_rows(run, rows), forgetting(run), adapter_sizes(run))
+
+def _folder_of(name):
+    from sage_finetune.runs import find_run
+    return str(find_run(name).path)
+
+# %% ../nbs/10_cli.ipynb #b29149f7
+@app.command()
+def serve(
+    name: Annotated[str, Argument(help='Name or folder of a run, or folder of a model')],
+    host: Annotated[str, Option('--host', help='Address to listen on; 0.0.0.0 for every network of this machine')] = '127.0.0.1',
+    port: Annotated[int, Option('--port', min=0, max=65535, help='Port to listen on; 0 for any that is free')] = 8000,
+    engine: Annotated[str, Option('--engine', help='auto, vllm, native or transformers')] = 'auto',
+    adapter: Annotated[bool, Option('--adapter', help='Take the adapter even where a merged model exists')] = False,
+    max_new_tokens: Annotated[int, Option('--max-new-tokens', min=1, help='Tokens of an answer at most, where a client names no number')] = 512,
+):
+    "Answer over the network as OpenAI's servers do; the variable SAGE_API_KEY sets the key that clients must know"
+    from sage_finetune.serve import serve as go
+    go(name, host, port, os.environ.get('SAGE_API_KEY') or None, say=echo, engine=engine, adapter=adapter, max_new_tokens=max_new_tokens)
+
+@app.command()
+def export(
+    name: Annotated[str, Argument(help='Name or folder of a run')],
+    output: Annotated[Optional[str], Option('--output', help='Folder to write (default: exported/… in the run folder)')] = None,
+    kind: Annotated[str, Option('--kind', help='merged: the whole model; adapter: the adapter alone, for PEFT and vLLM')] = 'merged',
+    gguf: Annotated[bool, Option('--gguf', help='For llama.cpp and Ollama; needs the folder of llama.cpp in the variable LLAMA_CPP')] = False,
+    push: Annotated[Optional[str], Option('--push', metavar='REPO', help='Send it to the Hub, such as you/your-model')] = None,
+    public: Annotated[bool, Option('--public', help='With --push: everybody may see it')] = False,
+    license: Annotated[Optional[str], Option('--license', help='As the Hub knows it, such as apache-2.0')] = None,
+):
+    "Write a model, or an adapter alone, with its card, for use elsewhere"
+    from sage_finetune.export import export_folder, export_gguf, push_to_hub
+    if push: echo(push_to_hub(name, push, kind, private=not public, license=license)); return
+    echo(f'Written: {export_gguf(name, output, license=license) if gguf else export_folder(name, output, kind, license=license)}')
 
 # %% ../nbs/10_cli.ipynb #db7520ec
 EXAMPLES = '''The whole path on the embedded model, on any CPU:
@@ -275,6 +353,12 @@ Afterwards:
   sage-finetune list
   sage-finetune chat code --prompt "What does `fit_config` do?"
   sage-finetune merge code
+  sage-finetune compare code code-2
+  sage-finetune serve code
+  sage-finetune export code --kind adapter
+
+A config of LLaMA-Factory or TRL, as it stands:
+  sage-finetune run llama3_lora_sft.yaml
 '''
 
 @app.command()

@@ -252,7 +252,7 @@ def _curves(runs, labels, by):
     fig = shown_figure(figsize=(7.2, 4), layout='constrained'); ax = fig.add_subplot()
     for k,(run,label) in enumerate(zip(runs, labels)):
         at = dict(_tokens(run)) if by=='tokens' else {m['step']: m['step'] for m in run.metrics}
-        for key,style,how in (('loss', '-', dict(alpha=.45, linewidth=1.2)), ('eval_loss', 'o-', dict(label=label, markersize=4))):
+        for key,style,how in (('loss', '-', dict(alpha=.6, linewidth=1.2)), ('eval_loss', 'o-', dict(label=label, markersize=4))):
             xy = [(at[m['step']], m[key]) for m in run.metrics if key in m and m['step'] in at]
             if xy: ax.plot(*zip(*xy), style, color=_colours[k%len(_colours)], **how)
     ax.plot([], [], '-', color='grey', alpha=.6, linewidth=1.2, label='training (thin)'); ax.plot([], [], 'o-', color='grey', markersize=4, label='held out (dots)')

@@ -199,8 +199,9 @@ def model_card(
     use = (_use_adapter if source.kind=='adapter' else _use_merged).format(place=place, base=below)
     what = 'A LoRA adapter for' if source.kind=='adapter' else 'A language model, fine-tuned with LoRA from'
     head = _head(source, known, license, license_name, license_link, language)
+    elsewhere = [] if known or source.kind=='merged' else [f'`{below}` is not on the Hub: put the folder where you have it in its place.']
     parts = [f'# {source.name}', f'{what} `{below}`, made with [sage_finetune](https://github.com/sage-finetune/sage_finetune).',
-             '## Use', f'```python\n{use}\n```', _form, '## Data', _data_part(source), '## Training', _settings_part(source),
+             '## Use', f'```python\n{use}\n```', *elsewhere, _form, '## Data', _data_part(source), '## Training', _settings_part(source),
              '## Figures', _figures_part(source), '## Limits', _limits, '## Licence', _licence_part(license, license_name, known)]
     return f'---\n{head.to_yaml()}\n---\n\n'+'\n\n'.join(parts)+'\n'
 

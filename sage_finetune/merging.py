@@ -477,8 +477,9 @@ def _reference_streamed(job, dtype, rows):
         tuned = _logits_together(on, rows)
         with warnings.catch_warnings(), base_of(on):
             warnings.simplefilter('ignore')
-            plain = tuned if job.changes.rows else _logits_together(on, rows)
-    return Seen(tuned, _next_tokens(tuned), largest_difference(tuned, plain), divergence(tuned, plain), dtype=dtype)
+            plain = _logits_together(on, rows)
+    known = [t[:, :p.shape[1]] for t,p in zip(tuned, plain)] # without the tokens that the base does not have
+    return Seen(tuned, _next_tokens(tuned), largest_difference(known, plain), divergence(known, plain), dtype=dtype)
 
 def _measured_streamed(place, rows, dtype):
     "What a merged model says, read from disk as needed"

@@ -616,7 +616,9 @@ def _opened(url, body=None, api_key=None, timeout=600):
     request = Request(url, json.dumps(body).encode() if body else None, headers)
     try:
         with _opener(url).open(request, timeout=timeout) as reply: yield reply
-    except HTTPError as e: raise SageError(f'{url} refuses ({e.code}): {_message(e.read())}') from None
+    except HTTPError as e:
+        said = 'the key is missing or wrong: give it (`api_key`, or the environment variable SAGE_API_KEY)' if e.code==401 else _message(e.read())
+        raise SageError(f'{url} refuses ({e.code}): {said}') from None
     except URLError as e: raise SageError(f'nothing answers at {url} ({e.reason}): start a server (`sage-finetune serve NAME`), or check the address') from None
     except (OSError, HTTPException) as e: raise SageError(f'{url} does not answer any more ({e or type(e).__name__})') from None
 

@@ -92,10 +92,8 @@ _left,_right = 'text-align:left;vertical-align:top;white-space:pre-wrap','text-a
 def bar_html(
     share:float|None, # From 0 to 1
 )->str: # HTML in the colour of the text around it
-    "A share as a bar that is legible on light and on dark ground"
-    if share is None: return ''
-    return (f'<div style="width:8em;border:1px solid;opacity:.7;display:inline-block"><div style="width:{_share(share):.1%};height:.7em;'
-            'background:currentColor;opacity:.6"></div></div>')
+    "A share as a bar of letters, which stays a bar where a page strips styles"
+    return '' if share is None else f'<span style="font-family:monospace;opacity:.7;white-space:pre">{bar_text(share, 16)}</span>'
 
 def _html_table(t):
     styles,e = [_right if n else _left for n in t.numeric],html.escape

@@ -6,8 +6,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
@@ -143,20 +141,15 @@ def hub():
         server.shutdown()
 
 
-push = '''
-import json, sys
-from sage_finetune.config import SageError
-from sage_finetune.export import push_to_hub
-try: print(push_to_hub(**json.loads(sys.argv[1]), token=sys.stdin.readline().strip() or False))
-except SageError as e: print("error:", e); sys.exit(1)
-'''
+TOKEN = 'hf_'+'t0ken'*7
 
 
-def pushed(hub, run, token='hf_'+'t0ken'*7, **more):
-    "Push in a process of its own, in which the hub is not switched off"
-    order = dict(name=str(run), repo='me/sums', endpoint=f'http://127.0.0.1:{hub.server_port}') | more
-    env = {**os.environ, 'HF_HUB_OFFLINE': '0', 'HF_HUB_DISABLE_XET': '1', 'HF_HOME': str(run.parent/'hf')}
-    return subprocess.run([sys.executable, '-c', push, json.dumps(order)], input=token+'\n', capture_output=True, text=True, env=env)
+@pytest.fixture
+def pushed(hub, run, monkeypatch, tmp_path):
+    "Push to the hub above; the switch that keeps this suite off the network is open for that"
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', False)
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_DISABLE_XET', True)
+    return lambda **more: push_to_hub(run, 'me/sums', endpoint=f'http://127.0.0.1:{hub.server_port}', **dict(token=TOKEN) | more)
 
 
 def committed(hub):
@@ -168,11 +161,8 @@ def committed(hub):
     return files | {l['value']['path']: hub.blobs[l['value']['oid']] for l in lines if l['key']=='lfsFile'}
 
 
-def test_a_push_is_private_and_whole_and_holds_no_token(hub, run):
-    token = 'hf_'+'t0ken'*7
-    done = pushed(hub, run, token, license='mit')
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith('/me/sums/commit/'+'1'*40)
+def test_a_push_is_private_and_whole_and_holds_no_token(hub, run, pushed, capfd):
+    assert pushed(license='mit').endswith('/me/sums/commit/'+'1'*40)
     created = next(json.loads(body) for _,path,body,_ in hub.seen if path.endswith('/repos/create'))
     assert created.get('visibility', 'private' if created.get('private') else 'public') == 'private'
     files = committed(hub)
@@ -180,27 +170,29 @@ def test_a_push_is_private_and_whole_and_holds_no_token(hub, run):
     weights = (run/'merged_model'/'model.safetensors').read_bytes()
     assert files['model.safetensors'] == weights and hashlib.sha256(weights).hexdigest() in hub.blobs
     assert not [n for n in files if n.endswith(('.bin', '.pt', '.pkl', '.ckpt', '.pth'))]
-    assert not [1 for _,path,body,_ in hub.seen if token.encode() in body or token in path]
-    assert token not in done.stdout+done.stderr and not [p for p in run.parent.rglob('*') if p.is_file() and token.encode() in p.read_bytes()]
+    assert not [1 for _,path,body,_ in hub.seen if TOKEN.encode() in body or TOKEN in path]
+    assert TOKEN not in ''.join(capfd.readouterr()) and not [p for p in run.parent.rglob('*') if p.is_file() and TOKEN.encode() in p.read_bytes()]
     assert b'me/sums' in files['README.md']
 
 
-def test_an_adapter_is_pushed_with_a_base_that_others_can_load(hub, run):
-    with pytest.raises(SageError, match='is only on this machine: say where others find it'): push_to_hub(run, 'me/sums', 'adapter')
-    done = pushed(hub, run, kind='adapter', base=BASE)
-    assert done.returncode == 0, done.stderr
+def test_an_adapter_is_pushed_with_a_base_that_others_can_load(hub, pushed):
+    with pytest.raises(SageError, match='is only on this machine: say where others find it'): pushed(kind='adapter')
+    pushed(kind='adapter', base=BASE)
     assert json.loads(committed(hub)['adapter_config.json'])['base_model_name_or_path'] == BASE
 
 
-def test_what_the_hub_refuses_is_one_line(hub, run):
+def test_what_the_hub_refuses_is_one_line(hub, run, pushed, monkeypatch):
     hub.public = True
-    done = pushed(hub, run)
-    assert done.returncode == 1 and 'is there already and is public' in done.stdout and done.stdout.count('\n') == 1
+    with pytest.raises(SageError, match='is there already and is public'): pushed()
     assert not [1 for _,path,_,_ in hub.seen if '/commit/' in path], 'nothing is sent to a public repository unasked'
+    pushed(private=False)
     hub.public = False
-    done = pushed(hub, run, token='')
-    assert done.returncode == 1 and 'does not let you write me/sums: log in' in done.stdout and 'Traceback' not in done.stderr
-    with pytest.raises(SageError, match='HF_HUB_OFFLINE=1'): push_to_hub(run, 'me/sums', token=False)
+    with pytest.raises(SageError, match='does not let you write me/sums: log in'): pushed(token=False)
+    with pytest.raises(ValueError, match='[Rr]epo'): push_to_hub(run, 'a/b/c', token=TOKEN)
+    hub.shutdown(); hub.server_close()
+    with pytest.raises(SageError, match='the Hub cannot be reached'): pushed()
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    with pytest.raises(SageError, match='HF_HUB_OFFLINE=1'): pushed()
 
 
 converter = '''

@@ -271,6 +271,8 @@ def test_transformers_serve_can_be_asked_for(run, tmp_path):
     with serving(run, engine='transformers', log=tmp_path/'log') as other:
         assert said(other, TALKS[1]) == LEARNED[TALKS[1][0]['content']]
         assert isinstance(models_at(other.url), list)
+        below = children_of(other.process.pid) if Path('/proc/self/status').exists() else []
+    assert not other.running and not [p for p in below if Path(f'/proc/{p}').exists()], 'the program that was started ends with the one that watches it'
 
 
 class Scripted(BaseHTTPRequestHandler):

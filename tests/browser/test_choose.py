@@ -27,7 +27,7 @@ def test_form(root, visit, images):
     lab.notebook(root/'form.ipynb', *cells)
     page = visit('form.ipynb')
     page.see('fits: .* of 12.00 GB', 1, seconds=180)
-    page.see(r"config = TrainingConfig\(model_name='sage-tiny', data_path='rows.jsonl'\)", 1)
+    page.see(r"config = TrainingConfig\(\s*model_name='sage-tiny',\s*data_path='rows.jsonl'\)", 1)
 
     fill(page, 'rows in a pass', '512')
     page.see('does not fit: .* and RTX 3060 has 12.00 GB', 1, seconds=90)
@@ -47,7 +47,7 @@ def test_form(root, visit, images):
     assert 'must be a finite number' not in page.shown(1)
 
     page.press('a100')
-    page.see(r"config = PresetConfigs.a100\(model_name='sage-tiny', data_path='rows.jsonl'\)", 1)
+    page.see(r"config = PresetConfigs.a100\(\s*model_name='sage-tiny',\s*data_path='rows.jsonl'\)", 1)
     field(page, 'hold weights').locator('select').select_option('4 bits')
     field(page, 'packing').locator('input').check()
     page.see('packing=True', 1)
