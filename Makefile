@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 ROWS ?= ../shared/data/gsm8k_train.jsonl
-.PHONY: help setup quickstart test test-slow bench lab docs pages readme clean-notebooks sync check clean
+.PHONY: help setup quickstart test test-slow test-browser bench lab docs pages readme clean-notebooks sync check clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -30,6 +30,12 @@ test: $(READY) ## Run every notebook and every test
 
 test-slow: $(READY) ## Run the property tests on 10,000 cases each, and what takes too long for `make test`
 	SAGE_EXAMPLES=10000 $(BIN)/python -m pytest tests/test_data.py tests/test_sources.py tests/test_codebase.py -k any
+
+test-browser: $(READY) ## Click through dashboard, form and chat in a real JupyterLab in Chromium (installs both where they are missing)
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
+	  if [ "$$(id -u)" = 0 ]; then apt-get update -q && apt-get install -y -q chromium; else echo "Chromium is missing: sudo apt-get install chromium"; exit 1; fi; }
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt playwright
+	$(BIN)/python -m pytest tests/browser
 
 bench: $(READY) ## Measure: data and training against TRL, a million rows, the head (ROWS=FILE.jsonl names the rows)
 	$(BIN)/python benchmarks/prepare.py $(ROWS)
