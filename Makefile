@@ -30,6 +30,7 @@ test: $(READY) ## Run every notebook and every test
 
 test-slow: $(READY) ## Run the property tests on 10,000 cases each, and what takes too long for `make test`
 	SAGE_EXAMPLES=10000 $(BIN)/python -m pytest tests/test_data.py tests/test_sources.py tests/test_codebase.py -k any
+	$(BIN)/python -m pytest -m slow
 
 test-browser: $(READY) ## Click through dashboard, form and chat in a real JupyterLab in Chromium (installs both where they are missing)
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
@@ -42,6 +43,7 @@ bench: $(READY) ## Measure: data and training against TRL, a million rows, the h
 	$(BIN)/python benchmarks/million_rows.py $(ROWS) 250,000 1,000,000
 	$(BIN)/python benchmarks/head.py
 	$(BIN)/python benchmarks/train.py $(ROWS)
+	$(BIN)/python benchmarks/dashboard.py
 
 lab: $(READY) ## Open the notebooks in JupyterLab
 	$(BIN)/python -m jupyterlab --notebook-dir=nbs

@@ -2,7 +2,8 @@ __version__ = "0.1.0"
 
 from .config import LoRAConfig, PresetConfigs, TrainingConfig
 
-_lazy = dict(LoRATrainer='trainer', train_from_meta='trainer', prepare_dataset='data', load_training_data='data')
+_lazy = dict(LoRATrainer='trainer', train_from_meta='trainer', prepare_dataset='data', load_training_data='data',
+             train_live='live', choose_config='choose', Run='compare', show_config='show', show_presets='show')
 __all__ = ['LoRAConfig', 'PresetConfigs', 'TrainingConfig', *_lazy]
 
 def __getattr__(name):

@@ -11,7 +11,7 @@ __all__ = ['adapter_file', 'trained_settings', 'adapter_tensors', 'bare_name', '
 
 # %% ../nbs/02a_generation.ipynb #e571ad98
 import threading,warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -233,9 +233,14 @@ def stream_answer(
         try: model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer, max_new_tokens=max_new_tokens, eos_token_id=stops,
                             pad_token_id=stops[0], stopping_criteria=halt, **_sampling(temperature))
         except Exception as e: failed.append(e); streamer.end()
-    thread = threading.Thread(target=work, daemon=True); thread.start()
-    try: yield from streamer
-    finally: enough.set(); thread.join()
+    thread = threading.Thread(target=work, daemon=True)
+    try:
+        thread.start()
+        yield from streamer
+    finally:
+        enough.set()
+        while thread.is_alive(): # a second Ctrl-C must not leave it running: it ends with the next token
+            with suppress(KeyboardInterrupt): thread.join()
     if failed: raise failed[0]
 
 # %% ../nbs/02a_generation.ipynb #7a4bcb4c

