@@ -85,6 +85,7 @@ def test_a_run_with_a_vanished_data_file_is_refused(tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ['finetune_meta.json']
 
 
+@pytest.mark.slow
 def test_a_killed_quickstart_goes_on_from_its_last_checkpoint(command, tmp_path):
     run = tmp_path/'run'
     args = 'quickstart', 'code', '--max-facts', 30, '--output', run

@@ -159,7 +159,7 @@ def test_the_same_seed_gives_the_same_run(tmp_path):
 def test_a_run_that_goes_on_is_the_same_to_the_bit(rows, tmp_path):
     how = dict(max_steps=7, save_steps=100, lora=LoRAConfig(r=4, lora_dropout=0.2), learning_rate=5e-3) | rows
     whole,w = after(tmp_path/'whole', 2, 2, **how)
-    for stop in range(1, 7): # at each step, in and between the passes over the rows
+    for stop in (3,) if rows else range(1, 7): # at each step, in and between the passes over the rows
         run = Words(config(tmp_path/f'stop{stop}', 2, 2, **how), quiet=True)
         run.load_model_and_tokenizer(); run.apply_lora(); run.prepare_data(); run.setup_trainer()
         run.trainer.asked = lambda: 2 if run.trainer.state.global_step==stop else None

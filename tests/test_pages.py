@@ -1,5 +1,5 @@
 "The documentation site without Quarto: every dead link and missing picture is found, and this site has none"
-import base64, importlib.util, json
+import base64, importlib.util, json, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,6 +92,11 @@ def test_this_site_has_no_dead_link(this_site):
     faults = {path.name: told for path,nb in found.items() if (told := list(pages.faults_of(path, nb, site)))}
     assert faults == {}
     assert list(pages.sidebar_faults(site)) == []
+
+
+def test_every_notebook_makes_a_page():
+    done = subprocess.run([sys.executable, ROOT/'tools/pages.py'], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode==0, done.stdout[-2000:]+done.stderr[-2000:]
 
 
 TUTORIALS = sorted((ROOT/'nbs/tutorials').glob('*.ipynb'))
