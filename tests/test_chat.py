@@ -149,7 +149,8 @@ def test_ctrl_c_stops_an_answer_and_a_long_conversation_loses_its_oldest_turns(t
         t.type('\x03')
         told[-1] += t.until(r'…\n> ')+t.found
     assert [bool(re.search(r'\(\d of \d messages are left out: the model takes 2,048 tokens\)', w)) for w in told]==[False, False, True], told
-    assert 'error: the question has' in t.ask('你好'*500)
+    t.type('你好'*500+'\n'); t.until('error: the question has') # a terminal may drop a part of so long an echo
+    t.until(r'\n> ')
     assert 'there is no base to compare with' in t.ask('/compare what?')
     t.type('\x04')
     assert t.status()==0, t.text
