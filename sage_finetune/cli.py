@@ -297,13 +297,10 @@ def look(
     rows: Annotated[int, Option('--rows', min=1, help='Rows to show')] = 3,
 ):
     "What a run learned worst, what it forgot, and where its adapter is large"
+    from sage_finetune.compare import Run
     from sage_finetune.look import adapter_sizes, forgetting, worst_rows
-    run = _folder_of(name)
+    run = Run(name) # which loads its model once
     _print(worst_rows(run, rows), forgetting(run), adapter_sizes(run))
-
-def _folder_of(name):
-    from sage_finetune.runs import find_run
-    return str(find_run(name).path)
 
 # %% ../nbs/10_cli.ipynb #b29149f7
 @app.command()
