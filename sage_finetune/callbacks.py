@@ -7,7 +7,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/callbacks.html.md"""
 # %% auto #0
 __all__ = ['read_metrics', 'Metrics', 'NotFinite', 'remove_checkpoint', 'Checkpoints', 'EvaluateFirst', 'random_state',
            'set_random_state', 'copy_to_memory', 'LastSteps', 'operations', 'matmul_peak', 'peak_memory', 'plot_losses',
-           'progress_line', 'Progress', 'in_notebook']
+           'progress_line', 'Progress']
 
 # %% ../nbs/01h_callbacks.ipynb #7e9aa816
 import copy,functools,json,math,random,shutil,sys,time
@@ -17,6 +17,7 @@ import torch
 from transformers import TrainerCallback
 
 from .config import SageError, write_text
+from .show import in_notebook
 from .folder import complete_marker, mark_complete
 from .inspect_data import save_picture, shown_figure
 
@@ -242,12 +243,6 @@ class Progress(TrainerCallback):
         self.show(progress_line(state.global_step, state.max_steps, time.monotonic()-self.began, done, self.loss, self.eval_loss), due, last)
 
 # %% ../nbs/01h_callbacks.ipynb #ca82be1f
-def in_notebook()->bool: # A terminal or a script is none
-    "Whether this runs in a notebook"
-    ipython = sys.modules.get('IPython')
-    shell = ipython.get_ipython() if ipython else None
-    return type(shell).__name__ in ('ZMQInteractiveShell', 'Shell') and 'ipykernel' in sys.modules
-
 def _shower():
     "A function of (line, is it due in a log, is it the last) that shows one line, where this process can"
     if in_notebook():

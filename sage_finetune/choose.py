@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .config import LoRAConfig, PresetConfigs, SageError, TrainingConfig, preset_for, refuse_unknown
 from .machine import Machine, fit_config
-from .show import Panel, config_table, precision_of
+from .show import Panel, config_table, precision_of, show_widgets, still_form
 from .memory import MemoryEstimate, _gb, _parts, estimate_memory
 
 # %% ../nbs/05a_choose.ipynb #57a8e4dd
@@ -300,13 +300,8 @@ class Later:
 
 # %% ../nbs/05a_choose.ipynb #ad05ee22
 def _show(form):
-    "In a notebook with ipywidgets the form, elsewhere what stands still"
-    from IPython.display import display
-    from importlib.util import find_spec
-    import sage_finetune.loading # before the rest: it quiets bitsandbytes
-    from sage_finetune.callbacks import in_notebook
-    if in_notebook() and find_spec('ipywidgets'): _View(form).show()
-    else: display({'text/plain': str(form), 'text/html': form._repr_html_()}, raw=True)
+    "The form, or what stands still"
+    show_widgets(form, lambda: _View(form).show())
 
 class _View:
     "The widgets of a form"
@@ -352,7 +347,7 @@ class _View:
 
     def close(self):
         "Leave what stands still in the place of the widgets"
-        self.handle.update({'text/plain': str(self.form), 'text/html': self.form._repr_html_()}, raw=True)
+        self.handle.update(still_form(self.form), raw=True)
         self.box.close()
 
     def fill(self):

@@ -18,6 +18,7 @@ from typer import Argument, Option, Typer, confirm, echo, prompt
 from typer.main import get_command
 
 from .config import SageError
+from .show import size_text
 
 # %% ../nbs/10_cli.ipynb #7c48b3da
 app = Typer(name='sage-finetune', help='Fine-tune language models with LoRA: data, training, merging, chatting.', no_args_is_help=True, add_completion=False,
@@ -194,8 +195,6 @@ def run(
     _train(target, fresh, live, prompt or ())
 
 # %% ../nbs/10_cli.ipynb #59245e96
-def _bytes(n): return f'{n/2**30:.1f} GB' if n>=2**30 else f'{n/2**20:.1f} MB'
-
 @app.command('list')
 def list_command(dir: Runs = None):
     "Every run: task, model, state, final loss, size"
@@ -204,7 +203,7 @@ def list_command(dir: Runs = None):
     runs = list_runs(dir)
     if not runs: echo(f'No runs in {dir or default_output_dir}. Make one: sage-finetune quickstart'); return
     table = _table('run', 'task', 'model', 'state', 'loss', 'size')
-    for r in runs: table.add_row(r.name, r.task, r.model, r.state, '' if r.loss is None else f'{r.loss:.3f}', _bytes(r.size))
+    for r in runs: table.add_row(r.name, r.task, r.model, r.state, '' if r.loss is None else f'{r.loss:.3f}', size_text(r.size))
     _print(table)
 
 @app.command()
@@ -235,7 +234,7 @@ def clean(
     if not paths: echo(f'No runs in {root}.'); return
     echo('\n'.join(f'  {p}' for p in paths))
     if not force and not confirm(f'Remove {len(paths)} run{"s" if len(paths)>1 else ""}?', default=False): echo('Nothing was removed.'); return
-    echo(f'{_bytes(sum(map(remove_run, paths)))} freed.')
+    echo(f'{size_text(sum(map(remove_run, paths)))} freed.')
 
 # %% ../nbs/10_cli.ipynb #6ba45626
 @app.command()

@@ -18,7 +18,7 @@ from pathlib import Path
 from .config import SageError, TrainingConfig, read_json
 from .machine import Change
 from .folder import RunFolder, config_from_meta
-from .show import Panel, Table
+from .show import Panel, Table, size_text
 from .data import DataReport
 from .inspect_data import shown_figure
 from .runs import find_run, list_runs
@@ -172,13 +172,11 @@ class RunList:
     def __rich__(self): return _list_table(self).__rich__()
     def _repr_html_(self): return _list_table(self)._repr_html_()
 
-def _size(n): return f'{n/2**30:.1f} GB' if n>=2**30 else f'{n/2**20:.1f} MB'
-
 def _list_table(runs):
     "One line for each run"
     if not runs.infos: return Table(['run'], [], title=f'No runs in {runs.root}; `sage-finetune quickstart` makes one')
     held = lambda i: '' if i.state.startswith('unreadable') else _both(_optional_json(RunFolder(runs.root/i.name).results))
-    rows = [(i.name, i.task, i.model, i.state, i.loss, held(i), _size(i.size)) for i in runs.infos]
+    rows = [(i.name, i.task, i.model, i.state, i.loss, held(i), size_text(i.size)) for i in runs.infos]
     return Table(['run', 'task', 'model', 'state', 'loss', 'held out', 'size'], rows, note='loss: held out at the end, or the last that was logged')
 
 def runs(
@@ -222,7 +220,7 @@ def _figures(run):
     return {'state': run.state, 'steps': str(r.get('steps') or max(of('step'), default=0)), 'tokens seen': f'{seen[-1][1]:,.0f}' if seen else '',
             'held-out loss before': _loss(r.get('loss_before')), 'held-out loss after': _loss(r.get('loss_after')), 'last training loss': _loss(last[0]),
             'best step': str(r.get('best_step') or ''), 'seconds': f"{r['seconds']:,.0f}" if 'seconds' in r else '',
-            'tokens per second': f'{rate:,.0f}' if rate else '', 'peak memory': _size(memory) if memory else ''}
+            'tokens per second': f'{rate:,.0f}' if rate else '', 'peak memory': size_text(memory) if memory else ''}
 
 def _tokens(run):
     "[(step, tokens seen up to there)]; empty where the data report is missing"

@@ -6,10 +6,11 @@ Docs: https://sage-finetune.github.io/sage_finetune/show.html.md"""
 
 # %% auto #0
 __all__ = ['ignored_label', 'text_width', 'cell_text', 'Table', 'bar_text', 'bar_html', 'shown_plain', 'shown_html', 'shown_rich',
-           'Panel', 'config_table', 'show_config', 'precision_of', 'show_presets', 'show_batch']
+           'Panel', 'config_table', 'show_config', 'precision_of', 'show_presets', 'in_notebook', 'show_widgets',
+           'still_form', 'size_text', 'show_batch']
 
 # %% ../nbs/00g_show.ipynb #fd235349
-import html,unicodedata
+import html,sys,unicodedata
 from base64 import b64encode
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -234,6 +235,35 @@ def show_presets(
     note = f'{best} suits {machine}.' if machine else 'PresetConfigs.auto() takes the one that suits this machine.'
     return Table(columns, [_preset_row(n) for n in names], f'Presets; memory is for {TrainingConfig().model_name}', note,
                  marks=tuple(i for i,n in enumerate(names) if n==best))
+
+# %% ../nbs/00g_show.ipynb #5e0a0002
+def in_notebook()->bool: # A terminal or a script is none
+    "Whether this runs in a notebook"
+    ipython = sys.modules.get('IPython')
+    shell = ipython.get_ipython() if ipython else None
+    return type(shell).__name__ in ('ZMQInteractiveShell', 'Shell') and 'ipykernel' in sys.modules
+
+def show_widgets(
+    thing, # With `__str__` and `_repr_html_`
+    widgets, # Called to show the widgets of it
+):
+    "In a notebook with ipywidgets what can be clicked, elsewhere what stands still"
+    from importlib.util import find_spec
+    from IPython.display import display
+    if in_notebook() and find_spec('ipywidgets'): widgets()
+    else: display(still_form(thing), raw=True)
+
+def still_form(
+    thing, # With `__str__` and `_repr_html_`
+)->dict: # For `display(…, raw=True)` of IPython
+    "A thing as text and as HTML"
+    return {'text/plain': str(thing), 'text/html': thing._repr_html_()}
+
+def size_text(
+    size:int, # Bytes
+)->str: # In GB or MB of 1,024
+    "A size on disk or in memory"
+    return f'{size/2**30:.1f} GB' if size>=2**30 else f'{size/2**20:.1f} MB'
 
 # %% ../nbs/00g_show.ipynb #eedb4a2d
 ignored_label = -100 # `template.ignored`, which is not imported here

@@ -15,7 +15,7 @@ from queue import Queue
 
 import torch
 
-from .show import Panel, Table
+from .show import Panel, Table, show_widgets, still_form
 from .generation import stream_answer
 from .compare import Run
 from .look import check_base
@@ -250,12 +250,8 @@ def talk(
 
 # %% ../nbs/05c_talk.ipynb #d5f35b05
 def _show(talk):
-    "In a notebook with ipywidgets a box to type into, elsewhere what was said"
-    from importlib.util import find_spec
-    from IPython.display import display
-    from sage_finetune.callbacks import in_notebook
-    if in_notebook() and find_spec('ipywidgets'): _View(talk).show()
-    else: display({'text/plain': str(talk), 'text/html': talk._repr_html_()}, raw=True)
+    "A box to type into, or what was said"
+    show_widgets(talk, lambda: _View(talk).show())
 
 class _View:
     "The widgets of a talk"
@@ -317,5 +313,5 @@ class _View:
     def close(self):
         "Leave the talk in the place of the widgets"
         self.halt()
-        self.handle.update({'text/plain': str(self.talk), 'text/html': self.talk._repr_html_()}, raw=True)
+        self.handle.update(still_form(self.talk), raw=True)
         self.whole.close()
