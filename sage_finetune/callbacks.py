@@ -17,7 +17,7 @@ import torch
 from transformers import TrainerCallback
 
 from .config import SageError, write_text
-from .show import in_notebook
+from .machine import in_notebook
 from .folder import complete_marker, mark_complete
 from .inspect_data import save_picture, shown_figure
 

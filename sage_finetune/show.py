@@ -6,11 +6,11 @@ Docs: https://sage-finetune.github.io/sage_finetune/show.html.md"""
 
 # %% auto #0
 __all__ = ['ignored_label', 'text_width', 'cell_text', 'Table', 'bar_text', 'bar_html', 'shown_plain', 'shown_html', 'shown_rich',
-           'Panel', 'config_table', 'show_config', 'precision_of', 'show_presets', 'in_notebook', 'show_widgets',
-           'still_form', 'size_text', 'show_batch']
+           'Panel', 'config_table', 'show_config', 'precision_of', 'show_presets', 'show_widgets', 'still_form',
+           'size_text', 'show_batch']
 
 # %% ../nbs/00g_show.ipynb #fd235349
-import html,sys,unicodedata
+import html,unicodedata
 from base64 import b64encode
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -237,12 +237,6 @@ def show_presets(
                  marks=tuple(i for i,n in enumerate(names) if n==best))
 
 # %% ../nbs/00g_show.ipynb #5e0a0002
-def in_notebook()->bool: # A terminal or a script is none
-    "Whether this runs in a notebook"
-    ipython = sys.modules.get('IPython')
-    shell = ipython.get_ipython() if ipython else None
-    return type(shell).__name__ in ('ZMQInteractiveShell', 'Shell') and 'ipykernel' in sys.modules
-
 def show_widgets(
     thing, # With `__str__` and `_repr_html_`
     widgets, # Called to show the widgets of it
@@ -250,6 +244,7 @@ def show_widgets(
     "In a notebook with ipywidgets what can be clicked, elsewhere what stands still"
     from importlib.util import find_spec
     from IPython.display import display
+    from sage_finetune.machine import in_notebook
     if in_notebook() and find_spec('ipywidgets'): widgets()
     else: display(still_form(thing), raw=True)
 
