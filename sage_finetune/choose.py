@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .config import LoRAConfig, PresetConfigs, SageError, TrainingConfig, preset_for, refuse_unknown
 from .machine import Machine, fit_config
-from .show import Panel, config_table, precision_of, show_widgets, still_form
+from .show import Clickable, Panel, config_table, precision_of, show_widgets
 from .memory import MemoryEstimate, _gb, _parts, estimate_memory
 
 # %% ../nbs/05a_choose.ipynb #57a8e4dd
@@ -273,11 +273,11 @@ class _Code:
     def __str__(self): return self.text
     def _repr_html_(self): return f'<pre style="text-align:left;white-space:pre-wrap;font-size:12.5px;margin:.4em 0">{html.escape(self.text)}</pre>'
 
-def _static(form):
+def _static(form, memory=True):
     "What stands where no widgets are: the settings that are not simply the default, the memory, the Python"
     if form.errors: return Panel('Settings that cannot be', [f'{n or "together"}: {m}' for n,m in form.errors.items()])
     table = replace(config_table(form.config), note='')
-    return Panel(f"Settings{f', from the preset {form.preset}' if form.preset else ''}", [table, _Bar(form), _Code(config_script(form.config))])
+    return Panel(f"Settings{f', from the preset {form.preset}' if form.preset else ''}", [table, *([_Bar(form)] if memory else []), _Code(config_script(form.config))])
 
 # %% ../nbs/05a_choose.ipynb #a19215ee
 class Later:
@@ -307,7 +307,7 @@ class _View:
     "The widgets of a form"
     def __init__(self, form):
         import ipywidgets as w
-        self.form,self.filling,self.handle = form,False,None
+        self.form,self.filling,self.cell = form,False,None
         self.presets = {n: w.Button(description=n, tooltip=getattr(PresetConfigs, n).__doc__ or '', layout=w.Layout(width='auto')) for n in _presets}
         self.inputs = {f.name: self._input(w, f) for f in form_fields}
         self.wrong = {n: w.HTML(layout=w.Layout(margin='0 0 0 9.3em')) for n in (*self.inputs, '')}
@@ -341,14 +341,11 @@ class _View:
         presets = w.HBox([title('Presets&nbsp;'), *self.presets.values()], layout=w.Layout(flex_flow='row wrap', align_items='center'))
         return w.VBox([presets, w.HBox([left, right], layout=w.Layout(flex_flow='row wrap', align_items='flex-start'))])
 
-    def show(self):
-        from IPython.display import display
-        self.handle = display(self.box, display_id=True)
-
-    def close(self):
-        "Leave what stands still in the place of the widgets"
-        self.handle.update(still_form(self.form), raw=True)
-        self.box.close()
+    def show(self): self.cell = Clickable(self.box, _static(self.form, memory=False)) # counting it would hold the cell up
+    def close(self): self.cell.close(self.form)
+    def renew(self):
+        "What is there when the notebook is opened again"
+        if self.cell: self.cell.renew(self.form)
 
     def fill(self):
         "Put the values of the form into the widgets"
@@ -368,7 +365,7 @@ class _View:
         for n,h in self.wrong.items(): h.value = f'<span role="alert" style="{_bad};font-weight:normal">{html.escape(wrong[n])}</span>' if n in wrong else ''
         for n,b in self.presets.items(): b.button_style = 'info' if n==self.form.preset else ''
         self._offer([])
-        if wrong: self.code.value = self.memory.value = '<i>None yet: see what is red.</i>'; self.later.ask(None); return
+        if wrong: self.code.value = self.memory.value = '<i>None yet: see what is red.</i>'; self.later.ask(None); self.renew(); return
         self.code.value = _Code(config_script(self.form.config, 52))._repr_html_()
         self.memory.value = f'<div style="opacity:.5">{self.memory.value}</div>' if 'counting' not in self.memory.value else self.memory.value
         self.memory.value = self.memory.value or '<i>counting …</i>'
@@ -381,7 +378,7 @@ class _View:
         if not wanted(): return
         self.memory.value = memory_bar(estimate)
         found = _remedies(estimate)
-        if wanted(): self._offer(found, config)
+        if wanted(): self._offer(found, config); self.renew()
 
     def _offer(self, remedies, config=None):
         "Each remedy as a button that takes it"

@@ -10,7 +10,7 @@ __all__ = ['LANGUAGES', 'WORDINGS', 'held_out_wordings', 'Fact', 'first_sentence
            'held_out_rows', 'sample_facts']
 
 # %% ../nbs/01a_codebase.ipynb #642acad9
-import ast,html,json,re,warnings
+import ast,json,re,warnings
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -18,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from zlib import crc32
 
+from .config import Shown
 from .files import PassedOver, find_files, is_secret_name, read_source
 
 # %% ../nbs/01a_codebase.ipynb #fbac36e6
@@ -374,7 +375,7 @@ def _counted(counts): return ', '.join(f'{n:,} {k}' for k,n in Counter(counts).m
 def _sort_of(reason): return reason.split(':')[0]
 
 @dataclass(repr=False)
-class Codebase:
+class Codebase(Shown):
     "What was read from a codebase"
     root: Path # Folder that was walked
     facts: list = field(default_factory=list) # Of `Fact`, in file order, no two of one kind with one subject
@@ -394,16 +395,11 @@ class Codebase:
         lines = [f'{n}: {why}' for n,why in sorted(self.skipped.items(), key=lambda kv: sorts[_sort_of(kv[1])])]
         return lines[:most] + [f'… and {len(lines)-most:,} more']*(len(lines)>most)
 
-    def __str__(self):
-        head = f'{self.root.name}: {len(self.facts):,} facts from {len(self.files):,} files'
-        return '\n'.join([head, *(f'{k}: {v}' for k,v in self.parts().items()), *(f'  {l}' for l in self.named())])
-
-    __repr__ = __str__
-
-    def _repr_html_(self):
-        rows = ''.join(f'<tr><th>{k}</th><td>{html.escape(v)}</td></tr>' for k,v in self.parts().items())
-        names = ''.join(f'<li>{html.escape(l)}</li>' for l in self.named())
-        return f'<b>{html.escape(self.root.name)}</b>: {len(self.facts):,} facts from {len(self.files):,} files<table>{rows}</table><ul>{names}</ul>'
+    def shown(self):
+        from sage_finetune.show import Panel, Table
+        parts = Table(['', ''], [[k, v] for k,v in self.parts().items()])
+        names = [Table(['file', 'passed over'], [[*l.partition(': ')[::2]] for l in self.named()])] if self.skipped else []
+        return Panel(f'{self.root.name}: {len(self.facts):,} facts from {len(self.files):,} files', [parts, *names])
 
     def to_dict(self)->dict: # Ready for JSON; without the facts themselves
         "What was made from what"

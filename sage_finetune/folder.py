@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from .config import (SageError, Settings, TrainingConfig, cannot_write, checked, default_output_dir, read_json, to_disk, with_given,
+from .config import (PreferenceConfig, SageError, Settings, TrainingConfig, cannot_write, checked, default_output_dir, read_json, to_disk, with_given,
                                   write_json, write_text)
 
 # %% ../nbs/00b_folder.ipynb #5de553c7
@@ -184,7 +184,7 @@ def _meta_settings(config, folder):
     if path.suffix!='.json' or not path.is_file():
         warnings.warn(f"the settings in {path} are not used: it is not a JSON file that can be found")
         return {}
-    values,known = read_json(path), {f.name for f in fields(TrainingConfig)} | {'_given'}
+    values,known = read_json(path), {f.name for f in fields(PreferenceConfig)} | {'_given'}
     if other := sorted(set(values)-known): warnings.warn(f"{path}: not used: {', '.join(other)}")
     return {k:v for k,v in values.items() if k in known}
 

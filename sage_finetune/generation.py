@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from .config import SageError, TrainingConfig, read_json
+from .config import SageError, Shown, TrainingConfig, read_json
 from .machine import Machine, fit_config
 from .folder import RunFolder
 from .show import Table
@@ -267,8 +267,8 @@ def fit_history(
     raise ValueError(f'the question has {n:,} tokens with what stands around it, and the model takes {most:,} in all: ask in fewer words')
 
 # %% ../nbs/02a_generation.ipynb #95637b76
-@dataclass
-class Exam:
+@dataclass(repr=False)
+class Exam(Shown):
     "How a model did on questions with known answers"
     correct: list # One bool for each row
     answers: list # One `Answer` for each row
@@ -282,6 +282,10 @@ class Exam:
     def stopped(self)->float: # From 0 to 1
         "Share of answers that ended by themselves"
         return sum(a.stopped for a in self.answers)/len(self.answers)
+
+    def shown(self):
+        n,shares = len(self.correct),{'right, word for word': self.share, 'ended by themselves': self.stopped}
+        return Table(['', 'answers', 'share'], [[what, round(n*s), f'{s:.1%}'] for what,s in shares.items()], f'{n:,} questions', bars=[*shares.values()])
 
 def _spoken(text):
     "An answer without the thoughts before it"
@@ -314,7 +318,7 @@ def base_of(
     return model.disable_adapter() if hasattr(model, 'disable_adapter') else nullcontext()
 
 @dataclass(repr=False)
-class Comparison:
+class Comparison(Shown):
     "What two models say to the same prompts; as a list, its items are {prompt, base, tuned}"
     rows: list # Of {prompt, base, tuned}
 
@@ -331,10 +335,7 @@ class Comparison:
         "The answers as a table"
         return Table(['prompt', 'base', 'tuned'], [[r[k] for k in ('prompt', 'base', 'tuned')] for r in self.rows], note=f'{self.same} of {len(self)} answers are the same')
 
-    def __str__(self): return str(self.table)
-    def __repr__(self): return str(self)
-    def __rich__(self): return self.table.__rich__()
-    def _repr_html_(self): return self.table._repr_html_()
+    def shown(self): return self.table
 
 # %% ../nbs/02a_generation.ipynb #90c67a17
 def _side(who, adapter=False):

@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import astuple, dataclass, field
 from functools import cached_property, partial
 
-from .config import SageError, TrainingConfig, resolve_model
+from .config import SageError, Shown, TrainingConfig, resolve_model
 from .machine import Machine, fit_config
 
 # %% ../nbs/01i_memory.ipynb #c3403b39
@@ -490,8 +490,8 @@ def _as_html(e):
     return (f'<b>{t(_title(e))}</b><table>{rows}</table><div style="display:flex;height:14px;max-width:600px">{bar}</div>' + (f'<ul>{advice}</ul>' if advice else ''))
 
 # %% ../nbs/01i_memory.ipynb #b3478191
-@dataclass(frozen=True)
-class Probe:
+@dataclass(frozen=True, repr=False)
+class Probe(Shown):
     "What one pass of a batch takes, besides weights and optimizer"
     rows:int # In the batch
     tokens:int # In each of them
@@ -502,9 +502,10 @@ class Probe:
     def error(self)->float|None: # 0.1 is 10 % too much
         "How much too high the prediction was"
         return None if self.predicted is None else round(self.predicted/self.measured - 1, 4)
-    def __str__(self):
+    def shown(self):
+        from sage_finetune.show import Table
         told = '' if self.predicted is None else f', {_gb(self.predicted)} predicted ({round(self.error, 3)+0:+.1%})'
-        return f'Longest batch ({self.rows} × {self.tokens:,} tokens): {_gb(self.measured)} for one pass{told}'
+        return Table([], [], f'Longest batch ({self.rows} × {self.tokens:,} tokens): {_gb(self.measured)} for one pass{told}')
 
 # %% ../nbs/01i_memory.ipynb #e5f8252f
 @contextmanager

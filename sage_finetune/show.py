@@ -7,11 +7,12 @@ Docs: https://sage-finetune.github.io/sage_finetune/show.html.md"""
 # %% auto #0
 __all__ = ['ignored_label', 'text_width', 'cell_text', 'Table', 'bar_text', 'bar_html', 'shown_plain', 'shown_html', 'shown_rich',
            'Panel', 'config_table', 'show_config', 'precision_of', 'show_presets', 'show_widgets', 'still_form',
-           'size_text', 'show_batch']
+           'still_below', 'Clickable', 'falling', 'size_text', 'show_batch']
 
 # %% ../nbs/00g_show.ipynb #fd235349
 import html,unicodedata
 from base64 import b64encode
+from uuid import uuid4
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -253,6 +254,49 @@ def still_form(
 )->dict: # For `display(…, raw=True)` of IPython
     "A thing as text and as HTML"
     return {'text/plain': str(thing), 'text/html': thing._repr_html_()}
+
+_either = ('<style>body:has(.{0}-live) .{0}-still{{display:none}} '
+           '.jp-OutputArea-child:has(+ .jp-OutputArea-child .{0}-still):not(:has(.{0}-live)){{display:none}}</style><div class="{0}-still">{1}</div>')
+
+def still_below(
+    thing, # With `__str__` and `_repr_html_`
+    name:str, # Beginning of the class that its widgets have, `NAME-live`
+)->dict: # For `display(…, raw=True)` of IPython
+    "A thing as text and as HTML, to be seen where its widgets are not"
+    form = still_form(thing)
+    return form | {'text/html': _either.format(name, form['text/html'])}
+
+class Clickable:
+    "Widgets in a cell, and what stands still below them"
+    def __init__(self,
+        box, # The outermost of the widgets
+        thing, # What stands still, with `__str__` and `_repr_html_`
+    ):
+        from IPython.display import display
+        self.box,self.name = box,f'sage-{uuid4().hex[:12]}'
+        box.add_class(f'{self.name}-live')
+        self.live = display(box._repr_mimebundle_() | {'text/plain': ''}, raw=True, display_id=True)
+        self.still = display(still_below(thing, self.name), raw=True, display_id=True)
+
+    def renew(self,
+        thing, # As it is now
+    ):
+        "What would stand still if the notebook was saved now"
+        self.still.update(still_below(thing, self.name), raw=True)
+
+    def close(self,
+        thing, # As it is now
+    ):
+        "Leave what stands still in the place of the widgets"
+        self.live.update(still_form(thing), raw=True)
+        self.still.update({}, raw=True)
+        self.box.close()
+
+def falling(
+    *losses, # In nats, one after the other; None for what is not known
+)->str: # "3.2100 → 0.1200"; empty where nothing is known
+    "Losses as they went"
+    return ' → '.join('' if x is None else f'{x:.4f}' for x in losses) if any(x is not None for x in losses) else ''
 
 def size_text(
     size:int, # Bytes

@@ -15,7 +15,7 @@ from queue import Queue
 
 import torch
 
-from .show import Panel, Table, show_widgets, still_form
+from .show import Clickable, Panel, Table, show_widgets
 from .generation import stream_answer
 from .compare import Run
 from .look import check_base
@@ -257,7 +257,7 @@ class _View:
     "The widgets of a talk"
     def __init__(self, talk):
         import ipywidgets as w
-        self.talk,self.thread,self.stopping,self.handle = talk,None,False,None
+        self.talk,self.thread,self.stopping,self.cell = talk,None,False,None
         auto = lambda **how: w.Layout(width='auto', **how)
         self.slider = w.FloatSlider(value=talk.strength, min=0, max=2, step=.05, description='strength', continuous_update=False, readout_format='.2f', layout=w.Layout(width='24em'))
         self.slider_note = w.HTML('<span style="opacity:.7">0 is the base, 1 the tuned model</span>')
@@ -265,7 +265,7 @@ class _View:
         self.ask = w.Button(description='Ask', layout=auto())
         self.stop = w.Button(description='Stop', disabled=True, layout=auto())
         self.keep = w.Button(description='Keep', tooltip='Close the box and leave the talk in the cell', layout=auto())
-        self.now,self.before = w.HTML(),w.HTML()
+        self.now,self.before = w.HTML(),w.HTML(self._earlier())
         self.whole = w.VBox([w.HBox([self.slider, self.slider_note], layout=w.Layout(flex_flow='row wrap', align_items='center')),
                              w.HBox([self.box, self.ask, self.stop, self.keep]), self.now, self.before])
         self.box.on_msg(lambda _,content,buffers: self.asked() if content.get('event')=='submit' else None)
@@ -274,10 +274,8 @@ class _View:
         self.keep.on_click(lambda _: self.close())
         self.slider.observe(lambda change: self.moved(change['new']), 'value')
 
-    def show(self):
-        from IPython.display import display
-        self.handle = display(self.whole, display_id=True)
-
+    def _earlier(self): return ''.join(map(_html_exchange, reversed(self.talk.said[-5:])))
+    def show(self): self.cell = Clickable(self.whole, self.talk)
     def asked(self):
         if self.box.value.strip(): self.begin(self.box.value.strip())
 
@@ -300,7 +298,7 @@ class _View:
     def work(self, prompt, strength):
         "Write both answers as they come, ten times a second at most"
         self.stop.disabled,shown = False,0.
-        self.before.value = ''.join(map(_html_exchange, reversed(self.talk.said[-5:])))
+        self.before.value = self._earlier()
         self.now.value = _html_exchange(Exchange(prompt, strength), writing=True)
         def heard(exchange):
             nonlocal shown
@@ -309,9 +307,9 @@ class _View:
         try: self.now.value = _html_exchange(self.talk.ask(prompt, strength, heard))
         except Exception as e: self.now.value = f'<div style="color:#e03c3c;font-weight:bold">{html.escape(str(e))}</div>'
         self.stop.disabled = True
+        if self.cell: self.cell.renew(self.talk)
 
     def close(self):
         "Leave the talk in the place of the widgets"
         self.halt()
-        self.handle.update(still_form(self.talk), raw=True)
-        self.whole.close()
+        self.cell.close(self.talk)

@@ -109,7 +109,7 @@ def test_memory_that_runs_out_under_a_budget_of_tokens_makes_more_passes_of_the_
 
 
 def test_a_budget_that_the_longest_row_does_not_fit_in_is_refused(tmp_path):
-    with pytest.raises(ValueError, match='`tokens_per_step=32` has no room for `gradient_accumulation_steps=1` rows of'): after(tmp_path, tokens_per_step=32)
+    with pytest.raises(ValueError, match='`tokens_per_step=32` has no room for 1 row.s. of'): after(tmp_path, tokens_per_step=32)
 
 
 @torch.no_grad()

@@ -23,8 +23,18 @@ def root(tmp_path_factory): return tmp_path_factory.mktemp('notebooks')
 
 
 @pytest.fixture(scope='session')
-def address(root, tmp_path_factory):
-    with lab.server(root, tmp_path_factory.mktemp('lab')) as where: yield where
+def scratch(tmp_path_factory): return tmp_path_factory.mktemp('lab')
+
+
+@pytest.fixture(scope='session')
+def address(root, scratch):
+    with lab.server(root, scratch) as where: yield where
+
+
+@pytest.fixture
+def later(root, scratch, tmp_path):
+    "The addresses of two that open the notebooks of `root` without a kernel: who made them, and somebody else, who does not trust them"
+    with lab.server(root, scratch, kernels=False) as own, lab.server(root, tmp_path/'other', kernels=False) as others: yield own,others
 
 
 @pytest.fixture(scope='session')
@@ -33,10 +43,13 @@ def opens():
     with lab.person() as how: yield how
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture
 def visit(address, opens):
-    "Open a notebook of `root`: `visit(name)`"
-    return lambda name,**how: opens(address, name, **how)
+    "Open a notebook of `root`: `visit(name)`; its kernel ends with the test"
+    pages = []
+    def visit(name, **how): pages.append(opens(address, name, **how)); return pages[-1]
+    yield visit
+    for page in pages: page.leave()
 
 
 @pytest.fixture

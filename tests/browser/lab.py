@@ -66,7 +66,8 @@ def server(root, scratch, kernels=True):
                '--ServerApp.password=', '--ServerApp.root_dir', str(root), '--LabApp.expose_app_in_browser=True', '--LabApp.news_url=',
                '--LabApp.user_settings_dir', str(scratch/'settings'), '--LabApp.workspaces_dir', str(scratch/'workspaces'),
                *([] if kernels else ['--KernelSpecManager.ensure_native_kernel=False', '--KernelSpecManager.allowed_kernelspecs=none'])]
-    env = {**os.environ, 'JUPYTER_CONFIG_DIR': str(scratch/'config'), 'JUPYTER_RUNTIME_DIR': str(scratch/'runtime'), 'JUPYTER_DATA_DIR': str(scratch/'data'), 'OMP_NUM_THREADS': '1'}
+    env = {**os.environ, 'JUPYTER_CONFIG_DIR': str(scratch/'config'), 'JUPYTER_RUNTIME_DIR': str(scratch/'runtime'), 'JUPYTER_DATA_DIR': str(scratch/'data'), 'OMP_NUM_THREADS': '1',
+           'PIP_NO_INDEX': '1', 'PIP_DISABLE_PIP_VERSION_CHECK': '1'} # the first cell of a tutorial installs what is installed
     process = subprocess.Popen(command, stdout=log.open('w'), stderr=subprocess.STDOUT, start_new_session=True, env=env)
     try:
         _wait_for(f'http://127.0.0.1:{port}', process, log)
@@ -92,7 +93,7 @@ def person(size=(1280, 1500)):
     with sync_playwright() as play:
         chromium = play.chromium.launch(executable_path=browser(), args=browser_flags)
         new_page = lambda: chromium.new_context(viewport=dict(width=size[0], height=size[1])).new_page()
-        def opens(address, name, run=True, dark=False): return Page(new_page(), address, name, run, dark)
+        def opens(address, name, run=True, dark=False): return Page(new_page(), address, name, run, dark) # run: all cells (True), none (None), and without a kernel (False)
         opens.empty = new_page
         try: yield opens
         finally: chromium.close()
@@ -103,6 +104,10 @@ _begun = r"() => [...document.querySelectorAll('.jp-InputPrompt')].some(e => /\[
 _finished = "() => ![...document.querySelectorAll('.jp-Notebook .jp-InputPrompt')].some(e => e.textContent.includes('*'))"
 _faults = """() => window.jupyterapp.shell.currentWidget.content.model.toJSON().cells.flatMap((c, i) =>
   (c.outputs || []).filter(o => o.output_type === 'error').map(o => `cell ${i}: ${o.ename}: ${o.evalue}`))"""
+_where = "(text) => window.jupyterapp.shell.currentWidget.content.model.toJSON().cells.findIndex(c => [c.source].flat().join('').includes(text))"
+_run_cells = """([first, last]) => { const book = window.jupyterapp.shell.currentWidget.content;
+  book.deselectAll(); book.activeCellIndex = first; if (last > first) book.extendContiguousSelectionTo(last);
+  return window.jupyterapp.commands.execute('notebook:run-cell') && null }"""
 _run_cell = """([at, code]) => { const book = window.jupyterapp.shell.currentWidget.content;
   book.model.sharedModel.insertCell(at, {cell_type: 'code', source: code}); book.activeCellIndex = at;
   return window.jupyterapp.commands.execute('notebook:run-cell') }"""
@@ -118,8 +123,9 @@ class Page:
         page.wait_for_selector('.jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook .jp-Cell', timeout=90_000)
         page.evaluate("() => { const s = window.jupyterapp.shell; s.collapseLeft(); s.collapseRight() }")
         if dark: self.theme('Dark')
-        if not run: return self.no_kernel()
+        if run is False: return self.no_kernel()
         page.wait_for_function(_idle, timeout=90_000)
+        if not run: return
         page.locator('.lm-MenuBar-itemLabel', has_text=re.compile('^Run$')).click()
         page.locator('.lm-Menu-item[data-command="runmenu:run-all"]').click()
         page.wait_for_function(_begun, timeout=30_000)
@@ -140,6 +146,14 @@ class Page:
     def faults(self): return self.page.evaluate(_faults)
     def finished(self, seconds=120): self.page.wait_for_function(_finished, timeout=1000*seconds); return self
 
+    def at(self, text):
+        "The place of the first cell whose source holds a text"
+        place = self.page.evaluate(_where, text)
+        if place<0: raise ValueError(f'no cell holds {text!r}')
+        return place
+    def run_cells(self, first, last):
+        "Select cells and run them, as somebody with a hand on the shift key does"
+        self.page.evaluate(_run_cells, [first, last])
     def cell(self, i): return self.page.locator('.jp-Notebook .jp-Cell').nth(i)
     def shown(self, i): return self.cell(i).locator('.jp-Cell-outputArea').inner_text()
     def see(self, pattern, cell=None, seconds=60):
@@ -166,6 +180,10 @@ class Page:
         at = self.page.locator('.jp-Notebook .jp-Cell').count() if at is None else at
         self.page.evaluate(_run_cell, [at, code])
         return at
+    def leave(self):
+        "Close the page and end its kernel"
+        self.page.evaluate("() => window.jupyterapp.shell.currentWidget?.sessionContext.shutdown()")
+        self.page.context.close()
     def save(self): self.page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')"); self.page.wait_for_timeout(1000)
 
     def picture(self, path, cell, tallest=None):

@@ -1,0 +1,206 @@
+"Each tutorial as a reader meets it: run from top to bottom in JupyterLab, and its form, dashboard, chat and slider used on the way"
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+folder = Path(__file__).parents[2]/'nbs'/'tutorials'
+findings = {
+    '01_first_run': r'(9|10|8) of 10 new questions right; held-out loss \d\.\d\d → 0\.\d\d',
+    '02_what_it_learns': r'row 5 has a loss of \d\.\d\d; the next one \d\.\d\d',
+    '03_your_own_trainer': r'passed with \d+\.\d% after \d+ of 100 steps: \d+% of them saved',
+    '04_how_much_rank': r'rank \d+ is enough: \d+% of the exam with [\d,]+ numbers; rank 1 gets \d+%',
+    '05_qlora_on_a_small_card': r'before training 4 bits are \d\.\d\d nats away, after it \d\.\d\d; the exam: \d+%',
+    '06_your_codebase': r'from \d+% to \d+% of \d+ questions that were in no training row'}
+
+
+def nothing_wrong(page): assert (page.faults(), page.strangers, page.wrong)==([], [], [])
+
+
+def tutorial(root, name, copy=''):
+    "A copy to work on, without its outputs; its name, and what those outputs are"
+    book = nbformat.read(folder/f'{name}.ipynb', 4)
+    stored = {i: c.outputs for i,c in enumerate(book.cells) if c.cell_type=='code' and c.outputs}
+    for i in stored: book.cells[i].outputs = []
+    nbformat.write(book, root/f'{copy}{name}.ipynb')
+    return f'{copy}{name}.ipynb',stored
+
+
+def drawn(page, i): return page.cell(i).locator('.jp-Cell-outputArea img').evaluate_all('es => es.map(e => e.complete && e.naturalWidth > 300)')
+
+
+def test_every_tutorial_is_here(): assert [*findings]==sorted(p.stem for p in folder.glob('*.ipynb'))
+
+
+@pytest.mark.parametrize('name', findings)
+def test_runs_from_top_to_bottom(name, root, visit):
+    copy,stored = tutorial(root, name)
+    page = visit(copy).finished(300)
+    nothing_wrong(page)
+    page.see(findings[name])
+    for i,outputs in stored.items():
+        kinds = {kind for o in outputs for kind in o.get('data', {})}
+        assert page.shown(i).strip() or drawn(page, i), f'cell {i} shows nothing'
+        if 'image/png' in kinds: assert drawn(page, i)==[True], f'the picture of cell {i} is not drawn'
+        if 'text/html' in kinds: assert page.cell(i).locator('.jp-RenderedHTMLCommon').count(), f'cell {i} shows text for HTML'
+
+
+# First run: choose, train, talk, pause, stop, go on, compare
+
+def steps(page, cell, most):
+    "The step that the dashboard shows"
+    found = re.search(rf'([\d,]+) of {most}', page.shown(cell))
+    return int(found[1].replace(',', '')) if found else -1 # before the first step it does not know how many there will be
+
+
+def beyond(page, cell, most, step, seconds=90):
+    "Wait until the dashboard shows a later step; which one"
+    end = time.monotonic()+seconds
+    while (now := steps(page, cell, most))<=step:
+        assert time.monotonic()<end, f'still at step {now}'
+        page.page.wait_for_timeout(200)
+    return now
+
+
+def chosen(page):
+    "Fill in the form: forty epochs instead of eight, which are two hundred steps"
+    form = page.at('form = choose_config(')
+    page.run_cells(0, form)
+    page.see('fits: .* of 15.84 GB', form, seconds=180)
+    field = page.cell(form).locator('.widget-text').filter(has_text='epochs').locator('input')
+    field.click(); field.fill('forty')
+    page.see("`num_train_epochs` must be a whole number, got 'forty'", form)
+    field.fill('40')
+    page.see('num_train_epochs=40', form)
+    return form
+
+
+def steered(page, cell, images):
+    "Chat, pause, go on, stop; the step where it stopped"
+    page.see('Training', cell, seconds=120)
+    first = beyond(page, cell, 200, 0)
+    page.press('Pause'); page.see('Paused', cell)
+    page.see('time left', cell); page.see(r'tokens/s', cell); page.see(r'memory so far\s*[\d.]+ [GM]B of [\d.]+ GB', cell)
+    page.page.wait_for_timeout(1500)
+    still = steps(page, cell, 200)
+    page.page.wait_for_timeout(1500)
+    assert steps(page, cell, 200)==still>=first
+    page.enter('Where is the printer?', hint='Ask the model')
+    assert int(page.see(r'Where is the printer\? at step (\d+)\s*\S', cell)[1])==still
+    page.press('Go on'); page.see('Training', cell)
+    later = beyond(page, cell, 200, still)
+    page.enter('Where is the ladder?', hint='Ask the model') # while it trains
+    assert int(page.see(r'Where is the ladder\? at step (\d+)\s*\S', cell)[1])>=later
+    beyond(page, cell, 200, 110)
+    page.press('Pause'); page.see('Paused', cell)
+    for theme in ('Dark', 'Light'): page.theme(theme); page.picture(images/f'dashboard_{theme.lower()}.png', cell)
+    page.press('Stop and save')
+    stopped = int(page.see(r'stopped at step (\d+) of 200', cell, seconds=90)[1])
+    page.settled(cell)
+    page.see('Where is the printer', cell) # the talk stays too
+    return stopped
+
+
+def test_first_run_is_steered(root, visit, opens, later, images, tmp_path):
+    name,_ = tutorial(root, '01_first_run', 'steered_')
+    page = visit(name, run=None)
+    form = chosen(page)
+    cell = page.at('live = train_live(')
+    page.run_cells(form+1, cell)
+    stopped = steered(page, cell, images)
+
+    again = page.run('live.go_on()', cell+1)
+    page.see('Training', again, seconds=120)
+    assert stopped<beyond(page, again, 200, stopped)<200
+    waits = page.at('result = await live')
+    page.run_cells(waits, waits)
+    page.press('Pause'); page.see('Paused', again) # the buttons work while a cell awaits the run
+    page.press('Go on'); page.see('Done', again, seconds=180); page.see('200 of 200', again)
+    page.settled(again); page.finished()
+
+    page.run_cells(waits+1, page.page.locator('.jp-Notebook .jp-Cell').count()-1)
+    page.see(findings['01_first_run'], seconds=180); page.finished()
+    page.see(r'Look here: second drawer\.', page.at('comparison = compare_answers('))
+    page.save(); nothing_wrong(page)
+    for address,who in zip(later, ('own', 'other')):
+        copy = opens(address, name, run=False)
+        sees_form(copy.cell(form)); sees_run(copy.cell(again))
+        if who=='other': copy.picture(images/'dashboard_left_behind.png', again)
+        assert copy.strangers==[]
+    converted(root/name, opens, tmp_path)
+
+
+def sees_form(place):
+    "The form as it was left, and no word of widgets"
+    text = place.inner_text()
+    assert 'num_train_epochs=40' in text and 'fits:' in text and 'widget' not in text, text
+
+
+def sees_run(place):
+    "A picture that is drawn, a table of figures, the answers"
+    assert place.locator('img').first.evaluate('e => [e.complete, e.naturalWidth > 300]')==[True, True]
+    text = place.inner_text()
+    assert all(w in text for w in ('200 of 200', 'Tell me where the coffee is.', 'Look here: second drawer.', 'held-out loss')), text
+    assert '█'*16 in text, 'the bar of a finished run is not full'
+    assert 'widget' not in text
+
+
+def converted(path, opens, tmp_path):
+    "What nbconvert makes of it"
+    subprocess.run([sys.executable, '-m', 'nbconvert', '--to', 'html', '--output-dir', str(tmp_path), '--output', 'page.html', str(path)], check=True, capture_output=True)
+    page = opens.empty()
+    page.route('**/*', lambda r: r.continue_() if r.request.url.startswith(('file:', 'data:')) else r.abort())
+    page.goto((tmp_path/'page.html').as_uri(), wait_until='domcontentloaded')
+    cells = page.locator('.jp-CodeCell')
+    sees_form(cells.filter(has_text='form = choose_config('))
+    sees_run(cells.filter(has_text='live.go_on()').filter(has=page.locator('img')))
+
+
+# What it learns: the slider
+
+def boxes(page, cell):
+    "The two newest answers, each with its heading"
+    shown = page.cell(cell).locator('div[style*="flex:1 1 18em"]:visible')
+    return [shown.nth(k).inner_text().split('\n', 1) for k in (0, 1)]
+
+
+def slid(page, cell, key, name):
+    "Move the slider by a key, and wait until the second answer is that of this strength"
+    page.cell(cell).locator('.noUi-handle').first.focus()
+    page.page.keyboard.press(key)
+    page.page.wait_for_function(f'''() => [...document.querySelectorAll('.jp-Notebook div[style*="flex:1 1 18em"]')].slice(1, 2).some(e => e.innerText.startsWith({name!r}) && !e.innerText.includes('▌'))''', timeout=60_000)
+    return boxes(page, cell)
+
+
+def test_what_it_learns_with_the_slider(root, visit, opens, later, images):
+    name,_ = tutorial(root, '02_what_it_learns', 'steered_')
+    page = visit(name, run=None)
+    cell = page.at('conversation = talk(')
+    page.run_cells(0, cell)
+    page.see('0 is the base, 1 the tuned model', cell, seconds=240)
+    assert boxes(page, cell)[1][0]=='tuned', 'what was asked by code is not to be seen'
+
+    page.enter('In which hall is the viola?', hint='Ask both')
+    page.see(r'The viola rehearses in the \w+ hall\.', cell)
+    (left,base),(right,tuned) = slid(page, cell, 'ArrowRight', 'tuned × 1.05') # the slider asks anew, and the base keeps its answer
+    assert (left, right)==('base', 'tuned × 1.05') and base!=tuned and 'rehearses' not in base
+    (_,base),(name,tuned) = slid(page, cell, 'Home', 'base')
+    assert name=='base' and base==tuned, 'strength 0 is not the base'
+    assert slid(page, cell, 'End', 'tuned × 2')[1][1]!=tuned
+    page.enter('Tell me the hall of the piano.', hint='Ask both')
+    page.see(r'Tell me the hall of the piano\.', cell)
+    slid(page, cell, 'ArrowLeft', 'tuned × 1.95')
+    for theme in ('Dark', 'Light'): page.theme(theme); page.picture(images/('talk.png' if theme=='Light' else 'talk_dark.png'), cell, 900)
+    page.save()
+    for address in later: # it was not closed
+        copy = opens(address, name, run=False)
+        text = copy.shown(cell)
+        assert 'In which hall is the viola?' in text and 'tuned × 1.05' in text and 'widget' not in text, text
+    page.press('Keep')
+    page.see('halls: base and tuned', cell)
+    assert page.cell(cell).locator('.jupyter-widgets').count()==0
+    nothing_wrong(page)
