@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from .config import read_json, write_json
+from .machine import division
 
 # %% ../nbs/01f_adapter.ipynb #01bd3f71
 def _linear(model):
@@ -258,6 +259,8 @@ def check_knobs(
 )->None: # Nothing: the settings can be honoured together
     "Refuse settings that cannot be honoured together"
     lora,optim = config.lora,config.optim
+    for name,needs_all in dict(init_lora_weights=changes_base(lora), load_best_model_at_end=config.load_best_model_at_end, stack_adapter=config.stack_adapter).items():
+        if needs_all and division(): raise ValueError(f'`{name}` needs the whole model in each process, and {division()} divides it: launch without it, or leave `{name}` at its default')
     if changes_base(lora) and (config.load_in_8bit or config.load_in_4bit): raise ValueError(_no_quantised.format(f'`init_lora_weights="{lora.init_lora_weights}"`'))
     if lora.init_lora_weights=='orthogonal' and lora.r%2: raise ValueError(f'`init_lora_weights="orthogonal"` needs an even rank, got `r={lora.r}`')
     if config.loraplus_lr_ratio and any(w in optim for w in _no_groups):

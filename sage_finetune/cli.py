@@ -14,7 +14,7 @@ import json,os,sys
 from pathlib import Path
 from typing import Annotated, Optional
 
-from typer import Argument, Option, Typer, confirm, echo, prompt
+from typer import Argument, Exit, Option, Typer, confirm, echo, prompt
 from typer.main import get_command
 
 from .config import SageError
@@ -168,6 +168,13 @@ def start(
     echo('\n'.join([*notes, f'Written: {run.meta}']))
     _train(run.path, fresh)
 
+def _by_llamafactory(file):
+    import subprocess
+    from sage_finetune.foreign import llamafactory_command
+    command = llamafactory_command(file)
+    echo(' '.join(command), err=True)
+    raise Exit(subprocess.run(command).returncode)
+
 def _train(target, fresh, live=False, prompts=()):
     from sage_finetune.runs import trainer_of
     trainer = trainer_of(target)
@@ -180,18 +187,20 @@ def _train(target, fresh, live=False, prompts=()):
 def _show_result(result, folder):
     held = '' if result.loss_before is None else f', held-out loss {result.loss_before:.3f} → {result.loss_after:.3f}'
     echo(f'Trained {result.steps} steps{held}. Adapter: {folder}/lora_weights')
+    if result.earlier_after is not None: echo(f'On earlier rows: held-out loss {result.earlier_before:.3f} → {result.earlier_after:.3f}')
     echo(f'Next: sage-finetune chat {_short(folder)}   or   sage-finetune merge {_short(folder)}')
 
 # %% ../nbs/10_cli.ipynb #c1d7ec74
 @app.command()
 def run(
     target: Annotated[str, Argument(metavar='DIR_OR_CONFIG', help='Run folder, name of a run, or file of settings (.json, .yaml), of LLaMA-Factory and TRL too')],
-    native: Annotated[bool, Option('--use-native', help='Train with this package (the default)')] = True,
+    native: Annotated[bool, Option('--use-native/--use-llamafactory', help='Train with this package, or hand a file of LLaMA-Factory to llamafactory-cli')] = True,
     live: Annotated[bool, Option('--live', help='Show curve, speed, memory and answers while it trains')] = False,
     prompt: Annotated[Optional[list[str]], Option('--prompt', help='With --live: a question that is answered again and again; may be repeated')] = None,
     fresh: Fresh = False,
 ):
     "Train what a run folder or a file of settings asks for; a killed run goes on"
+    if not native: return _by_llamafactory(target)
     _train(target, fresh, live, prompt or ())
 
 # %% ../nbs/10_cli.ipynb #59245e96

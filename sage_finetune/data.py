@@ -373,10 +373,11 @@ class Book:
         for x in examples: key.update(x['input_ids'].tobytes()); key.update(x['labels'].tobytes())
         return self.seen.setdefault(key.digest(), (row.file, row.line))
 
-    def count(self, shape, examples, cut, rendered):
+    def count(self, shape, examples, cut, rendered, each=1):
+        "Count the examples of a row; `each`: conversations that are learned from together"
         r = self.report
         for kind in cut: r.truncated[kind] = r.truncated.get(kind, 0)+1
-        r.used += 1; r.split += len(examples)>1; r.examples += len(examples)
+        r.used += 1; r.split += len(examples)>each; r.examples += len(examples)//each
         r.shapes[shape] = r.shapes.get(shape, 0)+1
         for key,n in (Counter(rendered.found) if rendered else {}).items(): r.found[key] = r.found.get(key, 0)+n
         for note in (rendered.notes if rendered else ()): r.notes[note] = r.notes.get(note, 0)+1

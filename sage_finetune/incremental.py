@@ -91,8 +91,8 @@ def with_adapter(
         if config.lora.use_dora or config.lora.bias!='none': raise ValueError('`stack_adapter=True` adds products of matrices, which `lora.use_dora` and `lora.bias` are not: leave them out')
         return config
     _same_shape(config, e)
-    shape = {n: sorted(v) if isinstance(v := e.settings[n], list) else v for n in _shape}
-    return config.adapted(lora=config.lora.adapted(**{n: v for n,v in shape.items() if not (n=='target_modules' and n in config.lora.given)}))
+    theirs = {n: sorted(v) if isinstance(v := e.settings[n], list) else v for n in (*_shape, 'lora_dropout') if n not in config.lora.given}
+    return config.adapted(lora=config.lora.adapted(**theirs))
 
 # %% ../nbs/01n_incremental.ipynb #e14e7ee1
 def _saved(e):

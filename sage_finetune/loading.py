@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from .config import SageError, TrainingConfig, resolve_model
+from .machine import division
 from .template import ensure_template
 
 # %% ../nbs/01b_loading.ipynb #4fc092c5
@@ -36,9 +37,13 @@ def quantisation_of(
     "How `from_pretrained` is to quantise"
     if config.load_in_8bit: return BitsAndBytesConfig(load_in_8bit=True)
     if config.load_in_4bit: return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True,
-                                                      bnb_4bit_compute_dtype=dtype_of(config))
+                                                      bnb_4bit_compute_dtype=dtype_of(config), **_storage(config))
 
-def _place(device): # One whole copy of the model for each process
+def _storage(config): # what is divided among processes is divided as numbers of one format
+    return dict(bnb_4bit_quant_storage=dtype_of(config)) if division() else {}
+
+def _place(device, quantised): # A whole copy of the model for each process; one that is to be divided waits in main memory
+    if division() and not quantised: return None
     return {'': int(os.environ.get('LOCAL_RANK', 0)) if device=='cuda' else device}
 
 # %% ../nbs/01b_loading.ipynb #8acee1b1
@@ -99,7 +104,7 @@ def load_model(
     quantisation=None, # A `BitsAndBytesConfig`, or None
 ): # A causal language model
     "A causal language model, in evaluation mode"
-    how = dict(dtype=dtype, device_map=_place(device), quantization_config=quantisation, trust_remote_code=False)
+    how = dict(dtype=dtype, device_map=_place(device, quantisation), quantization_config=quantisation, trust_remote_code=False)
     try:
         with without_noise(): return _steady(AutoModelForCausalLM.from_pretrained(resolve_model(name), **how))
     except _load_errors as e: raise no_model(name, e) from None

@@ -21,7 +21,7 @@ from .show import Table
 from .shapes import to_conversation
 from .template import encode, ignored
 from .inspect_data import Views, _columns, _css, _shown, _tag, pieces_of, shown_figure
-from .loss import _evaluating, _in_place_of, _vocabulary, _way, head_rows
+from .loss import evaluating, _in_place_of, _vocabulary, _way, head_rows
 from .generation import base_of
 from .compare import Run, on_any_ground
 
@@ -34,7 +34,7 @@ def row_losses(
     "The loss of every token of a row"
     ids_BT = torch.tensor([ids], device=model.device)
     where = {} if positions is None else dict(position_ids=torch.tensor([positions], device=model.device))
-    with _evaluating(model): losses_T = _sliced(model, ids_BT, where) if len(ids)>1 else torch.zeros(0)
+    with evaluating(model): losses_T = _sliced(model, ids_BT, where) if len(ids)>1 else torch.zeros(0)
     first = {0, *(k for k,p in enumerate(positions or ()) if p==0)}
     return [math.nan if k in first else x for k,x in enumerate([math.nan, *losses_T.tolist()][:len(ids)])]
 

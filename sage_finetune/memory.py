@@ -6,7 +6,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/memory.html.md"""
 
 # %% auto #0
 __all__ = ['runtime_bytes', 'gap_share', 'live_bytes', 'packed_bytes', 'attention_kernel', 'PassBytes', 'optimizer_bytes',
-           'MemoryEstimate', 'Remedy', 'estimate_memory', 'Probe', 'probe_step', 'longest_batch']
+           'MemoryEstimate', 'Remedy', 'estimate_memory', 'Probe', 'undisturbed', 'probe_step', 'longest_batch']
 
 # %% ../nbs/01i_memory.ipynb #a96d1c54
 import html,weakref
@@ -287,7 +287,7 @@ def _pass_bytes(model, config, machine, exact=False, learned=None):
     from unittest.mock import patch
     from sage_finetune.loss import head_bytes
     T = -(-config.max_length//8)*8 # as `Collator` does
-    shape = dict(size=(config.rows_per_pass, T), dtype=torch.long, device='meta')
+    shape = dict(size=(config.sequences_per_pass, T), dtype=torch.long, device='meta')
     batch = dict(input_ids=torch.empty(**shape))
     if config.packing: batch['position_ids'] = torch.empty(**shape)
     half = torch.float16 if config.fp16 else torch.bfloat16 if config.bf16 else None
@@ -438,7 +438,7 @@ def _parts(e):
 def _title(e):
     c = e.config
     bits = ', 8 bits' if c.load_in_8bit else ', 4 bits' if c.load_in_4bit else ''
-    return (f"{c.model_name}: {c.rows_per_pass} × {c.max_length:,} tokens, {'fp16' if c.fp16 else 'bf16' if c.bf16 else 'fp32'}{bits}, "
+    return (f"{c.model_name}: {c.sequences_per_pass} × {c.max_length:,} tokens, {'fp16' if c.fp16 else 'bf16' if c.bf16 else 'fp32'}{bits}, "
             f"{'with' if c.gradient_checkpointing else 'without'} checkpointing")
 
 def _verdict(e):
@@ -509,7 +509,9 @@ class Probe(Shown):
 
 # %% ../nbs/01i_memory.ipynb #e5f8252f
 @contextmanager
-def _undisturbed(model):
+def undisturbed(
+    model, # With an adapter
+): # The model in training mode, with gradients of zero
     "Put back gradients, mode and random state"
     import torch
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
@@ -537,7 +539,7 @@ def probe_step(
     half = torch.float16 if fitted.fp16 else torch.bfloat16
     first = {k: v[:1, :16] for k,v in batch.items()}
     held = 4*sum(p.numel() for p in model.parameters() if p.requires_grad)
-    with _undisturbed(model), torch.autocast(device.type, half) if fitted.fp16 or fitted.bf16 else nullcontext():
+    with undisturbed(model), torch.autocast(device.type, half) if fitted.fp16 or fitted.bf16 else nullcontext():
         with torch.no_grad(): _real_loss(model, **first) # what is made once and kept, such as the libraries' own work space
         measured = _cuda_pass(model, batch) if device.type=='cuda' else _one_pass(model, batch, _real_loss).peak
     predicted = None

@@ -6,7 +6,8 @@ Docs: https://sage-finetune.github.io/sage_finetune/trainer.html.md"""
 
 # %% auto #0
 __all__ = ['Meter', 'Stopped', 'Watch', 'Steady', 'AnswerTrainer', 'out_of_memory', 'training_arguments', 'data_digest',
-           'differences', 'TrainingResult', 'LoRATrainer', 'filling_id', 'LongestFirst', 'train_from_meta', 'main']
+           'differences', 'TrainingResult', 'LoRATrainer', 'check_data_path', 'filling_id', 'LongestFirst',
+           'train_from_meta', 'main']
 
 # %% ../nbs/02_trainer.ipynb #e5bdec9e
 import errno,gc,hashlib,os,re,shutil,signal,sys,threading,time
@@ -20,7 +21,7 @@ from .loading import dtype_of, load_model, load_tokenizer, quantisation_of # bef
 from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 
-from .config import SageError, Shown, TrainingConfig, cannot_write, read_json, whole_folder, write_json
+from .config import PreferenceConfig, SageError, Shown, TrainingConfig, cannot_write, read_json, whole_folder, write_json
 from .machine import Change, Machine, fit_config, show_changes
 from .folder import RunFolder, checkpoint_fault, config_from_meta, last_checkpoint, only_run
 from .attention import use_documents
@@ -362,6 +363,8 @@ class TrainingResult(Shown):
 # %% ../nbs/02_trainer.ipynb #8c099757
 class LoRATrainer:
     "A LoRA fine-tuning run, step by step"
+    judges = False # Whether it learns from preferences
+
     def __init__(self,
         config:TrainingConfig, # What is asked for; it is fitted to the machine when it is used
         quiet:bool=False, # Say nothing and show no progress
@@ -369,6 +372,7 @@ class LoRATrainer:
     ):
         if isinstance(config, dict): config = TrainingConfig.from_dict(config)
         if not isinstance(config, TrainingConfig): raise ValueError(f'`config` must be a TrainingConfig, got {type(config).__name__}')
+        if isinstance(config, PreferenceConfig) and not self.judges: raise ValueError('`config` is a PreferenceConfig: train it with `sage_finetune.preference.PreferenceTrainer`, or with `sage-finetune run`')
         self.config,self.quiet,self.machine = with_adapter(config),quiet,machine or Machine.here()
         self.model = self.tokenizer = self.dataset = self.eval_dataset = self.earlier_dataset = self.trainer = None
         self.probe = None # What the longest batch took, once it was tried
@@ -477,7 +481,10 @@ class LoRATrainer:
             if self.unfinished: write_json(new/self.folder.stopped.name, self.unfinished)
 
 # %% ../nbs/02_trainer.ipynb #a9ae9122
-def _check_data_path(config):
+def check_data_path(
+    config:TrainingConfig, # As asked
+)->None: # Nothing: its rows are there and can be read
+    "Refuse data that cannot be read, before anything is loaded"
     if config.data_path is None: raise ValueError('`data_path` is None: give a file, a folder or a data set on the Hub, or override `prepare_data`')
     check_knobs(config.adapted(load_in_8bit=False, load_in_4bit=False), held_out=bool(config.test_size or config.eval_data_path))
     next(read_rows(config.data_path, **source_of(config)), None)
@@ -485,7 +492,7 @@ def _check_data_path(config):
 
 def _read_data(config, tokenizer, report):
     "Training and evaluation data of `config`"
-    _check_data_path(config)
+    check_data_path(config)
     read = lambda path,book,evaluation=False: prepare_dataset(path, tokenizer, config.max_length, report=book, **source_of(config, evaluation), **how_of(config))
     data = read(config.data_path, report)
     if not config.eval_data_path: return split_dataset(data, config.test_size, config.seed, report)
@@ -609,7 +616,7 @@ class LongestFirst(TrainerCallback):
 
 def _run_missing_steps(run, fresh=False):
     own_data = type(run).prepare_data is not LoRATrainer.prepare_data
-    if run.dataset is None and not own_data: _check_data_path(run.config) # before minutes go into loading a model
+    if run.dataset is None and not own_data: check_data_path(run.config) # before minutes go into loading a model
     if run.model is None: run.load_model_and_tokenizer()
     if run.dataset is None:
         made = run.prepare_data()
