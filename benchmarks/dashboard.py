@@ -93,7 +93,7 @@ def measured(code_blocks, seconds):
 def memory():
     "Bytes that a board holds after ten thousand and after a million steps, and the characters of its picture"
     import tracemalloc
-    from sage_finetune.live import Board, Said, curve_svg
+    from sage_finetune.board import Board, Said, curve_svg
     tracemalloc.start()
     board,out = Board(['What?']),{}
     for step in range(1, 1_000_001):

@@ -1,10 +1,11 @@
 __version__ = "0.1.0"
 
-from .config import LoRAConfig, PresetConfigs, TrainingConfig
+from .config import LoRAConfig, PreferenceConfig, PresetConfigs, TrainingConfig
 
-_lazy = dict(LoRATrainer='trainer', train_from_meta='trainer', prepare_dataset='data', load_training_data='data',
-             train_live='live', choose_config='choose', Run='compare', show_config='show', show_presets='show')
-__all__ = ['LoRAConfig', 'PresetConfigs', 'TrainingConfig', *_lazy]
+_lazy = dict(LoRATrainer='trainer', PreferenceTrainer='preference', train_from_meta='trainer', prepare_dataset='data', load_training_data='data',
+             train_live='live', choose_config='choose', Run='compare', show_config='show', show_presets='show',
+             finetune='pipeline', RunResult='pipeline')
+__all__ = ['LoRAConfig', 'PreferenceConfig', 'PresetConfigs', 'TrainingConfig', *_lazy]
 
 def __getattr__(name):
     "Import what needs torch, transformers or datasets only when it is asked for"

@@ -14,7 +14,7 @@ import math,re,warnings
 from pathlib import Path
 
 import torch
-from .loading import without_noise # before peft: it quiets bitsandbytes
+from .loading import takes_images, without_noise # before peft: it quiets bitsandbytes
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, prepare_model_for_kbit_training, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
@@ -37,13 +37,20 @@ def linear_names(
     "Names of the layers that an adapter can sit on"
     return sorted({n.rpartition('.')[2] for n in _linear(model)})
 
+def _language_part(model):
+    "Beginning of the names of the layers that read, in a model that also sees; empty for a text model"
+    if not takes_images(model.config): return ''
+    embedding = next(n for n,m in model.named_modules() if m is model.get_input_embeddings())
+    return embedding.rpartition('.')[0]+'.'
+
 def _is_named(name, target): return name==target or name.endswith('.'+target)
 
 def _targets(model, wanted):
     "Name → layer that `target_modules` means: names, \"all-linear\" or, as in peft, a pattern for the whole name"
+    part = _language_part(model)
     if isinstance(wanted, str):
-        return _linear(model) if wanted.lower()=='all-linear' else {n: m for n,m in model.named_modules() if re.fullmatch(wanted, n)}
-    found = {t: {n: m for n,m in model.named_modules() if _is_named(n, t)} for t in wanted}
+        return {n: m for n,m in _linear(model).items() if n.startswith(part)} if wanted.lower()=='all-linear' else {n: m for n,m in model.named_modules() if re.fullmatch(wanted, n)}
+    found = {t: {n: m for n,m in model.named_modules() if _is_named(n, t) and n.startswith(part)} for t in wanted}
     if missing := [t for t in wanted if not found[t]]:
         raise ValueError(f"`target_modules`: {', '.join(missing)} names no layer of this model; it has {', '.join(linear_names(model))}, or take \"all-linear\"")
     return {n: m for layers in found.values() for n,m in layers.items()}
@@ -60,11 +67,17 @@ def add_lora(
     conv = any(isinstance(m, Conv1D) for m in layers.values()) # GPT-2 keeps its matrices the other way round
     with without_noise(), warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='.*fan_in_fan_out|.*path_initial_model_for_weight_conversion')
-        adapted = get_peft_model(model, LoraConfig(**lora.to_dict(), fan_in_fan_out=conv))
+        adapted = get_peft_model(model, LoraConfig(**lora.to_dict() | _only_language(model, lora.target_modules, layers), fan_in_fan_out=conv))
     for p in adapted.parameters():
         if p.requires_grad: p.data = p.data.float() # biases too: the optimizer's steps are below what 16 bits resolve
     if changes_base(lora): adapted.adapter_start = low_rank(get_peft_model_state_dict(adapted))
     return adapted
+
+def _only_language(model, wanted, layers):
+    "`target_modules` as peft takes them, where names would be found in the part that sees too; a pattern is left as it is"
+    if not (part := _language_part(model)) or isinstance(wanted, str) and wanted.lower()!='all-linear': return {}
+    names = sorted({n.rpartition('.')[2] for n in layers})
+    return dict(target_modules=rf"{re.escape(part)}(?:.*\.)?(?:{'|'.join(map(re.escape, names))})")
 
 def changes_base(
     lora, # A `LoRAConfig`
@@ -284,4 +297,13 @@ def adapter_line(
 )->str: # One line
     "How much of a model is trained"
     trained,every = model.get_nb_trainable_parameters()
-    return f'{trained:,} trained of {every:,} parameters ({trained/every:.2%})'
+    return f'{trained:,} trained of {every:,} parameters ({trained/every:.2%}){_where(model)}'
+
+def _where(model):
+    "Where the adapter of a model that sees sits"
+    base = model.get_base_model()
+    if not (part := _language_part(base)): return ''
+    layers = [n.removeprefix('base_model.model.') for n,m in model.named_modules() if isinstance(m, LoraLayer)]
+    inside = sum(n.startswith(part) for n in layers)
+    if inside==len(layers): return f', all in {part[:-1]}: the part that sees stays as it is (a pattern as `target_modules` reaches it)'
+    return f', in {inside} layers of {part[:-1]} and {len(layers)-inside} outside of it'

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .config import Shown, cannot_write
+from .pictures import picture_inputs, pictures_of_row
 from .template import ignored
 
 # %% ../nbs/01c_batches.ipynb #2f808620
@@ -52,16 +53,19 @@ class Collator:
     "Fill rows up to the length of the longest"
     pad_id: int # Any id of the vocabulary; it is never looked at and never learned
     multiple: int = 8 # Lengths are rounded up to it, for the matrix units
+    tokenizer: object = None # Where rows show pictures: carries the processor that makes tensors of them
 
     def __call__(self, rows): # Of {input_ids, labels}, and `position_ids` where they are packed
         "Tensors `input_ids` and `labels`, and `position_ids` where rows have them, (batch, time)"
         import torch
+        shown = [pictures_of_row(r) for r in rows]
         rows = [_without_padding(r) for r in rows] or [dict(input_ids=[], labels=[])] # a process that has no rows left learns nothing
         longest = max(1, *(len(r['input_ids']) for r in rows))
         T = -(-longest//self.multiple)*self.multiple
         fill = lambda xs,v: torch.tensor([[*x, *[v]*(T-len(x))] for x in xs])
         batch = dict(input_ids=fill([r['input_ids'] for r in rows], self.pad_id),
                      labels=fill([r['labels'] for r in rows], ignored))
+        if self.tokenizer is not None: batch |= picture_inputs(self.tokenizer, shown, batch['input_ids'])
         if not any('position_ids' in r for r in rows): return batch
         return batch | dict(position_ids=torch.tensor([_counted_on(r, T) for r in rows]))
 
@@ -242,6 +246,7 @@ def _check_packable(dataset, max_length):
     from datasets import Dataset
     if not isinstance(dataset, Dataset): raise ValueError(f'`dataset` must be a `datasets.Dataset`, got {type(dataset).__name__}: make it with `prepare_dataset`')
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length<1: raise ValueError(f'`max_length` must be a whole number of at least 1, got {max_length!r}')
+    if 'images' in dataset.column_names: raise ValueError('`dataset` may show pictures, whose places cannot be packed: set `packing=False`')
     if 'position_ids' in dataset.column_names: raise ValueError('`dataset` is packed already: pack the data that `prepare_dataset` returns')
     if 'input_ids' not in dataset.column_names: raise ValueError(f"`dataset` must have a column `input_ids`, got {', '.join(dataset.column_names)}")
     if not len(dataset): raise ValueError('`dataset` is empty: there is nothing to pack')

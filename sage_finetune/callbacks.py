@@ -193,15 +193,17 @@ def plot_losses(
     metrics:list, # From `read_metrics`
     path=None, # PNG file to write, or None
 ): # A matplotlib figure
-    "Training and held-out loss over the optimizer steps"
-    fig = shown_figure(figsize=(6.4, 3.6), layout='constrained'); ax = fig.add_subplot()
-    for key,label,style in (('loss', 'training', '-'), ('eval_loss', 'held out', 'o-')):
-        xy = [(m['step'], m[key]) for m in metrics if key in m]
-        if xy: ax.plot(*zip(*xy), style, label=label, markersize=4)
-    ax.set(xlabel='optimizer step', ylabel='loss (nats per learned token)'); ax.grid(alpha=.3)
-    if ax.lines: ax.legend(frameon=False)
-    if path:
-        save_picture(fig, path)
+    "Training and held-out loss over the optimizer steps, and below it the margin of rewards, where preferences are learned from"
+    judged = any('rewards/margins' in m for m in metrics)
+    parts = [('loss', 'loss'), ('rewards/margins', 'reward margin')] if judged else [('loss', 'loss (nats per learned token)')]
+    fig = shown_figure(figsize=(6.4, 3.6*len(parts)), layout='constrained')
+    for ax,(key,what) in zip(fig.subplots(len(parts), squeeze=False)[:, 0], parts):
+        for k,label,style in ((key, 'training', '-'), (f'eval_{key}', 'held out', 'o-')):
+            xy = [(m['step'], m[k]) for m in metrics if k in m]
+            if xy: ax.plot(*zip(*xy), style, label=label, markersize=4)
+        ax.set(xlabel='optimizer step', ylabel=what); ax.grid(alpha=.3)
+        if ax.lines: ax.legend(frameon=False)
+    if path: save_picture(fig, path)
     return fig
 
 # %% ../nbs/01h_callbacks.ipynb #72d721b7

@@ -16,7 +16,7 @@ from pathlib import Path
 from .config import LoRAConfig, PresetConfigs, SageError, TrainingConfig, preset_for, refuse_unknown
 from .machine import Machine, fit_config
 from .show import Clickable, Panel, config_table, precision_of, show_widgets
-from .memory import MemoryEstimate, _gb, _parts, estimate_memory
+from .memory import MemoryEstimate, gb_text, memory_parts, estimate_memory
 
 # %% ../nbs/05a_choose.ipynb #57a8e4dd
 _presets = tuple(PresetConfigs.fits_in)
@@ -166,9 +166,9 @@ def remedy_words(
 def _verdict(e):
     "One line, and whether it is bad news"
     batch = f'{e.config.per_device_train_batch_size} × {e.config.max_length:,} tokens in a pass, effective batch {e.config.effective_batch_size}'
-    if e.card is None: return f'{_gb(e.peak)} ({batch})',False
-    if e.fits(): return f'fits: {_gb(e.peak)} of {_gb(e.card)} ({batch})',False
-    return f'does not fit: {_gb(e.peak)}, and {e.machine.name or e.machine.device} has {_gb(e.card)} ({batch})',True
+    if e.card is None: return f'{gb_text(e.peak)} ({batch})',False
+    if e.fits(): return f'fits: {gb_text(e.peak)} of {gb_text(e.card)} ({batch})',False
+    return f'does not fit: {gb_text(e.peak)}, and {e.machine.name or e.machine.device} has {gb_text(e.card)} ({batch})',True
 
 # %% ../nbs/05a_choose.ipynb #153411b1
 def memory_bar(
@@ -178,9 +178,9 @@ def memory_bar(
     if not isinstance(estimate, MemoryEstimate): return f'<div style="{_bad}">{html.escape(estimate)}</div>'
     e,(verdict,bad) = estimate,_verdict(estimate)
     whole = max(e.card or 0, e.peak)
-    parts = ''.join(f'<div title="{html.escape(f"{name}: {_gb(n)}, {note}")}" style="width:{100*n/whole:.2f}%;background:{colour}"></div>' for name,n,note,_,colour in _parts(e) if n)
+    parts = ''.join(f'<div title="{html.escape(f"{name}: {gb_text(n)}, {note}")}" style="width:{100*n/whole:.2f}%;background:{colour}"></div>' for name,n,note,_,colour in memory_parts(e) if n)
     line = f'<div style="position:absolute;left:{100*e.card/whole:.2f}%;top:-4px;bottom:-4px;border-left:3px solid {_red}"></div>' if bad else ''
-    legend = ' '.join(f'<span style="white-space:nowrap;margin-right:.8em"><span style="color:{colour}">■</span> {name} {_gb(n)}</span>' for name,n,_,_,colour in _parts(e) if n>=e.peak/200)
+    legend = ' '.join(f'<span style="white-space:nowrap;margin-right:.8em"><span style="color:{colour}">■</span> {name} {gb_text(n)}</span>' for name,n,_,_,colour in memory_parts(e) if n>=e.peak/200)
     return (f'<div style="{_bad if bad else _good}">{html.escape(verdict)}</div>'
             f'<div style="position:relative;display:flex;height:16px;margin:6px 0;border:1px solid rgba(128,128,128,.7)">{parts}{line}</div>'
             f'<div style="font-size:12px;line-height:1.6">{legend}</div>')
@@ -263,7 +263,7 @@ class _Bar:
     def __init__(self, form):
         self.estimate,self.config = form.estimate,form.config
         self.remedies = _remedies(self.estimate)
-    def lines(self): return [remedy_words(r.changes, self.config)+(' (enough)' if r.enough else f' (saves {_gb(r.saves)})') for r in self.remedies]
+    def lines(self): return [remedy_words(r.changes, self.config)+(' (enough)' if r.enough else f' (saves {gb_text(r.saves)})') for r in self.remedies]
     def __str__(self): return '\n'.join([_verdict(self.estimate)[0] if isinstance(self.estimate, MemoryEstimate) else self.estimate, *(f'- {l}' for l in self.lines())])
     def _repr_html_(self): return f'<div style="max-width:46em">{memory_bar(self.estimate)}</div>'+(f"<ul>{''.join(f'<li>{html.escape(l)}</li>' for l in self.lines())}</ul>" if self.remedies else '')
 
@@ -343,9 +343,9 @@ class _View:
 
     def show(self): self.cell = Clickable(self.box, _static(self.form, memory=False)) # counting it would hold the cell up
     def close(self): self.cell.close(self.form)
-    def renew(self):
+    def renew(self, memory=True):
         "What is there when the notebook is opened again"
-        if self.cell: self.cell.renew(self.form)
+        if self.cell: self.cell.renew(_static(self.form, memory))
 
     def fill(self):
         "Put the values of the form into the widgets"
@@ -364,8 +364,8 @@ class _View:
         wrong = self.form.errors
         for n,h in self.wrong.items(): h.value = f'<span role="alert" style="{_bad};font-weight:normal">{html.escape(wrong[n])}</span>' if n in wrong else ''
         for n,b in self.presets.items(): b.button_style = 'info' if n==self.form.preset else ''
-        self._offer([])
-        if wrong: self.code.value = self.memory.value = '<i>None yet: see what is red.</i>'; self.later.ask(None); self.renew(); return
+        self._offer([]); self.renew(memory=False)
+        if wrong: self.code.value = self.memory.value = '<i>None yet: see what is red.</i>'; self.later.ask(None); return
         self.code.value = _Code(config_script(self.form.config, 52))._repr_html_()
         self.memory.value = f'<div style="opacity:.5">{self.memory.value}</div>' if 'counting' not in self.memory.value else self.memory.value
         self.memory.value = self.memory.value or '<i>counting …</i>'
@@ -397,4 +397,4 @@ class _View:
 def _help_html(remedy, config):
     "A remedy in words, in bold where it is enough by itself"
     words = html.escape(remedy_words(remedy.changes, config))
-    return f'<div style="line-height:1.35;white-space:normal">{f"<b>{words} (enough)</b>" if remedy.enough else f"{words} (saves {_gb(remedy.saves)})"}</div>'
+    return f'<div style="line-height:1.35;white-space:normal">{f"<b>{words} (enough)</b>" if remedy.enough else f"{words} (saves {gb_text(remedy.saves)})"}</div>'

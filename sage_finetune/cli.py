@@ -7,11 +7,12 @@ Docs: https://sage-finetune.github.io/sage_finetune/cli.html.md"""
 # %% auto #0
 __all__ = ['app', 'Output', 'Model', 'Data', 'Fresh', 'Runs', 'IgnoreContract', 'Key', 'Format', 'Split', 'Subset', 'Revision',
            'TrainOn', 'Overflow', 'Columns', 'EXAMPLES', 'quickstart', 'show_quickstart', 'inspect', 'start', 'run',
-           'list_command', 'merge', 'clean', 'chat', 'compare', 'look', 'serve', 'export', 'examples', 'main']
+           'list_command', 'watch', 'merge', 'clean', 'chat', 'compare', 'look', 'serve', 'export', 'examples', 'main']
 
 # %% ../nbs/10_cli.ipynb #b5095066
 import json,os,sys
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Optional
 
 from typer import Argument, Exit, Option, Typer, confirm, echo, prompt
@@ -168,6 +169,17 @@ def start(
     echo('\n'.join([*notes, f'Written: {run.meta}']))
     _train(run.path, fresh)
 
+def _as_json(target, fresh):
+    from sage_finetune.pipeline import run_json
+    line,status = run_json(sys.stdin.read() if target=='-' else target, lambda event: echo(event, err=True), fresh)
+    echo(line)
+    raise Exit(status)
+
+def _launch(target, nproc, config, dry_run, **how):
+    from sage_finetune.launch import launch, launch_command
+    if dry_run: echo(' '.join(map(quote, launch_command(target, nproc, config, **how)))); return
+    raise Exit(launch(target, nproc, config, lambda command: echo(command, err=True), **how))
+
 def _by_llamafactory(file):
     import subprocess
     from sage_finetune.foreign import llamafactory_command
@@ -194,12 +206,25 @@ def _show_result(result, folder):
 @app.command()
 def run(
     target: Annotated[str, Argument(metavar='DIR_OR_CONFIG', help='Run folder, name of a run, or file of settings (.json, .yaml), of LLaMA-Factory and TRL too')],
+    as_json: Annotated[bool, Option('--json', help='Print one JSON object with what came of it, and nothing else; DIR_OR_CONFIG may be - for settings as JSON on standard input')] = False,
     native: Annotated[bool, Option('--use-native/--use-llamafactory', help='Train with this package, or hand a file of LLaMA-Factory to llamafactory-cli')] = True,
     live: Annotated[bool, Option('--live', help='Show curve, speed, memory and answers while it trains')] = False,
     prompt: Annotated[Optional[list[str]], Option('--prompt', help='With --live: a question that is answered again and again; may be repeated')] = None,
     fresh: Fresh = False,
+    nproc: Annotated[Optional[int], Option('--nproc', min=1, metavar='N', help='Train with so many processes on this machine, one for each GPU')] = None,
+    config: Annotated[Optional[str], Option('--config', help='How the processes share the model: ddp, fsdp2, zero2, zero3, or a file that accelerate config wrote (default: ddp)')] = None,
+    nodes: Annotated[int, Option('--nodes', min=1, metavar='M', help='Machines that train together; give the command to each')] = 1,
+    machine_rank: Annotated[int, Option('--machine-rank', help='With --nodes: which machine this is, from 0')] = 0,
+    main_process_ip: Annotated[Optional[str], Option('--main-process-ip', help='With --nodes: address of machine 0')] = None,
+    main_process_port: Annotated[Optional[int], Option('--main-process-port', help='A free port there (default: 29500 with --nodes, else any)')] = None,
+    dry_run: Annotated[bool, Option('--dry-run', help='Print the command that would start the processes, and start nothing')] = False,
 ):
     "Train what a run folder or a file of settings asks for; a killed run goes on"
+    if nproc or config or nodes>1 or dry_run:
+        if as_json or live or not native: raise ValueError('`--nproc`, `--nodes` and `--config` go with none of `--json`, `--live` and `--use-llamafactory`')
+        return _launch(target, nproc, config or 'ddp', dry_run, nodes=nodes, machine_rank=machine_rank, main_process_ip=main_process_ip,
+                       main_process_port=main_process_port, fresh=fresh)
+    if as_json: return _as_json(target, fresh)
     if not native: return _by_llamafactory(target)
     _train(target, fresh, live, prompt or ())
 
@@ -214,6 +239,19 @@ def list_command(dir: Runs = None):
     table = _table('run', 'task', 'model', 'state', 'loss', 'size')
     for r in runs: table.add_row(r.name, r.task, r.model, r.state, '' if r.loss is None else f'{r.loss:.3f}', size_text(r.size))
     _print(table)
+
+@app.command()
+def watch(
+    dir: Runs = None,
+    every: Annotated[float, Option('--every', help='Seconds between two looks')] = 2.0,
+    once: Annotated[bool, Option('--once', help='Print it once')] = False,
+    as_json: Annotated[bool, Option('--json', help='Print it once, as JSON')] = False,
+):
+    "Every run, those that train first: how far, how long still, and what it uses"
+    from sage_finetune.watch import watch as look, watched
+    if as_json: import json; echo(json.dumps(watched(dir).to_dict()))
+    elif once: _print(watched(dir))
+    else: look(dir, every)
 
 @app.command()
 def merge(
@@ -251,6 +289,7 @@ def chat(
     name: Annotated[Optional[str], Argument(help='Name or folder of a run, or folder of a model')] = None,
     prompt: Annotated[Optional[str], Option('--prompt', help='Answer this once and exit')] = None,
     system: Annotated[str, Option('--system', help='System message')] = '',
+    image: Annotated[Optional[list[str]], Option('--image', metavar='FILE', help='A picture that goes with the (first) question; may be repeated')] = None,
     adapter: Annotated[bool, Option('--adapter', help='Take the adapter even where a merged model exists')] = False,
     temperature: Annotated[float, Option('--temperature', min=0.0, help='0 takes the likeliest token each time')] = 0.0,
     max_new_tokens: Annotated[int, Option('--max-new-tokens', min=1, help='Tokens of one answer at most')] = 512,
@@ -259,13 +298,15 @@ def chat(
 ):
     "Talk to a run: its merged model, else its adapter, or to a server"
     if url:
+        if image: raise ValueError('`--image` is for a model that is loaded here, and `--url` names a server')
         from sage_finetune.serve import speaker_at
         say,base = speaker_at(url, name, max_new_tokens, api_key),None
     else: say,base = _loaded(name, adapter, max_new_tokens, ignore_contract)
     if prompt is None:
         from sage_finetune.merge_chat import converse
-        converse(say, system=system, temperature=temperature, base=base); return
-    for piece in say([*([dict(role='system', content=system)] if system else []), dict(role='user', content=prompt)], temperature): echo(piece, nl=False)
+        converse(say, system=system, temperature=temperature, base=base, images=image or ()); return
+    from sage_finetune.shapes import question
+    for piece in say([*([dict(role='system', content=system)] if system else []), question(prompt, *(image or ()))], temperature): echo(piece, nl=False)
     echo('')
 
 def _loaded(name, adapter, max_new_tokens, ignore_contract):
@@ -408,7 +449,7 @@ def main(
     except KeyboardInterrupt as e: return _fail(str(e) or 'stopped; the same command goes on from the last checkpoint', 128+getattr(e, 'signal', 2))
     except (SageError, ValueError, OSError) as e:
         if os.environ.get('SAGE_DEBUG'): raise
-        return _fail(e, 1)
+        return _fail(e, getattr(e, 'status', 1)) # of a process that was launched
     except Exception as e:
         if type(e).__name__=='OutOfMemoryError': return _fail('out of memory: choose a smaller model, or a machine with more', 1)
         if type(e).__name__ in ('Abort', 'NoArgsIsHelpError'): return _aborted(e)

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from .config import SageError, TrainingConfig, read_json
-from .machine import Change
+from .config import PreferenceConfig, SageError, TrainingConfig, read_json
+from .machine import Change, Changes
 from .folder import RunFolder, config_from_meta
-from .show import Panel, Table, size_text
+from .show import Panel, Table, falling, size_text
 from .data import DataReport
 from .inspect_data import shown_figure
 from .runs import find_run, list_runs
@@ -57,7 +57,7 @@ class Run:
     state = property(lambda self: self.folder.state, doc='"new", "started", "stopped", "trained" or "merged"')
     record = property(lambda self: _optional_json(self.folder.config), doc='`training_config.json` as it was written')
     config = property(_config_of, doc='The `TrainingConfig` that was asked for')
-    changes = property(lambda self: [Change(**c) for c in self.record.get('_changes', ())], doc='What was changed for the machine, and why')
+    changes = property(lambda self: Changes(Change(**c) for c in self.record.get('_changes', ())), doc='What was changed for the machine, and why')
     machine = property(lambda self: self.record.get('_machine', ''), doc='Where it was trained')
     versions = property(lambda self: self.record.get('_versions', {}), doc='{package: version}')
     results = property(lambda self: _optional_json(self.folder.results), doc='What came out in the end')
@@ -127,8 +127,8 @@ def _load(run):
 def _prepare(run):
     "The data of a run through its trainer's own eyes; no weights are loaded"
     from sage_finetune.loading import load_tokenizer
-    from sage_finetune.trainer import LoRATrainer
-    trainer = LoRATrainer(run.config, quiet=True)
+    from sage_finetune.preference import trainer_for
+    trainer = trainer_for(run.config, quiet=True)
     trainer.tokenizer = load_tokenizer(run.config.model_name)
     trainer.prepare_data()
     return trainer.dataset,trainer.eval_dataset
@@ -139,11 +139,7 @@ def _plotted(run):
     return plot_losses(run.metrics)
 
 # %% ../nbs/04a_compare.ipynb #2d759afc
-def _loss(x): return '' if x is None else f'{x:.4f}'
-
-def _both(results): # "3.2100 → 0.1200"
-    before,after = (_loss(results.get(f'loss_{w}')) for w in ('before', 'after'))
-    return f'{before} → {after}' if before or after else ''
+def _both(results): return falling(results.get('loss_before'), results.get('loss_after'))
 
 def _facts(run):
     "A run as a table of a few lines"
@@ -151,7 +147,7 @@ def _facts(run):
     rows = [('model', c.model_name), ('data', str(c.data_path)), ('rows', f'{report.used:,} used of {report.read:,}' if report else ''),
             ('adapter', f'rank {c.lora.r}, alpha {c.lora.lora_alpha}, on {_plain(c.lora.target_modules)}'), ('machine', run.machine),
             ('changed for it', ', '.join(f'{x.setting}: {_plain(x.asked)} → {_plain(x.used)}' for x in run.changes)),
-            ('steps', r.get('steps')), ('held-out loss', _both(r)), ('training loss', _loss(r.get('train_loss')))]
+            ('steps', r.get('steps')), ('held-out loss', _both(r)), ('training loss', falling(r.get('train_loss')))]
     return Table(['', ''], [row for row in rows if row[1]], title=f'{run.name}: {run.state}')
 
 def _plain(value): return ', '.join(value) if isinstance(value, list) else str(value)
@@ -218,7 +214,7 @@ def _figures(run):
     rate,memory,seen = _median(of('tokens_per_second')),max(of('memory'), default=None),_tokens(run)
     last = of('loss')[-1:] or [None]
     return {'state': run.state, 'steps': str(r.get('steps') or max(of('step'), default=0)), 'tokens seen': f'{seen[-1][1]:,.0f}' if seen else '',
-            'held-out loss before': _loss(r.get('loss_before')), 'held-out loss after': _loss(r.get('loss_after')), 'last training loss': _loss(last[0]),
+            'held-out loss before': falling(r.get('loss_before')), 'held-out loss after': falling(r.get('loss_after')), 'last training loss': falling(last[0]),
             'best step': str(r.get('best_step') or ''), 'seconds': f"{r['seconds']:,.0f}" if 'seconds' in r else '',
             'tokens per second': f'{rate:,.0f}' if rate else '', 'peak memory': size_text(memory) if memory else ''}
 
@@ -254,7 +250,8 @@ def _curves(runs, labels, by):
             xy = [(at[m['step']], m[key]) for m in run.metrics if key in m and m['step'] in at]
             if xy: ax.plot(*zip(*xy), style, color=_colours[k%len(_colours)], **how)
     ax.plot([], [], '-', color='grey', alpha=.6, linewidth=1.2, label='training (thin)'); ax.plot([], [], 'o-', color='grey', markersize=4, label='held out (dots)')
-    ax.set(xlabel='tokens seen' if by=='tokens' else 'optimizer step', ylabel='loss (nats per learned token)'); ax.grid(alpha=.3)
+    judged = any(isinstance(r.config, PreferenceConfig) for r in runs)
+    ax.set(xlabel='tokens seen' if by=='tokens' else 'optimizer step', ylabel='loss' if judged else 'loss (nats per learned token)'); ax.grid(alpha=.3)
     fig.legend(loc='outside upper center', ncols=min(4, len(runs)+2), frameon=False, fontsize='small')
     return on_any_ground(fig)
 
@@ -321,13 +318,13 @@ def not_exact(
 )->list: # One phrase for each; empty where the same bits can be expected
     "Why a repetition here may differ in the last digits"
     from sage_finetune.machine import Machine
-    from sage_finetune.trainer import _memory_ran_out, _versions
-    now,here = _versions(),Machine.here()
+    from sage_finetune.trainer import library_versions, memory_ran_out
+    now,here = library_versions(),Machine.here()
     found = [f'{p} {v} → {now.get(p)}' for p,v in run.versions.items() if now.get(p)!=v]
     if run.machine!=str(here): found.append(f'machine {run.machine or "unknown"} → {here}')
     if here.device!='cpu': found.append(f'{here.device} adds in an order of its own')
     if '_data' not in run.record: found.append('no checksum of its data was recorded')
-    if any(c.reason==_memory_ran_out for c in run.changes): found.append('memory ran out on the way, and it went on with smaller passes')
+    if any(c.reason==memory_ran_out for c in run.changes): found.append('memory ran out on the way, and it went on with smaller passes')
     return found
 
 def _can_repeat(run, output, anyway):
@@ -380,10 +377,10 @@ def repeat_run(
 )->Repeat: # Whether it is the same
     "Train what a run was trained with, in another folder, and compare the adapters"
     from sage_finetune.loading import load_tokenizer
-    from sage_finetune.trainer import LoRATrainer
+    from sage_finetune.preference import trainer_for
     run,output = run if isinstance(run, Run) else Run(run),Path(output_dir).expanduser()
     why = _can_repeat(run, output, anyway)
-    trainer = LoRATrainer(run.config.replace(output_dir=output), quiet=quiet)
+    trainer = trainer_for(run.config.replace(output_dir=output), quiet)
     trainer.tokenizer = load_tokenizer(run.config.model_name)
     trainer.prepare_data()
     _same_data(run, trainer)

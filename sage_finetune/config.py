@@ -6,8 +6,8 @@ Docs: https://sage-finetune.github.io/sage_finetune/config.html.md"""
 
 # %% auto #0
 __all__ = ['default_output_dir', 'embedded_model', 'checked', 'refuse_unknown', 'Shown', 'Settings', 'with_given', 'LoRAConfig',
-           'SageError', 'cannot_write', 'to_disk', 'write_text', 'write_json', 'read_json', 'whole_folder',
-           'TrainingConfig', 'PreferenceConfig', 'PresetConfigs', 'preset_for', 'resolve_model']
+           'SageError', 'cannot_write', 'is_running', 'to_disk', 'write_text', 'write_json', 'read_json',
+           'whole_folder', 'TrainingConfig', 'PreferenceConfig', 'PresetConfigs', 'preset_for', 'resolve_model']
 
 # %% ../nbs/00_config.ipynb #8d5faccc
 import errno,json,math,os,platform,re,warnings
@@ -287,8 +287,10 @@ def _beside(path, ending='tmp'):
     "A hidden name in the folder of `path` that nobody else uses"
     return path.with_name(f".{path.name[:100]}.{_host}.{os.getpid()}.{os.urandom(4).hex()}.{ending}")
 
-def _is_running(pid):
-    "Whether a process of this machine lives; True where that cannot be told"
+def is_running(
+    pid:int, # Number of a process
+)->bool: # True where it cannot be told
+    "Whether a process of this machine lives"
     if os.name!='posix': return True
     try: os.kill(pid, 0)
     except ProcessLookupError: return False
@@ -300,7 +302,7 @@ def _clear_remains(path):
     from shutil import rmtree
     name = re.compile(re.escape(f".{path.name[:100]}.{_host}.") + r'([0-9]+)\.[0-9a-f]{8}\.(tmp|old)')
     for p in (path.parent.iterdir() if path.parent.is_dir() else ()):
-        if not (m := name.fullmatch(p.name)) or _is_running(int(m[1])): continue
+        if not (m := name.fullmatch(p.name)) or is_running(int(m[1])): continue
         if m[2]=='old' and not path.exists(): p.rename(path)
         elif p.is_dir(): rmtree(p, ignore_errors=True)
         else: p.unlink(missing_ok=True)

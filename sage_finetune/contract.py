@@ -13,6 +13,7 @@ from copy import deepcopy
 from pathlib import Path
 
 from .config import SageError, read_json, write_json
+from .pictures import copy_processor, processor_digest
 from .template import encode, end_of_turn_id, render
 from .loading import load_tokenizer, without_noise
 from .shards import local_folder, stored_tensors, weights_digest
@@ -79,7 +80,9 @@ def save_contract(
     with without_noise():
         tokenizer.save_pretrained(folder)
         _generation_settings(model, tokenizer).save_pretrained(folder)
-    return write_json(Path(folder)/contract_file, contract_of(tokenizer, model, base))
+        copy_processor(tokenizer, folder)
+    seen = processor_digest(folder)
+    return write_json(Path(folder)/contract_file, contract_of(tokenizer, model, base) | (dict(processor=seen) if seen else {}))
 
 # %% ../nbs/01l_contract.ipynb #d12284bf
 def _special_faults(then, now):
@@ -116,5 +119,6 @@ def check_contract(
     stops = read_json(settings).get('eos_token_id') if settings.is_file() else None
     try: faults = contract_faults(then, load_tokenizer(str(folder)) if tokenizer is None else tokenizer, base, [stops] if isinstance(stops, int) else stops)
     except (KeyError, TypeError): raise SageError(f'{file} is not a contract of this package: put back the file, or remove it') from None
+    if then.get('processor') and processor_digest(folder)!=then['processor']: faults.append('the processor of images has changed')
     if not faults or ignore: return [f'{folder}: {f}' for f in faults]
     raise SageError(f'{folder} would be used in another form than it was trained in: {"; ".join(faults)}. Put back what was there, or pass `ignore_contract=True`')

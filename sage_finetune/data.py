@@ -25,6 +25,7 @@ from .config import SageError, read_json, whole_folder, write_json
 from .sources import Row, load_training_data, read_rows, save_rows, source_digest, source_files
 from .shapes import (Conversation, checked_columns, create_sample_data, detect_data_format, format_alpaca_sample, format_conversation_sample,
                                   format_qa_sample, renamed, sample_rows, shape_keys, to_conversation, to_messages)
+from .pictures import Album, processor_of, same_pictures
 from .template import (chat_form, encode, encode_prompt, encode_rendered, end_of_turn_id, ensure_template, ignored, plain_template,
                                     render, render_learned, token_ids, train_choices)
 
@@ -46,6 +47,7 @@ class DataReport:
     tokens: int = 0 # Tokens in all examples
     learned_tokens: int = 0 # Tokens that are targets of the loss
     longest: int = 0 # Tokens of the longest example
+    images: int = 0 # Pictures in all examples; their places count among the tokens
     lengths: dict = field(default_factory=dict) # Tokens of the examples: quartiles and 95th percentile
     shapes: dict = field(default_factory=dict) # Shape → rows of it
     found: dict = field(default_factory=dict) # How the beginning of an answer was found → answers
@@ -93,6 +95,7 @@ def _facts(report):
     r,share = report,f' ({report.learned_tokens/report.tokens:.0%})' if report.tokens else ''
     yield 'rows',f'{r.read:,} rows read = {r.used:,} used + {len(r.dropped):,} dropped'
     yield 'examples',f'{r.examples:,} examples, {r.tokens:,} tokens, {r.learned_tokens:,} learned{share}, longest {r.longest:,}'
+    if r.images: yield 'images',f'with {_number(r.images, "picture")}'
     if r.lengths: yield 'lengths','tokens of an example: '+', '.join(f'{k} {v:,}' for k,v in r.lengths.items())
     if r.shapes: yield 'shapes',f'shapes: {_counts(r.shapes)}'
     if set(r.found)-{'after the prompt'}: yield 'found',f'where answers begin: {_counts(r.found)}'
@@ -279,6 +282,8 @@ def _in_pieces(messages, tools, tokenizer, how):
 # %% ../nbs/01_data.ipynb #4378a895
 def _too_long(talk, n, tokenizer, how):
     "(examples, what was cut off) of a conversation of `n` tokens, more than fit"
+    if shown := sum(len(m.get('images', ())) for m in talk.messages):
+        raise ValueError(f'too long: {n:,} tokens with {_number(shown, "image")}, `max_length` is {how.max_length:,}' + ('; a row with images is never cut' if how.overflow!='drop' else ''))
     if how.overflow=='truncate': return _truncated(talk, tokenizer, how)
     if how.overflow=='split': return _split(talk, tokenizer, how)
     raise ValueError(f'too long: {n:,} tokens, `max_length` is {how.max_length:,}')
@@ -287,6 +292,7 @@ def _text_examples(row, tokenizer, how):
     "(examples, what was cut off) of a plain text row: everything is learned, its end included"
     import numpy as np
     text = row.get('text')
+    if row.get('image') or row.get('images'): raise ValueError('a `text` row has no place for an image: give a question and an answer')
     if not isinstance(text, str) or not text.strip(): raise ValueError('`text` must be a string that is not empty')
     if any('\ud800'<=c<='\udfff' for c in text) if not text.isascii() else False: raise ValueError('`text` holds half a character (a lone surrogate)')
     if tokenizer.eos_token_id is None: raise ValueError('the tokenizer has no token that ends a text')
@@ -307,20 +313,23 @@ def _shape_of(row, how):
 
 def _one_line(e): return ' '.join(f'{e}'.split())[:500] or type(e).__name__
 
-def _first_step(row, tokenizer, how, form):
+def _first_step(row, tokenizer, how, form, album):
     "(shape, examples and what was cut off or None, conversation, rendered) of a row"
     value,shape = _shape_of(row, how)
     if shape=='text': return shape,_text_examples(value, tokenizer, how),None,None
     talk = to_conversation(value, shape)
-    return shape,None,talk,render_learned(talk.messages, tokenizer, talk.tools, how.train_on, form)
+    if processor_of(tokenizer): talk.messages = album.take(talk.messages, Path(row.file).parent)
+    elif shown := [i for i,m in enumerate(talk.messages, 1) if m.get('images')]: raise ValueError(f'turn {shown[0]} holds an image, and the model takes text only')
+    rendered = render_learned(talk.messages, tokenizer, talk.tools, how.train_on, form)
+    return shape,None,talk,replace(rendered, notes=(*talk.notes, *rendered.notes)) if talk.notes else rendered
 
-def _tokenized(batches, tokenizer, how, report):
+def _tokenized(batches, tokenizer, how, report, album):
     "(row, first step) of each row of a batch, what is rendered of them and its tokens, one batch ahead"
     from concurrent.futures import ThreadPoolExecutor
     waiting,form = None,chat_form(tokenizer)
     with ThreadPoolExecutor(1) as pool:
         for rows in batches:
-            made = [(r, m) for r in rows if (m := guarded(r, report, _first_step, r, tokenizer, how, form))]
+            made = [(r, m) for r in rows if (m := guarded(r, report, _first_step, r, tokenizer, how, form, album))]
             rendered = [m[3] for _,m in made if m[3]]
             new = made,rendered,pool.submit(token_ids, [r.text for r in rendered], tokenizer)
             if waiting: yield waiting
@@ -332,6 +341,7 @@ def _examples_of_rows(made, rendered, encodings, tokenizer, how, report):
     encoded = iter(encode_rendered(rendered, tokenizer, encodings))
     for r,(shape,examples,talk,rendered) in made:
         if rendered: examples = guarded(r, report, _second_step, next(encoded), talk, tokenizer, how)
+        if rendered and rendered.pictures and examples: examples[0][0] |= dict(images=[p.path for p in rendered.pictures], image_digests=[p.digest for p in rendered.pictures])
         if examples and examples[0]: yield r,shape,examples,rendered
 
 def _second_step(example, talk, tokenizer, how):
@@ -370,7 +380,7 @@ class Book:
     def copies(self, row, examples):
         "Where the row stands whose copy this one is, if there is one"
         key = hashlib.blake2b(digest_size=8)
-        for x in examples: key.update(x['input_ids'].tobytes()); key.update(x['labels'].tobytes())
+        for x in examples: key.update(x['input_ids'].tobytes()); key.update(x['labels'].tobytes()); key.update(''.join(x.get('image_digests', ())).encode())
         return self.seen.setdefault(key.digest(), (row.file, row.line))
 
     def count(self, shape, examples, cut, rendered, each=1):
@@ -383,7 +393,7 @@ class Book:
         for note in (rendered.notes if rendered else ()): r.notes[note] = r.notes.get(note, 0)+1
         for x in examples:
             n = _length(x)
-            self.lengths[n] += 1; r.tokens += n
+            self.lengths[n] += 1; r.tokens += n; r.images += len(x.get('images', ()))
             r.learned_tokens += int((x['labels'][1:]!=ignored).sum()) # the first token has nothing before it to be told from
 
     def in_order(self):
@@ -418,10 +428,10 @@ def refuse_first(
     bad = [d for d in dropped if not d['reason'].startswith(_copy_of)]
     if bad: raise ValueError(f"{bad[0]['file']}:{bad[0]['line']}: {bad[0]['reason']}")
 
-def _prepared(rows, tokenizer, how, report, strict):
+def _prepared(rows, tokenizer, how, report, strict, album):
     "Batches of examples, each counted"
     book = Book(report)
-    for made,rendered,encodings in _tokenized(book.counted(in_batches(rows)), tokenizer, how, report):
+    for made,rendered,encodings in _tokenized(book.counted(in_batches(rows)), tokenizer, how, report, album):
         out = []
         for row,shape,(examples,cut),rendered in _examples_of_rows(made, rendered, encodings.result(), tokenizer, how, report):
             first = book.copies(row, examples)
@@ -435,11 +445,13 @@ def _prepared(rows, tokenizer, how, report, strict):
     book.close()
 
 # %% ../nbs/01_data.ipynb #d1244c59
-def _write_arrow(batches, path):
-    "Examples as an Arrow file; how many"
+def _write_arrow(batches, path, pictures=False):
+    "Examples as an Arrow file, with columns for pictures where there may be some; how many"
     import numpy as np, pyarrow as pa
-    schema,n = pa.schema({k: pa.list_(pa.int32()) for k in ('input_ids', 'labels')}),0
+    named = ('images', 'image_digests') if pictures else ()
+    schema,n = pa.schema({k: pa.list_(pa.int32()) for k in ('input_ids', 'labels')} | {k: pa.list_(pa.string()) for k in named}),0
     def column(examples, key):
+        if key in named: return pa.array([x.get(key, []) for x in examples], pa.list_(pa.string()))
         ends = np.cumsum([0, *(len(x[key]) for x in examples)], dtype=np.int32)
         return pa.ListArray.from_arrays(pa.array(ends), pa.array(np.concatenate([x[key] for x in examples])))
     with pa.OSFile(str(path), 'wb') as f, pa.ipc.new_stream(f, schema) as writer:
@@ -467,12 +479,14 @@ def tokenizer_digest(
     if backend.truncation: backend.no_truncation()
     if backend.padding: backend.no_padding()
     today = str(date.today()) if 'strftime_now' in str(tokenizer.chat_template) else '' # such a template writes the day
-    return _digest(backend.to_str().encode(), str(tokenizer.chat_template), str(tokenizer.special_tokens_map), today)
+    processor = processor_of(tokenizer)
+    sees = [processor.to_json_string()] if processor else []
+    return _digest(backend.to_str().encode(), str(tokenizer.chat_template), str(tokenizer.special_tokens_map), today, *sees)
 
 def _code_digest():
     "Checksum of the code that prepares data, and of what it stands on"
     import datasets, jinja2, tokenizers, transformers
-    code = [(Path(__file__).parent/f'{m}.py').read_bytes() for m in ('sources', 'shapes', 'template', 'data')] if '__file__' in globals() else []
+    code = [(Path(__file__).parent/f'{m}.py').read_bytes() for m in ('sources', 'shapes', 'pictures', 'template', 'data')] if '__file__' in globals() else []
     return _digest(*code, [m.__version__ for m in (datasets, jinja2, tokenizers, transformers)])
 
 # %% ../nbs/01_data.ipynb #8a165e8f
@@ -573,10 +587,12 @@ def _files_of(source):
     try: return [_name_of(source), *map(str, source_files(source))] if isinstance(source, (str, Path)) else [_name_of(source)]
     except (ValueError, OSError, SageError): return [_name_of(source)]
 
+_album = 'pictures.json' # Path → checksum of each picture that the rows name
+
 def _from_cache(place, report, tokenizer, digest):
     "What was prepared before, or None where it was not or is damaged"
     from shutil import rmtree
-    if not (place/'data_report.json').is_file(): return None
+    if not (place/'data_report.json').is_file() or not same_pictures(place/_album): return None
     try:
         os.utime(place)
         dataset = _open(place, report, tokenizer, digest)
@@ -593,9 +609,11 @@ def _prepare(source, where, tokenizer, how, report, strict, place, digest):
     "Prepare the examples of `source` in the folder `place`, whole or not at all"
     if isinstance(source, (str, Path)): report.passed_over = files_passed_over(source)
     with whole_folder(place) as new:
-        n = _write_arrow(_prepared(read_rows(source, **where), tokenizer, how, report, strict), new/'examples.arrow')
+        album = Album(new/'pictures', place/'pictures')
+        n = _write_arrow(_prepared(read_rows(source, **where), tokenizer, how, report, strict, album), new/'examples.arrow', bool(processor_of(tokenizer)))
         if not n: raise ValueError(f'no row of {_name_of(source)} can be used: {why_none(report)}')
         report.save(new/'data_report.json')
+        if album.seen: album.save(new/_album)
     return _open(place, report, tokenizer, digest)
 
 def files_passed_over(
@@ -644,6 +662,8 @@ def conversations(
     "The conversations of a source; what cannot be used is left to the data report"
     columns = checked_columns(columns)
     for row in read_rows(source, **where):
-        try: talk = to_conversation(renamed(row.value, columns), format_type)
-        except (ValueError, AttributeError, TypeError): continue
+        try:
+            talk = to_conversation(renamed(row.value, columns), format_type)
+            if any(m.get('images') for m in talk.messages): talk.messages = Album().take(talk.messages, Path(row.file).parent)
+        except (ValueError, AttributeError, TypeError, SageError): continue
         yield talk

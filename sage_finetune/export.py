@@ -22,6 +22,7 @@ from .template import chat_form, end_of_turn_id, render
 # %% ../nbs/06a_export.ipynb #89d462d2
 _goes_out = ('config.json', 'generation_config.json', '*.safetensors', '*.safetensors.index.json', 'adapter_config.json', 'contract.json', 'tokenizer.json',
              'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'vocab.txt', 'merges.txt', 'tokenizer.model', 'chat_template.jinja',
+             'processor_config.json', 'preprocessor_config.json', 'video_preprocessor_config.json',
              'LICENSE*', 'NOTICE*')
 KINDS = dict(merged='the whole model, for any tool', adapter='the adapter alone, for PEFT and vLLM')
 
@@ -97,7 +98,7 @@ def _head(source, base, license, license_name, license_link, language):
     data = str(source.settings.get('data_path') or '')
     loss = results.get('loss_after')
     figures = [EvalResult(task_type='text-generation', dataset_type='held-out', dataset_name=f'held-out rows of {Path(data).name}', metric_type='loss',
-                          metric_name='nats per learned token', metric_value=round(loss, 4))] if isinstance(loss, (int, float)) and loss==loss else None
+                          metric_name=f'loss of {method.upper()}' if (method := source.settings.get('method')) else 'nats per learned token', metric_value=round(loss, 4))] if isinstance(loss, (int, float)) and loss==loss else None
     return ModelCardData(library_name='peft' if source.kind=='adapter' else 'transformers', pipeline_tag='text-generation', base_model=base, language=language,
                          base_model_relation=dict(adapter='adapter', merged='finetune')[source.kind] if base else None, tags=['lora', 'sage-finetune'],
                          license=license, license_name=license_name, license_link=license_link, datasets=[data] if _is_hub_name(data) and '/' in data else None,
@@ -114,7 +115,7 @@ def _table(rows, *head):
 
 # %% ../nbs/06a_export.ipynb #94aab972
 _told_settings = ('num_train_epochs', 'max_steps', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'learning_rate', 'lr_scheduler_type', 'warmup_ratio', 'optim',
-                  'weight_decay', 'max_length', 'packing', 'train_on', 'load_in_8bit', 'load_in_4bit', 'fp16', 'bf16', 'seed')
+                  'weight_decay', 'max_length', 'method', 'beta', 'packing', 'train_on', 'load_in_8bit', 'load_in_4bit', 'fp16', 'bf16', 'seed')
 
 def _settings_part(source):
     s = source.settings
@@ -123,7 +124,8 @@ def _settings_part(source):
     made = ', '.join(f'{k} {v}' for k,v in (s.get('_versions') or {}).items())
     return _table([*rows, *lora], 'setting', 'used')+(f'\n\nMade with {made}.' if made else '')
 
-_figures = dict(loss_before='held-out loss of the base', loss_after='held-out loss after training', train_loss='training loss', steps='steps')
+_figures = dict(loss_before='held-out loss of the base', loss_after='held-out loss after training', train_loss='training loss', steps='steps',
+                margin_before='reward margin on held-out pairs before training', margin_after='the same after training', accuracy_after='share of held-out pairs told apart rightly')
 _exam = dict(questions='exam questions', share_before='answered correctly by the base', share_after='answered correctly after training')
 _merge = dict(difference='largest logit difference of the merged model from base with adapter', divergence='its divergence, nats a token',
               effect='largest logit difference that the adapter makes')

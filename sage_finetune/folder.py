@@ -6,7 +6,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/folder.html.md"""
 
 # %% auto #0
 __all__ = ['complete_marker', 'RunFolder', 'run_folder', 'mark_complete', 'checkpoint_fault', 'last_checkpoint', 'only_run',
-           'read_meta', 'write_meta', 'config_from_meta']
+           'Holder', 'holder_of', 'read_meta', 'write_meta', 'config_from_meta']
 
 # %% ../nbs/00b_folder.ipynb #35e36b9a
 import errno,os,platform,re,time,warnings,zlib
@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from .config import (PreferenceConfig, SageError, Settings, TrainingConfig, cannot_write, checked, default_output_dir, read_json, to_disk, with_given,
+from .config import (PreferenceConfig, SageError, Settings, TrainingConfig, cannot_write, checked, default_output_dir, is_running, read_json, to_disk, with_given,
                                   write_json, write_text)
 
 # %% ../nbs/00b_folder.ipynb #5de553c7
@@ -145,6 +145,29 @@ def only_run(
         file.close()
         if made:
             with suppress(OSError): path.parent.rmdir() # nothing was written into it
+
+# %% ../nbs/00b_folder.ipynb #2e68d97c
+@dataclass(frozen=True)
+class Holder:
+    "Who trains in a run folder"
+    pid: int # Number of the process
+    host: str # Machine it runs on
+    since: str # When it began, as `YYYY-MM-DD HH:MM:SS`
+
+    @property
+    def here(self)->bool:
+        "Whether it runs on this machine"
+        return self.host==platform.node()
+
+def holder_of(
+    folder, # Run folder
+)->Holder|None: # None where nobody trains there
+    "The process that holds the lock of a run folder; of one on another machine it is taken that it lives"
+    try: text = RunFolder(folder).lock.read_text(encoding='utf-8')
+    except OSError: return None
+    if not (m := re.fullmatch(r'process (\d+) on (.*) since (.*)', text.strip())): return None
+    holder = Holder(int(m[1]), m[2], m[3])
+    return holder if not holder.here or is_running(holder.pid) else None
 
 # %% ../nbs/00b_folder.ipynb #cdba3095
 def read_meta(

@@ -22,7 +22,8 @@ from .machine import Machine, fit_config
 from .folder import RunFolder
 from .show import Table
 from .shapes import to_messages
-from .template import encode_prompt
+from .pictures import picture_inputs
+from .template import encode_prompt, pictures_of
 from .loading import dtype_of, load_model, load_tokenizer, quantisation_of, without_noise
 from .adapter import ready_for_quantised_training
 from .shards import local_folder, read_header, stored_tensors
@@ -169,7 +170,9 @@ class Answer:
     tokens: int # Generated, the end of turn included
 
 def _messages(prompt):
-    return [dict(role='user', content=prompt)] if isinstance(prompt, str) else prompt
+    if isinstance(prompt, str): return [dict(role='user', content=prompt)]
+    in_parts = any(isinstance(m.get('content'), list) for m in prompt)
+    return to_messages(dict(messages=[*prompt, dict(role='assistant', content='.')]))[:-1] if in_parts else prompt
 
 def _sampling(temperature):
     return dict(do_sample=True, temperature=temperature) if temperature else dict(do_sample=False, temperature=None, top_p=None, top_k=None, repetition_penalty=1.0)
@@ -189,9 +192,10 @@ def _cut(ids, stops):
     return ids,False,len(ids)
 
 @torch.inference_mode()
-def _answer_batch(model, tokenizer, prompts, stops, max_new_tokens, temperature):
+def _answer_batch(model, tokenizer, prompts, shown, stops, max_new_tokens, temperature):
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
     given = _left_padded(prompts, pad, model.device)
+    given |= picture_inputs(tokenizer, shown, given['input_ids'])
     out = model.generate(**given, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad, **_sampling(temperature))
     for ids in out[:, given['input_ids'].shape[1]:].tolist():
         kept,stopped,n = _cut(ids, stops)
@@ -207,12 +211,12 @@ def answers(
     temperature:float=0.0, # 0 takes the likeliest token each time
 )->list: # Of `Answer`, in the order of `prompts`
     "Answer many prompts, those of similar length together"
-    ids = [encode_prompt(_messages(p), tokenizer) for p in prompts]
+    ids,shown = [encode_prompt(_messages(p), tokenizer) for p in prompts],[pictures_of(_messages(p)) for p in prompts]
     order,stops = sorted(range(len(ids)), key=lambda i: len(ids[i])), stop_ids(model, tokenizer)
     out = {}
     for at in range(0, len(order), batch_size):
         some = order[at:at+batch_size]
-        out.update(zip(some, _answer_batch(model, tokenizer, [ids[i] for i in some], stops, max_new_tokens, temperature)))
+        out.update(zip(some, _answer_batch(model, tokenizer, [ids[i] for i in some], [shown[i] for i in some], stops, max_new_tokens, temperature)))
     return [out[i] for i in range(len(prompts))]
 
 # %% ../nbs/02a_generation.ipynb #d294b0a5
@@ -228,9 +232,10 @@ def stream_answer(
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     enough,failed,stops = threading.Event(),[],stop_ids(model, tokenizer)
     ids = torch.tensor([encode_prompt(messages, tokenizer)], device=model.device)
+    more = picture_inputs(tokenizer, [pictures_of(messages)], ids)
     halt = StoppingCriteriaList([lambda ids,scores,**kw: torch.full((ids.shape[0],), enough.is_set(), device=ids.device)])
     def work():
-        try: model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer, max_new_tokens=max_new_tokens, eos_token_id=stops,
+        try: model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **more, streamer=streamer, max_new_tokens=max_new_tokens, eos_token_id=stops,
                             pad_token_id=stops[0], stopping_criteria=halt, **_sampling(temperature))
         except Exception as e: failed.append(e); streamer.end()
     thread = threading.Thread(target=work, daemon=True)

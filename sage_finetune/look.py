@@ -6,7 +6,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/look.html.md"""
 
 # %% auto #0
 __all__ = ['reference_texts', 'row_losses', 'check_base', 'TokenLosses', 'token_losses', 'WorstRows', 'worst_rows', 'Forgetting',
-           'forgetting', 'product_values', 'LayerSize', 'AdapterSizes', 'adapter_sizes', 'plot_adapter']
+           'forgetting']
 
 # %% ../nbs/05b_look.ipynb #a93d465e
 import html,math
@@ -16,40 +16,43 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from .config import SageError
+from .config import SageError, Shown
 from .show import Table
 from .shapes import to_conversation
-from .template import encode, ignored
-from .inspect_data import Views, _columns, _css, _shown, _tag, pieces_of, shown_figure
-from .loss import evaluating, _in_place_of, _vocabulary, _way, head_rows
+from .pictures import picture_inputs, pictures_of_row
+from .template import encode, ignored, pictures_of
+from .inspect_data import Views, row_columns, text_styles, parts_shown, styled, pieces_of
+from .loss import evaluating, head_replaced, vocabulary_of, head_and_after, head_rows
 from .generation import base_of
-from .compare import Run, on_any_ground
+from .compare import Run
+from .sizes import AdapterSizes, LayerSize, adapter_sizes, plot_adapter, product_values
 
 # %% ../nbs/05b_look.ipynb #5d137155
 def row_losses(
     model, # A causal language model, with or without an adapter
     ids:list, # Token ids of one row
     positions:list|None=None, # Where the row is packed: the position of each token in its document
+    sight:dict|None=None, # What the model is given for the pictures of the row
 )->list: # -log p of each token in nats; NaN for the first token of a document
     "The loss of every token of a row"
     ids_BT = torch.tensor([ids], device=model.device)
-    where = {} if positions is None else dict(position_ids=torch.tensor([positions], device=model.device))
+    where = {k: v.to(model.device) for k,v in (sight or {}).items()} | ({} if positions is None else dict(position_ids=torch.tensor([positions], device=model.device)))
     with evaluating(model): losses_T = _sliced(model, ids_BT, where) if len(ids)>1 else torch.zeros(0)
     first = {0, *(k for k,p in enumerate(positions or ()) if p==0)}
     return [math.nan if k in first else x for k,x in enumerate([math.nan, *losses_T.tolist()][:len(ids)])]
 
 def _sliced(model, ids_BT, where):
     "Losses of all tokens but the first; logits exist a slice at a time"
-    head,after = _way(model, ids_BT)
+    head,after = head_and_after(model, ids_BT)
     if after is None: return _by_logits(model, ids_BT, where)
     found,next_N = [],ids_BT[0, 1:]
     def answer(hidden_BTH, forward):
-        hidden_NH,n = hidden_BTH[0, :-1],head_rows(_vocabulary(head), hidden_BTH.device.type, 16)
+        hidden_NH,n = hidden_BTH[0, :-1],head_rows(vocabulary_of(head), hidden_BTH.device.type, 16)
         for i in range(0, len(hidden_NH), n):
             logits_NV = after(forward(hidden_NH[i:i+n][None])[0].float())
             found.append(F.cross_entropy(logits_NV, next_N[i:i+n].to(logits_NV.device), reduction='none'))
         return hidden_BTH.new_zeros(*hidden_BTH.shape[:-1], 1)
-    with _in_place_of(head, answer): model(input_ids=ids_BT, **where, use_cache=False)
+    with head_replaced(head, answer): model(input_ids=ids_BT, **where, use_cache=False)
     return torch.cat(found)
 
 def _by_logits(model, ids_BT, where, n=256):
@@ -80,16 +83,17 @@ def _before_and_after(model, base, measure):
     return before,measure(model)
 
 def _example(row, tokenizer):
-    "Ids, labels and positions of a row: prepared already, a conversation of any known shape, or plain text"
+    "Ids, labels and positions of a row, and what the model is given for its pictures; prepared already, a conversation of any known shape, or plain text"
+    shown = []
     if isinstance(row, str): row = dict(input_ids=tokenizer(row)['input_ids'])
     elif isinstance(row, dict) and 'input_ids' not in row:
         if isinstance(row.get('text'), str): return _example(row['text'], tokenizer)
         talk = to_conversation(row)
-        row = encode(talk.messages, tokenizer, talk.tools)
+        row,shown = encode(talk.messages, tokenizer, talk.tools),pictures_of(talk.messages)
     if not isinstance(row, dict): raise ValueError(f'`row` must be a row of a data set or a text, got {type(row).__name__}')
-    ids,labels,positions,_ = _columns(row, list(row))
+    ids,labels,positions,_ = row_columns(row, list(row))
     if len(ids)<2: raise ValueError(f'`row` has {len(ids)} tokens, and only from the second on a token has a loss')
-    return ids,labels,positions
+    return ids,labels,positions,picture_inputs(tokenizer, [shown or pictures_of_row(row)], torch.tensor([ids]))
 
 # %% ../nbs/05b_look.ipynb #217fe988
 @dataclass(repr=False)
@@ -141,8 +145,8 @@ def token_losses(
     name:str='row', # For the title
 )->TokenLosses: # Shows itself
     "The loss of each token of a row before and after tuning"
-    ids,labels,positions = _example(row, tokenizer)
-    before,after = _before_and_after(model, base, lambda m: row_losses(m, ids, positions))
+    ids,labels,positions,sight = _example(row, tokenizer)
+    before,after = _before_and_after(model, base, lambda m: row_losses(m, ids, positions, sight))
     targets = [k>0 and label!=ignored for k,label in enumerate(labels)]
     starts = [k for k,p in enumerate(positions) if p==0] if positions else ()
     return TokenLosses(pieces_of(ids, tokenizer, targets, starts), before, after, name)
@@ -153,7 +157,7 @@ _blue,_orange = '0,114,178','213,94,0'
 
 def _level(change): return sum(abs(change)>=s for s in _steps)
 
-def _text_of(piece): return ''.join(s for _,parts in _shown([piece]) for s,_ in parts).replace('\n', '')
+def _text_of(piece): return ''.join(s for _,parts in parts_shown([piece]) for s,_ in parts).replace('\n', '')
 
 def _token_table(view, most=40):
     "The learned pieces, one in each line"
@@ -165,9 +169,9 @@ def _token_table(view, most=40):
 def _html_token(view, piece, parts):
     "A piece in its colour, with its figures on hover"
     b,a = view.of(piece)
-    inner = ''.join(_tag('span', 'sign', html.escape(s)) if sign else html.escape(s) for s,sign in parts)
-    if piece.control: inner = _tag('code', 'control', inner)
-    rule = _tag('span', 'document', f'document {piece.document}') if piece.document else ''
+    inner = ''.join(styled('span', 'sign', html.escape(s)) if sign else html.escape(s) for s,sign in parts)
+    if piece.control: inner = styled('code', 'control', inner)
+    rule = styled('span', 'document', f'document {piece.document}') if piece.document else ''
     title = f'{_text_of(piece)!r}: {b:.2f} → {a:.2f} nats ({math.exp(-b):.1%} → {math.exp(-a):.1%})' if view.before[piece.at]==view.before[piece.at] else 'nothing stands before it'
     style = ''
     if piece.learned:
@@ -178,10 +182,10 @@ def _html_token(view, piece, parts):
 def _swatch(colour, alpha, text): return f'<span style="background:rgba({colour},{alpha});padding:0 4px">{text}</span>'
 
 def _html_losses(view):
-    body = ''.join(_html_token(view, p, parts) for p,parts in _shown(view.pieces))
+    body = ''.join(_html_token(view, p, parts) for p,parts in parts_shown(view.pieces))
     legend = ' '.join([_swatch(_blue, .6, 'fell by 3 nats'), _swatch(_blue, .36, '1'), _swatch(_blue, .16, '0.1'), _swatch(_orange, .16, 'rose by 0.1'), _swatch(_orange, .36, '1'),
                        _swatch(_orange, .6, '3'), f'<span style="border-bottom:2px dotted rgb({_orange})">still above {_known:g}</span>', '<span style="opacity:.55">not learned</span>'])
-    return f'<div style="{_css["head"]}">{html.escape(view.summary)}<br>{legend} · figures on hover</div><div style="{_css["box"]}">{body}</div>'
+    return f'<div style="{text_styles["head"]}">{html.escape(view.summary)}<br>{legend} · figures on hover</div><div style="{text_styles["box"]}">{body}</div>'
 
 # %% ../nbs/05b_look.ipynb #7eaf6e97
 _fills = {-3: '#000000 on #4c9be0', -2: '#000000 on #9ecae9', -1: '#000000 on #d6e8f6', 0: '', 1: '#000000 on #fde0c5', 2: '#000000 on #fdb07a', 3: '#000000 on #e8743b'}
@@ -194,7 +198,7 @@ def _rich_losses(view, console):
     yield Text.assemble('loss ', ('fell by 3 nats', _fills[-3]), ' ', ('1', _fills[-2]), ' ', ('0.1', _fills[-1]), ', ', ('rose by 0.1', _fills[1]), ' ', ('1', _fills[2]), ' ', ('3', _fills[3]), ', ',
                         (f'still above {_known:g}', 'underline'), ', ', ('not learned', 'dim'))
     out = Text(overflow='fold')
-    for p,parts in _shown(view.pieces):
+    for p,parts in parts_shown(view.pieces):
         b,a = view.of(p)
         style = 'dim' if not p.learned else _fills[_level(a-b)*(1 if a>b else -1)]+(' underline' if a>_known else '')
         for s,_ in parts: out.append(s, style)
@@ -239,13 +243,14 @@ def worst_rows(
     if held is None and held_out: raise ValueError(f'{run.name} held no rows out: give `held_out=False`')
     rows,which = (train, 'training') if held_out is False or held is None else (held, 'held-out')
     some = sorted({i*len(rows)//min(among, len(rows)) for i in range(min(among, len(rows)))})
-    means = [_row_mean(run.model, rows[i]) for i in some]
+    means = [_row_mean(run, rows[i]) for i in some]
     worst = sorted(range(len(some)), key=lambda k: -means[k])[:n]
     numbers = [some[k] for k in worst]
     return WorstRows([token_losses(run.model, run.tokenizer, rows[i], name=f'{which} row {i}') for i in numbers], numbers, means, which, len(rows))
 
-def _row_mean(model, row):
-    losses = [x for x,label in zip(row_losses(model, row['input_ids']), row['labels']) if label!=ignored and x==x]
+def _row_mean(run, row):
+    ids,labels,_,sight = _example(row, run.tokenizer)
+    losses = [x for x,label in zip(row_losses(run.model, ids, sight=sight), labels) if label!=ignored and x==x]
     return sum(losses)/len(losses) if losses else 0.
 
 # %% ../nbs/05b_look.ipynb #7b1b1341
@@ -266,7 +271,7 @@ reference_texts = {
 
 # %% ../nbs/05b_look.ipynb #2cc077f9
 @dataclass(repr=False)
-class Forgetting:
+class Forgetting(Shown):
     "Mean losses on texts before and after tuning, which show themselves"
     texts:dict # {name: (tokens, before, after)}, nats for each token
 
@@ -293,10 +298,7 @@ class Forgetting:
         rows = [line(name, *v) for name,v in self.texts.items()]
         if len(rows)>1: rows.append(line('all tokens', self.tokens, self.before, self.after))
         return Table(['text', 'tokens', 'before', 'after', 'change', 'perplexity'], rows, title='Loss on text that was not the task, in nats for each token')
-    def __str__(self): return str(self.table)
-    def __repr__(self): return str(self)
-    def __rich__(self): return self.table.__rich__()
-    def _repr_html_(self): return self.table._repr_html_()
+    def shown(self): return self.table
 
 def _texts(reference):
     "{name: text} of what was given as a reference"
@@ -329,176 +331,3 @@ def forgetting(
         before,after = _before_and_after(model, base, measure)
         found[name] = len(before),sum(before)/len(before),sum(after)/len(after)
     return Forgetting(found)
-
-# %% ../nbs/05b_look.ipynb #9002477f
-def product_values(
-    B, # (out, r)
-    A, # (r, in)
-    scale:float=1., # Factor on B·A
-): # Singular values, (r,) or fewer, the largest first
-    "The singular values of scale·B·A, without building it"
-    R_B,R_A = (torch.linalg.qr(M.detach().to('cpu', torch.float32), mode='r').R for M in (B, A.T))
-    return abs(scale)*torch.linalg.svdvals(R_B@R_A.T)
-
-# %% ../nbs/05b_look.ipynb #0bc3539a
-@dataclass(frozen=True)
-class LayerSize:
-    "How far an adapter moved one matrix"
-    name:str # As in the base model
-    layer:int|None # Number of the decoder layer, from 0; None outside of them
-    module:str # Last part of the name, such as "q_proj"
-    rank:int # Of the adapter
-    norm:float # Frobenius norm of the change
-    relative:float|None # Over that of the frozen matrix; None where the base is not at hand
-    values:tuple # Singular values of scale·B·A, the largest first
-
-    @property
-    def stable_rank(self)->float: # From 1 to `rank`; 0 where nothing was learned
-        "In how many directions it moved"
-        return sum(v*v for v in self.values)/self.values[0]**2 if self.values and self.values[0] else 0.
-
-def _numbered(name):
-    "Number of the decoder layer in a name, and its last part"
-    parts = name.split('.')
-    return next((int(p) for p in parts if p.isdigit()), None),parts[-1]
-
-def _factors(layer, name, start, prefix):
-    "B, A and the scale of a layer, the part that it began with taken off"
-    if name in layer.lora_A: A,B = layer.lora_A[name].weight.detach(),layer.lora_B[name].weight.detach()
-    else: A,B = layer.lora_embedding_A[name].detach(),layer.lora_embedding_B[name].detach()
-    if start: # B·A - B₀·A₀ as one product of twice the rank
-        A0,B0 = (start[f'{prefix}.lora_{x}.weight'].to(A) for x in 'AB')
-        A,B = torch.cat([A, A0]),torch.cat([B, -B0], 1)
-    return B,A,layer.scaling[name]
-
-@torch.no_grad()
-def _layer_size(key, layer, adapter, start):
-    "The size of what an adapter does to one layer"
-    from peft.utils.integrations import dequantize_module_weight
-    B,A,scale = _factors(layer, adapter, start, key)
-    values = product_values(B, A, scale)
-    W = dequantize_module_weight(layer.get_base_layer()).float()
-    norm,base = values.norm(),W.norm()
-    if start: base = (W + _like(W, layer, scale*start[f'{key}.lora_B.weight']@start[f'{key}.lora_A.weight'])).norm() # the untouched matrix
-    if adapter in layer.lora_magnitude_vector: norm = (_dora(W, layer, adapter, scale*B@A)-W).norm()
-    name = key.removeprefix('base_model.model.')
-    return LayerSize(name, *_numbered(name), layer.r[adapter], norm.item(), (norm/base).item() if base else None, tuple(values.tolist()))
-
-def _like(W, layer, change): return (change.T if change.shape!=W.shape or getattr(layer, 'fan_in_fan_out', False) else change).to(W)
-
-def _dora(W, layer, adapter, change):
-    "The matrix that DoRA makes"
-    m,rows = layer.lora_magnitude_vector[adapter].weight.detach().float(),not getattr(layer, 'fan_in_fan_out', False)
-    V = W + _like(W, layer, change.float())
-    return V*(m/V.norm(dim=1)).view(-1, 1) if rows and m.numel()==len(V) else V*(m.flatten()/V.norm(dim=0)).view(1, -1)
-
-# %% ../nbs/05b_look.ipynb #df089ecc
-@dataclass(repr=False)
-class AdapterSizes:
-    "How far each matrix moved, which shows itself"
-    layers:list # Of `LayerSize`, in the order of the model
-    title:str = '' # What they are of
-
-    @property
-    def norm(self)->float:
-        "Norm of the whole change"
-        return math.sqrt(sum(l.norm**2 for l in self.layers))
-    @property
-    def table(self)->Table:
-        "A line for each kind of matrix"
-        mean = lambda xs: sum(xs)/len(xs)
-        def line(module):
-            some = [l for l in self.layers if l.module==module]
-            far = max(some, key=lambda l: l.norm)
-            share = [l.relative for l in some if l.relative is not None]
-            return (module, len(some), float(f'{mean([l.norm for l in some]):.3g}'), f'{mean(share):.1%}' if share else '', f'{mean([l.stable_rank for l in some]):.1f} of {some[0].rank}',
-                    f'{far.name} ({far.norm:.3g})')
-        modules = dict.fromkeys(l.module for l in self.layers)
-        return Table(['module', 'matrices', 'mean ‖ΔW‖', 'of ‖W‖', 'stable rank', 'moved most'], [line(m) for m in modules], title=self.title)
-    def plot(self, of='size'): return plot_adapter(self, of)
-    def __str__(self): return str(self.table)
-    def __repr__(self): return str(self)
-    def __rich__(self): return self.table.__rich__()
-    def _repr_html_(self): return self.table._repr_html_()
-
-def adapter_sizes(
-    run, # `Run`, name of a run, path of its folder, or a model with an adapter
-    base:bool=True, # Whether to load the base, for `relative`; DoRA needs it
-)->AdapterSizes: # Shows itself, and draws itself with `plot()`
-    "How far an adapter moved each matrix of its base"
-    if hasattr(run, 'named_modules'): return _sizes_of_model(run, 'adapter of the model')
-    run = run if isinstance(run, Run) else Run(run)
-    return _sizes_of_model(run.model, f'adapter of {run.name}') if base else _sizes_of_file(run)
-
-def _sizes_of_model(model, title):
-    from peft.tuners.lora import LoraLayer
-    layers = [(n, m) for n,m in model.named_modules() if isinstance(m, LoraLayer)]
-    if not layers: raise ValueError('`model` has no LoRA adapter: give the model of a run (`Run(path).model`)')
-    start = getattr(model, 'adapter_start', None)
-    return AdapterSizes([_layer_size(n, m, a, start) for n,m in layers for a in m.active_adapters if a in m.r], title)
-
-def _sizes_of_file(run):
-    "The sizes from the adapter alone"
-    from sage_finetune.config import read_json
-    t,c = run.adapter,read_json(run.folder.lora_weights/'adapter_config.json')
-    if c.get('use_dora'): raise ValueError(f'`base=False`: {run.name} was trained with DoRA, whose change depends on the base; take `base=True`')
-    if c.get('alpha_pattern') or c.get('rank_pattern'): raise ValueError(f'`base=False`: {run.name} has ranks of its own in some layers; take `base=True`')
-    scale,found = c['lora_alpha']/(c['r']**.5 if c.get('use_rslora') else c['r']),[]
-    for key,A in t.items():
-        if '.lora_A.' not in key and '.lora_embedding_A' not in key: continue
-        values = product_values(t[key.replace('lora_A', 'lora_B').replace('lora_embedding_A', 'lora_embedding_B')], A, scale)
-        name = key.partition('.lora_')[0].removeprefix('base_model.model.')
-        found.append(LayerSize(name, *_numbered(name), len(A), values.norm().item(), None, tuple(values.tolist())))
-    return AdapterSizes(found, f'adapter of {run.name}')
-
-# %% ../nbs/05b_look.ipynb #be01e02b
-def plot_adapter(
-    sizes, # From `adapter_sizes`, or what it takes
-    of:str='size', # "size": both maps; "relative", "norm" or "stable rank": one map of it
-    module:str|None=None, # Kind of matrix whose singular values are shown; None takes the one that moved most
-): # A matplotlib figure
-    "Heat maps of an adapter: layers by modules, and layers by singular values"
-    sizes = sizes if isinstance(sizes, AdapterSizes) else adapter_sizes(sizes)
-    if of not in ('size', 'relative', 'norm', 'stable rank'): raise ValueError(f'`of` must be "size", "relative", "norm" or "stable rank", got {of!r}')
-    inside = [l for l in sizes.layers if l.layer is not None]
-    if not inside: raise ValueError('`sizes` holds no matrix inside of a decoder layer: there is no map to draw')
-    known = all(l.relative is not None for l in inside)
-    what = ('relative' if known else 'norm') if of=='size' else of
-    if what=='relative' and not known: raise ValueError('`of="relative"` needs the base: take `adapter_sizes(run, base=True)`')
-    modules,numbers = list(dict.fromkeys(l.module for l in inside)),sorted({l.layer for l in inside})
-    if module and module not in modules: raise ValueError(f"`module` must be one of {', '.join(modules)}, got {module!r}")
-    module = module or max(modules, key=lambda m: sum(_measured(l, what) for l in inside if l.module==m)/sum(l.module==m for l in inside))
-    height = 1.6+.28*min(len(numbers), 36)
-    fig = shown_figure(figsize=(9.5 if of=='size' else 5.5, height), layout='constrained')
-    axes = fig.subplots(1, 2, width_ratios=(len(modules)+1, 7)) if of=='size' else [fig.add_subplot()]
-    _map(axes[0], inside, modules, numbers, what)
-    if of=='size': _spectrum(axes[1], [l for l in inside if l.module==module], module)
-    return on_any_ground(fig)
-
-_names = {'relative': '‖ΔW‖ / ‖W‖', 'norm': '‖ΔW‖', 'stable rank': 'stable rank'}
-
-def _measured(size, what): return dict(relative=size.relative, norm=size.norm).get(what, size.stable_rank)
-
-def _map(ax, sizes, modules, numbers, what):
-    "Layers by modules, with the figure in each place where there is room"
-    import numpy as np
-    grid = np.full((len(numbers), len(modules)), np.nan)
-    for l in sizes: grid[numbers.index(l.layer), modules.index(l.module)] = _measured(l, what)
-    image = ax.imshow(grid, aspect='auto', cmap='viridis', origin='lower', vmin=0)
-    ax.set(xticks=range(len(modules)), yticks=range(len(numbers)), yticklabels=numbers, ylabel='layer', title=_names[what])
-    ax.set_xticklabels(modules, rotation=35, ha='right', fontsize='small')
-    if len(numbers)<=16:
-        told = (lambda v: f'{v:.0%}') if what=='relative' else (lambda v: f'{v:.2g}')
-        for (i,j),v in np.ndenumerate(grid):
-            if v==v: ax.text(j, i, told(v), ha='center', va='center', fontsize=8, color='black' if v>.6*np.nanmax(grid) else 'white')
-    else: ax.figure.colorbar(image, ax=ax)
-
-def _spectrum(ax, sizes, module):
-    "Layers by singular values, each relative to the first of its layer"
-    import numpy as np
-    width = max(len(l.values) for l in sizes)
-    grid = np.array([[*(v/(l.values[0] or 1) for v in l.values), *[0]*(width-len(l.values))] for l in sizes])
-    image = ax.imshow(grid, aspect='auto', cmap='magma', origin='lower', vmin=0, vmax=1)
-    ax.set(xlabel='singular value', yticks=range(len(sizes)), yticklabels=[l.layer for l in sizes], title=f'{module}: σᵢ / σ₁')
-    ax.set_xticks(range(0, width, max(1, width//8)), range(1, width+1, max(1, width//8)))
-    ax.figure.colorbar(image, ax=ax)

@@ -6,15 +6,16 @@ Docs: https://sage-finetune.github.io/sage_finetune/memory.html.md"""
 
 # %% auto #0
 __all__ = ['runtime_bytes', 'gap_share', 'live_bytes', 'packed_bytes', 'attention_kernel', 'PassBytes', 'optimizer_bytes',
-           'MemoryEstimate', 'Remedy', 'estimate_memory', 'Probe', 'undisturbed', 'probe_step', 'longest_batch']
+           'gb_text', 'MemoryEstimate', 'Remedy', 'estimate_memory', 'memory_parts', 'Probe', 'undisturbed',
+           'probe_step', 'longest_batch']
 
 # %% ../nbs/01i_memory.ipynb #a96d1c54
 import html,weakref
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property, partial
 
-from .config import SageError, Shown, TrainingConfig, resolve_model
+from .config import PreferenceConfig, SageError, Shown, TrainingConfig, resolve_model
 from .machine import Machine, fit_config
 
 # %% ../nbs/01i_memory.ipynb #c3403b39
@@ -118,12 +119,11 @@ def _build(config, model_config):
     "The model of a fitted config on `meta`: the model with its adapter, and the bytes of its frozen weights"
     import torch
     from copy import deepcopy
-    from transformers import AutoModelForCausalLM
     from sage_finetune.adapter import add_lora, ready_for_quantised_training
-    from sage_finetune.loading import dtype_of
+    from sage_finetune.loading import dtype_of, model_class
     dtype,lora = dtype_of(config),config.lora.replace(init_lora_weights=True) # how it begins takes no memory
     with torch.device('meta'):
-        model = AutoModelForCausalLM.from_config(deepcopy(model_config), dtype=dtype) # it writes into the config
+        model = model_class(model_config).from_config(deepcopy(model_config), dtype=dtype) # it writes into the config
         bits = 8 if config.load_in_8bit else 4 if config.load_in_4bit else None
         if bits: model = ready_for_quantised_training(_pack(model, bits, torch.float16 if bits==8 else dtype))
         weights = _weight_bytes(model)
@@ -234,12 +234,12 @@ def _one_pass(model, batch, loss):
 def _loss_on_meta(model, input_ids, half, learned=None, **where):
     "The loss by the head of `loss`; all tokens are learned, or as many as `learned` says"
     import torch
-    from sage_finetune.loss import After, _FrozenHead
+    from sage_finetune.loss import After, FrozenHead
     every = _decoder(model)(input_ids=input_ids, use_cache=False, **where)[0].flatten(0, 1) # it lives until the loss is known
     hidden = every.index_select(0, torch.empty(learned or len(every), dtype=torch.long, device='meta'))
     head = model.get_output_embeddings()
     weight,bias = (None if p is None else p.detach().to(half or p.dtype) for p in (head.weight, getattr(head, 'bias', None)))
-    return _FrozenHead.apply(hidden, torch.empty(len(hidden), dtype=torch.long, device='meta'), weight, bias, After(), True)
+    return FrozenHead.apply(hidden, torch.empty(len(hidden), dtype=torch.long, device='meta'), weight, bias, After(), True)
 
 # %% ../nbs/01i_memory.ipynb #ea366895
 def _layer_list(model):
@@ -311,7 +311,11 @@ def optimizer_bytes(
     return sum(map(of, sizes))+tables, sum(of(n) for n in sizes if 'paged' in name and n>=100_000)
 
 # %% ../nbs/01i_memory.ipynb #e665e7df
-def _gb(n): return f'{n/1e9:.2f} GB' if n>=1e8 else f'{n/1e6:.2f} MB'
+def gb_text(
+    n:int, # Bytes
+)->str: # In GB or MB of powers of ten
+    "A size as cards are sold"
+    return f'{n/1e9:.2f} GB' if n>=1e8 else f'{n/1e6:.2f} MB'
 
 @dataclass(repr=False)
 class MemoryEstimate:
@@ -379,7 +383,7 @@ class Remedy:
     enough:bool # Whether it fits with this change alone
 
     def __str__(self):
-        return f"{', '.join(f'{k}={v}' for k,v in self.changes.items())}: saves {_gb(self.saves)}{', enough' if self.enough else ''}"
+        return f"{', '.join(f'{k}={v}' for k,v in self.changes.items())}: saves {gb_text(self.saves)}{', enough' if self.enough else ''}"
 
 def _smaller(config, machine):
     "Changes of settings that make a step smaller"
@@ -399,6 +403,15 @@ def _remedies(e):
         if other.peak<e.peak: yield Remedy(changes, e.peak-other.peak, other.fits(e.card))
 
 # %% ../nbs/01i_memory.ipynb #25045c0e
+_tile,_copies = (4096, 32_768),7.3 # TRL 1.16: tokens and entries of the vocabulary in one tile; what its head makes of a tile without Triton, in 32 bits
+
+def _head_of_trl(config, machine, shape):
+    "The most that the head needs where TRL computes the loss: a whole tile, and the gradient of the hidden states in 32 bits"
+    text,N = shape.get_text_config(),config.sequences_per_pass*config.max_length
+    n,size = min(N, _tile[0]),2 if config.fp16 or config.bf16 else 4
+    loose = 0 if machine.device=='cuda' else int(_copies*n*min(text.vocab_size, _tile[1])*4)
+    return n*_tile[1]*size + 4*N*text.hidden_size + loose
+
 def estimate_memory(
     config:TrainingConfig, # As asked; it is fitted to the machine
     machine:Machine|None=None, # Where it is to run; this machine if None
@@ -412,6 +425,7 @@ def estimate_memory(
     try:
         model,weights = _build(fitted, shape)
         one = _pass_bytes(model, fitted, machine)
+        if isinstance(fitted, PreferenceConfig): one = replace(one, head=_head_of_trl(fitted, machine, shape))
     except SageError: raise
     except ValueError as e: raise ValueError(' '.join(str(e).split())[:300]) from None
     except Exception as e:
@@ -421,17 +435,19 @@ def estimate_memory(
     return MemoryEstimate(fitted, machine, weights, 4*sum(sizes), 4*sum(sizes), state, paged, one.activations, one.head, one.layer, shape)
 
 # %% ../nbs/01i_memory.ipynb #d4713e47
-def _parts(e):
-    "(name, bytes, explanation, sign in a plain bar, colour) of each part"
-    formats = ', '.join(f'{k} {_gb(v)}' for k,v in e.weights.items() if v*100>=sum(e.weights.values()))
+def memory_parts(
+    e, # A `MemoryEstimate`
+): # Yields (name, bytes, explanation, sign in a plain bar, colour)
+    "The parts of an estimate, as they are shown"
+    formats = ', '.join(f'{k} {gb_text(v)}' for k,v in e.weights.items() if v*100>=sum(e.weights.values()))
     worst,other = ('the head', "a layer's way back") if e.head>=e.layer else ("a layer's way back", 'the head')
-    paged = f', of which {_gb(e.paged)} may be moved to main memory' if 'paged' in e.config.optim else ''
+    paged = f', of which {gb_text(e.paged)} may be moved to main memory' if 'paged' in e.config.optim else ''
     yield 'frozen weights',sum(e.weights.values()),formats,'█','#4c78a8'
     yield 'adapter',e.adapter,f'{e.adapter//4:,} trained numbers','▉','#54a24b'
     yield 'gradients',e.gradients,'as many','▊','#88d27a'
     yield 'optimizer',e.optimizer,e.config.optim+paged,'▋','#b79a20'
     yield 'activations',e.activations,'kept by the forward pass for the backward pass','▓','#f58518'
-    yield 'working space',e.working,f'{worst}; {other} needs {_gb(min(e.head, e.layer))}','▒','#e45756'
+    yield 'working space',e.working,f'{worst}; {other} needs {gb_text(min(e.head, e.layer))}','▒','#e45756'
     yield 'allowance',e.allowance,'runtime and gaps; a rule of thumb','░','#bab0ac'
 
 # %% ../nbs/01i_memory.ipynb #1a8b950d
@@ -439,18 +455,22 @@ def _title(e):
     c = e.config
     bits = ', 8 bits' if c.load_in_8bit else ', 4 bits' if c.load_in_4bit else ''
     return (f"{c.model_name}: {c.sequences_per_pass} × {c.max_length:,} tokens, {'fp16' if c.fp16 else 'bf16' if c.bf16 else 'fp32'}{bits}, "
-            f"{'with' if c.gradient_checkpointing else 'without'} checkpointing")
+            f"{'with' if c.gradient_checkpointing else 'without'} checkpointing" + (', but not the pass of pictures through the part that sees' if _pictures(e) else ''))
+
+def _pictures(e):
+    from sage_finetune.loading import takes_images
+    return e.model_config is not None and takes_images(e.model_config)
 
 def _verdict(e):
     "What there is to say about the sum"
     if e.card is None: return 'in all'
-    if e.fits(): return f'in all, of {_gb(e.card)}: it fits'
-    return f'in all, and there are {_gb(e.card)}: it does not fit'
+    if e.fits(): return f'in all, of {gb_text(e.card)}: it fits'
+    return f'in all, and there are {gb_text(e.card)}: it does not fit'
 
 def _cells(e, width):
     "(sign, colour, cells) of the bar, as long as the card or as the sum"
     whole,at = max(e.card or 0, e.peak),0
-    for _,n,_,sign,colour in _parts(e):
+    for _,n,_,sign,colour in memory_parts(e):
         yield sign,colour,round((at+n)/whole*width)-round(at/whole*width)
         at += n
     yield '╌','#dddddd',width-round(at/whole*width)
@@ -458,8 +478,8 @@ def _cells(e, width):
 # %% ../nbs/01i_memory.ipynb #f6d48b1b
 def _table(e):
     "(name, amount, explanation) of each line"
-    yield from ((name, _gb(n), note) for name,n,note,*_ in _parts(e))
-    yield 'sum',_gb(e.peak),_verdict(e)
+    yield from ((name, gb_text(n), note) for name,n,note,*_ in memory_parts(e))
+    yield 'sum',gb_text(e.peak),_verdict(e)
 
 def _advice(e):
     if e.fits(): return []
@@ -482,7 +502,7 @@ def _as_rich(e):
 
 def _as_html(e):
     t = html.escape
-    colours = {name: colour for name,_,_,_,colour in _parts(e)}
+    colours = {name: colour for name,_,_,_,colour in memory_parts(e)}
     rows = ''.join(f'<tr><td style="text-align:left"><span style="color:{colours.get(name, "transparent")}">■</span> {t(name)}</td>'
                    f'<td>{t(amount)}</td><td style="text-align:left">{t(note)}</td></tr>' for name,amount,note in _table(e))
     bar = ''.join(f'<div style="width:{n}%;background:{colour}"></div>' for _,colour,n in _cells(e, 100) if n)
@@ -504,8 +524,8 @@ class Probe(Shown):
         return None if self.predicted is None else round(self.predicted/self.measured - 1, 4)
     def shown(self):
         from sage_finetune.show import Table
-        told = '' if self.predicted is None else f', {_gb(self.predicted)} predicted ({round(self.error, 3)+0:+.1%})'
-        return Table([], [], f'Longest batch ({self.rows} × {self.tokens:,} tokens): {_gb(self.measured)} for one pass{told}')
+        told = '' if self.predicted is None else f', {gb_text(self.predicted)} predicted ({round(self.error, 3)+0:+.1%})'
+        return Table([], [], f'Longest batch ({self.rows} × {self.tokens:,} tokens): {gb_text(self.measured)} for one pass{told}')
 
 # %% ../nbs/01i_memory.ipynb #e5f8252f
 @contextmanager
@@ -526,7 +546,7 @@ def undisturbed(
 # %% ../nbs/01i_memory.ipynb #73a315fd
 def probe_step(
     model, # With an adapter
-    batch:dict, # `input_ids` and `labels`, and `position_ids` where rows are packed
+    batch:dict, # From `Collator`
     config:TrainingConfig, # As asked
     machine:Machine|None=None, # Where the model is; this machine if None
 )->Probe: # Predicted and measured
@@ -535,16 +555,16 @@ def probe_step(
     machine,rows,tokens = machine or Machine.here(),*batch['input_ids'].shape
     same = config.adapted(per_device_train_batch_size=rows, tokens_per_step=None, max_length=max(8, tokens), packing='position_ids' in batch)
     device,fitted = next(model.parameters()).device,fit_config(same, machine)[0]
-    batch = {k: v.to(device) for k,v in batch.items() if k in ('input_ids', 'labels', 'position_ids')}
+    batch = {k: v.to(device) for k,v in batch.items()}
     half = torch.float16 if fitted.fp16 else torch.bfloat16
-    first = {k: v[:1, :16] for k,v in batch.items()}
+    first = {k: v[:1, :16] for k,v in batch.items() if k in ('input_ids', 'labels', 'position_ids') or k.endswith('token_type_ids')}
     held = 4*sum(p.numel() for p in model.parameters() if p.requires_grad)
     with undisturbed(model), torch.autocast(device.type, half) if fitted.fp16 or fitted.bf16 else nullcontext():
         with torch.no_grad(): _real_loss(model, **first) # what is made once and kept, such as the libraries' own work space
         measured = _cuda_pass(model, batch) if device.type=='cuda' else _one_pass(model, batch, _real_loss).peak
     predicted = None
     with suppress(Exception): # a run does not end because it cannot be counted
-        predicted = held + _pass_bytes(_build(fitted, model.config)[0], fitted, machine, learned=(batch['labels'][:, 1:]!=-100).sum().item()).peak
+        if 'pixel_values' not in batch: predicted = held + _pass_bytes(_build(fitted, model.config)[0], fitted, machine, learned=(batch['labels'][:, 1:]!=-100).sum().item()).peak
     return Probe(rows, tokens, predicted, held+measured)
 
 # %% ../nbs/01i_memory.ipynb #3c8baa26

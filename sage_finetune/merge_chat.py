@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .config import SageError, write_json
+from .shapes import content_parts, question as question_about
+from .pictures import picture
 from .contract import check_contract, stop_ids
 from .generation import (Answer, Comparison, Exam, answers, base_of, compare_answers, examine, fit_history, load_adapter, load_for_chat, load_plain,
                                       most_positions, same_words, stream_answer)
@@ -28,6 +30,7 @@ class Conversation:
     system: str = '' # System message
     temperature: float = 0.0 # 0 takes the likeliest token each time
     turns: list = field(default_factory=list) # Of {role, content}
+    images: list = field(default_factory=list) # Paths of pictures that go with the next question
     over: bool = False # Whether the user has ended it
 
     @property
@@ -49,7 +52,7 @@ def _written(talk, say, messages):
 
 def _turn(talk, question):
     "Ask, and remember question and answer"
-    asked = dict(role='user', content=question)
+    asked,talk.images = question_about(question, *talk.images),[]
     said = _written(talk, talk.say, [*talk.messages, asked])
     if said is not None: talk.turns += [asked, dict(role='assistant', content=said)]
 
@@ -82,8 +85,19 @@ def _save(talk, rest):
     if not rest: talk.write('/save needs the name of a file, such as talk.json\n'); return
     file = Path(rest).expanduser()
     if file.exists(): talk.write(f'{file} exists: choose another name\n'); return
-    try: talk.write(f'{len(talk.messages)} messages in {write_json(file, [dict(messages=talk.messages)])}\n')
+    row = [_in_parts(m) for m in talk.messages]
+    try: talk.write(f'{len(row)} messages in {write_json(file, [dict(messages=row)])}\n')
     except SageError as e: talk.write(f'error: {e}\n')
+
+def _in_parts(m): return dict(role=m['role'], content=content_parts(m)) if m.get('images') else m
+
+def _image(talk, rest):
+    "A picture for the next question"
+    if not rest: talk.write('/image needs a file, such as photo.jpg\n'); return
+    try: picture(rest).open()
+    except (ValueError, SageError) as e: talk.write(f'error: {e}\n'); return
+    talk.images.append(rest)
+    talk.write(f'{rest} goes with the next question\n')
 
 def _end(talk, rest): talk.over = True
 
@@ -93,7 +107,7 @@ def _show_help(talk, rest): talk.write(_help)
 commands = {'/system': (_system, 'TEXT sets the system message, - removes it'), '/reset': (_reset, 'forgets the conversation'),
             '/temp': (_temp, 'NUMBER sets the temperature; 0 takes the likeliest token each time'),
             '/compare': (_compare, 'QUESTION, or the last one: what the base says, and the tuned model'),
-            '/save': (_save, 'FILE keeps the conversation, as a row that can be trained on'), '/help': (_show_help, 'shows this'),
+            '/image': (_image, 'FILE is shown with the next question, to a model that sees'), '/save': (_save, 'FILE keeps the conversation, as a row that can be trained on'), '/help': (_show_help, 'shows this'),
             '/exit': (_end, 'ends the conversation, as Ctrl-D does')}
 _help = ''.join(f'{name:<10}{what}\n' for name,(_,what) in commands.items())+'Ctrl-C    stops an answer\n'
 
@@ -113,9 +127,10 @@ def converse(
     system:str='', # System message
     temperature:float=0.0, # 0 takes the likeliest token each time
     base=None, # As `say`, for the model before it was tuned
+    images=(), # Paths of pictures that go with the first question
 )->list: # Of {role, content}
     "Talk until the user ends it"
-    talk = Conversation(say, write or (lambda s: print(s, end='', flush=True)), base, system, temperature)
+    talk = Conversation(say, write or (lambda s: print(s, end='', flush=True)), base, system, temperature, images=list(images))
     talk.write(_help)
     while not talk.over:
         try: _obey(talk, ask('> ').strip())

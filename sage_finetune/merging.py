@@ -22,9 +22,10 @@ import torch
 from .config import SageError, checked, read_json, whole_folder, write_json
 from .folder import RunFolder, config_from_meta
 from .show import Table
-from .template import encode, encode_prompt
+from .pictures import picture_inputs
+from .template import encode, encode_prompt, pictures_of
 from .data import conversations, source_of
-from .loading import dtype_of, load_model, no_model, without_noise
+from .loading import dtype_of, load_model, model_class, no_model, without_noise
 from .shards import fetched_folder, local_folder, stored_tensors, write_model
 from .contract import check_contract, save_contract
 from .generation import (adapter_tensors, answers, bare_name, base_of, fit_vocabulary, load_adapter, put_adapter, trained_settings)
@@ -32,10 +33,10 @@ from .generation import (adapter_tensors, answers, bare_name, base_of, fit_vocab
 # %% ../nbs/02b_merging.ipynb #d62af462
 def _skeleton(base):
     "A model without its weights"
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-        with without_noise(), torch.device('meta'): return AutoModelForCausalLM.from_config(config)
+        with without_noise(), torch.device('meta'): return model_class(config).from_config(config)
     except (OSError, ValueError, KeyError, ImportError) as e: raise no_model(str(base), e) from None
 
 @contextmanager
@@ -330,14 +331,15 @@ def _write(folder, job, quantised=None):
 @torch.inference_mode()
 def logits_of(
     model, # A causal language model, in evaluation mode
-    rows:list, # Lists of token ids
+    rows:list, # Lists of token ids; or dicts of what the model is given, (1, time)
     most:int|None=None, # Places of one row at most, evenly spread; None takes all
 )->list: # Tensors of logits in 32 bits, (time, vocabulary) each
     "Logits of each row, on the CPU"
     out = []
     for r in rows:
-        logits = model(input_ids=torch.tensor([r], device=model.device), use_cache=False).logits[0]
-        if most is not None and len(r)>most: logits = logits[torch.linspace(0, len(r)-1, most, device=logits.device).long()]
+        given = r if isinstance(r, dict) else dict(input_ids=torch.tensor([r]))
+        logits = model(**{k: v.to(model.device) for k,v in given.items()}, use_cache=False).logits[0]
+        if most is not None and len(logits)>most: logits = logits[torch.linspace(0, len(logits)-1, most, device=logits.device).long()]
         out.append(logits.float().cpu())
     return out
 
@@ -394,8 +396,8 @@ def _reference(job, tokenizer, probes):
 
 def _reload(folder, dtype, device):
     "The merged model as anybody else would load it"
-    from transformers import AutoModelForCausalLM
-    with without_noise(): return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    from transformers import AutoConfig
+    with without_noise(): return model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=dtype).to(device).eval()
 
 # %% ../nbs/02b_merging.ipynb #ecd2b6c6
 @contextmanager
@@ -412,9 +414,9 @@ def _no_first_numbers():
 def _empty_model(folder, dtype):
     "A model without its weights, but with the tables that it computes by itself"
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-    with without_noise(), _no_first_numbers(), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False), dtype=dtype).eval()
+    from transformers import AutoConfig
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with without_noise(), _no_first_numbers(), init_empty_weights(include_buffers=False): model = model_class(config).from_config(config, dtype=dtype).eval()
     model.tie_weights() # each had become a parameter of its own
     return model
 
@@ -446,6 +448,7 @@ def read_as_needed(
 @torch.inference_mode()
 def _logits_together(model, rows):
     "Logits of rows that go through at once; causal attention never looks at what fills a row up at its end"
+    if any(isinstance(r, dict) for r in rows): return logits_of(model, rows)
     longest = max(map(len, rows))
     ids = torch.tensor([[*r, *[0]*(longest-len(r))] for r in rows])
     logits = model(input_ids=ids, use_cache=False).logits
@@ -500,19 +503,26 @@ def _talks(folder):
         if config.data_path: yield from conversations(config.data_path, config.format_type, config.columns, **source_of(config))
     except (OSError, ValueError, SageError): return
 
+def _with_sight(tokenizer, ids, shown):
+    "What a model is given for a row with pictures"
+    ids = torch.tensor([ids])
+    return dict(input_ids=ids) | picture_inputs(tokenizer, [shown], ids)
+
 def probes_of(
     folder, # Run folder, or None
     tokenizer, # With a chat template
     n:int=8, # Rows at most
     max_length:int=512, # Tokens of one row at most
-)->tuple: # Lists of token ids, and conversations that wait for an answer
+)->tuple: # Rows for `logits_of`, and conversations that wait for an answer
     "A few rows and questions of a run to compare models on"
     rows,prompts = [],[]
     for talk in _talks(folder) if folder else ():
         if len(rows)==n: break
-        try: rows.append(encode(talk.messages, tokenizer, talk.tools)['input_ids'][:max_length])
-        except ValueError: continue
-        if talk.messages[-1]['role']=='assistant' and not talk.tools and len(rows[-1])<max_length: prompts.append(talk.messages[:-1])
+        try: ids,shown = encode(talk.messages, tokenizer, talk.tools)['input_ids'],pictures_of(talk.messages)
+        except (ValueError, SageError): continue
+        if shown and len(ids)>4*max_length: continue
+        rows.append(_with_sight(tokenizer, ids, shown) if shown else ids[:max_length])
+        if talk.messages[-1]['role']=='assistant' and not talk.tools and (shown or len(ids)<max_length): prompts.append(talk.messages[:-1])
     return rows or [encode_prompt(q, tokenizer) for q in _fallback[:n]],prompts or _fallback[:n]
 
 def probe_rows(
@@ -520,7 +530,7 @@ def probe_rows(
     tokenizer, # With a chat template
     n:int=8, # Rows at most
     max_length:int=512, # Tokens of one row at most
-)->list: # Lists of token ids
+)->list: # For `logits_of`
     "A few rows of a run to compare models on"
     return probes_of(folder, tokenizer, n, max_length)[0]
 
@@ -680,7 +690,7 @@ def _ways(job, names):
 def _merged(new, job, tokenizer, probes):
     "Write every way, keep the nearest, and give its figures"
     streamed = bool(probes) and _streamed(job, job.here)
-    if streamed: probes = [r[:64] for r in probes[0]],()
+    if streamed: probes = [r if isinstance(r, dict) else r[:64] for r in probes[0]],()
     seen = (_reference_streamed(job, job.here, probes[0]) if streamed and not job.bits else _reference(job, tokenizer, probes)) if probes else None
     if streamed and job.bits: seen.said = _next_tokens(seen.logits)
     found = []

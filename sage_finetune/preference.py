@@ -6,12 +6,14 @@ Docs: https://sage-finetune.github.io/sage_finetune/preference.html.md"""
 
 # %% auto #0
 __all__ = ['figures', 'require_trl', 'prompt_length', 'prepare_preferences', 'prompts_of', 'split_by_prompt', 'PairCollator',
-           'JudgedCollator', 'means', 'Rewards', 'Judged', 'ByOdds', 'loop_of', 'PreferenceResult', 'PreferenceTrainer']
+           'JudgedCollator', 'means', 'Rewards', 'Judged', 'ByOdds', 'Mixed', 'loop_of', 'PreferenceResult',
+           'PreferenceTrainer', 'method_for', 'trainer_for']
 
 # %% ../nbs/02c_preference.ipynb #d3140a54
 import warnings
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 import torch
 from .loading import load_tokenizer # before transformers: it quiets bitsandbytes
@@ -24,6 +26,7 @@ from .template import chat_form, encode_rendered, ensure_template, ignored, rend
 from .data import Book, DataReport, exchanges, files_passed_over, guarded, in_batches, read_rows, refuse_first, source_of, why_none
 from .batches import Collator, example_lengths, flat_chunks
 from .split import overlap, split_dataset
+from .order import ByLength
 from .adapter import changes_base
 from .loss import evaluating
 from .memory import Probe, estimate_memory, live_bytes, undisturbed
@@ -80,8 +83,8 @@ def _check_pair(examples):
     if len(examples)<2: return
     a,b = ([*x['input_ids']] for x in examples)
     if a==b: raise ValueError('the same answer twice: the chat template makes the same of both')
-    n,m = (prompt_length(x['labels']) for x in examples)
-    if a[:n]!=b[:m]: raise ValueError('the chat template writes the prompt in another way before each answer')
+    n = min(prompt_length(x['labels']) for x in examples)
+    if a[:n]!=b[:n]: raise ValueError('the chat template writes the prompt in another way before each answer')
 
 def _made_of(row, tokenizer, how, form):
     "(shape, judgements, examples, what was cut off, rendered) of a row"
@@ -281,12 +284,23 @@ class ByOdds(Judged):
         none = logp_BT.new_zeros(1) # it would log the mean of all logits
         return mean_B[:half],mean_B[half:],none,none,-mean_B[:half].mean()
 
+class Mixed(Judged):
+    "What TRL's KTO gets: rows in an order of their own for each epoch, whatever their length"
+    reference_passes = 3
+
+    def _get_train_sampler(self, train_dataset=None):
+        data,a = self.train_dataset if train_dataset is None else train_dataset, self.args
+        return ByLength([1]*len(data), a.train_batch_size*a.gradient_accumulation_steps, a.seed)
+
+    def in_turn(self, rows): return torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.args.seed)).tolist()
+
 @cache
 def loop_of(
     method:str, # "dpo", "orpo" or "kto"
 )->tuple: # A `Trainer`, and what it is told with
     "TRL's trainer of a method as it is used here, and its config"
     require_trl()
+    warnings.filterwarnings('ignore', '`is_gradient_checkpointing` is deprecated', FutureWarning) # TRL 1.16 asks so with transformers 5.23
     if method=='orpo':
         from trl.import_utils import TRLExperimentalWarning
         with warnings.catch_warnings():
@@ -295,11 +309,9 @@ def loop_of(
         return type('OrpoLoop', (ByOdds, ORPOTrainer), {}),ORPOConfig
     import trl
     if method=='dpo': return type('DpoLoop', (Judged, trl.DPOTrainer), dict(reference_passes=1)),trl.DPOConfig
-    return type('KtoLoop', (Judged, trl.KTOTrainer), dict(reference_passes=3)),trl.KTOConfig
+    return type('KtoLoop', (Mixed, trl.KTOTrainer), {}),trl.KTOConfig
 
 # %% ../nbs/02c_preference.ipynb #01469f61
-_dropping = 'preferences are compared without dropout, as in TRL'
-
 def _check_reference(config):
     "Refuse what would make the model without its adapter another one than it was"
     if config.method=='orpo': return
@@ -392,3 +404,30 @@ def _bytes_of(step, there):
 def _predicted(config, machine, model_config):
     try: return estimate_memory(config, machine, model_config).one_pass
     except (SageError, ValueError): return None
+
+# %% ../nbs/02c_preference.ipynb #f42c68b8
+def method_for(
+    config:TrainingConfig, # Of a run that learns answers
+    look:int=100, # Rows to look at
+)->str|None: # "dpo" or "kto"; None where the rows are not judgements
+    "Which method the rows of a config are for"
+    if isinstance(config, PreferenceConfig): return config.method
+    if config.data_path is None or config.format_type is not None: return None
+    columns,shapes = checked_columns(config.columns),set()
+    try:
+        for _,row in zip(range(look), read_rows(config.data_path, **source_of(config))):
+            if isinstance(row.value, dict): shapes.add(detect_data_format(renamed(row.value, columns)))
+    except (ValueError, OSError, SageError): return None # what is wrong with the rows is told where they are read
+    return None if not shapes or shapes-{'preference', 'unpaired'} else 'kto' if 'unpaired' in shapes else 'dpo'
+
+def trainer_for(
+    config, # A `TrainingConfig`, a `PreferenceConfig`, or a dict of settings
+    quiet:bool=False, # Say nothing and show no progress
+)->LoRATrainer: # A `PreferenceTrainer` where it learns from preferences
+    "The trainer that a config and its rows need"
+    if isinstance(config, dict): config = TrainingConfig.from_dict(config)
+    if isinstance(config, PreferenceConfig): return PreferenceTrainer(config, quiet)
+    if not isinstance(config, TrainingConfig) or (method := method_for(config)) is None: return LoRATrainer(config, quiet)
+    run = PreferenceTrainer(PreferenceConfig.like(config, method=method), quiet)
+    run.say(f'The rows are judged answers, so they are learned from as preferences: `method="{method}"`, which a setting `method` changes')
+    return run

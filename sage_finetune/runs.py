@@ -19,7 +19,7 @@ from .codebase import held_out_rows, read_codebase, sample_facts, train_rows
 from .config import checked, SageError, TrainingConfig, default_output_dir, embedded_model, read_json, refuse_unknown, write_json
 from .folder import RunFolder, config_from_meta, read_meta, run_folder
 from .sources import load_training_data, read_rows, save_rows
-from .shapes import checked_columns, detect_data_format, renamed, sample_rows, to_messages
+from .shapes import checked_columns, detect_data_format, renamed, sample_rows, to_messages, to_preference
 from .template import encode
 from .data import conversations, source_of
 from .foreign import foreign_config, read_settings, tool_of
@@ -76,6 +76,7 @@ def _check_row(row, format_type, columns):
     if not isinstance(row, dict): raise ValueError(f'a row must be an object {{…}}, got {type(row).__name__}')
     row = renamed(row, columns)
     shape = format_type or detect_data_format(row)
+    if shape in ('preference', 'unpaired'): return bool(to_preference(row, shape).answers)
     return bool(row.get('text') if shape=='text' else to_messages(row, shape))
 
 # %% ../nbs/04_runs.ipynb #120f2c93
@@ -222,17 +223,18 @@ def _config_of_file(path, quiet):
     return foreign_config(path, (lambda line: None) if quiet else partial(print, file=sys.stderr))
 
 def trainer_of(
-    target, # Run folder, name of a run, or file of settings, of LLaMA-Factory and TRL too
+    target, # A config, run folder, name of a run, or file of settings, of LLaMA-Factory and TRL too
     quiet:bool=False, # Say nothing and show no progress
-): # A `LoRATrainer`
+): # A `LoRATrainer`; a `PreferenceTrainer` where the settings have a `method` or the rows are judged answers
     "The trainer of what `target` asks for"
-    from sage_finetune.trainer import LoRATrainer
+    from sage_finetune.preference import trainer_for
+    if isinstance(target, TrainingConfig): return trainer_for(target, quiet)
     path = checked('target', target, Path)
     if path.is_file():
         if path.suffix not in ('.json', '.yaml', '.yml'): raise SageError(f'{path} is not a file of settings (.json, .yaml)')
-        return LoRATrainer(_config_of_file(path, quiet), quiet=quiet)
+        return trainer_for(_config_of_file(path, quiet), quiet)
     run = find_run(target)
-    return LoRATrainer(config_from_meta(run.path) if run.meta.is_file() else TrainingConfig.load(run.config), quiet=quiet)
+    return trainer_for(config_from_meta(run.path) if run.meta.is_file() else TrainingConfig.load(run.config), quiet)
 
 # %% ../nbs/04_runs.ipynb #f66ddbc4
 @dataclass

@@ -102,6 +102,7 @@ def _turns(messages):
     if not isinstance(messages, list) or not messages: raise Refused('`messages` must be a list of turns with at least one')
     try: talk = to_conversation(dict(messages=[*messages, dict(role='assistant', content='.')]), 'messages').messages[:-1]
     except ValueError as e: raise Refused(f'`messages`: {e}') from None
+    if any(t.get('images') for t in talk): raise Refused('`messages`: this server answers text only, and a turn holds an image')
     if talk[-1]['role'] not in ('user', 'tool'): raise Refused(f"`messages` must end with a turn of the user, got one of the role {talk[-1]['role']}")
     return talk
 

@@ -91,7 +91,14 @@ def alike_groups(
 )->tuple: # Two arrays: for each example the first that is a copy of it, and the first that is a copy or nearly
     "Which examples are the same, and which nearly"
     copies = _copies(dataset)
-    return copies,_joined(copies.copy(), _signatures(dataset, _common(dataset, copies)))
+    return tuple(_by_pictures(leader, dataset) for leader in (copies, _joined(copies.copy(), _signatures(dataset, _common(dataset, copies)))))
+
+def _by_pictures(leader, dataset):
+    "`leader` with examples that show different pictures apart: the same words about another picture are another example"
+    import numpy as np
+    if 'image_digests' not in getattr(dataset, 'column_names', ()): return leader
+    first,shown = {},dataset['image_digests']
+    return np.array([first.setdefault((g, tuple(s)), i) for i,(g,s) in enumerate(zip(leader.tolist(), shown))])
 
 # %% ../nbs/01e_split.ipynb #863f5547
 def split_dataset(
@@ -136,6 +143,6 @@ def overlap(
 )->int: # Evaluation examples that are copies of a training example, or nearly
     "How much of the exam is in the lessons"
     from datasets import concatenate_datasets
-    both = concatenate_datasets([d.select_columns(['input_ids']) for d in (train, evaluation)])
+    both = concatenate_datasets([d.select_columns([c for c in ('input_ids', 'image_digests') if c in d.column_names]) for d in (train, evaluation)])
     alike = alike_groups(both)[1]
     return int(sum(g<len(train) for g in alike[len(train):].tolist()))

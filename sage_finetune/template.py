@@ -6,13 +6,16 @@ Docs: https://sage-finetune.github.io/sage_finetune/template.html.md"""
 
 # %% auto #0
 __all__ = ['plain_template', 'train_choices', 'ignored', 'ensure_template', 'byte_letters', 'is_byte_level', 'ChatForm',
-           'chat_form', 'render', 'Skeleton', 'Rendered', 'render_learned', 'token_ids', 'encode_rendered', 'encode',
-           'encode_prompt', 'end_of_turn_id']
+           'chat_form', 'render', 'pictures_of', 'Skeleton', 'Rendered', 'render_learned', 'token_ids',
+           'encode_rendered', 'encode', 'encode_prompt', 'end_of_turn_id']
 
 # %% ../nbs/00e_template.ipynb #0aea6248
 import json,os,re,unicodedata
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from .shapes import content_parts, image_mark
+from .pictures import moved_by, outside, picture, processor_of, put_in
 
 # %% ../nbs/00e_template.ipynb #4ac11717
 plain_template = ("{{ bos_token or '' }}{% for m in messages %}{{ '### ' + (m['role'] | title) + ':\n' + m['content'] }}"
@@ -31,10 +34,17 @@ def _applied(tokenizer, messages, tools=None, add_generation_prompt=False):
     "What the chat template makes of messages in its own form"
     known = tokenizer.special_tokens_map
     absent = {k: '' for k in ('bos_token', 'eos_token') if k not in known}
-    try: return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt,
+    try: text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt,
                                               date_string='26 Jul 2024', **absent)
     except Exception as e: # a template may raise anything
         raise ValueError(f'the chat template refuses this conversation: {" ".join(str(e).split())[:300] or type(e).__name__}') from None
+    return _begun(text, tokenizer) if processor_of(tokenizer) else text
+
+def _begun(text, tokenizer):
+    "A text with the token at its beginning that processors leave to the tokenizer where the template has none"
+    bos = tokenizer.bos_token
+    if not bos or text.startswith(bos): return text
+    return bos+text if tokenizer('a')['input_ids'][:1]==[tokenizer.bos_token_id] else text
 
 def _tried(tokenizer, *args, **kwargs):
     try: return _applied(tokenizer, *args, **kwargs)
@@ -69,7 +79,7 @@ def _says(ids, wanted, table):
     except (TypeError, IndexError): return False
 
 # %% ../nbs/00e_template.ipynb #ab6cafbf
-_first_sign,_signs_each = 0xF0000,4
+_first_sign,_signs_each = 0xF0000,16 # of a turn: its thoughts, its text, its last call, and texts between images
 _sign_pattern = re.compile('[\U000F0000-\U0010FFFF]')
 _most_turns = 8000
 
@@ -136,10 +146,16 @@ def _takes_calls(tokenizer, form):
 def _formed(messages, form):
     "Messages in the form that a template takes"
     out = [_with_calls({k: v for k,v in m.items() if k!='train'}, i, form) for i,m in enumerate(_with_ids(messages))]
+    out = [_in_pieces(m) if m.get('images') else m for m in out]
     return _in_parts(out) if form.parts else out
 
 def _in_parts(messages):
     return [m | dict(content=[dict(type='text', text=m['content'])]) if isinstance(m.get('content'), str) else m for m in messages]
+
+def _in_pieces(m):
+    "A turn with images as templates take it: which images they are is not their business"
+    parts = [dict(type='image') if p['type']=='image' else p for p in content_parts(m)]
+    return {k: v for k,v in m.items() if k!='images'} | dict(content=parts)
 
 def _with_calls(m, i, form):
     if not m.get('tool_calls'): return m
@@ -242,7 +258,14 @@ def render(
     "The one text form of a conversation"
     form = chat_form(tokenizer)
     messages,tools,_ = _adapted(messages, tools, form)
-    return _applied(tokenizer, _formed(messages, form), tools, add_generation_prompt)
+    text,pictures = _applied(tokenizer, _formed(messages, form), tools, add_generation_prompt),pictures_of(messages)
+    return put_in(text, pictures, tokenizer)[0] if pictures else text
+
+def pictures_of(
+    messages:list, # With `images`, each a `Picture` or what `picture` takes
+)->list: # Of `Picture`, in order
+    "What a conversation shows"
+    return [picture(ref) for m in messages for ref in m.get('images', ())]
 
 # %% ../nbs/00e_template.ipynb #7e7592e7
 _thoughts = re.compile(r'(\s*<think>\s*)(.*?)(\s*</think>\s*)(.*)', re.S)
@@ -256,11 +279,18 @@ def _signed(messages):
         return s
     for i,m in enumerate(messages):
         new,thought = dict(m),_thoughts.fullmatch(m['content']) if m['role']=='assistant' and '</think>' in m['content'] else None
-        new['content'] = thought[1]+sign(thought[2], i, 0)+thought[3]+sign(thought[4], i, 1) if thought else sign(m['content'], i, 1)
+        if m.get('images'): new |= dict(content=_signed_pieces(m, i, sign), images=[None]*len(m['images']))
+        else: new['content'] = thought[1]+sign(thought[2], i, 0)+thought[3]+sign(thought[4], i, 1) if thought else sign(m['content'], i, 1)
         if m.get('reasoning_content'): new['reasoning_content'] = sign(m['reasoning_content'], i, 0)
         if m.get('tool_calls'): new['tool_calls'] = [*m['tool_calls'][:-1], _renamed(m['tool_calls'][-1], lambda name: sign(name, i, 2))]
         out.append(new)
     return out,bodies
+
+def _signed_pieces(m, turn, sign):
+    "The content of a turn with images, a sign in the place of each text between them"
+    texts,parts = m['content'].split(image_mark),iter([1, *range(3, _signs_each)])
+    if sum(bool(t.strip()) for t in texts)>_signs_each-2: raise ValueError(f'turn {turn+1} has more than {_signs_each-2} texts between images')
+    return image_mark.join(sign(t, turn, next(parts)) if t.strip() else t for t in texts)
 
 def _renamed(call, new): return call | dict(function=call['function'] | dict(name=new(call['function']['name'])))
 
@@ -400,6 +430,7 @@ class Rendered:
     spans: list # (start, end) of each stretch of characters to learn
     found: tuple = () # How their starts were found
     notes: tuple = () # What the template could not take or left out
+    pictures: tuple = () # Of `Picture`, in the order of their places
 
 train_choices = 'assistant', 'last', 'all'
 
@@ -439,12 +470,20 @@ def render_learned(
     if train_on!='all': messages = _chosen(messages, train_on)
     messages,tools,notes = _adapted(messages, tools, form)
     text = _applied(tokenizer, _formed(messages, form), tools)
-    if train_on=='all': return Rendered(text, [(0, len(text.rstrip()))], ('every token',), tuple(notes))
+    pictures = pictures_of(messages)
+    if train_on=='all': return _with_pictures(Rendered(text, [(0, len(text.rstrip()))], ('every token',), tuple(notes)), pictures, tokenizer)
     text,spans,missing = _proved_spans(tokenizer, text, messages, tools, form)
     learned = sorted(s for i,m in enumerate(messages) if m['role']=='assistant' and m['train'] for s in spans[i])
     if any(b>c for (_,b,_),(c,_,_) in zip(learned, learned[1:])): raise ValueError('the chat template mixes the turns, so the answers cannot be told apart')
     if any(not text[a:b].rstrip().endswith(form.ends or ('\0',)) and text[b:].strip() for a,b,_ in learned[:-1]): missing = [*missing, 'an earlier answer has no end of its own']
-    return Rendered(text, [(a, b) for a,b,_ in learned], tuple(h for *_,h in learned), tuple(notes+missing))
+    return _with_pictures(Rendered(text, [(a, b) for a,b,_ in learned], tuple(h for *_,h in learned), tuple(notes+missing)), pictures, tokenizer)
+
+def _with_pictures(rendered, pictures, tokenizer):
+    "A rendered conversation with all places for its pictures, none of which is learned"
+    if not pictures: return rendered
+    text,moved = put_in(rendered.text, pictures, tokenizer)
+    spans = [(moved_by(a, moved), moved_by(b, moved)) for a,b in rendered.spans]
+    return replace(rendered, text=text, spans=outside(spans, [(c, d) for *_,c,d in moved]), pictures=tuple(pictures))
 
 # %% ../nbs/00e_template.ipynb #c1952776
 def _proved_spans(tokenizer, text, messages, tools, form):

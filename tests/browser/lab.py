@@ -184,6 +184,16 @@ class Page:
         "Close the page and end its kernel"
         self.page.evaluate("() => window.jupyterapp.shell.currentWidget?.sessionContext.shutdown()")
         self.page.context.close()
+    def saved(self, path, cell, *words, seconds=60):
+        "Save until the outputs of a cell hold these words; the outputs in the file"
+        import nbformat
+        end = time.monotonic()+seconds
+        while True:
+            self.save()
+            outputs = nbformat.read(path, 4).cells[cell].outputs
+            text = '\n'.join(o.data.get('text/plain', '') for o in outputs)
+            if all(w in text for w in words): return outputs
+            assert time.monotonic()<end, f'{words} are not all in {text}'
     def save(self): self.page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')"); self.page.wait_for_timeout(1000)
 
     def picture(self, path, cell, tallest=None):
@@ -197,3 +207,20 @@ class Page:
         with Image.open(path) as image: whole = image.convert('RGB')
         part = whole.crop((max(0, round(margin)-8), 0, whole.width, min(whole.height, tallest or whole.height)))
         part.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+# A dashboard
+
+def steps(page, cell, most):
+    "The step that the dashboard shows"
+    found = re.search(rf'([\d,]+) of {most}', page.shown(cell))
+    return int(found[1].replace(',', '')) if found else -1 # before the first step it does not know how many there will be
+
+
+def beyond(page, cell, most, step, seconds=90):
+    "Wait until the dashboard shows a later step; which one"
+    end = time.monotonic()+seconds
+    while (now := steps(page, cell, most))<=step:
+        assert time.monotonic()<end, f'still at step {now}'
+        page.page.wait_for_timeout(200)
+    return now

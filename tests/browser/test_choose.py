@@ -23,7 +23,7 @@ def nothing_wrong(page): assert (page.faults(), page.strangers, page.wrong)==([]
 def says(page, code, wanted): page.see(rf'^\s*(\[\d+\]:\s*)?{wanted}\s*$', page.run(code))
 
 
-def test_form(root, visit, images):
+def test_form(root, visit, opens, later, images):
     lab.notebook(root/'form.ipynb', *cells)
     page = visit('form.ipynb')
     page.see('fits: .* of 12.00 GB', 1, seconds=180)
@@ -54,10 +54,16 @@ def test_form(root, visit, images):
     says(page, 'from sage_finetune import LoRAConfig, PresetConfigs, TrainingConfig; eval(form.code)==form.config', 'True')
     says(page, 'form.config.load_in_4bit, form.config.packing, form.config.max_length', r'\(True, True, 4096\)')
 
+    page.saved(root/'form.ipynb', 1, 'packing=True', 'fits: ')
+    for where in later: # nobody has pressed Keep
+        text = opens(where, 'form.ipynb', run=False).shown(1)
+        assert 'packing=True' in text and 'fits: ' in text and 'widget' not in text, text
+    assert 'Settings, from' not in page.shown(1), 'what stands still is to be seen beside the widgets'
+
     page.press('Keep')
     page.see('Settings, from the preset a100', 1, seconds=90)
     assert page.cell(1).locator('.jupyter-widgets').count()==0
     page.save()
     kept = nbformat.read(root/'form.ipynb', 4).cells[1].outputs
-    assert [sorted(o.data) for o in kept]==[['text/html', 'text/plain']] and 'packing=True' in kept[0].data['text/html']
+    assert [sorted(o.data) for o in kept]==[['text/html', 'text/plain'], []] and 'packing=True' in kept[0].data['text/html']
     nothing_wrong(page)
