@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from .loading import takes_images, without_noise # before peft: it quiets bitsandbytes
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, prepare_model_for_kbit_training, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -287,9 +287,17 @@ def check_knobs(
 def ready_for_quantised_training(
     model, # A causal language model, perhaps with quantised weights
 ): # The same model
-    "Frozen weights, and norms in 32 bits"
+    "Frozen weights; norms, and what flows from layer to layer, in 32 bits"
     if not getattr(model, 'is_quantized', False): return model
-    with without_noise(): return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    half,embedding,head = (torch.float16, torch.bfloat16),model.get_input_embeddings(),model.get_output_embeddings()
+    matrices = {id(m.weight) for m in (embedding, head) if m is not None and m.weight.dtype in half}
+    of_head = {id(p) for p in head.parameters()} if head is not None else set()
+    for p in model.parameters():
+        p.requires_grad_(False)
+        if p.dtype in half and id(p) not in matrices | of_head: p.data = p.data.float()
+    if id(embedding.weight) in matrices: embedding.register_forward_hook(lambda layer,args,out: out.float())
+    if head is not None and id(head.weight) in matrices: head.register_forward_pre_hook(lambda layer,args: (args[0].to(layer.weight.dtype), *args[1:]))
+    return model
 
 # %% ../nbs/01f_adapter.ipynb #8945d685
 def adapter_line(

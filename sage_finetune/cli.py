@@ -7,7 +7,8 @@ Docs: https://sage-finetune.github.io/sage_finetune/cli.html.md"""
 # %% auto #0
 __all__ = ['app', 'Output', 'Model', 'Data', 'Fresh', 'Runs', 'IgnoreContract', 'Key', 'Format', 'Split', 'Subset', 'Revision',
            'TrainOn', 'Overflow', 'Columns', 'EXAMPLES', 'quickstart', 'show_quickstart', 'inspect', 'start', 'run',
-           'list_command', 'watch', 'merge', 'clean', 'chat', 'compare', 'look', 'serve', 'export', 'examples', 'main']
+           'list_command', 'watch', 'merge', 'clean', 'chat', 'compare', 'look', 'repeat', 'serve', 'export',
+           'examples', 'main']
 
 # %% ../nbs/10_cli.ipynb #b5095066
 import json,os,sys
@@ -232,13 +233,8 @@ def run(
 @app.command('list')
 def list_command(dir: Runs = None):
     "Every run: task, model, state, final loss, size"
-    from sage_finetune.config import default_output_dir
-    from sage_finetune.runs import list_runs
-    runs = list_runs(dir)
-    if not runs: echo(f'No runs in {dir or default_output_dir}. Make one: sage-finetune quickstart'); return
-    table = _table('run', 'task', 'model', 'state', 'loss', 'size')
-    for r in runs: table.add_row(r.name, r.task, r.model, r.state, '' if r.loss is None else f'{r.loss:.3f}', size_text(r.size))
-    _print(table)
+    from sage_finetune.compare import runs
+    _print(runs(dir))
 
 @app.command()
 def watch(
@@ -330,13 +326,14 @@ def _chat_target(name):
 def compare(
     names: Annotated[list[str], Argument(metavar='RUN...', help='Names or folders of two or more runs')],
     plot: Annotated[Optional[str], Option('--plot', metavar='FILE', help='Draw the curves into this file: .png, .svg or .pdf')] = None,
+    by: Annotated[str, Option('--by', help='With --plot: curves over each step, or over the tokens seen')] = 'step',
     dir: Runs = None,
 ):
     "Lay runs side by side: figures, and the settings that differ"
     from sage_finetune.compare import compare as side_by_side
     from sage_finetune.inspect_data import picture_file, save_picture
     if plot: picture_file(plot)
-    found = side_by_side(*names, root=dir)
+    found = side_by_side(*names, by=by, root=dir)
     if plot: save_picture(found.plot(), plot)
     _print(found)
 
@@ -344,12 +341,27 @@ def compare(
 def look(
     name: Annotated[str, Argument(help='Name or folder of a run')],
     rows: Annotated[int, Option('--rows', min=1, help='Rows to show')] = 3,
+    plot: Annotated[Optional[str], Option('--plot', metavar='FILE', help='Draw the sizes of the adapter into this file: .png, .svg or .pdf')] = None,
 ):
     "What a run learned worst, what it forgot, and where its adapter is large"
     from sage_finetune.compare import Run
+    from sage_finetune.inspect_data import picture_file, save_picture
     from sage_finetune.look import adapter_sizes, forgetting, worst_rows
+    if plot: picture_file(plot)
     run = Run(name) # which loads its model once
-    _print(worst_rows(run, rows), forgetting(run), adapter_sizes(run))
+    sizes = adapter_sizes(run)
+    if plot: save_picture(sizes.plot(), plot)
+    _print(worst_rows(run, rows), forgetting(run), sizes)
+
+@app.command()
+def repeat(
+    name: Annotated[str, Argument(help='Name or folder of a run')],
+    output: Annotated[str, Argument(help='A new folder')],
+    anyway: Annotated[bool, Option('--anyway', help='Go on where the last digits may differ')] = False,
+):
+    "Train a run once more, from its folder, and tell whether every number came out the same"
+    from sage_finetune.compare import repeat_run
+    echo(str(repeat_run(name, output, anyway, quiet=False)))
 
 # %% ../nbs/10_cli.ipynb #b29149f7
 @app.command()
@@ -412,6 +424,7 @@ Afterwards:
   sage-finetune chat code --prompt "What does `fit_config` do?"
   sage-finetune merge code
   sage-finetune compare code code-2
+  sage-finetune repeat code ~/again
   sage-finetune serve code
   sage-finetune export code --adapter
 

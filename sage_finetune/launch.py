@@ -66,7 +66,8 @@ def _said(failure):
     again = 'the same command goes on from the last checkpoint'
     if failure.exitcode<0: return f'{signal.Signals(-failure.exitcode).name} ended it, perhaps for want of memory; {again}'
     if failure.error_file_data.get('message') in (None, '<NONE>'): return f'it ended with status {failure.exitcode}, and said why above'
-    return ' '.join(re.sub(r'^\w+: ', '', failure.message).split())
+    said = failure.message['message'] if isinstance(failure.message, dict) else failure.message
+    return ' '.join(re.sub(r'^\w+: ', '', said).split())
 
 def _first_failure(
     error, # A `ChildFailedError` of torch
@@ -75,13 +76,13 @@ def _first_failure(
     number,failure = error.get_first_failure()
     if failure.exitcode in (130, 143): return failure.exitcode,None # asked to stop; the first process has told where it did
     said = _said(failure)
-    return 128-failure.exitcode if failure.exitcode<0 else failure.exitcode, said if re.search(r'\bprocess \d', said) else f'process {number}: {said}'
+    return 128-failure.exitcode if failure.exitcode<0 else failure.exitcode, said if 'message' in failure.error_file_data and number==0 or 'process ' in said else f'process {number}: {said}'
 
 # %% ../nbs/07a_launch.ipynb #4af493e7
 @contextmanager
 def _quiet_launcher():
     "The launcher says nothing of its own, waits long enough at the end, and gives the signals back"
-    loggers = [logging.getLogger(n) for n in ('torch.distributed.elastic', 'torch.distributed.run')]
+    loggers = [logging.getLogger(n) for n in [*logging.root.manager.loggerDict] if n.startswith(('torch.distributed.elastic', 'torch.distributed.run'))]
     main = threading.current_thread() is threading.main_thread()
     levels,handlers = [l.level for l in loggers],{n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGTERM), getattr(signal, 'SIGQUIT', signal.SIGTERM))}
     from accelerate.utils import patch_environment
@@ -94,6 +95,7 @@ def _quiet_launcher():
 
 def _start(command):
     "Start a command of `launch_command` in this process, which becomes the launcher, and wait; exit status and, where it failed, why"
+    import torch.distributed.run # has made its loggers then
     from accelerate.commands.launch import launch_command as go, launch_command_parser
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -139,11 +141,12 @@ class Failed(SageError):
     def __init__(self, status, why): self.status = status; super().__init__(why)
 
 # %% ../nbs/07a_launch.ipynb #2e66c281
-def _end_with_parent():
-    "Ask the system for a SIGTERM when the launcher has gone, be it by a kill"
+def _end_with_parent(run):
+    "Stop, and save, when the launcher has gone, be it by a kill; the system tells it by a signal, more than once"
     if not sys.platform.startswith('linux') or processes()==1: return
     import ctypes
-    with suppress(OSError, AttributeError): ctypes.CDLL(None).prctl(1, int(signal.SIGTERM)) # 1: PR_SET_PDEATHSIG
+    signal.signal(signal.SIGUSR1, lambda *_: run.stop(signal.SIGTERM))
+    with suppress(OSError, AttributeError): ctypes.CDLL(None).prctl(1, int(signal.SIGUSR1)) # 1: PR_SET_PDEATHSIG
 
 def _tell(error, status):
     "Leave what went wrong for the launcher, or say it where there is none"
@@ -160,10 +163,10 @@ def main(
     argv = sys.argv[1:] if argv is None else argv
     target,fresh = [a for a in argv if a!='--fresh'],'--fresh' in argv
     if len(target)!=1 or target[0].startswith('-'): print('usage: python -m sage_finetune.launch TARGET [--fresh]', file=sys.stderr); return 2
-    _end_with_parent()
     try:
         run = trainer_of(target[0], quiet=bool(process())) # what it has to say, once
         run.quiet = False # whether to try the longest batch is the same for all
+        _end_with_parent(run)
         result = run.train(fresh=fresh)
         if not process(): print(result, f'Adapter: {run.folder.lora_weights}', sep='\n', flush=True)
     except KeyboardInterrupt as e: return _tell(e if str(e) else KeyboardInterrupt('stopped; the same command goes on from the last checkpoint'), 128+getattr(e, 'signal', 2))

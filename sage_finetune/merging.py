@@ -445,10 +445,14 @@ def read_as_needed(
     finally:
         for h in hooks: h.remove()
 
+def _logits_of_one(model, row):
+    given = row if isinstance(row, dict) else dict(input_ids=torch.tensor([row]))
+    return [model(**given, use_cache=False).logits[0].float()]
+
 @torch.inference_mode()
 def _logits_together(model, rows):
     "Logits of rows that go through at once; causal attention never looks at what fills a row up at its end"
-    if any(isinstance(r, dict) for r in rows): return logits_of(model, rows)
+    if any(isinstance(r, dict) for r in rows): return [logits for r in rows for logits in _logits_of_one(model, r)] # pictures are of different sizes
     longest = max(map(len, rows))
     ids = torch.tensor([[*r, *[0]*(longest-len(r))] for r in rows])
     logits = model(input_ids=ids, use_cache=False).logits

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from .loading import load_tokenizer # before transformers: it quiets bitsandbytes
 from transformers import TrainingArguments
 
@@ -38,7 +39,7 @@ def require_trl()->None: # Nothing: TRL can be imported
     "Refuse a preference run where its library is missing"
     try: import trl
     except ImportError: raise SageError('preference tuning needs TRL: `pip install "sage_finetune[trl]"`') from None
-    if not hasattr(trl, 'KTOTrainer'): raise SageError(f'preference tuning needs TRL 1.16 or newer, and this is {trl.__version__}: `pip install -U "sage_finetune[trl]"`')
+    if not hasattr(trl, 'KTOTrainer'): raise SageError(f'preference tuning needs TRL 1.14 or newer, and this is {trl.__version__}: `pip install -U "sage_finetune[trl]"`')
 
 # %% ../nbs/02c_preference.ipynb #516bc875
 @dataclass(frozen=True)
@@ -268,21 +269,25 @@ class ByOdds(Judged):
     loss_is_scaled_for_ga = False
 
     def __init__(self, *args, train_dataset, eval_dataset=None, **kwargs):
-        from trl.trainer.utils import add_fused_lm_head
+        from trl.trainer import utils
         none = lambda d: None if d is None else d.select([]) # it would copy them
         super().__init__(*args, train_dataset=none(train_dataset), eval_dataset=none(eval_dataset), **kwargs)
-        self.train_dataset,self.eval_dataset = train_dataset,eval_dataset
-        add_fused_lm_head(self.model.get_base_model())
+        self.train_dataset,self.eval_dataset,self.fused = train_dataset,eval_dataset,hasattr(utils, 'add_fused_lm_head')
+        if self.fused: utils.add_fused_lm_head(self.model.get_base_model())
 
     def figures_of_pass(self): return self._stored_metrics['train']
 
     def concatenated_forward(self, model, batch):
         mask_BT,half = batch['completion_mask'],len(batch['input_ids'])//2
-        labels = batch['input_ids'].masked_fill(mask_BT==0, ignored)
-        logp_BT = model(input_ids=batch['input_ids'], attention_mask=batch['attention_mask'], labels=labels, fused_lm_head=True).log_probs
-        mean_B = logp_BT.sum(1)/mask_BT[:, 1:].sum(1)
-        none = logp_BT.new_zeros(1) # it would log the mean of all logits
+        mean_B = self._log_probs(model, batch['input_ids'], batch['attention_mask'], mask_BT).sum(1)/mask_BT[:, 1:].sum(1)
+        none = mean_B.new_zeros(1) # it would log the mean of all logits
         return mean_B[:half],mean_B[half:],none,none,-mean_B[:half].mean()
+
+    def _log_probs(self, model, ids_BT, real_BT, mask_BT):
+        labels = ids_BT.masked_fill(mask_BT==0, ignored)
+        if self.fused: return model(input_ids=ids_BT, attention_mask=real_BT, labels=labels, fused_lm_head=True).log_probs
+        logits_BTV = model(input_ids=ids_BT, attention_mask=real_BT, use_cache=False).logits[:, :-1].float()
+        return -F.cross_entropy(logits_BTV.transpose(1, 2), labels[:, 1:], ignore_index=ignored, reduction='none')
 
 class Mixed(Judged):
     "What TRL's KTO gets: rows in an order of their own for each epoch, whatever their length"

@@ -98,7 +98,7 @@ class Watch(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs): # the step before is whole: logged, evaluated, saved
         if self.trainer.steps: self.trainer.steps.keep(self.trainer, self.rng)
-        self.trainer.break_off()
+        self.trainer.break_off(self.trainer.asked_of_one)
 
     def on_substep_end(self, args, state, control, **kwargs): self.trainer.break_off()
 
@@ -107,7 +107,7 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.rng = random_state()
-        if args.world_size>1 and self.trainer.anybody_asked(): control.should_save = control.should_training_stop = True # all of them, at the same step
+        if args.world_size>1 and self.trainer.anybody_asked(): control.should_save = True # all of them, at the same step; the next one does not begin
 
 # %% ../nbs/02_trainer.ipynb #9f125347
 class Steady:
@@ -195,8 +195,8 @@ class Steady:
             good = good+put_together(norm).to(good)
         return bool(self.accelerator.gather(good[None]).isfinite().all()) # of every process, so that all go on or none
 
-    def break_off(self):
-        if self.args.world_size==1 and (number := self.asked()): raise Stopped(number)
+    def break_off(self, asked_of_one=0):
+        if number := self.asked() if self.args.world_size==1 else asked_of_one: raise Stopped(number)
 
     def anybody_asked(self):
         "The number of the signal that asked any of several processes to stop, or 0"
@@ -870,8 +870,7 @@ def _attempt(run, start):
         if refused := _disk_error(e): raise cannot_write(run.folder.path, refused) from None
         with suppress(Exception): _keep_last(run) # an error of somebody's own: what was done up to it is kept
         raise
-    run.asked_to_stop = run.asked_to_stop or run.trainer.asked_of_one or None
-    if run.asked_to_stop and run.trainer.state.global_step<run.trainer.state.max_steps: return Stopped(run.asked_to_stop) # several processes
+    run.asked_to_stop = run.asked_to_stop or run.trainer.asked_of_one or None # by any of several processes, in the last step
 
 def _is_last(checkpoint):
     "Whether a checkpoint was written after the last step; the library would take one step more"

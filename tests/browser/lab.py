@@ -157,11 +157,13 @@ class Page:
     def cell(self, i): return self.page.locator('.jp-Notebook .jp-Cell').nth(i)
     def shown(self, i): return self.cell(i).locator('.jp-Cell-outputArea').inner_text()
     def see(self, pattern, cell=None, seconds=60):
-        "Wait until a text is to be seen in the outputs (of one cell); its match"
-        from playwright.sync_api import expect
+        "Wait until a text is to be seen in the outputs of a cell (or of any); its match. What a style hides is not seen"
         place = (self.page.locator('.jp-Notebook') if cell is None else self.cell(cell)).locator('.jp-Cell-outputArea')
-        expect(place.filter(has_text=re.compile(pattern)).first).to_be_visible(timeout=1000*seconds)
-        return re.search(pattern, place.filter(has_text=re.compile(pattern)).first.inner_text())
+        end = time.monotonic()+seconds
+        while not (found := next(filter(None, (re.search(pattern, text) for text in place.all_inner_texts())), None)):
+            assert time.monotonic()<end, f'{pattern!r} is not to be seen in:\n'+'\n'.join(place.all_inner_texts())[-3000:]
+            self.page.wait_for_timeout(100)
+        return found
 
     def settled(self, cell, seconds=60):
         "Wait until a cell shows one picture and no widget any more"

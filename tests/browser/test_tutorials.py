@@ -167,8 +167,8 @@ def slid(page, cell, key, name):
 
 
 def test_what_it_learns_with_the_slider(root, visit, opens, later, images):
-    name,_ = tutorial(root, '02_what_it_learns', 'steered_')
-    page = visit(name, run=None)
+    file,_ = tutorial(root, '02_what_it_learns', 'steered_')
+    page = visit(file, run=None)
     cell = page.at('conversation = talk(')
     page.run_cells(0, cell)
     page.see('0 is the base, 1 the tuned model', cell, seconds=240)
@@ -187,7 +187,7 @@ def test_what_it_learns_with_the_slider(root, visit, opens, later, images):
     for theme in ('Dark', 'Light'): page.theme(theme); page.picture(images/('talk.png' if theme=='Light' else 'talk_dark.png'), cell, 900)
     page.save()
     for address in later: # it was not closed
-        copy = opens(address, name, run=False)
+        copy = opens(address, file, run=False)
         text = copy.shown(cell)
         assert 'In which hall is the viola?' in text and 'tuned × 1.05' in text and 'widget' not in text, text
     page.press('Keep')
