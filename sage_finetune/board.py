@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from .config import Shown
 from .show import Panel, Table
 from .inspect_data import shown_figure
+from .memory import gb_text
 
 # %% ../nbs/04d_board.ipynb #06f0570a
 class Curve:
@@ -132,8 +133,6 @@ def duration(
     if s<60: return f'{s} s'
     return f'{s//60} min {s%60:02} s' if s<3600 else f'{s//3600:,} h {s%3600//60:02} min'
 
-def _gb(n): return f'{n/1e9:.2f} GB' if n>=1e8 else f'{n/1e6:.1f} MB'
-
 def _facts(board):
     "(name, text, share) of each figure"
     b,now = board,board.now
@@ -143,7 +142,7 @@ def _facts(board):
     if held := b.held_out.line: yield 'held-out loss',f'{held[-1][1]:.4f}'+(f', {held[0][1]:.4f} at step {held[0][0]:,}' if len(held)>1 else ''),None
     if line := b.rate.line: yield 'learning rate',f'{line[-1][1]:.3g}',None
     if 'tokens_per_second' in now: yield 'speed',f"{now['tokens_per_second']:,.0f} tokens/s",None
-    if now.get('memory'): yield 'memory so far',_gb(now['memory'])+(f' of {_gb(b.card)}' if b.card else ''),now['memory']/b.card if b.card else None
+    if now.get('memory'): yield 'memory so far',gb_text(now['memory'])+(f' of {gb_text(b.card)}' if b.card else ''),now['memory']/b.card if b.card else None
 
 def facts_table(
     board:Board, # Of a run

@@ -153,6 +153,9 @@ def start(
     data: Data = None, output: Output = None,
     format: Format = None, split: Split = None, subset: Subset = None, revision: Revision = None,
     train_on: TrainOn = None, overflow: Overflow = None, columns: Columns = None,
+    init_adapter: Annotated[Optional[str], Option('--init-adapter', help='Run or adapter to go on from')] = None,
+    stack: Annotated[bool, Option('--stack', help='With --init-adapter: train a second adapter on top of it')] = False,
+    replay: Annotated[Optional[float], Option('--replay', metavar='SHARE', help='Share of earlier rows to mix in, against forgetting, such as 0.2')] = None,
     auto: Annotated[bool, Option('--auto', help='Ask nothing; take the default of every answer that is missing')] = False,
     fresh: Fresh = False,
 ):
@@ -165,8 +168,10 @@ def start(
     model = _ask('Model', model, 'sage-tiny', auto)
     data = _ask('Folder of the codebase (empty: this package)' if task=='code' else 'Data (file, folder or data set on the Hub)', data, '' if task=='code' or not auto else None, auto) or None
     output = _ask('Run folder', output, str(run_folder(task).path), auto)
-    asked = dict(data_split=split, data_subset=subset, data_revision=revision, train_on=train_on, overflow=overflow, columns=_pairs(columns))
-    run,notes = new_run(task, model, data, output, format, quick_settings(model) | {k: v for k,v in asked.items() if v is not None}, fresh=fresh)
+    asked = dict(data_split=split, data_subset=subset, data_revision=revision, train_on=train_on, overflow=overflow, columns=_pairs(columns), stack_adapter=stack or None, replay_share=replay,
+                 init_adapter=init_adapter and (str(Path(init_adapter).resolve()) if Path(init_adapter).exists() else init_adapter))
+    quick = {k: v for k,v in quick_settings(model).items() if k!='lora' or stack or not init_adapter} # else the adapter decides
+    run,notes = new_run(task, model, data, output, format, quick | {k: v for k,v in asked.items() if v is not None}, fresh=fresh)
     echo('\n'.join([*notes, f'Written: {run.meta}']))
     _train(run.path, fresh)
 
@@ -419,8 +424,12 @@ From Python:
   from sage_finetune import LoRATrainer, PresetConfigs
   LoRATrainer(PresetConfigs.rtx_3060(data_path="rows.jsonl", output_dir="runs/first")).train()
 
+A second task on top of a run, with a fifth of its rows mixed in against forgetting:
+  sage-finetune start --task qa --data more.jsonl --init-adapter qa --replay 0.2 --output runs/second --auto
+
 Afterwards:
   sage-finetune list
+  sage-finetune watch
   sage-finetune chat code --prompt "What does `fit_config` do?"
   sage-finetune merge code
   sage-finetune compare code code-2

@@ -426,7 +426,9 @@ def read_as_needed(
     read, # Called with the name of a weight, gives the tensor
 ): # While the block runs, the model can be called
     "Give each layer its weights when its turn comes, and take them away when it is done"
+    from unittest.mock import patch
     from peft.tuners.lora import LoraLayer
+    from transformers import PreTrainedModel
     hooks,inside = [],set()
     def watch(path, layer, names):
         places = [(layer.get_submodule(n.rpartition('.')[0]), n.rpartition('.')[2], f'{path}.{n}' if path else n) for n in names]
@@ -441,9 +443,10 @@ def read_as_needed(
         whole = isinstance(layer, LoraLayer) # some look at the weight of their base outside of its own call
         if whole: inside.update(layer.modules())
         if names := [n for n,p in layer.named_parameters(recurse=whole) if p.device.type=='meta']: watch(path, layer, names)
-    try: yield model
-    finally:
-        for h in hooks: h.remove()
+    with patch.object(PreTrainedModel, 'device', torch.device('cpu')): # some move their inputs to where their weights seem to be
+        try: yield model
+        finally:
+            for h in hooks: h.remove()
 
 def _logits_of_one(model, row):
     given = row if isinstance(row, dict) else dict(input_ids=torch.tensor([row]))

@@ -10,7 +10,7 @@ __all__ = ['need_pillow', 'picture_digest', 'Picture', 'Missing', 'picture', 'Al
            'copy_processor', 'processor_digest']
 
 # %% ../nbs/00i_pictures.ipynb #f874ec7d
-import base64,binascii,hashlib,io,json,re
+import base64,hashlib,io,json,re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -86,7 +86,7 @@ def _data_of_url(url):
     head,_,text = url.partition(',')
     try:
         if head.endswith(';base64'): return base64.b64decode(text, validate=True)
-    except binascii.Error: pass
+    except ValueError: pass # binascii.Error is one
     raise ValueError(f'image {url[:40]}… is no `data:` URL in base64')
 
 def _local_path(ref, folder):

@@ -97,7 +97,7 @@ def row(*content, answer='It is red.'):
 def shows(name): return dict(type='image', image=name)
 
 def written(folder, rows):
-    (folder/'rows.json').write_text(json.dumps(rows))
+    (folder/'rows.json').write_text('[\n'+',\n'.join(map(json.dumps, rows))+'\n]')
     return folder/'rows.json'
 
 def mixed_rows(folder):
@@ -145,8 +145,8 @@ def test_loss_and_gradients_are_those_of_the_model(kind, models, tmp_path):
     assert (total/n-own).abs()<1e-5
     ours,theirs = (torch.autograd.grad(x, learned) for x in (total/n, own))
     assert max(((a-b).norm()/b.norm().clamp(min=1e-6)).item() for a,b in zip(ours, theirs))<1e-4
-    blank = {k: torch.zeros_like(v) if k=='pixel_values' else v for k,v in batch.items()}
-    assert (loss_sum(model, **blank)[0]-total).abs()>1e-5 # what the picture shows counts
+    other = {k: -v if k=='pixel_values' else v for k,v in batch.items()}
+    assert (loss_sum(model, **other)[0]-total).abs()>1e-5 # what the picture shows counts
 
 
 def test_every_row_is_accounted_for(models, tmp_path):
@@ -169,6 +169,7 @@ def test_every_row_is_accounted_for(models, tmp_path):
     made = prepare_dataset(written(tmp_path, [*good, *bad.values()]), tokenizer, 64, report=report)
     assert (report.read, report.used)==(len(good)+len(bad), len(good)) and len(report.dropped)==len(bad)
     for told,why in zip(report.dropped, bad): assert why in told['reason'] and told['file']==str(tmp_path/'rows.json'), (why, told)
+    assert [d['line'] for d in report.dropped]==[*range(len(good)+2, len(good)+len(bad)+2)]
     assert report.notes['images put before the first question']==1 and report.images==11 and [len(r['images']) for r in made]==[1]*5+[2]+[1]*4+[0]
     assert all(picture(p).digest==d for r in made for p,d in zip(r['images'], r['image_digests']))
     for overflow in ('truncate', 'split'):
