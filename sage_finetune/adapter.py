@@ -121,8 +121,8 @@ def trained_tensors(
     "What is trained, whole also where each process holds a part"
     trained = {n: p for n,p in model.named_parameters() if p.requires_grad}
     if not any(hasattr(p, 'ds_id') for p in trained.values()): return {n: put_together(p.detach()).cpu() for n,p in trained.items()}
-    from deepspeed.zero import GatheredParameters
-    with GatheredParameters([*trained.values()]): return {n: p.detach().cpu().clone() for n,p in trained.items()}
+    import deepspeed
+    with deepspeed.zero.GatheredParameters([*trained.values()]): return {n: p.detach().cpu().clone() for n,p in trained.items()}
 
 def save_adapter(
     model, # With an adapter from `add_lora`

@@ -29,6 +29,7 @@ class Picture:
     path: str # Of its file, or what it is called where it is in none
     digest: str # From `picture_digest`
     data: bytes|None = field(default=None, repr=False, compare=False) # Its bytes, where they are in no file
+    size: tuple|None = field(default=None, repr=False, compare=False) # (width, height) in points, once it was opened
 
     def read(self)->bytes: # As they were when the row was prepared
         "The bytes of the image"
@@ -115,7 +116,7 @@ class Album:
         try:
             found = picture(ref, folder)
             if found.data is None: self.seen[found.path] = found.digest
-            found.open()
+            found = replace(found, size=found.open().size)
         except ValueError as e:
             if isinstance(e, Missing): self.seen[e.path] = None
             raise ValueError(f'turn {turn}: {e}') from None
@@ -170,22 +171,22 @@ def _known(processor):
     if not hasattr(processor, '_sage_known'): processor._sage_known = {},set()
     return processor._sage_known
 
-def _text_of_image(processor, image):
-    "What stands for an image in a text"
+def _text_of_image(processor, picture, size):
+    "What stands for an image of some size in a text"
     texts,_ = _known(processor)
-    if image.size not in texts:
-        made = processor(text=[_image_token(processor)], images=[[image]], return_text_replacement_offsets=True, add_special_tokens=False)
+    if size not in texts:
+        made = processor(text=[_image_token(processor)], images=[[picture.open()]], return_text_replacement_offsets=True, add_special_tokens=False)
         if 'text_replacement_offsets' not in made: raise SageError(f'{type(processor).__name__} does not tell where it puts an image: it needs transformers 5.20 or later, or is not supported')
         if 'cross_attention_mask' in made: raise SageError(f'{type(processor).__name__} is of a model that looks at images beside the text, which is not supported')
-        texts[image.size] = made['text_replacement_offsets'][0][0]['replacement']
-    return texts[image.size]
+        texts[size] = made['text_replacement_offsets'][0][0]['replacement']
+    return texts[size]
 
-def _prove_whole(tokenizer, text, images, ours):
+def _prove_whole(tokenizer, text, pictures, sizes, ours):
     "Refuse a text whose tokens are not those that the processor makes of the whole"
     processor = processor_of(tokenizer)
     _,proved = _known(processor)
-    if (sizes := tuple(i.size for i in images)) in proved: return
-    theirs = processor(text=[text], images=[list(images)], add_special_tokens=False)['input_ids'][0]
+    if sizes in proved: return
+    theirs = processor(text=[text], images=[[p.open() for p in pictures]], add_special_tokens=False)['input_ids'][0]
     if list(theirs)!=tokenizer(ours, add_special_tokens=False)['input_ids']: raise ValueError(f'{type(processor).__name__} makes other tokens of the whole than of its parts')
     if len(proved)<1000: proved.add(sizes)
 
@@ -200,13 +201,13 @@ def put_in(
     processor = processor_of(tokenizer)
     marks = [m.span() for m in re.finditer(re.escape(_image_token(processor)), text)]
     if len(marks)!=len(pictures): raise ValueError(f'the chat template has a place for {len(marks)} of {len(pictures)} images')
-    images,out,at,moved = [p.open() for p in pictures],'',0,[]
-    for (a,b),image in zip(marks, images):
+    sizes,out,at,moved = tuple(p.size or p.open().size for p in pictures),'',0,[]
+    for (a,b),shown,size in zip(marks, pictures, sizes):
         out,at = out+text[at:a],b
-        new = out+_text_of_image(processor, image)
+        new = out+_text_of_image(processor, shown, size)
         moved.append((a, b, len(out), len(new))); out = new
     out += text[at:]
-    _prove_whole(tokenizer, text, images, out)
+    _prove_whole(tokenizer, text, pictures, sizes, out)
     return out,moved
 
 # %% ../nbs/00i_pictures.ipynb #4550fa6f

@@ -20,7 +20,7 @@ from .config import checked, SageError, TrainingConfig, default_output_dir, embe
 from .folder import RunFolder, config_from_meta, read_meta, run_folder
 from .sources import load_training_data, read_rows, save_rows
 from .shapes import checked_columns, detect_data_format, renamed, sample_rows, to_messages, to_preference
-from .template import encode
+from .template import encode, pictures_of
 from .data import conversations, source_of
 from .foreign import foreign_config, read_settings, tool_of
 
@@ -259,15 +259,16 @@ def _exam_rows(run, trainer, n=200):
     "Rows to examine with: the held-out ones of the code task, else a share of the file's questions"
     held = run.path/'held_out_code.json'
     if held.is_file(): return load_training_data(held)
-    prompts = {tuple(r['input_ids']) for r in trainer.eval_dataset} if trainer.eval_dataset is not None else set()
+    prompts = {(tuple(r['input_ids']), *(r.get('image_digests') or ())) for r in trainer.eval_dataset} if trainer.eval_dataset is not None else set()
     return _rows_of(trainer, prompts)[:n]
 
 def _rows_of(trainer, wanted):
-    "The rows of the data whose token ids are in `wanted` and whose question can be asked as it stands"
+    "The rows of the data whose token ids and pictures are in `wanted` and whose question can be asked as it stands"
     c,found = trainer.config,[]
     for talk in conversations(c.data_path, c.format_type, c.columns, **source_of(c)):
         if talk.tools or talk.messages[-1]['role']!='assistant' or any(m.get('tool_calls') for m in talk.messages): continue
-        try: held = tuple(encode(talk.messages, trainer.tokenizer, train_on=c.train_on)['input_ids']) in wanted
+        shown = [p.digest for p in pictures_of(talk.messages)]
+        try: held = (tuple(encode(talk.messages, trainer.tokenizer, train_on=c.train_on)['input_ids']), *shown) in wanted
         except ValueError: continue # counted in the data report already
         if held: found.append(dict(messages=talk.messages))
     return found

@@ -334,7 +334,7 @@ def _agreed(found):
 
 def _together(c):
     "What the processes are together, in one line"
-    n,how = processes(),f'{division()} divides the model among them' if division() else 'each with the whole model'
+    n,how = processes(),f'among which {division()} divides the work' if division() else 'each with the whole model'
     if c.tokens_per_step: return f'{n} processes, {how}: {c.tokens_per_step:,} tokens behind each optimizer step, as with one'
     return f'{n} processes, {how}: {c.per_device_train_batch_size} × {c.gradient_accumulation_steps} × {n} = {c.effective_batch_size*n:,} rows behind each optimizer step'
 

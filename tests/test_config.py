@@ -219,7 +219,7 @@ def test_folder_without_write_permission(tmp_path):
 
 def test_refusal_is_one_line_that_names_the_path(tmp_path, monkeypatch):
     def refuse(*args): raise PermissionError(13, 'Permission denied')
-    monkeypatch.setattr('sage_finetune.config.os.replace', refuse)
+    monkeypatch.setattr('sage_finetune.disk.os.replace', refuse)
     with pytest.raises(SageError) as err: TrainingConfig().save(tmp_path/'c.json')
     assert str(err.value)==f"cannot write {tmp_path/'c.json'}: permission denied; choose a folder you may write to"
     assert list(tmp_path.iterdir())==[]

@@ -163,7 +163,7 @@ def test_every_row_is_accounted_for(models, tmp_path):
            'no `data:` URL in base64': row(shows('data:image/png;base64,§'), '?'), '2 places for images (`<image>`) and 1 images': factory('<image><image>', ['a.png']),
            '1 places for images (`<image>`) and 2 images': factory('<image>', ['a.png', 'a.png']), '1 places for images (`<image>`) and 0 images': factory('<image>', []),
            '(role assistant) holds an image': factory('?', ['a.png'], '<image>'), 'has no place for an image': dict(text='Red.', image='a.png'), 'only images can be looked at': factory('<image>?', ['a.png']) | dict(videos=['a.mp4']),
-           "part of the type 'video'": row(dict(type='video', video='a.mp4'), '?'), 'too long: 71 tokens with 12 images, `max_length` is 64': row(*[shows('a.png')]*12, '?'),
+           "part of the type 'video'": row(dict(type='video', video='a.mp4'), '?'), 'too long: 77 tokens with 12 images, `max_length` is 64': row(*[shows('a.png')]*12, '?'),
            'control token <image>': dict(question='What is <image>?', answer='A token.')}
     report = DataReport()
     made = prepare_dataset(written(tmp_path, [*good, *bad.values()]), tokenizer, 64, report=report)
@@ -174,7 +174,7 @@ def test_every_row_is_accounted_for(models, tmp_path):
     assert all(picture(p).digest==d for r in made for p,d in zip(r['images'], r['image_digests']))
     for overflow in ('truncate', 'split'):
         cut = DataReport()
-        prepare_dataset(written(tmp_path, [good[0], bad['too long: 71 tokens with 12 images, `max_length` is 64']]), tokenizer, 64, report=cut, overflow=overflow)
+        prepare_dataset(written(tmp_path, [good[0], bad['too long: 77 tokens with 12 images, `max_length` is 64']]), tokenizer, 64, report=cut, overflow=overflow)
         assert 'a row with images is never cut' in cut.dropped[0]['reason']
 
 
