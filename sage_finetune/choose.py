@@ -13,7 +13,7 @@ import html,re,threading
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from .config import LoRAConfig, PresetConfigs, SageError, TrainingConfig, preset_for, refuse_unknown
+from .config import LoRAConfig, PresetConfigs, SageError, Shown, TrainingConfig, preset_for, refuse_unknown
 from .machine import Machine, fit_config
 from .show import Clickable, Panel, config_table, precision_of, show_widgets
 from .memory import MemoryEstimate, gb_text, memory_parts, estimate_memory
@@ -190,7 +190,7 @@ _bad = f'color:{_red};font-weight:bold;line-height:1.4;white-space:normal;overfl
 _good = 'font-weight:bold;line-height:1.4;white-space:normal'
 
 # %% ../nbs/05a_choose.ipynb #36d99a5b
-class ConfigForm:
+class ConfigForm(Shown):
     "A form for a `TrainingConfig`; it shows itself"
     def __init__(self,
         start:TrainingConfig, # What the form begins with
@@ -235,10 +235,7 @@ class ConfigForm:
         "What would help where it does not fit"
         return _remedies(self.estimate)
 
-    def __str__(self): return str(_static(self))
-    def __repr__(self): return str(self)
-    def __rich__(self): return _static(self).__rich__()
-    def _repr_html_(self): return _static(self)._repr_html_()
+    def shown(self): return _static(self)
     def _ipython_display_(self): _show(self)
 
 # %% ../nbs/05a_choose.ipynb #d0fb9c05

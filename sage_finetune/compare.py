@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from .config import PreferenceConfig, SageError, TrainingConfig, read_json
+from .config import PreferenceConfig, SageError, Shown, TrainingConfig, read_json
 from .machine import Change, Changes
 from .folder import RunFolder, config_from_meta
 from .show import Panel, Table, falling, size_text
@@ -154,7 +154,7 @@ def _plain(value): return ', '.join(value) if isinstance(value, list) else str(v
 
 # %% ../nbs/04a_compare.ipynb #d8360f34
 @dataclass(repr=False)
-class RunList:
+class RunList(Shown):
     "The runs in a folder, which show themselves as one table"
     root:Path # Folder of all runs
     infos:list # Of `RunInfo`, by name
@@ -163,10 +163,7 @@ class RunList:
     def __iter__(self): return (self[i] for i in range(len(self)))
     def __getitem__(self, which): return Run(self.root/(which if isinstance(which, str) else self.infos[which].name))
     def __contains__(self, name): return any(i.name==name for i in self.infos)
-    def __str__(self): return str(_list_table(self))
-    def __repr__(self): return str(self)
-    def __rich__(self): return _list_table(self).__rich__()
-    def _repr_html_(self): return _list_table(self)._repr_html_()
+    def shown(self): return _list_table(self)
 
 def _list_table(runs):
     "One line for each run"
@@ -262,7 +259,7 @@ def _labels(runs):
 
 # %% ../nbs/04a_compare.ipynb #9239fb74
 @dataclass(repr=False)
-class RunComparison:
+class RunComparison(Shown):
     "Runs side by side: what differs, what came out, and their curves"
     runs:list # Of `Run`
     labels:list # Their names
@@ -283,10 +280,7 @@ class RunComparison:
         "Curves and tables below each other"
         names = ' · '.join(self.labels)
         return Panel(names, [*([Picture(self.plot(), f'losses of {names}')] if any(r.metrics for r in self.runs) else []), *self.tables])
-    def __str__(self): return str(self.panel)
-    def __repr__(self): return str(self)
-    def __rich__(self): return self.panel.__rich__()
-    def _repr_html_(self): return self.panel._repr_html_()
+    def shown(self): return self.panel
 
 def _axis(by, runs):
     if by not in ('step', 'tokens'): raise ValueError(f'`by` must be "step" or "tokens", got {by!r}')

@@ -319,7 +319,6 @@ def _first_step(row, tokenizer, how, form, album):
     if shape=='text': return shape,_text_examples(value, tokenizer, how),None,None
     talk = to_conversation(value, shape)
     if processor_of(tokenizer): talk.messages = album.take(talk.messages, Path(row.file).parent)
-    elif shown := [i for i,m in enumerate(talk.messages, 1) if m.get('images')]: raise ValueError(f'turn {shown[0]} holds an image, and the model takes text only')
     rendered = render_learned(talk.messages, tokenizer, talk.tools, how.train_on, form)
     return shape,None,talk,replace(rendered, notes=(*talk.notes, *rendered.notes)) if talk.notes else rendered
 

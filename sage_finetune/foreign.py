@@ -72,8 +72,8 @@ _llamafactory = dict(
               use_dora='lora.use_dora'),
     told=_told_by_all | dict(template="the model's own chat template is used", do_train='it trains', upcast_layernorm=_no_result, buffer_size=_no_result, preprocessing_batch_size=_no_result,
                              infer_backend=_no_result, infer_dtype=_no_result, ignore_pad_token_for_loss='padding is never learned', pissa_convert='adapters are always saved as plain LoRA',
-                             streaming='rows are always streamed', media_dir=_no_result, ray_run_name=_no_result, ray_storage_path=_no_result, ray_num_workers=_no_result, use_kv_cache=_no_result),
-    off=_off_by_all | dict(stage='sft', finetuning_type='lora', quantization_method=('bitsandbytes', 'bnb'), quantization_type='nf4', double_quantization=True, quantization_device_map=None, mix_strategy='concat',
+                             streaming='rows are always streamed', media_dir='paths of pictures begin there', ray_run_name=_no_result, ray_storage_path=_no_result, ray_num_workers=_no_result, use_kv_cache=_no_result),
+    off=_off_by_all | dict(ref_model=None, ref_model_adapters=None, ref_model_quantization_bit=None, dpo_label_smoothing=0.0, pref_bco_weight=0.0, finetuning_type='lora', quantization_method=('bitsandbytes', 'bnb'), quantization_type='nf4', double_quantization=True, quantization_device_map=None, mix_strategy='concat',
         interleave_probs=None, additional_target=None, resize_vocab=False, add_tokens=None, add_special_tokens=None, rope_scaling=None, shift_attn=False,
         mixture_of_depths=None, moe_aux_loss_coef=None, train_from_scratch=False, pure_bf16=False, use_galore=False, use_apollo=False, use_badam=False, use_adam_mini=False, use_muon=False, use_mca=False,
         use_llama_pro=False, use_dft_loss=False, use_swanlab=False, compute_accuracy=False, disable_shuffling=False, predict_with_generate=False, eval_on_each_dataset=False, tool_format=None, tokenized_path=None,
@@ -95,6 +95,8 @@ def _llamafactory_rest(given, out):
     out.settings['packing'] = any([take('packing', None), take('neat_packing', False)])
     _evaluation(given, out, _number(take('val_size', 0.0)))
     out.settings['early_stopping_patience'] = take('early_stopping_steps', None)
+    stage = take('stage', 'sft', ('sft', 'dpo', 'kto'))
+    if stage!='sft': _preferences(stage, given, out)
     _earlier(given, take, out)
 
 def _earlier(given, take, out):
@@ -107,6 +109,21 @@ def _earlier(given, take, out):
     for theirs,ours in _llamafactory['ours'].items(): # what the file leaves out is the adapter's
         if ours.startswith('lora.') and theirs not in given and not second: out.settings['lora'].pop(ours[5:], None)
     if 'lora_alpha' not in given and not second: out.settings['lora'].pop('lora_alpha')
+
+def _preferences(stage, given, out):
+    "What the stages `dpo` and `kto` are told"
+    number = lambda name,default: float(_number(_take(given, out, name, default)))
+    s = out.settings
+    s |= dict(method=stage, beta=number('pref_beta', 0.1), cut_answers=False, train_on='assistant' if s['train_on']=='all' else s['train_on'])
+    if stage=='dpo':
+        loss = _take(given, out, 'pref_loss', 'sigmoid', ('sigmoid', 'hinge', 'ipo', 'orpo'))
+        s |= dict(method='orpo') if loss=='orpo' else dict(loss_type=loss)
+        if ftx := number('pref_ftx', 0.0): s['sft_weight'] = ftx
+        return
+    s |= dict(desirable_weight=number('kto_chosen_weight', 1.0), undesirable_weight=number('kto_rejected_weight', 1.0))
+    if s['per_device_train_batch_size']==1 and s['gradient_accumulation_steps']%2==0:
+        s |= dict(per_device_train_batch_size=2, gradient_accumulation_steps=s['gradient_accumulation_steps']//2)
+        out.went['per_device_train_batch_size'] = 'per_device_train_batch_size = 2, with half as many passes: KTO compares the rows of a pass'
 
 def _take(given, out, name, default, allowed=None):
     "A setting that is looked at by hand"
@@ -219,7 +236,7 @@ def _by_table(given, table, out, faults):
                 shown = name if 'token' in name else f'{name}={value!r}' # a secret is not repeated
                 faults.append(f'{shown} ({_why.get(name, "not supported")})'); out.went[name] = 'refused'
 
-_why = dict(stage='only "sft" is', finetuning_type='only "lora" is', warmup_steps='set `warmup_ratio`', deepspeed='one process trains', fsdp='one process trains', model_revision='give a folder with that version',
+_why = dict(finetuning_type='only "lora" is', warmup_steps='set `warmup_ratio`', deepspeed='one process trains', fsdp='one process trains', model_revision='give a folder with that version',
             hub_token='no token belongs in a file; log in with `hf auth login`', hf_hub_token='no token belongs in a file; log in with `hf auth login`',
             use_peft='only adapters are trained', resize_vocab='the vocabulary stays as it is')
 
@@ -237,15 +254,15 @@ def _datasets(given, out, path, key):
     folder = Path(given.get('dataset_dir', 'data')).expanduser()
     if not folder.is_absolute(): folder = next((f for f in (folder, path.parent/folder) if f.is_dir()), folder)
     about = read_json(folder/'dataset_info.json') if (folder/'dataset_info.json').is_file() else {}
-    return [_described(n, about, folder, given.get('max_samples')) for n in (_names(names, every=None) if isinstance(names, str) else names)]
+    return [_described(n, about, folder, given.get('max_samples'), given.get('stage')) | dict(media=Path(given.get('media_dir') or folder).expanduser().absolute()) for n in (_names(names, every=None) if isinstance(names, str) else names)]
 
 _info_keys = {'hf_hub_url', 'file_name', 'formatting', 'subset', 'split', 'columns', 'tags', 'num_samples', 'ranking', 'file_sha1'}
 
-def _described(name, about, folder, most):
+def _described(name, about, folder, most, stage):
     "A data set by name, from `dataset_info.json`"
     info = about.get(name)
     if info is None: raise SageError(f'{folder}/dataset_info.json does not describe {name!r}; it has {", ".join(sorted(about)) or "nothing, or is not there"}')
-    other = [k for k in info if k not in _info_keys] + [k for k in ('ranking',) if info.get(k)] + [k for k in info.get('columns', {}) if k in ('images', 'videos', 'audios', 'kto_tag', 'chosen', 'rejected')]
+    other = [k for k in info if k not in _info_keys] + [k for k in ('ranking',) if info.get(k) and stage!='dpo'] + [k for k in info.get('columns', {}) if k in ('videos', 'audios') or k=='kto_tag' and stage!='kto' or k in ('chosen', 'rejected') and stage!='dpo']
     if other: raise SageError(f'{folder}/dataset_info.json: {name!r} asks for what is not here: {", ".join(other)}')
     source = info.get('hf_hub_url') or folder/info['file_name']
     if isinstance(source, Path) and info.get('split', 'train')!='train': raise SageError(f'{folder}/dataset_info.json: {name!r} asks for split {info["split"]!r}, and a file has only "train"')
@@ -260,26 +277,36 @@ def rows_of_dataset(
     out = []
     for r in islice(rows, data['most']):
         if r.error: raise SageError(f'{r.file}:{r.line}: {r.error}')
-        out.append(r.value if data['info'] is None else _row_of(r.value, data['info']))
+        out.append(r.value if data['info'] is None else _row_of(r.value, data['info']) | _pictures_of(r.value, data))
     return out
+
+def _pictures_of(row, data):
+    "The pictures of a row, by paths that hold from any folder"
+    name = data['info'].get('columns', {}).get('images')
+    found = row.get(name) if name and isinstance(row, dict) else None
+    if found is None: return {}
+    whole = lambda p: str(data['media']/p) if isinstance(p, str) and '://' not in p and not p.startswith('data:') else p
+    return dict(images=[whole(p) for p in (found if isinstance(found, list) else [found])])
 
 _alpaca_columns = dict(prompt='instruction', query='input', response='output', system='system', history='history')
 _sharegpt_tags = dict(role_tag='from', content_tag='value', user_tag='human', assistant_tag='gpt', observation_tag='observation', function_tag='function_call', system_tag='system')
 
 def _row_of(row, info):
     "A row as `dataset_info.json` describes it, in our form"
-    named = info.get('columns', {})
+    named,pair = info.get('columns', {}),('chosen', 'rejected') if info.get('ranking') else ()
+    judged = {k: row.get(named.get(k, k)) for k in pair} | (dict(label=row.get(named['kto_tag'])) if 'kto_tag' in named else {})
     if info.get('formatting', 'alpaca')=='alpaca':
         get = lambda k: row.get(named.get(k, _alpaca_columns[k] if not named or k in ('prompt', 'query', 'response') else None))
-        asked,said = '\n'.join(t for t in (get('prompt'), get('query')) if t),get('response')
-        if not asked or not said: return dict(instruction=asked or '', output=said or '')
-        turns = [*([('system', get('system'))] if get('system') else []), *((r, t) for pair in get('history') or () for r,t in zip(('user', 'assistant'), pair)), ('user', asked), ('assistant', said)]
-        return dict(messages=[dict(role=r, content=t) for r,t in turns])
+        asked,said = '\n'.join(t for t in (get('prompt'), get('query')) if t),None if pair else get('response')
+        if not asked or not (said or pair): return dict(instruction=asked or '', output=said or '')
+        turns = [*([('system', get('system'))] if get('system') else []), *((r, t) for pair in get('history') or () for r,t in zip(('user', 'assistant'), pair)), ('user', asked), *([('assistant', said)] if said else [])]
+        return dict(messages=[dict(role=r, content=t) for r,t in turns]) | judged
     tags = _sharegpt_tags | info.get('tags', {})
     theirs = {tags[f'{ours}_tag']: name for ours,name in dict(user='user', assistant='assistant', observation='tool', function='function_call', system='system').items()}
     turns = row.get(named.get('messages', 'conversations'))
     if not isinstance(turns, list) or not all(isinstance(t, dict) for t in turns): return dict(messages=turns)
-    out = dict(messages=[dict(role=theirs.get(t.get(tags['role_tag']), t.get(tags['role_tag'])), content=t.get(tags['content_tag'])) for t in turns])
+    turn = lambda t: dict(role=theirs.get(t.get(tags['role_tag']), t.get(tags['role_tag'])), content=t.get(tags['content_tag'])) if isinstance(t, dict) else t
+    out = dict(messages=[turn(t) for t in turns]) | {k: turn(v) for k,v in judged.items()}
     return out | {k: row[c] for k,c in named.items() if k in ('system', 'tools') and row.get(c)}
 
 # %% ../nbs/01m_foreign.ipynb #80e90c47

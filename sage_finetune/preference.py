@@ -224,6 +224,7 @@ class Judged(Steady):
         trained = {n: p.data for n,p in model.named_parameters() if p.requires_grad}
         super().__init__(*args, model=model, **kwargs)
         if 'ref' in model.peft_config: model.delete_adapter('ref')
+        self.accelerator.gather_for_metrics = self.accelerator.gather # the other one cuts a batch as the last one of whichever loader was read last, even of another run
         for n,p in model.named_parameters():
             if n in trained: p.data = trained[n]
 
@@ -305,7 +306,7 @@ def loop_of(
 )->tuple: # A `Trainer`, and what it is told with
     "TRL's trainer of a method as it is used here, and its config"
     require_trl()
-    warnings.filterwarnings('ignore', '`is_gradient_checkpointing` is deprecated', FutureWarning) # TRL 1.16 asks so with transformers 5.23
+    warnings.filterwarnings('ignore', '`(is_gradient_checkpointing|gradient_checkpointing_(en|dis)able)` is deprecated', FutureWarning) # TRL 1.16 with transformers 5.23
     if method=='orpo':
         from trl.import_utils import TRLExperimentalWarning
         with warnings.catch_warnings():

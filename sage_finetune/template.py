@@ -257,9 +257,14 @@ def render(
 )->str: # Text as the model sees it
     "The one text form of a conversation"
     form = chat_form(tokenizer)
+    _refuse_pictures(messages, tokenizer)
     messages,tools,_ = _adapted(messages, tools, form)
     text,pictures = _applied(tokenizer, _formed(messages, form), tools, add_generation_prompt),pictures_of(messages)
     return put_in(text, pictures, tokenizer)[0] if pictures else text
+
+def _refuse_pictures(messages, tokenizer):
+    if processor_of(tokenizer) is None and (shown := [i for i,m in enumerate(messages, 1) if m.get('images')]):
+        raise ValueError(f'turn {shown[0]} holds an image, and the model takes text only')
 
 def pictures_of(
     messages:list, # With `images`, each a `Picture` or what `picture` takes
@@ -467,6 +472,7 @@ def render_learned(
     if train_on not in train_choices: raise ValueError(f"`train_on` must be one of {', '.join(train_choices)}, got {train_on!r}")
     form = form or chat_form(tokenizer)
     _refuse_control(messages, tools, form)
+    _refuse_pictures(messages, tokenizer)
     if train_on!='all': messages = _chosen(messages, train_on)
     messages,tools,notes = _adapted(messages, tools, form)
     text = _applied(tokenizer, _formed(messages, form), tools)

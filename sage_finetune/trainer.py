@@ -792,11 +792,12 @@ def _listening(run):
     "While the block runs, a first SIGINT or SIGTERM asks the run to stop, and a second one stops it"
     if threading.current_thread() is not threading.main_thread():
         yield; return # Python gives signals to the main thread only; `stop()` is the way here
-    process = os.getpid()
+    own,first = os.getpid(),[]
     def heard(number, frame):
-        if os.getpid()!=process: return # a worker that reads data; the run tells it when to end
+        if os.getpid()!=own: return # a worker that reads data; the run tells it when to end
+        if run.asked_to_stop and processes()>1 and first and time.monotonic()-first[0]<5: return # the launcher and the system tell the same
         if run.asked_to_stop: raise KeyboardInterrupt
-        run.stop(number)
+        first.append(time.monotonic()); run.stop(number)
         with suppress(RuntimeError): run.say('Stopping after the last whole step; once more stops at once') # a print may have been under way
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     before = {n: h for n,h in before.items() if h not in (signal.SIG_IGN, None)} # who ignores them has a reason

@@ -149,7 +149,7 @@ def killed_by(body, target):
     assert done.returncode==-signal.SIGKILL, done.stderr
 
 KILL_AT_REPLACE = """
-config.os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
+os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
 config.write_json(target, dict(new=1))
 """
 

@@ -47,7 +47,7 @@ class Noted(LoRATrainer):
         super().setup_trainer()
         real = self.trainer.training_step
         def training_step(model, inputs, *args, **kwargs):
-            self.rows += [tuple(i for i,l in zip(ids, range(len(ids)))) for ids in inputs['input_ids'].tolist()]
+            self.rows += map(tuple, inputs['input_ids'].tolist())
             return real(model, inputs, *args, **kwargs)
         self.trainer.training_step = training_step
 
@@ -83,7 +83,6 @@ def _child(place, rank, work, args, more, env):
     try: work(*args, **more); code = 0
     except (KeyboardInterrupt, SageError, ValueError, OSError) as e:
         print(f'{type(e).__name__}: {e}'); code = 128+getattr(e, 'signal', 2) if isinstance(e, KeyboardInterrupt) else 1
-    (place/f'seconds_{rank}').write_text(f'{time.process_time()}')
     sys.stderr.flush(); os._exit(code)
 
 def together(place, work, *args, n=2, within=120, env={}, **more):
@@ -112,7 +111,7 @@ def train(folder, data, note=None, at=None, who=None, do=None, **more):
             written.append(os.path.relpath(os.fsdecode(args[0]), folder))
     sys.addaudithook(opened)
     run.train(); watch.clear()
-    if note: write_json(f'{note}_{rank()}', dict(rows=run.rows, every=[list(r['input_ids']) for r in run.trainer.train_dataset], written=written, pad=run.trainer.data_collator.pad_id))
+    if note: write_json(f'{note}_{rank()}', dict(rows=run.rows, cached=run.data_report.cached, every=[list(r['input_ids']) for r in run.trainer.train_dataset], written=written, pad=run.trainer.data_collator.pad_id))
 
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 def term(): os.kill(os.getpid(), signal.SIGTERM)
@@ -138,7 +137,7 @@ def alone(folder, data, **more):
 def one(base, data): return alone(base/'one', data)
 @pytest.fixture(scope='module')
 def two(base, data):
-    codes,said = together(base/'crew_two', train, base/'two', data, note=base/'two_note')
+    codes,said = together(base/'crew_two', train, base/'two', data, note=base/'two_note', env=dict(SAGE_CACHE=str(base/'cache')))
     assert codes==[0, 0], said
     return base/'two'
 
@@ -168,7 +167,11 @@ def test_only_the_first_writes(two, base):
     assert (last_checkpoint(RunFolder(two).checkpoints)/'rng_state_1.pth').is_file()
     assert (base/'crew_two'/'said_1').read_text()==''
 
-@pytest.mark.parametrize('name,how', [('tokens', dict(tokens_per_step=256)), ('packed', dict(packing=True, max_length=64)), ('single', dict(per_device_train_batch_size=1))])
+def test_the_first_prepares_the_data_and_the_others_find_it(two, base):
+    assert [read_json(base/f'two_note_{r}')['cached'] for r in range(2)]==[False, True]
+
+@pytest.mark.parametrize('name,how', [('tokens', dict(tokens_per_step=256)), ('packed', dict(packing=True, max_length=64)),
+                                      pytest.param('single', dict(per_device_train_batch_size=1), marks=pytest.mark.slow)])
 def test_in_every_order(name, how, base, data):
     codes,said = together(base/f'crew_{name}', train, base/name, data, note=base/f'{name}_note', **how)
     assert codes==[0, 0], said
@@ -224,3 +227,156 @@ def test_fsdp2(base, data, one):
     PeftModel.from_pretrained(load_model('sage-tiny'), base/'fsdp'/'lora_weights')
     assert read_json(RunFolder(base/'fsdp').config)['_division']=='FSDP'
     with pytest.raises(SageError, match='what divides the model among processes: FSDP → None'): alone(base/'fsdp', data)
+
+@pytest.mark.slow
+def test_fsdp2_goes_on_after_a_kill(base, data):
+    folder = base/'fsdp_killed'
+    codes,said = together(base/'crew_fsdp_killed', train, folder, data, env=fsdp2, at=5, who=1, do=die, within=60)
+    assert codes==[1, -signal.SIGKILL] and last_checkpoint(RunFolder(folder).checkpoints).name=='checkpoint-3', said
+    codes,said = together(base/'crew_fsdp_killed', train, folder, data, env=fsdp2)
+    assert codes==[0, 0], said
+    assert apart(folder, base/'fsdp')==0 and losses(folder)==losses(base/'fsdp')
+    codes,said = together(base/'crew_fsdp_killed', train, folder, data, env=fsdp2) # nothing is left to do
+    assert codes==[0, 0] and apart(folder, base/'fsdp')==0, said
+
+def train_in_parts(folder, data, **more):
+    run = LoRATrainer(config(folder, data, **more), quiet=True)
+    run.train()
+    frozen = {n: p for n,p in run.model.named_parameters() if not p.requires_grad and p.ndim>1}
+    assert frozen and all(hasattr(p, 'full_tensor') for p in frozen.values()), 'a weight that no process shares with the other'
+
+@pytest.mark.slow
+def test_four_bits_divided(base, data):
+    how = dict(load_in_4bit=True, max_steps=4)
+    codes,said = together(base/'crew_four', train_in_parts, base/'four', data, env=fsdp2, **how)
+    assert codes==[0, 0], said
+    assert near(alone(base/'four_one', data, **how), base/'four')<=1e-5
+
+@pytest.mark.parametrize('how,why', [(dict(load_in_8bit=True), '`load_in_8bit=True`: FSDP cannot divide'), (dict(load_best_model_at_end=True), '`load_best_model_at_end` needs the whole model'),
+                                     (dict(lora=dict(init_lora_weights='pissa')), '`init_lora_weights` needs the whole model')])
+def test_what_cannot_be_divided_is_refused(how, why, base, data, monkeypatch):
+    for name,value in dict(fsdp2, WORLD_SIZE='2', RANK='0').items(): monkeypatch.setenv(name, value)
+    run = LoRATrainer(config(base/'refused', data, **how), quiet=True)
+    with pytest.raises(ValueError, match=why.replace('(', r'\(')): run.load_model_and_tokenizer()
+
+@pytest.mark.slow
+@pytest.mark.parametrize('way', ['zero2', 'zero3'])
+def test_deepspeed(way, base, data, one, tmp_path):
+    pytest.importorskip('deepspeed')
+    folder = base/way
+    config(folder, data).save(tmp_path/'run.json')
+    started = launched(tmp_path, 'run', 'run.json', '--nproc', '2', '--config', way)
+    said = started.communicate(timeout=300)[0]
+    assert started.returncode==0, said
+    assert near(one, folder)<=2e-5
+    with pytest.raises(SageError, match='what divides the model among processes: DeepSpeed → None'): alone(folder, data)
+
+
+# What goes over the wires: the formulas of the page `many machines`
+
+def weigh(folder, data, **more):
+    "Bytes that the collectives of the steps of a run put into this process's hands"
+    import torch.distributed as dist
+    seen = dict(gathered=0, added=0)
+    run = LoRATrainer(config(folder, data, **more), quiet=True)
+    if 'ACCELERATE_USE_FSDP' in os.environ:
+        import torch.distributed.fsdp._fully_shard._fsdp_collectives as c
+        for name,real in [(n, getattr(c, n)) for n in dir(c) if n=='DefaultAllGather']:
+            def call(self, output_tensor, input_tensor, *args, _real=real.__call__, **kwargs):
+                seen['gathered'] += output_tensor.numel()*output_tensor.element_size() if run.model.training else 0
+                return _real(self, output_tensor, input_tensor, *args, **kwargs)
+            real.__call__ = call
+    else:
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+        def hook(state, bucket):
+            seen['added'] += bucket.buffer().numel()*bucket.buffer().element_size()
+            return allreduce_hook(state, bucket)
+        setup = run.setup_trainer
+        def with_hook():
+            setup()
+            prepare = run.trainer.accelerator.prepare_model
+            def prepare_model(*args, **kwargs):
+                model = prepare(*args, **kwargs)
+                if hasattr(model, 'register_comm_hook'): model.register_comm_hook(None, hook)
+                return model
+            run.trainer.accelerator.prepare_model = prepare_model
+        run.setup_trainer = with_hook
+    run.train()
+    weights = {n: p.numel()*p.element_size() for n,p in run.model.named_parameters() if not p.requires_grad}
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    write_json(f'{folder}_wires_{rank()}', dict(seen, layers=sum(v for n,v in weights.items() if '.layers.' in n), ends=sum(v for n,v in weights.items() if '.layers.' not in n), trained=trained))
+
+@pytest.mark.slow
+def test_bytes_over_the_wires(base, data):
+    how = dict(max_steps=3, test_size=0.0)
+    codes,said = together(base/'crew_wires', weigh, base/'ddp', data, **how)
+    assert codes==[0, 0], said
+    ddp = read_json(f'{base}/ddp_wires_0')
+    assert ddp['added']==3*4*ddp['trained'] # once for each step of two passes
+    codes,said = together(base/'crew_wires', weigh, base/'fsdp_wires', data, env=fsdp2, **how)
+    assert codes==[0, 0], said
+    fsdp = read_json(f'{base}/fsdp_wires_wires_0')
+    passes = 3*2
+    assert fsdp['gathered']==pytest.approx(passes*(2*(fsdp['layers']+4*fsdp['trained'])+fsdp['ends']), rel=.1)
+
+
+# The launcher itself
+
+def launched(home, *args):
+    program = Path(sys.executable).with_name('sage-finetune')
+    words = [str(program)] if program.exists() else [sys.executable, '-c', 'import sys; from sage_finetune.cli import main; sys.exit(main())']
+    return subprocess.Popen([*words, *args], cwd=home, env={**os.environ, 'OMP_NUM_THREADS': '1'}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+def children(folder):
+    "Processes of the launcher that are still there"
+    mine = []
+    for p in Path('/proc').glob('[0-9]*/cmdline') if Path('/proc').is_dir() else ():
+        try: words = p.read_bytes()
+        except OSError: continue
+        if b'sage_finetune.launch' in words and os.fsencode(folder) in words: mine.append(words)
+    return mine
+
+def reached(folder): return max((m['step'] for m in read_metrics(RunFolder(folder).metrics)), default=0)
+
+def until(happened, within=60):
+    end = time.monotonic()+within
+    while not happened() and time.monotonic()<end: time.sleep(.05)
+    return happened()
+
+def test_ctrl_c_of_the_command(base, data, tmp_path):
+    folder = tmp_path/'run'
+    config(folder, data, num_train_epochs=60, save_steps=1000).save(tmp_path/'run.json')
+    started = launched(tmp_path, 'run', str(tmp_path/'run.json'), '--nproc', '2')
+    try:
+        assert until(lambda: reached(folder)>2 or started.poll() is not None) and started.poll() is None
+        started.send_signal(signal.SIGINT)
+        said = started.communicate(timeout=60)[0]
+    finally: started.kill()
+    assert started.returncode==130, said
+    assert said.startswith('accelerate launch --multi_gpu') and 'Traceback' not in said
+    assert said.splitlines()[-1].startswith('error: stopped at step ') and said.count('error: ')==1
+    assert RunFolder(folder).state=='stopped' and not children(tmp_path)
+
+@pytest.mark.slow
+def test_the_launcher_is_killed(base, data, tmp_path):
+    folder = tmp_path/'run'
+    config(folder, data, num_train_epochs=60, save_steps=1000).save(tmp_path/'run.json')
+    started = launched(tmp_path, 'run', str(tmp_path/'run.json'), '--nproc', '2')
+    assert until(lambda: reached(folder)>2 or started.poll() is not None) and started.poll() is None
+    started.kill(); started.communicate(timeout=60)
+    assert until(lambda: not children(tmp_path))
+    assert RunFolder(folder).state=='stopped'
+
+@pytest.mark.slow
+def test_an_error_is_one_line(tmp_path):
+    config(tmp_path/'run', tmp_path/'nothing.jsonl').save(tmp_path/'run.json')
+    started = launched(tmp_path, 'run', str(tmp_path/'run.json'), '--nproc', '2')
+    said = started.communicate(timeout=60)[0].splitlines()
+    assert started.returncode==1 and len(said)==2 and 'nothing.jsonl' in said[1] and said[1].startswith('error: '), said
+
+def test_the_command_is_what_the_environment_was_made_of():
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+    args = launch_command_parser().parse_args(launch_command('run', 2, 'fsdp2')[2:])
+    made = prepare_multi_gpu_env(args)
+    assert {k: made[k] for k in fsdp2}==fsdp2

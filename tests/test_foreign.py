@@ -66,7 +66,7 @@ def test_an_example_of_llama_factory_runs_with_its_hyperparameters(name, folder,
 
 def test_what_is_not_here_is_refused_by_name(folder, tmp_path):
     "The one that needs several cards, and settings for other methods"
-    for more,says in (dict(deepspeed='examples/deepspeed/ds_z3_config.json'), "deepspeed='examples/deepspeed/ds_z3_config.json'"),(dict(stage='dpo'), "stage='dpo'"),(dict(use_galore=True), 'use_galore=True'),(
+    for more,says in (dict(deepspeed='examples/deepspeed/ds_z3_config.json'), "deepspeed='examples/deepspeed/ds_z3_config.json'"),(dict(stage='ppo'), "stage='ppo'"),(dict(use_galore=True), 'use_galore=True'),(
             dict(finetuning_type='full'), "finetuning_type='full'"),(dict(adapter_name_or_path='a,b'), "adapter_name_or_path='a,b'"),(dict(hf_hub_token='hf_secret'), 'hf_hub_token'):
         with pytest.raises(SageError) as e: translated(written(folder, tmp_path/'config.yaml', common | more))
         assert says in str(e.value) or 'hub_token' in says

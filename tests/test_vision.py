@@ -343,3 +343,20 @@ def test_a_pattern_reaches_the_part_that_sees(models, tmp_path):
     assert 'in 12 layers of model.language_model and 4 outside of it' in adapter_line(run.model)
     report = merge_run(tmp_path/'run')
     assert report.how=='weight by weight' and report.divergence<=report.bound
+
+
+def test_a_config_of_llamafactory_brings_its_pictures(models, tmp_path):
+    from sage_finetune.foreign import foreign_config
+    (tmp_path/'data').mkdir(); (tmp_path/'media').mkdir()
+    saved(tmp_path/'media', 'a.png')
+    rows = [dict(messages=[dict(role='user', content='<image>Which?'), dict(role='assistant', content='Red.')], images=['a.png']), dict(messages=[dict(role='user', content='2+3?'), dict(role='assistant', content='5')], images=[])]
+    (tmp_path/'data'/'pics.json').write_text(json.dumps(rows*2))
+    tags = dict(role_tag='role', content_tag='content', user_tag='user', assistant_tag='assistant')
+    (tmp_path/'data'/'dataset_info.json').write_text(json.dumps(dict(pics=dict(file_name='pics.json', formatting='sharegpt', columns=dict(messages='messages', images='images'), tags=tags))))
+    settings = dict(model_name_or_path=models('llava'), stage='sft', do_train=True, finetuning_type='lora', lora_rank=4, lora_target='all', dataset='pics', dataset_dir=str(tmp_path/'data'), media_dir=str(tmp_path/'media'),
+                    template='llava', cutoff_len=256, output_dir=str(tmp_path/'run'), per_device_train_batch_size=2, gradient_accumulation_steps=1, max_steps=1, freeze_vision_tower=True, report_to='none')
+    (tmp_path/'lf.json').write_text(json.dumps(settings))
+    run = LoRATrainer(foreign_config(tmp_path/'lf.json', lambda line: None), quiet=True)
+    run.train()
+    assert (run.data_report.used, run.data_report.images, len(run.data_report.dropped))==(4, 2, 0)
+    assert {n.split('.lora_')[0].split('.')[3] for n,p in run.model.named_parameters() if p.requires_grad}=={'language_model'}

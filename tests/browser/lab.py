@@ -151,6 +151,7 @@ class Page:
         place = self.page.evaluate(_where, text)
         if place<0: raise ValueError(f'no cell holds {text!r}')
         return place
+    def source(self, i): return self.page.evaluate("i => [window.jupyterapp.shell.currentWidget.content.model.toJSON().cells[i].source].flat().join('')", i)
     def run_cells(self, first, last):
         "Select cells and run them, as somebody with a hand on the shift key does"
         self.page.evaluate(_run_cells, [first, last])
