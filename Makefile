@@ -32,7 +32,7 @@ test-slow: $(READY) ## Run the property tests on 10,000 cases each, and what tak
 	SAGE_EXAMPLES=10000 $(BIN)/python -m pytest tests/test_data.py tests/test_sources.py tests/test_codebase.py -k any
 	$(BIN)/python -m pytest -m slow
 
-test-browser: $(READY) ## Click through dashboard, form and chat in a real JupyterLab in Chromium (installs both where they are missing)
+test-browser: $(READY) ## Run the tutorials in a real JupyterLab in Chromium, and use their form, dashboard, chat and slider (installs what is missing)
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
 	  if [ "$$(id -u)" = 0 ]; then apt-get update -q && apt-get install -y -q chromium; else echo "Chromium is missing: sudo apt-get install chromium"; exit 1; fi; }
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt playwright

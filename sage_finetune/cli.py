@@ -419,6 +419,7 @@ Other shapes of rows (a file may mix them with --task custom):
   instruction  {"instruction": …, "input": …, "output": …}
   chat         {"conversations": [{"role": "user", "content": …}, {"role": "assistant", "content": …}]}
   custom       any of these, or {"text": …}
+Each may show pictures to a model that sees, with "images": ["red.png"] beside a text with <image> in it, or in parts as OpenAI writes them.
 
 From Python:
   from sage_finetune import LoRATrainer, PresetConfigs

@@ -91,6 +91,10 @@ def _without_videos(kind):
     class Still(kind):
         @classmethod
         def get_attributes(cls): return [a for a in kind.get_attributes() if 'video' not in a]
+        @classmethod
+        def _get_arguments_from_pretrained(cls, *args, **kwargs):
+            found = iter(super()._get_arguments_from_pretrained(*args, **kwargs))
+            return [None if 'video' in a else next(found) for a in kind.get_attributes()]
     Still.__name__ = Still.__qualname__ = kind.__name__
     return Still
 

@@ -280,7 +280,9 @@ def copy_processor(
     processor = processor_of(tokenizer)
     if processor is None: return
     files = processor_files(getattr(processor, '_sage_folder', None))
-    if not any(b'"processor_class"' in f for f in files.values()): processor.save_pretrained(folder)
+    if not files: processor.save_pretrained(folder); return
+    if not any(b'"processor_class"' in f for f in files.values()): # elsewhere the config of the model tells it, which does not lie beside an adapter
+        files[_files[0]] = json.dumps(json.loads(files.get(_files[0], b'{}')) | dict(processor_class=type(processor).__name__), indent=2).encode()
     for name,data in files.items(): (Path(folder)/name).write_bytes(data)
 
 def processor_digest(

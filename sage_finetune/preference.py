@@ -337,7 +337,11 @@ class PreferenceTrainer(LoRATrainer):
     "A run that learns from preferences, step by step"
     judges = True
 
-    def __init__(self, config:PreferenceConfig, quiet:bool=False, machine:Machine|None=None):
+    def __init__(self,
+        config:PreferenceConfig, # What is asked for; it is fitted to the machine when it is used
+        quiet:bool=False, # Say nothing and show no progress
+        machine:Machine|None=None, # What to fit to; this machine if None
+    ):
         if isinstance(config, dict): config = PreferenceConfig.from_dict(config)
         if not isinstance(config, PreferenceConfig): raise ValueError(f'`config` must be a PreferenceConfig, got {type(config).__name__}: make one with `PreferenceConfig.like(config)`')
         _check_reference(config)

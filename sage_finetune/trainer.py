@@ -501,7 +501,7 @@ class LoRATrainer:
         if processes()>1: self.say(_together(self.fitted))
         rows = _packed(self) if self.config.packing else self.dataset
         args = self.arguments()
-        args.ddp_find_unused_parameters = any('expert' in n for n,p in self.model.named_parameters() if p.requires_grad) # a router may pass some by
+        args.ddp_find_unused_parameters = bool(processor_of(self.tokenizer)) or any('expert' in n for n,p in self.model.named_parameters() if p.requires_grad) # rows without pictures, and routers, pass some by
         if self.evaluation_rows: args.per_device_eval_batch_size = min(self.evaluation_rows, args.per_device_eval_batch_size)
         self.trainer = self.loop(
             model=self.model, args=args, asked=lambda: self.asked_to_stop, on_smaller_evaluation=lambda n: _smaller_evaluation(self, n),

@@ -127,7 +127,7 @@ def test_deep_and_wide(tmp_path):
     for i in range(500): put(tmp_path, f'data/{i}.py', b'\0')
     book = read_codebase(tmp_path)
     assert len(book.files)==1 and book.other=={'.png': 2000} and len(book.skipped)==500
-    assert len(str(book).splitlines())==6+10+1 and '… and 490 more' in str(book)
+    assert len(str(book).splitlines())==1+5+10+1+3 and '… and 490 more' in str(book)
     assert len(book.to_dict()['skipped'])==500
 
 def test_whole_folders_are_one_entry(tmp_path):

@@ -71,6 +71,8 @@ def near(one, two):
     "How far the adapters of two runs are apart; their losses must agree"
     assert [l[:2] for l in losses(one)]==[l[:2] for l in losses(two)]
     assert max(abs(a[2]-b[2]) for a,b in zip(losses(one), losses(two)))<=1e-5
+    norms = [[m['grad_norm'] for m in read_metrics(RunFolder(f).metrics) if 'grad_norm' in m] for f in (one, two)]
+    assert norms[0]==pytest.approx(norms[1], rel=1e-4) # Adam would forgive a gradient that is twice as long
     return apart(one, two)
 
 
@@ -170,14 +172,29 @@ def test_only_the_first_writes(two, base):
 def test_the_first_prepares_the_data_and_the_others_find_it(two, base):
     assert [read_json(base/f'two_note_{r}')['cached'] for r in range(2)]==[False, True]
 
-@pytest.mark.parametrize('name,how', [('tokens', dict(tokens_per_step=256)), ('packed', dict(packing=True, max_length=64)),
+@pytest.mark.parametrize('name,how', [('tokens', dict(tokens_per_step=240)), ('packed', dict(packing=True, max_length=64)),
                                       pytest.param('single', dict(per_device_train_batch_size=1), marks=pytest.mark.slow)])
 def test_in_every_order(name, how, base, data):
     codes,said = together(base/f'crew_{name}', train, base/name, data, note=base/f'{name}_note', **how)
     assert codes==[0, 0], said
     alone(base/f'{name}_one', data, **how)
     assert near(base/f'{name}_one', base/name)<=1e-5
-    seen_once(base/f'{name}_note', 2)
+    assert seen_once(base/f'{name}_note', 2)>0 or name=='single'
+
+@pytest.mark.slow
+def test_rows_with_and_without_pictures(base):
+    image = pytest.importorskip('PIL.Image')
+    from sage_finetune.vision import tiny_vision_model
+    tiny_vision_model(base/'sees')
+    for c in ('red', 'blue'): image.new('RGB', (28, 28), c).save(base/f'{c}.png')
+    seen = lambda c,i: dict(messages=[dict(role='user', content=[dict(type='image', image=f'{c}.png'), dict(type='text', text=f'{i}. Which colour?')]), dict(role='assistant', content=f'It is {c}.')])
+    rows = [seen(('red', 'blue')[i%2], i) for i in range(4)] + [dict(question=f'{i} words?', answer='word '*i+'.') for i in range(5)] # two passes have no picture
+    (base/'pictures.jsonl').write_text(''.join(json.dumps(r)+'\n' for r in rows))
+    how = dict(model_name=str(base/'sees'), test_size=0.0, lora=LoRAConfig(r=4, lora_dropout=0.0, target_modules='all-linear'))
+    codes,said = together(base/'crew_pictures', train, base/'two_pictures', base/'pictures.jsonl', note=base/'pictures_note', **how)
+    assert codes==[0, 0], said
+    assert near(alone(base/'one_pictures', base/'pictures.jsonl', **how), base/'two_pictures')<=1e-5
+    assert seen_once(base/'pictures_note', 2)>0
 
 
 # Kills and stops
@@ -217,27 +234,31 @@ def test_another_number_of_processes(base, data, one):
 
 # Divided
 
-def test_fsdp2(base, data, one):
+@pytest.fixture(scope='module')
+def divided(base, data):
     codes,said = together(base/'crew_fsdp', train, base/'fsdp', data, env=fsdp2, note=base/'fsdp_note')
     assert codes==[0, 0], said
-    assert near(one, base/'fsdp')<=1e-5
+    return base/'fsdp'
+
+def test_fsdp2(base, data, one, divided):
+    assert near(one, divided)<=1e-5
     seen_once(base/'fsdp_note', 2)
     from peft import PeftModel
     from sage_finetune.loading import load_model
-    PeftModel.from_pretrained(load_model('sage-tiny'), base/'fsdp'/'lora_weights')
-    assert read_json(RunFolder(base/'fsdp').config)['_division']=='FSDP'
-    with pytest.raises(SageError, match='what divides the model among processes: FSDP → None'): alone(base/'fsdp', data)
+    PeftModel.from_pretrained(load_model('sage-tiny'), RunFolder(divided).lora_weights)
+    assert read_json(RunFolder(divided).config)['_division']=='FSDP'
+    with pytest.raises(SageError, match='what divides the model among processes: FSDP → None'): alone(divided, data)
 
 @pytest.mark.slow
-def test_fsdp2_goes_on_after_a_kill(base, data):
+def test_fsdp2_goes_on_after_a_kill(base, data, divided):
     folder = base/'fsdp_killed'
     codes,said = together(base/'crew_fsdp_killed', train, folder, data, env=fsdp2, at=5, who=1, do=die, within=60)
     assert codes==[1, -signal.SIGKILL] and last_checkpoint(RunFolder(folder).checkpoints).name=='checkpoint-3', said
     codes,said = together(base/'crew_fsdp_killed', train, folder, data, env=fsdp2)
     assert codes==[0, 0], said
-    assert apart(folder, base/'fsdp')==0 and losses(folder)==losses(base/'fsdp')
+    assert apart(folder, divided)==0 and losses(folder)==losses(divided)
     codes,said = together(base/'crew_fsdp_killed', train, folder, data, env=fsdp2) # nothing is left to do
-    assert codes==[0, 0] and apart(folder, base/'fsdp')==0, said
+    assert codes==[0, 0] and apart(folder, divided)==0, said
 
 def train_in_parts(folder, data, **more):
     run = LoRATrainer(config(folder, data, **more), quiet=True)

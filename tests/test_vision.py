@@ -126,8 +126,8 @@ def test_a_row_has_the_places_of_its_processor_and_learns_only_its_answers(kind,
         learned = [l for l in prepared['labels'] if l!=-100]
         assert tokenizer.decode(learned)==''.join(f"{m['content']}<|im_end|>" for m in turns if m['role']=='assistant')
         assert not set(learned) & {i for i,t in tokenizer.added_tokens_decoder.items() if 'im' in str(t) and str(t)!='<|im_end|>'}
-        everything = encode([question('a', tmp_path/'a.png'), dict(role='assistant', content='b')], tokenizer, train_on='all')
-        assert tokenizer.convert_tokens_to_ids(processor.image_token) not in everything['labels'] and tokenizer.decode([i for i in everything['labels'] if i!=-100]).startswith('<|im_start|>user')
+    everything = encode([question('a', tmp_path/'a.png'), dict(role='assistant', content='b')], tokenizer, train_on='all')
+    assert tokenizer.convert_tokens_to_ids(processor.image_token) not in everything['labels'] and tokenizer.decode([i for i in everything['labels'] if i!=-100]).startswith('<|im_start|>user')
 
 
 @pytest.mark.parametrize('kind', kinds)
@@ -266,6 +266,7 @@ def test_it_merges_with_proof_and_answers_on_the_command_line(tuned, capsys):
     assert report.how=='weight by weight' and report.divergence<=report.bound and report.same==report.asked==8 and report.effect>1
     model,tokenizer = load_for_chat(folder/'run')
     assert not hasattr(model, 'disable_adapter') and processor_of(tokenizer) is not None
+    assert all('pixel_values' in row for row in merging.probes_of(folder/'run', tokenizer)[0])
     assert main(['chat', str(folder/'run'), '--image', str(folder/'2.png'), '--prompt', 'Which colour is it?'])==0
     assert capsys.readouterr().out=='It is blue.\n'
     assert main(['chat', str(folder/'run'), '--image', str(folder/'lost.png'), '--prompt', '?'])==1 and 'lost.png does not exist' in capsys.readouterr().err
@@ -335,6 +336,26 @@ def test_other_models_train_and_merge(kind, models, tmp_path, monkeypatch):
     asked = [[question('Which?', tmp_path/'a.png')], 'Why?', [question('Which of them?', tmp_path/'b.png', tmp_path/'c.png')]]
     together,alone = answers(*load_for_chat(tmp_path/'run'), asked, 6),[answers(*load_for_chat(tmp_path/'run', adapter=True), [a], 6)[0] for a in asked]
     assert together==alone # in a batch and one by one, merged and not
+
+def test_a_processor_in_the_older_files(models, tmp_path):
+    "As most models on the Hub have it: settings of pictures in a file of their own, that of videos beside it, the chat template in JSON"
+    shutil.copytree(models('qwen2_vl'), tmp_path/'model')
+    settings = read_json(tmp_path/'model'/'processor_config.json')
+    template = (tmp_path/'model'/'chat_template.jinja').read_text()
+    for left in ('processor_config.json', 'chat_template.jinja'): (tmp_path/'model'/left).unlink()
+    old = settings['image_processor'] | dict(image_processor_type='Qwen2VLImageProcessorFast', processor_class='Qwen2VLProcessor', min_pixels=28*28, max_pixels=56*84)
+    old.pop('size')
+    (tmp_path/'model'/'preprocessor_config.json').write_text(json.dumps(old))
+    (tmp_path/'model'/'video_preprocessor_config.json').write_text('{"video_processor_type": "Qwen2VLVideoProcessor"}')
+    (tmp_path/'model'/'chat_template.json').write_text(json.dumps(dict(chat_template=template)))
+    written(tmp_path, mixed_rows(tmp_path)*2)
+    now,then = (prepare_dataset(tmp_path/'rows.json', load_tokenizer(m), cache=False) for m in (str(tmp_path/'model'), models('qwen2_vl')))
+    assert [r['input_ids'] for r in now]==[r['input_ids'] for r in then]
+    LoRATrainer(config_of(str(tmp_path/'model'), tmp_path, max_steps=1), quiet=True).train()
+    merge_run(tmp_path/'run', rows=2)
+    for folder in ('lora_weights', 'merged_model'):
+        for name in ('preprocessor_config.json', 'video_preprocessor_config.json'): assert (tmp_path/'run'/folder/name).read_bytes()==(tmp_path/'model'/name).read_bytes()
+    assert [r['input_ids'] for r in prepare_dataset(tmp_path/'rows.json', load_for_chat(tmp_path/'run')[1], cache=False)]==[r['input_ids'] for r in then]
 
 def test_a_pattern_reaches_the_part_that_sees(models, tmp_path):
     written(tmp_path, mixed_rows(tmp_path)*2)
