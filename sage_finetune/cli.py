@@ -438,6 +438,10 @@ Afterwards:
   sage-finetune serve code
   sage-finetune export code --adapter
 
+On several GPUs, and on several machines (the command goes to each):
+  sage-finetune run code --nproc 8
+  sage-finetune run code --nproc 8 --nodes 2 --machine-rank 0 --main-process-ip 10.0.0.1
+
 A config of LLaMA-Factory or TRL, as it stands:
   sage-finetune run llama3_lora_sft.yaml
 '''

@@ -165,7 +165,7 @@ _preference_rules = _training_rules | dict(
     sft_weight=_at_least(0), desirable_weight=_at_least(0), undesirable_weight=_at_least(0), format_type=_one_of('preference', 'unpaired'),
     train_on=_one_of('assistant', 'last'), overflow=_one_of('drop', 'truncate'))
 
-_not_for_pairs = dict(packing=False, tokens_per_step=None, neftune_noise_alpha=None, cut_answers=False, stack_adapter=False, replay_path=None, replay_share=0.0)
+_not_for_pairs = dict(packing=False, tokens_per_step=None, neftune_noise_alpha=None, cut_answers=False, stack_adapter=False, replay_path=None, replay_share=0.0, torch_compile=False)
 _only_with = dict(loss_type='dpo', label_smoothing='dpo', sft_weight='dpo', desirable_weight='kto', undesirable_weight='kto')
 
 # %% ../nbs/00_config.ipynb #9fcc0003
@@ -175,7 +175,7 @@ class PreferenceConfig(TrainingConfig):
     per_device_train_batch_size: int = 2 # Rows in one pass on one device: pairs, or single answers for KTO
     gradient_accumulation_steps: int = 8 # Passes before the optimizer steps
     learning_rate: float = 5e-6 # At its highest, after the warm-up
-    lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(lora_dropout=0.0)) # The adapter
+    lora: LoRAConfig = field(default_factory=lambda: LoRAConfig().adapted(lora_dropout=0.0)) # The adapter
     method: str = "dpo" # "dpo", "orpo" or "kto"
     beta: float = 0.1 # How closely the model is held to its reference; for ORPO, the weight of the odds ratio
     loss_type: str = "sigmoid" # Of DPO: "sigmoid", "hinge", "ipo" or "robust"
@@ -190,7 +190,7 @@ class PreferenceConfig(TrainingConfig):
         super().__post_init__()
         plain = {f.name: f.default for f in fields(self)}
         for n,value in _not_for_pairs.items():
-            if getattr(self, n)!=value: raise ValueError(f'`{n}={getattr(self, n)}` has no meaning for preferences: leave it out')
+            if getattr(self, n)!=value: raise ValueError(f'`{n}={getattr(self, n)}` does not go together with preferences: leave it out')
         for n,method in _only_with.items():
             if getattr(self, n)!=plain[n] and self.method!=method: raise ValueError(f'`{n}={getattr(self, n)}` is a setting of `method="{method}"`, and the method is "{self.method}": leave it out')
         if self.label_smoothing and self.loss_type!='robust': raise ValueError(f'`label_smoothing={self.label_smoothing}` needs `loss_type="robust"`, got "{self.loss_type}"')

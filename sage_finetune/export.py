@@ -17,6 +17,7 @@ from pathlib import Path
 from .config import SageError, cannot_write, embedded_model, read_json, refuse_unknown, whole_folder, write_text
 from .files import find_secret
 from .runs import find_run
+from .pictures import processor_files
 from .template import chat_form, end_of_turn_id, render
 
 # %% ../nbs/06a_export.ipynb #89d462d2
@@ -175,6 +176,18 @@ prompt = tokenizer.apply_chat_template([dict(role="user", content="Hello?")], ad
 answer = model.generate(**prompt, max_new_tokens=256, do_sample=False)
 print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True))'''
 
+_load_seeing = (dict(peft='', below='name', around='', end=''), dict(peft='from peft import PeftModel\n', below='base', around='PeftModel.from_pretrained(', end=', name)'))
+
+_use_seeing = '''{peft}from transformers import AutoModelForImageTextToText, AutoProcessor
+
+name, base = {place!r}, {base!r}
+processor = AutoProcessor.from_pretrained(name)
+model = {around}AutoModelForImageTextToText.from_pretrained({below}){end}
+parts = [dict(type="image", path="photo.jpg"), dict(type="text", text="What is this?")]
+prompt = processor.apply_chat_template([dict(role="user", content=parts)], add_generation_prompt=True, tokenize=True, return_tensors="pt", return_dict=True)
+answer = model.generate(**prompt, max_new_tokens=256, do_sample=False)
+print(processor.decode(answer[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True))'''
+
 _form = 'It was trained on conversations in the form of its own chat template, which lies beside it; another form gives away part of what it learned.'
 _limits = ('It knows what its base knew and what stood in the data above. '
            'Nobody has looked for bias, or for what it says outside that data, unless it is written here.')
@@ -198,7 +211,8 @@ def model_card(
     source = name if isinstance(name, Source) else source_of_export(name, kind)
     known,place = base_elsewhere(source, base),place or source.name
     below = known or Path(source.settings['model_name']).name
-    use = (_use_adapter if source.kind=='adapter' else _use_merged).format(place=place, base=below)
+    use = (_use_adapter if source.kind=='adapter' else _use_merged) if not processor_files(source.folder) else _use_seeing
+    use = use.format(place=place, base=below, **_load_seeing[source.kind=='adapter'])
     what = 'A LoRA adapter for' if source.kind=='adapter' else 'A language model, fine-tuned with LoRA from'
     head = _head(source, known, license, license_name, license_link, language)
     elsewhere = [] if known or source.kind=='merged' else [f'`{below}` is not on the Hub: put the folder where you have it in its place.']

@@ -19,7 +19,7 @@ from .folder import RunFolder, run_folder
 from .data import DataReport, how_of, prepare_dataset, source_of
 from .split import split_dataset
 from .batches import example_lengths
-from .adapter import changes_base, low_rank, scaling_of, start_file
+from .adapter import low_rank, scaling_of, start_file
 
 # %% ../nbs/01n_incremental.ipynb #35fa1fe9
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from .config import SageError, TrainingConfig, resolve_model
 from .machine import division
-from .pictures import need_pillow, processor_files, with_processor
+from .pictures import need_pillow, processor_files, processor_names, with_processor
 from .template import ensure_template
 
 # %% ../nbs/01b_loading.ipynb #4fc092c5
@@ -81,10 +81,17 @@ def model_class(
 
 # %% ../nbs/01b_loading.ipynb #22f87596
 def _sees(place):
-    "Whether a folder or a model on the Hub comes with a processor of images"
-    if Path(place).is_dir(): return bool(processor_files(place))
-    try: return takes_images(AutoConfig.from_pretrained(place, trust_remote_code=False))
+    "Whether a model or an adapter comes with a processor of images"
+    folder = Path(place)
+    if folder.is_dir() and (not processor_files(folder) or not (folder/'config.json').is_file()): return bool(processor_files(folder)) # an adapter has no config
+    try: return takes_images(AutoConfig.from_pretrained(place, trust_remote_code=False)) and (folder.is_dir() or bool(_files_of_processor(place)))
     except _load_errors: return False # said where it is loaded
+
+def _files_of_processor(place):
+    "Files in the cache, or in the folder; downloaded where the Hub can be reached"
+    from transformers.utils import cached_file
+    how = dict(_raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+    return [Path(f) for n in processor_names if (f := cached_file(place, n, **how))]
 
 def _without_videos(kind):
     "A class of processors, for images and text only"
@@ -100,14 +107,14 @@ def _without_videos(kind):
 
 def _processor(place):
     import transformers
-    from transformers.utils import cached_file, is_torchvision_available
-    how = dict(_raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
-    files = [Path(f) for n in ('processor_config.json', 'preprocessor_config.json', 'tokenizer_config.json') if (f := cached_file(place, n, **how))]
-    kind = next((k for f in files if (k := json.loads(f.read_text(encoding='utf-8')).get('processor_class'))), None)
+    from transformers.utils import is_torchvision_available
+    files = _files_of_processor(place)
+    named = [*files, *(f for f in (files[0].parent/'tokenizer_config.json',) if f.is_file())]
+    kind = next((k for f in named if (k := json.loads(f.read_text(encoding='utf-8')).get('processor_class'))), None)
     kind = getattr(transformers, kind or '', transformers.AutoProcessor)
     if not is_torchvision_available() and any('video' in a for a in getattr(kind, 'get_attributes', list)()): kind = _without_videos(kind)
     made = kind.from_pretrained(place, trust_remote_code=False)
-    made._sage_folder = files[0].parent if files else place
+    made._sage_folder = files[0].parent
     return made
 
 def _tokenizer_that_sees(name):

@@ -6,11 +6,11 @@ Docs: https://sage-finetune.github.io/sage_finetune/preference.html.md"""
 
 # %% auto #0
 __all__ = ['figures', 'require_trl', 'prompt_length', 'prepare_preferences', 'prompts_of', 'split_by_prompt', 'PairCollator',
-           'JudgedCollator', 'means', 'Rewards', 'Judged', 'ByOdds', 'Mixed', 'loop_of', 'PreferenceResult',
+           'JudgedCollator', 'means', 'Rewards', 'Judged', 'ByOdds', 'Mixed', 'loop_of', 'PreferenceResult', 'balance',
            'PreferenceTrainer', 'method_for', 'trainer_for']
 
 # %% ../nbs/02c_preference.ipynb #d3140a54
-import warnings
+import math,warnings
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -332,7 +332,25 @@ class PreferenceResult(TrainingResult):
     margin_after: float|None = None # The same at the end
     accuracy_after: float|None = None # Share of held-out pairs whose chosen answer has the higher reward; None for KTO
 
+    def shown(self):
+        plain,told = super().shown(),lambda x: '' if x is None else f'{x:.4f}'
+        more = [['margin, held out', f'{told(self.margin_before)} → {told(self.margin_after)}'], ['told apart rightly', '' if self.accuracy_after is None else f'{self.accuracy_after:.0%}']]
+        return replace(plain, rows=[*plain.rows, *(r for r in more if r[1].strip(' →'))])
+
 # %% ../nbs/02c_preference.ipynb #f48f29ff
+def balance(
+    dataset, # From `prepare_preferences` for KTO
+    config:PreferenceConfig, # Whose weights are meant
+)->str|None: # None where good and bad answers weigh about the same
+    "How far the weights of good and bad answers are apart"
+    good = sum(d[0] for d in dataset['desirable'])
+    bad = len(dataset)-good
+    share = config.desirable_weight*good/(config.undesirable_weight*bad) if bad*config.undesirable_weight else math.inf
+    if .99<=share<=1.34: return None
+    fix = f'`desirable_weight={config.undesirable_weight*bad/good:.2g}` makes it 1' if good and bad else 'KTO needs answers of both kinds'
+    return f'{good:,} good and {bad:,} bad answers weigh {share:.2g} to 1, and for KTO it should be 1 to 1.33: {fix}'
+
+# %% ../nbs/02c_preference.ipynb #79ed87da
 class PreferenceTrainer(LoRATrainer):
     "A run that learns from preferences, step by step"
     judges = True
@@ -363,6 +381,7 @@ class PreferenceTrainer(LoRATrainer):
             report.overlap = overlap(prompts_of(self.dataset), prompts_of(self.eval_dataset))
         else: self.dataset,self.eval_dataset = split_by_prompt(data, c.test_size, c.seed, report)
         self.say(report)
+        if c.method=='kto' and (told := balance(self.dataset, c)): self.say(told)
 
     def arguments(self)->TrainingArguments:
         "What TRL is told"

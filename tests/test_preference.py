@@ -19,7 +19,7 @@ from sage_finetune.loading import load_tokenizer
 from sage_finetune.merge_chat import merge_run
 from sage_finetune.preference import Judged, PreferenceTrainer, prepare_preferences, require_trl, split_by_prompt, trainer_for
 from sage_finetune.runs import new_run, trainer_of
-from sage_finetune.trainer import LoRATrainer, Stopped, train_from_meta
+from sage_finetune.trainer import LoRATrainer, Stopped, data_digest, train_from_meta
 
 real = Path(__file__).resolve().parents[2]/'shared'/'data'/'dpo_en_demo.json'
 needs_real = pytest.mark.skipif(not real.is_file(), reason='the folder of real rows (../shared/data) is not here')
@@ -92,6 +92,9 @@ def test_a_prompt_is_on_one_side_whatever_the_answers(tmp_path):
         train,held = split_by_prompt(prepare_preferences(PreferenceConfig(method=method, data_path=save_rows(tmp_path/'rows.jsonl', rows)), tok), .2, 1, report)
         asked = [{tok.decode(r['input_ids'][:next(i for i,t in enumerate(r['labels']) if t != -100)]) for r in d} for d in (train, held)]
         assert (len(train), len(held), len(asked[0] & asked[1]), report.held_out) == (48*each, 12*each, 0, 12*each)
+    changed = [rows[0] | dict(rejected='Another.'), *rows[1:]]
+    digests = {data_digest(prepare_preferences(PreferenceConfig(method=m, data_path=save_rows(tmp_path/'other.jsonl', r)), tok)) for r in (rows, changed) for m in ('dpo', 'kto')}
+    assert len(digests) == 4 # what is rejected is part of what makes a run
 
 
 # Numbers

@@ -282,6 +282,15 @@ def test_its_form_is_written_down(tuned, tmp_path):
     with pytest.raises(SageError, match='the processor of images has changed'): load_for_chat(tmp_path/'adapter')
     assert (export_folder(folder/'run', tmp_path/'out', 'adapter')/'processor_config.json').is_file()
 
+@pytest.mark.parametrize('kind', ['adapter', 'merged'])
+def test_the_card_says_how_to_use_it(kind, tuned, models, tmp_path, monkeypatch, capsys):
+    from sage_finetune.export import export_folder
+    out = export_folder(tuned[0]/'run', tmp_path/'out', kind)
+    code = (out/'README.md').read_text().partition('```python\n')[2].partition('```')[0]
+    plain('green').save(tmp_path/'photo.jpg'); monkeypatch.chdir(tmp_path)
+    exec(code.replace('What is this?', 'Which colour is it?').replace("name, base = 'run', 'llava'", f'name, base = {str(out)!r}, {models("llava")!r}'), {})
+    assert capsys.readouterr().out=='It is green.\n'
+
 def test_the_dashboard_of_tokens_sees_the_picture(tuned):
     from sage_finetune.compare import Run
     from sage_finetune.look import worst_rows
