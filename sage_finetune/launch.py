@@ -32,7 +32,9 @@ def _options(config):
     if str(config) in ways: return [*ways[str(config)], '--mixed_precision=no', '--dynamo_backend=no'] # the run's own settings say both
     path = checked('config', config, Path)
     if not path.is_file(): refuse_unknown([str(config)], ways, '`config` (or file of accelerate)')
-    kind = str(read_settings(path).get('distributed_type', 'NO'))
+    given = read_settings(path)
+    kind = str(given.get('distributed_type', 'NO'))
+    if kind=='FSDP' and str((given.get('fsdp_config') or {}).get('fsdp_version', 1))!='2': raise SageError(f'{path}: set `fsdp_version: 2` in its `fsdp_config`; version 1 is not supported')
     if kind in ('FSDP', 'DEEPSPEED') or kind.startswith('MULTI_') and kind!='MULTI_CPU': return [f'--config_file={path}']
     raise SageError(f'{path} says `distributed_type: {kind}`, which starts no processes that train one adapter: take a file with MULTI_GPU, FSDP or DEEPSPEED, or {", ".join(ways)}')
 

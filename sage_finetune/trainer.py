@@ -303,6 +303,7 @@ def _lost(error):
 def _meeting(device):
     "Let the processes that were launched together find each other, and tell in one line where they lose each other"
     how = _backend(device)
+    if division()=='FSDP' and os.environ.get('FSDP_VERSION', '1')!='2': raise ValueError('`fsdp_version` must be 2 (in the `fsdp_config` of the accelerate file, or `--fsdp_version 2`): version 1 is not supported')
     if processes()>1 and not torch.distributed.is_initialized():
         PartialState(cpu=how['use_cpu'], backend=how.get('ddp_backend'), timeout=timedelta(hours=2)) # the others wait while the first prepares the data
     try: yield
@@ -364,6 +365,8 @@ def training_arguments(
     check_knobs(config, held_out=evaluate)
     known = {f.name for f in fields(kind)}
     for name in [n for n in os.environ if n.startswith('ACCELERATE_DYNAMO_')]: del os.environ[name] # left by a run that was compiled
+    if 'ACCELERATE_MIXED_PRECISION' in os.environ: # of a launcher; the settings of the run say what is computed in
+        os.environ['ACCELERATE_MIXED_PRECISION'] = 'fp16' if config.fp16 else 'bf16' if config.bf16 else 'no'
     args = kind(
         **more, output_dir=str(config.checkpoint_dir), run_name=config.output_dir.name, **{n: getattr(config, n) for n in _same_name},
         **dict(_version_arguments(config, known)), per_device_eval_batch_size=config.per_device_train_batch_size,
@@ -737,8 +740,9 @@ def _same_run(run, record):
     "Refuse to go on with a folder that holds another run"
     folder = run.folder
     if not folder.config.is_file() or folder.state=='new': return
-    if other := differences(read_json(folder.config), record):
+    if other := differences(before := read_json(folder.config), record):
         raise SageError(f"{folder.path} holds another run ({'; '.join(other)}): give another `output_dir`, or start anew with `train(fresh=True)`")
+    if before.get('_processes', 1)!=processes(): run.say(f"Another number of processes ({before.get('_processes', 1)} → {processes()}): the same rows behind each step, but dropout draws other numbers")
 
 # %% ../nbs/02_trainer.ipynb #ca466627
 def _start_anew(run):
@@ -914,7 +918,8 @@ def _as_before(run):
     "Begin with the smaller passes that a run which goes on had needed already on this machine"
     if not run.folder.config.is_file() or run.folder.state=='new': return
     record = read_json(run.folder.config)
-    if record.get('_machine')!=str(run.machine) or differences(record | dict(_data=None), run.config.to_dict() | dict(_data=None)): return
+    if (record.get('_machine'), record.get('_processes', 1))!=(str(run.machine), processes()): return
+    if differences(record, run.config.to_dict() | {k: v for k,v in record.items() if k.startswith('_')}): return
     known = [Change(**c) for c in record.get('_changes', ()) if c['reason']==memory_ran_out]
     if known and known!=run.while_running: run.say(show_changes(known))
     run.while_running,run.evaluation_rows = known or run.while_running,record.get('_evaluation_rows') or run.evaluation_rows

@@ -50,7 +50,7 @@ def test_a_bad_data_file_is_named_in_one_line_and_nothing_is_written(name, tmp_p
     (('quickstart', 'code', '--data', 'no/such/code'), 'codebase not found'),
     (('run', 'no-such-run'), "no run 'no-such-run'"),
     (('run', '../../etc'), 'is not a run folder'),
-    (('run', 'no-such-run', '--use-llamafactory'), 'No such option'),
+    (('run', 'no-such-run', '--use-llamafactory'), 'takes a config file of LLaMA-Factory, and no-such-run is no file'),
     (('merge', 'no-such-run'), "no run 'no-such-run'"),
     (('chat', 'no-such-run'), "no run 'no-such-run'"),
     (('chat', '../x'), 'is not a run folder'),

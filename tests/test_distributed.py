@@ -5,6 +5,7 @@ The processes are forked from one that has imported everything, with the environ
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -243,6 +244,14 @@ def test_another_number_of_processes(base, data, one):
     with pytest.raises(SageError, match='processes × gradient_accumulation_steps: 2 × 2 → 1 × 2.*start anew'): LoRATrainer(config(folder, data), quiet=True).train()
     assert near(one, alone(folder, data))<=1e-5
 
+@pytest.mark.slow
+def test_one_process_becomes_two(base, data, two):
+    folder = base/'more'
+    run = Noted(config(folder, data, gradient_accumulation_steps=4), quiet=True, at=4, do=lambda: run.stop())
+    with pytest.raises(Stopped): run.train()
+    codes,said = together(base/'crew_more', train, folder, data)
+    assert codes==[0, 0] and near(two, folder)<=1e-5, said
+
 
 # Divided
 
@@ -433,6 +442,18 @@ def test_two_launchers_as_on_two_machines(base, data, two, tmp_path):
     said = [p.communicate(timeout=120)[0] for p in started]
     assert [p.returncode for p in started]==[0, 0], said
     assert near(two, tmp_path/'run')<=1e-6 and said[0].count('Adapter: ')==1 and 'Adapter: ' not in said[1]
+
+@pytest.mark.slow
+def test_a_file_of_accelerate(base, data, one, tmp_path):
+    "Parts saved one by one, and a number format that gives way to that of the run"
+    config(tmp_path/'run', data).save(tmp_path/'run.json')
+    parts = dict(fsdp_version=2, fsdp_auto_wrap_policy='TRANSFORMER_BASED_WRAP', fsdp_state_dict_type='SHARDED_STATE_DICT', fsdp_reshard_after_forward=True, fsdp_cpu_ram_efficient_loading=True)
+    write_json(tmp_path/'accelerate.json', dict(compute_environment='LOCAL_MACHINE', distributed_type='FSDP', mixed_precision='bf16', num_processes=2, num_machines=1, fsdp_config=parts))
+    for _ in range(2):
+        started = launched(tmp_path, 'run', str(tmp_path/'run.json'), '--config', 'accelerate.json')
+        said = started.communicate(timeout=120)[0]
+        assert started.returncode==0 and near(one, tmp_path/'run')<=1e-5, said
+        for left in ('checkpoints/checkpoint-6', 'lora_weights'): shutil.rmtree(tmp_path/'run'/left) # the second time it goes on
 
 @pytest.mark.slow
 def test_from_python(base, data, two, tmp_path):

@@ -122,9 +122,8 @@ def test_the_first_step_is_as_by_hand_and_the_margin_grows_on_held_out_pairs(met
 @needs_real
 @methods
 def test_the_margin_grows_on_held_out_pairs_of_a_real_file(method, tmp_path):
-    rows,epochs = (2, 2) if method != 'kto' else (4, 1) # KTO has two rows for each pair
-    c = config(tmp_path/'run', method=method, data_path=real, max_length=640, overflow='truncate', test_size=.3, max_steps=-1, num_train_epochs=epochs, seed=4, eval_steps=8, save_steps=100,
-               per_device_train_batch_size=rows, gradient_accumulation_steps=4, learning_rate=3e-4, lora=LoRAConfig(r=16, lora_alpha=32, target_modules='all-linear', lora_dropout=0.0))
+    c = config(tmp_path/'run', method=method, data_path=real, max_length=640, overflow='truncate', test_size=.3, max_steps=-1, num_train_epochs=2, seed=4, save_steps=100,
+               per_device_train_batch_size=4, gradient_accumulation_steps=2, learning_rate=3e-4, lora=LoRAConfig(r=16, lora_alpha=32, target_modules='all-linear', lora_dropout=0.0))
     run,result = after(c)
     figure = 'eval_log_odds_chosen' if method == 'orpo' else 'eval_rewards/margins'
     seen = [(m['step'], round(m[figure], 4)) for m in read_metrics(run.folder.metrics) if figure in m]

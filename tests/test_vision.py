@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from sage_finetune import merging
 from sage_finetune.adapter import add_lora, adapter_line
 from sage_finetune.batches import Collator
-from sage_finetune.config import LoRAConfig, PresetConfigs, SageError, TrainingConfig, read_json, resolve_model
+from sage_finetune.config import LoRAConfig, PresetConfigs, SageError, read_json, resolve_model
 from sage_finetune.data import DataReport, prepare_dataset
 from sage_finetune.generation import answers, load_for_chat
 from sage_finetune.loading import load_model, load_tokenizer, without_noise
