@@ -175,6 +175,11 @@ def start(
     echo('\n'.join([*notes, f'Written: {run.meta}']))
     _train(run.path, fresh)
 
+def _one_of(options):
+    "Refuse options of which one would be passed over"
+    given = [name for name,on in options.items() if on]
+    if len(given)>1: raise ValueError(f'`{given[0]}` and `{given[1]}` exclude each other')
+
 def _as_json(target, fresh):
     from sage_finetune.pipeline import run_json
     line,status = run_json(sys.stdin.read() if target=='-' else target, lambda event: echo(event, err=True), fresh)
@@ -226,8 +231,11 @@ def run(
     dry_run: Annotated[bool, Option('--dry-run', help='Print the command that would start the processes, and start nothing')] = False,
 ):
     "Train what a run folder or a file of settings asks for; a killed run goes on"
-    if nproc or config or nodes>1 or dry_run:
-        if as_json or live or not native: raise ValueError('`--nproc`, `--nodes` and `--config` go with none of `--json`, `--live` and `--use-llamafactory`')
+    many = nproc or config or nodes>1 or dry_run or machine_rank or main_process_ip or main_process_port
+    _one_of({'--nproc, --nodes or --config': many, '--json': as_json, '--live': live, '--use-llamafactory': not native})
+    if prompt and not live: raise ValueError('`--prompt` goes with `--live`')
+    if fresh and not native: raise ValueError('`--fresh` has no meaning with `--use-llamafactory`: set `overwrite_output_dir` in its file')
+    if many:
         return _launch(target, nproc, config or 'ddp', dry_run, nodes=nodes, machine_rank=machine_rank, main_process_ip=main_process_ip,
                        main_process_port=main_process_port, fresh=fresh)
     if as_json: return _as_json(target, fresh)
