@@ -109,3 +109,19 @@ def test_public_names_are_listed():
     assert set(offered) <= set(listed)
     assert {'LoRATrainer', 'TrainingConfig', 'LoRAConfig', 'PresetConfigs', 'prepare_dataset', 'load_training_data',
             'train_from_meta'} <= set(offered)
+
+
+def test_imports_run_one_way():
+    "The map in CONTRIBUTING names every module, and each imports from rows above its own; only what shows itself is asked for later"
+    import ast
+    rows = [m for m in re.findall(r'^\| `[^`]+` \| `(\w+)` \|', (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8'), re.M)]
+    place,found = {m: i for i,m in enumerate(rows)},{p.stem for p in (ROOT/'sage_finetune').glob('[a-z]*.py')}
+    assert found==set(rows) and len(rows)==len(place)
+    down = set()
+    for name in found:
+        tree = ast.parse((ROOT/'sage_finetune'/f'{name}.py').read_text(encoding='utf-8'))
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom) or not (node.level or (node.module or '').startswith('sage_finetune.')): continue
+            asked = (node.module or '').removeprefix('sage_finetune.')
+            if asked in place and place[asked]>place[name]: down.add((name, asked))
+    assert down=={('settings', 'show'), ('machine', 'show'), ('config', 'machine')}
