@@ -52,9 +52,10 @@ live,made = run([], 'dashboard')
 while live.running: time.sleep(.5)
 (on,on_wall,on_cpu),(off,off_wall,off_cpu) = made[0].took[True],made[0].took[False]
 from sage_finetune import live as module
+from sage_finetune.board import board_panes
 began = time.process_time()
 for _ in range(20):
-    for pane in module._panes.values(): pane(live.board)
+    for pane in board_panes.values(): pane(live.board)
 print('RESULT', json.dumps(dict(steps_on=on, steps_off=off, more_processor_time=round(on_cpu/on/(off_cpu/off)-1, 4), more_wall_time=round(on_wall/on/(off_wall/off)-1, 4),
       drawing_ms=round((time.process_time()-began)/20*1000, 2), step_ms=round(off_wall/off*1000, 1))))
 '''
