@@ -86,8 +86,9 @@ class Board(Shown):
         prompts=(), # That are answered again and again
         card:int|None=None, # Bytes of memory there are
         most:int=256, # Points of a curve at most
+        unit:str='nats per learned token', # Of the loss; empty for one that has none
     ):
-        self.prompts,self.card,self.phase = list(prompts),card,'preparing'
+        self.prompts,self.card,self.unit,self.phase = list(prompts),card,unit,'preparing'
         self.loss,self.held_out,self.rate = Curve(most),Curve(most),Curve(most)
         self.step = self.steps = self.done = self.changes = 0
         self.seconds,self.now = 0.0,{} # of training, without pauses; the last of each number that was logged
@@ -217,15 +218,17 @@ def curve_svg(
     lines = {k: getattr(board, k).line for k in _names}
     known = {k: l for k,l in lines.items() if l}
     if not known: body = _label(width/2, height/2, 'no step yet')
-    else: body = _losses(known, (46, 26, width-12, height-92)) + _rate(board, known, (46, height-56, width-12, height-14))
+    else: body = _losses(board, known, (46, 26, width-12, height-92)) + _rate(board, known, (46, height-56, width-12, height-14))
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" style="width:100%;max-width:{width}px;color:inherit" role="img" '
             f'font-family="sans-serif" font-size="11" aria-label="loss over the steps">{body}</svg>')
 
-def _losses(known, box):
+def _loss_label(board): return f'loss ({board.unit})' if board.unit else 'loss'
+
+def _losses(board, known, box):
     limits = _limits(known.values())
     place,legend = _scale(limits, box),''
     for i,(k,line) in enumerate(known.items()): legend += _label(box[0]+4+i*150, 14, f"{'●' if k=='held_out' else '━'} {_names[k]} {line[-1][1]:.4f}", 'start', _colours[k])
-    return ''.join(_grid(limits, place, box))+''.join(_path(l, place, _colours[k], k=='held_out') for k,l in known.items())+legend+_label(box[2], 14, 'loss in nats for each learned token', 'end')
+    return ''.join(_grid(limits, place, box))+''.join(_path(l, place, _colours[k], k=='held_out') for k,l in known.items())+legend+_label(box[2], 14, _loss_label(board), 'end')
 
 def _rate(board, known, box):
     line = board.rate.line
@@ -301,7 +304,7 @@ def board_figure(
     for k,name in _names.items():
         if line := getattr(board, k).line: top.plot(*zip(*line), 'o-' if k=='held_out' else '-', color=_colours[k], markersize=4, label=f'{name} {line[-1][1]:.4f}')
     if board.rate.line: low.plot(*zip(*board.rate.line), color=_colours['rate'])
-    top.set_ylabel('loss (nats per learned token)'); low.set_ylabel('learning\nrate'); low.set_xlabel('optimizer step')
+    top.set_ylabel(_loss_label(board)); low.set_ylabel('learning\nrate'); low.set_xlabel('optimizer step')
     low.set_ylim(bottom=0); low.ticklabel_format(axis='y', style='sci', scilimits=(-2, 2))
     for ax in (top, low):
         ax.set_facecolor('none'); ax.grid(alpha=.3); ax.tick_params(colors=grey)

@@ -132,7 +132,7 @@ class LiveRun:
             raise ValueError(f'`prompts` must be a list of questions, or of conversations, got {prompts!r}')
         if every is not None and every<1: raise ValueError(f'`every` must be at least 1 step, or None, got {every!r}')
         self.run,self.prompts,self.every,self.share,self.max_new_tokens = run,list(prompts),every,share,max_new_tokens
-        self.board = Board(prompts, run.machine.memory if run.machine.device=='cuda' else run.machine.ram)
+        self.board = Board(prompts, run.machine.memory if run.machine.device=='cuda' else run.machine.ram, **dict(unit='') if run.judges else {})
         self.result = self.error = self._thread = self._view = None
         self._asked,self._wake,self._using,self._hold,self._ending = deque(),threading.Condition(),threading.Lock(),False,False
         self._window,self._away,self._started,self._listener = (0.0, 0.0),0.0,None,None
