@@ -14,6 +14,7 @@ import copy,functools,json,math,random,shutil,sys,time
 from pathlib import Path
 
 import torch
+import sage_finetune.loading # before transformers: it quiets bitsandbytes
 from transformers import TrainerCallback
 
 from .config import SageError, write_text

@@ -8,7 +8,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/incremental.html.md"""
 __all__ = ['Earlier', 'earlier_of', 'with_adapter', 'go_on_from', 'lay_below', 'upper_alone', 'earlier_data', 'with_replay']
 
 # %% ../nbs/01n_incremental.ipynb #0e6c9df1
-import random,zlib
+import random,warnings,zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from .folder import RunFolder, run_folder
 from .data import DataReport, how_of, prepare_dataset, source_of
 from .split import split_dataset
 from .batches import example_lengths
+from .loading import without_noise # before peft: it quiets bitsandbytes
 from .adapter import low_rank, scaling_of, start_file
 
 # %% ../nbs/01n_incremental.ipynb #35fa1fe9
@@ -123,7 +124,10 @@ def lay_below(
     "Put an earlier adapter below the new one, as it is"
     tensors = low_rank(saved := _saved(e))
     if other := [k for k in saved if k not in tensors]: raise SageError(f'`init_adapter`: {e.adapter} holds more than matrices A and B ({other[0]}): merge it first')
-    try: model.load_adapter(str(e.adapter), _below, is_trainable=False)
+    try:
+        with without_noise(), warnings.catch_warnings():
+            warnings.filterwarnings('ignore', message='PiSSA changes the base weights') # `save_adapter` writes what fits the untouched ones
+            model.load_adapter(str(e.adapter), _below, is_trainable=False)
     except (RuntimeError, ValueError) as err: raise SageError(f'`init_adapter`: {e.adapter} does not fit this model: {" ".join(str(err).split())[:200]}') from None
     for m in model.modules():
         if _below not in getattr(m, 'lora_A', ()): continue

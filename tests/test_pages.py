@@ -1,5 +1,5 @@
 "The documentation site without Quarto: every dead link and missing picture is found, and this site has none"
-import base64, importlib.util, json, subprocess, sys
+import base64, importlib.util, json, re, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -119,3 +119,11 @@ def test_a_tutorial_is_ready_for_colab_and_holds_its_finding(path):
     assert not any(output.output_type in ('stream', 'error') for output in outputs)
     assert not any('widget' in kind for output in outputs for kind in output.get('data', {})) and 'widgets' not in read_nb(path).metadata
     assert not [folder for folder in ('/tmp', str(ROOT), str(Path.home())) if folder in json.dumps(outputs)]
+
+
+def test_no_stored_output_tells_of_a_machine(this_site):
+    "No warning of a library with its place, no progress bar, no folder of somebody's"
+    for path,nb in this_site[1].items():
+        for output in (o for cell in nb.cells for o in cell.get('outputs', ())):
+            assert output.get('name')!='stderr', f'{path.name}: {output}'
+            assert not re.search(r'site-packages|/home/|/root/|/tmp/', json.dumps(output)), f'{path.name}: {output}'
