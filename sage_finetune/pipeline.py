@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from .config import SageError, TrainingConfig, checked, read_json
+from .config import SageError, TrainingConfig, read_json
 from .runs import trainer_of
 
 # %% ../nbs/07_pipeline.ipynb #71862c88
@@ -115,18 +115,17 @@ def _as_before():
 # %% ../nbs/07_pipeline.ipynb #4e889521
 def _trainer(config):
     "A quiet trainer for a config, a dict of settings, or what `sage-finetune run` takes"
-    if not isinstance(config, (TrainingConfig, dict)): return trainer_of(config, quiet=True)
-    return trainer_of(config if isinstance(config, TrainingConfig) else TrainingConfig.from_dict(config), quiet=True)
+    return trainer_of(TrainingConfig.from_dict(config) if isinstance(config, dict) else config, quiet=True)
 
-def _result_of(run, status, result=None, error=None):
+def _result_of(run, status, result=None):
     "The result of a trainer that has ended"
     f,d = run.folder,run.data_report
     record = read_json(f.config) if f.config.is_file() else {}
     rows = dict(read=d.read, used=d.used, dropped=len(d.dropped), held_out=d.held_out, examples=d.examples, tokens=d.tokens, learned_tokens=d.learned_tokens) if d else {}
     unfinished = read_json(f.stopped) if status!='trained' and f.stopped.is_file() else {}
-    numbers = {k: v for k,v in vars(result).items() if k in {x.name for x in fields(RunResult)}} if result else dict(steps=unfinished.get('step', 0))
+    numbers = {k: v for k,v in result.items() if k in {x.name for x in fields(RunResult)}} if result else dict(steps=unfinished.get('step', 0))
     return RunResult(status, str(f.path), str(f.lora_weights) if f.state in ('trained', 'merged', 'stopped') else None, **numbers, rows=rows,
-                     changes=record.get('_changes', []), machine=record.get('_machine', ''), versions=record.get('_versions', {}), error=error)
+                     changes=record.get('_changes', []), machine=record.get('_machine', ''), versions=record.get('_versions', {}))
 
 def finetune(
     config, # A `TrainingConfig`, a dict of settings, a file of settings, or a run folder
@@ -155,12 +154,8 @@ def _trained(run, listener, fresh):
     except Stopped:
         if not listener.cancelled: raise # Ctrl-C, or a signal that was meant for the caller
         done = run.folder.results
-        return _result_of(run, 'stopped') if run.folder.state=='stopped' or not done.is_file() else _result_of(run, 'trained', _read_back(done))
-    return _result_of(run, 'trained', result)
-
-def _read_back(path):
-    from sage_finetune.trainer import TrainingResult
-    return TrainingResult(**read_json(path))
+        return _result_of(run, 'stopped') if run.folder.state=='stopped' or not done.is_file() else _result_of(run, 'trained', read_json(done))
+    return _result_of(run, 'trained', vars(result))
 
 # %% ../nbs/07_pipeline.ipynb #0c61f797
 def run_json(

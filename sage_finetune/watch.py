@@ -8,7 +8,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/watch.html.md"""
 __all__ = ['steps_in_all', 'seconds_left', 'process_use', 'Watched', 'WatchedRuns', 'watched', 'watch']
 
 # %% ../nbs/04b_watch.ipynb #3dc12bdb
-import shutil,subprocess,time
+import json,shutil,subprocess,time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,7 +24,6 @@ def _lines(path, most=20_000):
     with path.open('rb') as f:
         f.seek(max(0, path.stat().st_size-most))
         text = f.read().decode('utf-8', 'replace')
-    import json
     found = []
     for line in text.splitlines():
         try: found.append(json.loads(line))
