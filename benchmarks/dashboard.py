@@ -15,8 +15,8 @@ import json, os, sys, tempfile, time
 from pathlib import Path
 import torch
 from sage_finetune.config import TrainingConfig
-from sage_finetune.live import Between, LiveRun, show_live
-from sage_finetune.sources import save_rows
+from sage_finetune.ui.live import Between, LiveRun, show_live
+from sage_finetune.rows.sources import save_rows
 torch.set_num_threads({threads})
 folder,length = Path(tempfile.mkdtemp()),{seconds}
 rows = save_rows(folder/'rows.jsonl', [dict(question=f'What is {{100+i}} plus {{200+i}}?', answer=f'It is {{300+2*i}}, and that is certain.') for i in range(400)])
@@ -51,8 +51,8 @@ dashboard = '''
 live,made = run([], 'dashboard')
 while live.running: time.sleep(.5)
 (on,on_wall,on_cpu),(off,off_wall,off_cpu) = made[0].took[True],made[0].took[False]
-from sage_finetune import live as module
-from sage_finetune.board import board_panes
+from sage_finetune.ui import live as module
+from sage_finetune.ui.board import board_panes
 began = time.process_time()
 for _ in range(20):
     for pane in board_panes.values(): pane(live.board)
@@ -94,7 +94,7 @@ def measured(code_blocks, seconds):
 def memory():
     "Bytes that a board holds after ten thousand and after a million steps, and the characters of its picture"
     import tracemalloc
-    from sage_finetune.board import Board, Said, curve_svg
+    from sage_finetune.ui.board import Board, Said, curve_svg
     tracemalloc.start()
     board,out = Board(['What?']),{}
     for step in range(1, 1_000_001):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from sage_finetune.loss import head_loss, head_rows
+from sage_finetune.model.loss import head_loss, head_rows
 
 def inputs(vocabulary, tokens, hidden):
     "Hidden states, labels of which half are ignored, and a head"

@@ -32,15 +32,15 @@ def make_model(folder):
     model = Qwen2ForCausalLM(config); model.save_pretrained(folder); tokenizer.save_pretrained(folder)
 
 def rows_of(path, n):
-    from sage_finetune.sources import load_training_data
-    from sage_finetune.shapes import to_messages
+    from sage_finetune.rows.sources import load_training_data
+    from sage_finetune.rows.formats import to_messages
     return [dict(messages=to_messages(r)) for r in load_training_data(path)[:n]]
 
 def final_loss(model, tokenizer, rows):
     "Mean loss over the learned tokens of all rows"
-    from sage_finetune.batches import Collator
+    from sage_finetune.training.batches import Collator
     from sage_finetune.data import DataReport, prepare_dataset
-    from sage_finetune.loss import mean_loss
+    from sage_finetune.model.loss import mean_loss
     data,collate = prepare_dataset(rows, tokenizer, max_length, report=DataReport(), cache=False),Collator(tokenizer.pad_token_id)
     return mean_loss(model, (collate([data[j] for j in range(i, min(i+8, len(data)))]) for i in range(0, len(data), 8)))
 
@@ -59,7 +59,7 @@ def run_bare(model_folder, rows, work):
 
 def run_ours(model_folder, rows, work, **more):
     from sage_finetune import LoRATrainer, TrainingConfig
-    from sage_finetune.sources import save_rows
+    from sage_finetune.rows.sources import save_rows
     config = TrainingConfig(model_name=model_folder, data_path=save_rows(Path(work)/'rows.jsonl', rows), output_dir=Path(work)/'run', max_length=max_length, num_train_epochs=1,
                             gradient_accumulation_steps=1, learning_rate=learning_rate, lr_scheduler_type='constant', warmup_ratio=0, weight_decay=0.01,
                             load_in_8bit=False, fp16=False, gradient_checkpointing=False, optim='adamw_torch', test_size=0, save_steps=10_000, report_to='none', seed=seed,
@@ -107,7 +107,7 @@ def ratios(results):
     return out
 
 def plot(results, path):
-    from sage_finetune.inspect_data import save_picture, shown_figure
+    from sage_finetune.ui.inspect import save_picture, shown_figure
     fig = shown_figure(figsize=(6.4, 3), layout='constrained'); ax = fig.add_subplot()
     ax.barh([r['way'] for r in results][::-1], [r['tokens_a_second'] for r in results][::-1], color=['C0' if r['way'].startswith('sage') else '0.7' for r in results][::-1])
     ax.set(xlabel='tokens a second, filling up not counted'); save_picture(fig, path)

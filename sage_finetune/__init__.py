@@ -3,8 +3,8 @@ __version__ = "0.1.0"
 from .config import LoRAConfig, PreferenceConfig, PresetConfigs, TrainingConfig
 
 _lazy = dict(LoRATrainer='trainer', PreferenceTrainer='preference', train_from_meta='trainer', prepare_dataset='data', load_training_data='data',
-             train_live='live', choose_config='choose', Run='compare', show_config='show', show_presets='show',
-             finetune='pipeline', RunResult='pipeline')
+             train_live='ui.live', choose_config='ui.form', Run='runs.run', show_config='core.display', show_presets='core.display',
+             finetune='runs.pipeline', RunResult='runs.pipeline')
 __all__ = ['LoRAConfig', 'PreferenceConfig', 'PresetConfigs', 'TrainingConfig', *_lazy]
 
 def __getattr__(name):

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 
-from .disk import SageError, cannot_write, is_running, read_json, to_disk, whole_folder, write_json, write_text # everything else takes them from here
-from .settings import Settings, Shown, checked, refuse_unknown, with_given
+from .core.disk import SageError, cannot_write, is_running, read_json, to_disk, whole_folder, write_json, write_text # everything else takes them from here
+from .core.settings import Settings, Shown, checked, refuse_unknown, with_given
 
 # %% ../nbs/00_config.ipynb #9d8a2e8e
 _ways_to_begin = 'gaussian', 'orthogonal', 'pissa', 'olora'
@@ -264,7 +264,7 @@ class PresetConfigs:
 
 # %% ../nbs/00_config.ipynb #cfecd8b2
 def _here():
-    from sage_finetune.machine import Machine
+    from sage_finetune.core.machine import Machine
     return Machine.here()
 
 def preset_for(

@@ -22,11 +22,11 @@ from pathlib import Path
 from weakref import WeakValueDictionary
 
 from .config import SageError, read_json, whole_folder, write_json
-from .sources import Row, load_training_data, read_rows, save_rows, source_digest, source_files
-from .shapes import (Conversation, checked_columns, create_sample_data, detect_data_format, format_alpaca_sample, format_conversation_sample,
+from .rows.sources import Row, load_training_data, read_rows, save_rows, source_digest, source_files
+from .rows.formats import (Conversation, checked_columns, create_sample_data, detect_data_format, format_alpaca_sample, format_conversation_sample,
                                   format_qa_sample, renamed, sample_rows, shape_keys, to_conversation, to_messages)
-from .pictures import Album, processor_of, same_pictures
-from .template import (chat_form, encode, encode_prompt, encode_rendered, end_of_turn_id, ensure_template, ignored, plain_template,
+from .rows.images import Album, processor_of, same_pictures
+from .rows.template import (chat_form, encode, encode_prompt, encode_rendered, end_of_turn_id, ensure_template, ignored, plain_template,
                                     render, render_learned, token_ids, train_choices)
 
 # %% ../nbs/01_data.ipynb #11f0b069
@@ -563,7 +563,7 @@ def prepare_dataset(
 ): # `datasets.Dataset` with `input_ids` and `labels`, unpadded
     "Training examples of the rows of a source, and an account of every row"
     how = _checked_how(max_length, columns, format_type=format_type, train_on=train_on, overflow=overflow, cut_answers=cut_answers, duplicates=duplicates)
-    if isinstance(tokenizer, (str, Path)): raise ValueError(f'`tokenizer` must be a tokenizer, got the name {str(tokenizer)!r}: load it with `sage_finetune.loading.load_tokenizer`')
+    if isinstance(tokenizer, (str, Path)): raise ValueError(f'`tokenizer` must be a tokenizer, got the name {str(tokenizer)!r}: load it with `sage_finetune.model.loading.load_tokenizer`')
     if not getattr(tokenizer, 'is_fast', False): raise ValueError(f'`tokenizer` must be a fast one: {type(tokenizer).__name__} cannot say which characters a token has')
     ensure_template(tokenizer)
     source,book,digest = dict(split=split, revision=revision, subset=subset),DataReport(),tokenizer_digest(tokenizer)

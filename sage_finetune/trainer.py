@@ -20,27 +20,27 @@ import torch
 from accelerate import PartialState
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DistributedType, broadcast_object_list
-from .loading import dtype_of, load_model, load_tokenizer, quantisation_of # before peft: it quiets bitsandbytes
+from .model.loading import dtype_of, load_model, load_tokenizer, quantisation_of # before peft: it quiets bitsandbytes
 from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 
 from .config import PreferenceConfig, SageError, Shown, TrainingConfig, cannot_write, read_json, whole_folder, write_json
-from .machine import Change, Machine, division, fit_config, process, processes, show_changes
-from .folder import RunFolder, checkpoint_fault, config_from_meta, last_checkpoint, only_run
-from .attention import use_documents
-from .pictures import processor_of
-from .template import ignored
+from .core.machine import Change, Machine, division, fit_config, process, processes, show_changes
+from .core.run_folder import RunFolder, checkpoint_fault, config_from_meta, last_checkpoint, only_run
+from .model.attention import use_documents
+from .rows.images import processor_of
+from .rows.template import ignored
 from .data import DataReport, how_of, prepare_dataset, read_rows, source_of
-from .batches import Collator, PackingReport, check_packing, example_lengths, flat_chunks, pack_dataset
-from .split import overlap, split_dataset
-from .order import ByLength, ByTokens, Share
-from .incremental import earlier_data, earlier_of, go_on_from, lay_below, upper_alone, with_adapter, with_replay
-from .contract import check_contract, save_contract
-from .adapter import (Evaluations, adapter_line, add_lora, best_evaluation, check_knobs, faster_b, ready_for_quantised_training, save_adapter,
+from .training.batches import Collator, PackingReport, check_packing, example_lengths, flat_chunks, pack_dataset
+from .training.split import overlap, split_dataset
+from .training.samplers import ByLength, ByTokens, Share
+from .training.incremental import earlier_data, earlier_of, go_on_from, lay_below, upper_alone, with_adapter, with_replay
+from .model.contract import check_contract, save_contract
+from .model.adapter import (Evaluations, adapter_line, add_lora, best_evaluation, check_knobs, faster_b, ready_for_quantised_training, save_adapter,
                                    put_together, take_best, take_start, trained_tensors, write_start)
-from .loss import loss_sum, mean_loss
-from .memory import estimate_memory, longest_batch, probe_step
-from .callbacks import (Checkpoints, EvaluateFirst, LastSteps, Metrics, NotFinite, Progress, in_notebook, matmul_peak, operations, peak_memory,
+from .model.loss import loss_sum, mean_loss
+from .model.memory import estimate_memory, longest_batch, probe_step
+from .training.callbacks import (Checkpoints, EvaluateFirst, LastSteps, Metrics, NotFinite, Progress, in_notebook, matmul_peak, operations, peak_memory,
                                      plot_losses, random_state, read_metrics, remove_checkpoint)
 
 # %% ../nbs/02_trainer.ipynb #c13dc90e
@@ -430,7 +430,7 @@ class TrainingResult(Shown):
     earlier_after: float|None = None # The same at the end
 
     def shown(self):
-        from sage_finetune.show import Table, falling # of no use before something is shown
+        from sage_finetune.core.display import Table, falling # of no use before something is shown
         rows = [('steps', f'{self.steps:,}'), ('held-out loss', falling(self.loss_before, self.loss_after)), ('loss on earlier rows', falling(self.earlier_before, self.earlier_after)),
                 ('last training loss', falling(self.train_loss)), ('best step', self.best_step), ('seconds', f'{self.seconds:,.1f}')]
         return Table(['', ''], [[*row] for row in rows if row[1]], 'Trained')

@@ -8,9 +8,9 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from sage_finetune.batches import Collator, PackingReport, best_fit, check_packing, pack_dataset, packing_leak
+from sage_finetune.training.batches import Collator, PackingReport, best_fit, check_packing, pack_dataset, packing_leak
 from sage_finetune.config import SageError
-from sage_finetune.loading import load_model
+from sage_finetune.model.loading import load_model
 
 small = dict(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -218,7 +218,7 @@ def test_bad_rows_are_refused_by_number():
 def test_a_packed_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     Dataset.from_list(random_documents(50)).save_to_disk(tmp_path/'saved')
     data,before = Dataset.load_from_disk(tmp_path/'saved'),sorted(tmp_path.rglob('*'))
-    import sage_finetune.batches as batches
+    import sage_finetune.training.batches as batches
     def full(*args): raise OSError(28, 'No space left on device')
     with monkeypatch.context() as m:
         m.setattr(batches, '_packed_rows', full)

@@ -1,4 +1,4 @@
-"Dull edges of `sage_finetune.files` and `sage_finetune.codebase`: odd trees, odd bytes, and secrets that must never come out"
+"Dull edges of `sage_finetune.rows.repo_files` and `sage_finetune.rows.codebase`: odd trees, odd bytes, and secrets that must never come out"
 import json, os, random, shutil, subprocess, sys, warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from sage_finetune.codebase import (LANGUAGES, WORDINGS, code_facts, code_files, held_out_rows, held_out_wordings, markdown_facts, notebook_facts,
+from sage_finetune.rows.codebase import (LANGUAGES, WORDINGS, code_facts, code_files, held_out_rows, held_out_wordings, markdown_facts, notebook_facts,
                                     read_codebase, train_rows)
-from sage_finetune.files import find_files, find_secret, is_generated, is_secret_name, largest_file
+from sage_finetune.rows.repo_files import find_files, find_secret, is_generated, is_secret_name, largest_file
 
 STACK = '"A stack"\nclass Stack(list):\n    "Last in, first out."\n    def push(self, item):\n        "Put `item` on top."\n'
 NEEDS_PARSERS = pytest.mark.skipif(find_spec('tree_sitter') is None, reason='needs the extra `code`')
@@ -235,13 +235,13 @@ def test_wordings_are_kept_apart():
 
 def test_without_parsers_the_files_are_told(tmp_path):
     put(tmp_path, 'a.go', 'package a'); put(tmp_path, 'a.py', STACK)
-    code = 'import sys; sys.modules["tree_sitter"] = None\nfrom sage_finetune.codebase import read_codebase; b = read_codebase(sys.argv[1]); print(b.skipped, b.files)'
+    code = 'import sys; sys.modules["tree_sitter"] = None\nfrom sage_finetune.rows.codebase import read_codebase; b = read_codebase(sys.argv[1]); print(b.skipped, b.files)'
     done = subprocess.run([sys.executable, '-c', code, str(tmp_path)], capture_output=True, text=True)
     assert done.stdout.strip()=="{'a.go': 'needs `pip install sage-finetune[code]`'} ['a.py']", done.stderr
 
 def test_parsers_are_imported_only_for_their_files(tmp_path):
     put(tmp_path, 'a.py', STACK)
-    code = 'import sys\nfrom sage_finetune.codebase import read_codebase; read_codebase(sys.argv[1]); print([m for m in sys.modules if m.startswith(("tree_sitter", "torch", "transformers"))])'
+    code = 'import sys\nfrom sage_finetune.rows.codebase import read_codebase; read_codebase(sys.argv[1]); print([m for m in sys.modules if m.startswith(("tree_sitter", "torch", "transformers"))])'
     assert subprocess.run([sys.executable, '-c', code, str(tmp_path)], capture_output=True, text=True).stdout.strip()=='[]'
 
 @NEEDS_PARSERS

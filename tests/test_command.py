@@ -62,8 +62,8 @@ def test_a_bad_data_file_is_named_in_one_line_and_nothing_is_written(name, tmp_p
     (('serv', 'x'), "No such command 'serv'"),
 ])
 def test_an_unknown_name_is_refused_in_one_line(args, expected, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr('sage_finetune.folder.default_output_dir', tmp_path/'runs')
-    monkeypatch.setattr('sage_finetune.runs.default_output_dir', tmp_path/'runs')
+    monkeypatch.setattr('sage_finetune.core.run_folder.default_output_dir', tmp_path/'runs')
+    monkeypatch.setattr('sage_finetune.runs.tasks.default_output_dir', tmp_path/'runs')
     assert expected in refused(capsys, *args)
     assert list(tmp_path.iterdir()) == []
 
@@ -131,8 +131,8 @@ def test_the_whole_path_speaks_to_no_other_machine(command, tmp_path):
 
 
 def test_a_quickstart_about_something_else_gets_a_folder_of_its_own(tmp_path, monkeypatch):
-    from sage_finetune import runs
-    monkeypatch.setattr('sage_finetune.folder.default_output_dir', tmp_path)
+    from sage_finetune.runs import tasks as runs
+    monkeypatch.setattr('sage_finetune.core.run_folder.default_output_dir', tmp_path)
     first = runs._own_folder('code', 'sage-tiny', None, None, 5, False)[0]
     other = runs._own_folder('code', 'sage-tiny', None, None, 6, False)[0]
     again = runs._own_folder('code', 'sage-tiny', None, None, 5, False)[0]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from sage_finetune.config import (LoRAConfig, PresetConfigs, SageError, Settings, TrainingConfig, checked, read_json, whole_folder, write_json, write_text)
-from sage_finetune.machine import Change, Machine, fit_config, show_changes
-from sage_finetune.folder import RunFolder, config_from_meta, last_checkpoint, mark_complete, read_meta, run_folder
+from sage_finetune.core.machine import Change, Machine, fit_config, show_changes
+from sage_finetune.core.run_folder import RunFolder, config_from_meta, last_checkpoint, mark_complete, read_meta, run_folder
 
 DEFAULTS = dict(
     model_name="Qwen/Qwen2.5-Coder-1.5B-Instruct", load_in_8bit=True, load_in_4bit=False, data_path=None, max_length=1024,
@@ -219,7 +219,7 @@ def test_folder_without_write_permission(tmp_path):
 
 def test_refusal_is_one_line_that_names_the_path(tmp_path, monkeypatch):
     def refuse(*args): raise PermissionError(13, 'Permission denied')
-    monkeypatch.setattr('sage_finetune.disk.os.replace', refuse)
+    monkeypatch.setattr('sage_finetune.core.disk.os.replace', refuse)
     with pytest.raises(SageError) as err: TrainingConfig().save(tmp_path/'c.json')
     assert str(err.value)==f"cannot write {tmp_path/'c.json'}: permission denied; choose a folder you may write to"
     assert list(tmp_path.iterdir())==[]

@@ -18,15 +18,15 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from sage_finetune.callbacks import read_metrics
+from sage_finetune.training.callbacks import read_metrics
 from sage_finetune.config import LoRAConfig, SageError, TrainingConfig, read_json, write_json
-from sage_finetune.folder import RunFolder, last_checkpoint
-from sage_finetune.launch import launch_command
+from sage_finetune.core.run_folder import RunFolder, last_checkpoint
+from sage_finetune.runs.launch import launch_command
 from sage_finetune.trainer import LoRATrainer, Stopped
 
 pytestmark = pytest.mark.skipif(os.name!='posix', reason='needs signals and processes as POSIX has them')
 forked = multiprocessing.get_context('forkserver') if os.name=='posix' else None
-if forked: forked.set_forkserver_preload(['sage_finetune.trainer', 'sage_finetune.launch'])
+if forked: forked.set_forkserver_preload(['sage_finetune.trainer', 'sage_finetune.runs.launch'])
 
 fsdp2 = dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2', FSDP_AUTO_WRAP_POLICY='TRANSFORMER_BASED_WRAP', FSDP_STATE_DICT_TYPE='FULL_STATE_DICT',
              FSDP_RESHARD_AFTER_FORWARD='true', FSDP_CPU_RAM_EFFICIENT_LOADING='true') # what accelerate makes of `launch.ways['fsdp2']`
@@ -185,7 +185,7 @@ def test_in_every_order(name, how, base, data):
 @pytest.mark.slow
 def test_rows_with_and_without_pictures(base):
     image = pytest.importorskip('PIL.Image')
-    from sage_finetune.vision import tiny_vision_model
+    from sage_finetune.model.tiny_vision import tiny_vision_model
     tiny_vision_model(base/'sees')
     for c in ('red', 'blue'): image.new('RGB', (28, 28), c).save(base/f'{c}.png')
     seen = lambda c,i: dict(messages=[dict(role='user', content=[dict(type='image', image=f'{c}.png'), dict(type='text', text=f'{i}. Which colour?')]), dict(role='assistant', content=f'It is {c}.')])
@@ -265,7 +265,7 @@ def test_fsdp2(base, data, one, divided):
     assert near(one, divided)<=1e-5
     seen_once(base/'fsdp_note', 2)
     from peft import PeftModel
-    from sage_finetune.loading import load_model
+    from sage_finetune.model.loading import load_model
     PeftModel.from_pretrained(load_model('sage-tiny'), RunFolder(divided).lora_weights)
     assert read_json(RunFolder(divided).config)['_division']=='FSDP'
     with pytest.raises(SageError, match='what divides the model among processes: FSDP → None'): alone(divided, data)
@@ -385,7 +385,7 @@ def children(folder):
     for p in Path('/proc').glob('[0-9]*/cmdline') if Path('/proc').is_dir() else ():
         try: words = p.read_bytes()
         except OSError: continue
-        if b'sage_finetune.launch' in words and os.fsencode(folder) in words: mine.append(words)
+        if b'sage_finetune.runs.launch' in words and os.fsencode(folder) in words: mine.append(words)
     return mine
 
 def reached(folder): return max((m['step'] for m in read_metrics(RunFolder(folder).metrics)), default=0)
@@ -457,7 +457,7 @@ def test_a_file_of_accelerate(base, data, one, tmp_path):
 
 @pytest.mark.slow
 def test_from_python(base, data, two, tmp_path):
-    from sage_finetune.launch import launch
+    from sage_finetune.runs.launch import launch
     config(tmp_path/'run', data).save(tmp_path/'run.json')
     before,told = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)},[]
     assert launch(tmp_path/'run.json', 2, say=told.append)==0

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 
-from sage_finetune import callbacks
+from sage_finetune.training import callbacks
 from sage_finetune.config import LoRAConfig, TrainingConfig
-from sage_finetune.folder import RunFolder
-from sage_finetune.shapes import to_messages
-from sage_finetune.template import encode
+from sage_finetune.core.run_folder import RunFolder
+from sage_finetune.rows.formats import to_messages
+from sage_finetune.rows.template import encode
 from sage_finetune.trainer import AnswerTrainer, LoRATrainer, Stopped
 
 lengths = [1, 19, 3, 7, 12, 2, 5, 16, 9, 4, 11, 6, 1, 14, 8, 3] # words of the answers, so that no two passes learn equally many tokens
@@ -74,7 +74,7 @@ def test_packed_or_not_gives_the_same_loss_gradient_and_adapter(tmp_path):
 
 
 def test_by_document_or_with_a_mask_a_packed_row_gives_the_same(tmp_path, monkeypatch):
-    from sage_finetune import attention, trainer
+    from sage_finetune.model import attention, trainer
     calls,by_document = [],attention._by_document
     def counted(*args): calls.append(1); return by_document(*args)
     with monkeypatch.context() as m:

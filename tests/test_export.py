@@ -17,12 +17,12 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sage_finetune.config import LoRAConfig, SageError, TrainingConfig, resolve_model
-from sage_finetune.export import export_files, export_folder, export_gguf, ollama_template, push_to_hub
-from sage_finetune.folder import write_meta
-from sage_finetune.generation import load_for_chat
+from sage_finetune.inference.export import export_files, export_folder, export_gguf, ollama_template, push_to_hub
+from sage_finetune.core.run_folder import write_meta
+from sage_finetune.inference.generate import load_for_chat
 from sage_finetune.merge_chat import merge_run
-from sage_finetune.shapes import create_sample_data
-from sage_finetune.template import render
+from sage_finetune.rows.formats import create_sample_data
+from sage_finetune.rows.template import render
 from sage_finetune.trainer import LoRATrainer
 
 _trl = find_spec('trl')

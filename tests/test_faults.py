@@ -19,10 +19,10 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from sage_finetune import callbacks, trainer
+from sage_finetune.training import callbacks, trainer
 from sage_finetune.config import LoRAConfig, SageError, TrainingConfig, read_json
-from sage_finetune.folder import RunFolder, checkpoint_fault, complete_marker, last_checkpoint, only_run
-from sage_finetune.shapes import create_sample_data
+from sage_finetune.core.run_folder import RunFolder, checkpoint_fault, complete_marker, last_checkpoint, only_run
+from sage_finetune.rows.formats import create_sample_data
 from sage_finetune.trainer import LoRATrainer, Stopped
 
 forked = multiprocessing.get_context('forkserver') if os.name=='posix' else None

@@ -5,9 +5,9 @@ import pytest
 import yaml
 
 from sage_finetune.config import SageError
-from sage_finetune.foreign import translated
-from sage_finetune.runs import trainer_of
-from sage_finetune.sources import save_rows
+from sage_finetune.runs.other_tools import translated
+from sage_finetune.runs.tasks import trainer_of
+from sage_finetune.rows.sources import save_rows
 
 common = dict(stage='sft', do_train=True, finetuning_type='lora', lora_target='all', template='llama3', cutoff_len=2048, max_samples=1000, preprocessing_num_workers=16, logging_steps=10,
               save_steps=500, plot_loss=True, overwrite_output_dir=True, per_device_train_batch_size=1, gradient_accumulation_steps=8, learning_rate='1.0e-4', num_train_epochs=3.0,
@@ -96,7 +96,7 @@ def test_every_name_of_trl_has_a_place():
     import dataclasses
     trl = pytest.importorskip('trl')
     from transformers import TrainingArguments
-    from sage_finetune import foreign
+    from sage_finetune.runs import other_tools as foreign
     known = {*foreign._trl['places'], *foreign._trl['told'], *foreign._trl['off'], 'bf16', 'gradient_checkpointing', 'assistant_only_loss', 'completion_only_loss', 'dataset_config', 'dataset_train_split',
              'dataset_test_split', 'dataset_name', 'eval_strategy', 'eval_steps', 'report_to'}
     own = {f.name for c in (trl.SFTConfig, trl.ModelConfig, trl.ScriptArguments) for f in dataclasses.fields(c)} - {f.name for f in dataclasses.fields(TrainingArguments)}

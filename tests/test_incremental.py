@@ -97,7 +97,7 @@ def test_another_adapter_below_is_another_run(first, tmp_path):
 
 def test_an_adapter_of_another_base_is_refused(first, tmp_path):
     folder,_ = first
-    from sage_finetune.loading import load_model, load_tokenizer
+    from sage_finetune.model.loading import load_model, load_tokenizer
     model = load_model('sage-tiny')
     with torch.no_grad(): model.model.embed_tokens.weight.add_(.01)
     model.save_pretrained(tmp_path/'base'); load_tokenizer('sage-tiny').save_pretrained(tmp_path/'base')

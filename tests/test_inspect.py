@@ -17,12 +17,12 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from sage_finetune import inspect_data as module
-from sage_finetune.batches import pack_dataset
+from sage_finetune.ui import inspect as inspect_data as module
+from sage_finetune.training.batches import pack_dataset
 from sage_finetune.cli import main
 from sage_finetune.data import ignored, prepare_dataset, save_rows
-from sage_finetune.inspect_data import inspect_data, pieces_of, show_row, show_rows, text_histogram, token_lengths
-from sage_finetune.loading import load_tokenizer
+from sage_finetune.ui.inspect import inspect_data, pieces_of, show_row, show_rows, text_histogram, token_lengths
+from sage_finetune.model.loading import load_tokenizer
 
 
 @pytest.fixture(scope='module')

@@ -9,15 +9,15 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
-from sage_finetune.adapter import add_lora, best_evaluation, best_file, ready_for_quantised_training, save_adapter
-from sage_finetune.callbacks import read_metrics
+from sage_finetune.model.adapter import add_lora, best_evaluation, best_file, ready_for_quantised_training, save_adapter
+from sage_finetune.training.callbacks import read_metrics
 from sage_finetune.config import LoRAConfig, TrainingConfig, read_json
-from sage_finetune.folder import complete_marker
-from sage_finetune.loading import load_model, quantisation_of
-from sage_finetune.loss import mean_loss
+from sage_finetune.core.run_folder import complete_marker
+from sage_finetune.model.loading import load_model, quantisation_of
+from sage_finetune.model.loss import mean_loss
 from sage_finetune.merge_chat import logits_of, merge_run
-from sage_finetune.shapes import create_sample_data, to_messages
-from sage_finetune.template import encode
+from sage_finetune.rows.formats import create_sample_data, to_messages
+from sage_finetune.rows.template import encode
 from sage_finetune.trainer import AnswerTrainer, LoRATrainer
 
 small = dict(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

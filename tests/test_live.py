@@ -13,9 +13,9 @@ import pytest
 fcntl,pty,termios = (pytest.importorskip(m, reason='needs terminals and signals as POSIX has them') for m in ('fcntl', 'pty', 'termios'))
 
 from sage_finetune.config import LoRAConfig, TrainingConfig
-from sage_finetune.folder import RunFolder
-from sage_finetune.live import LiveRun, read_generations, train_in_terminal
-from sage_finetune.shapes import create_sample_data
+from sage_finetune.core.run_folder import RunFolder
+from sage_finetune.ui.live import LiveRun, read_generations, train_in_terminal
+from sage_finetune.rows.formats import create_sample_data
 from sage_finetune.trainer import LoRATrainer
 
 prompts = ['What is 2 plus 4?', [dict(role='system', content='Be brief.'), dict(role='user', content='What is 30 plus 1?')]]
@@ -68,7 +68,7 @@ def test_a_watched_run_comes_to_the_same_bits(way, tmp_path, data):
 script = '''
 import sys, time
 from sage_finetune.config import TrainingConfig
-from sage_finetune.live import LiveRun
+from sage_finetune.ui.live import LiveRun
 from sage_finetune.trainer import LoRATrainer
 if __name__=='__main__':
     live = LiveRun(LoRATrainer(TrainingConfig.load(sys.argv[1]), quiet=True)).start()
@@ -116,7 +116,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_leaves_the_first(tmp_pat
 
 def test_in_a_terminal_ctrl_c_stops_and_saves(tmp_path, data):
     config(tmp_path/'run', data, max_steps=5000).save(tmp_path/'asked.json')
-    (tmp_path/'script.py').write_text('import sys\nfrom sage_finetune.config import TrainingConfig\nfrom sage_finetune.live import train_in_terminal\n'
+    (tmp_path/'script.py').write_text('import sys\nfrom sage_finetune.config import TrainingConfig\nfrom sage_finetune.ui.live import train_in_terminal\n'
                                       'try: train_in_terminal(TrainingConfig.load(sys.argv[1]), ["What is 2 plus 4?"])\nexcept KeyboardInterrupt as e: print(e); sys.exit(130)\n')
     ours,theirs = pty.openpty()
     child = subprocess.Popen([sys.executable, tmp_path/'script.py', tmp_path/'asked.json'], stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, 'OMP_NUM_THREADS': '1', 'TERM': 'xterm'},
@@ -148,7 +148,7 @@ def test_where_nobody_watches_it_is_an_ordinary_run(tmp_path, data, capfd):
 # Nothing that is not used
 
 def test_what_shows_is_imported_only_when_something_is_shown():
-    code = "import sys, sage_finetune.trainer; print([m for m in ('sage_finetune.live', 'sage_finetune.show') if m in sys.modules])\n" \
-           "import sage_finetune.live; print([m for m in ('ipywidgets', 'matplotlib', 'rich.live') if m in sys.modules])"
+    code = "import sys, sage_finetune.trainer; print([m for m in ('sage_finetune.ui.live', 'sage_finetune.core.display') if m in sys.modules])\n" \
+           "import sage_finetune.ui.live; print([m for m in ('ipywidgets', 'matplotlib', 'rich.live') if m in sys.modules])"
     said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
     assert said.stdout.split('\n')[:2]==['[]', '[]'], said

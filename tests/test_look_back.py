@@ -5,12 +5,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
-from sage_finetune.batches import pack_dataset
-from sage_finetune.compare import Run, adapter_difference, compare, not_exact, runs
+from sage_finetune.training.batches import pack_dataset
+from sage_finetune.runs.run import Run, adapter_difference, compare, not_exact, runs
 from sage_finetune.config import LoRAConfig, SageError, TrainingConfig
-from sage_finetune.look import adapter_sizes, forgetting, row_losses, token_losses
-from sage_finetune.shapes import create_sample_data
-from sage_finetune.talk import at_strength, side_by_side
+from sage_finetune.ui.token_losses import adapter_sizes, forgetting, row_losses, token_losses
+from sage_finetune.rows.formats import create_sample_data
+from sage_finetune.ui.talk import at_strength, side_by_side
 from sage_finetune.trainer import LoRATrainer, Stopped
 
 
@@ -106,7 +106,7 @@ def test_losses_of_tokens_of_models_that_change_their_logits(kind, changes, monk
     model,ids = tiny(kind, **changes),torch.randint(3, 300, (50,), generator=torch.Generator().manual_seed(0)).tolist()
     with torch.no_grad(): logp = model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
     wanted = [-logp[k, t].item() for k,t in enumerate(ids[1:])]
-    monkeypatch.setitem(__import__('sage_finetune.loss').loss.head_bytes, 'cpu', 1) # slices of 16
+    monkeypatch.setitem(__import__('sage_finetune.model.loss').loss.head_bytes, 'cpu', 1) # slices of 16
     torch.testing.assert_close(torch.tensor(row_losses(model, ids)[1:]), torch.tensor(wanted), atol=1e-4, rtol=1e-4)
 
 

@@ -8,8 +8,8 @@ import torch
 from transformers import (Gemma2Config, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig, OPTConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig)
 
 from sage_finetune.config import LoRAConfig, PresetConfigs, SageError, TrainingConfig
-from sage_finetune.machine import Machine, fit_config
-from sage_finetune.memory import (MemoryEstimate, attention_kernel, estimate_memory, live_bytes, longest_batch, optimizer_bytes, packed_bytes,
+from sage_finetune.core.machine import Machine, fit_config
+from sage_finetune.model.memory import (MemoryEstimate, attention_kernel, estimate_memory, live_bytes, longest_batch, optimizer_bytes, packed_bytes,
                                   probe_step, _build, _pass_bytes)
 
 H200,A100,T4 = Machine('cuda', 'H200', memory=141*10**9, bf16=True),Machine('cuda', 'A100', memory=40*2**30, bf16=True),Machine('cuda', 'T4', memory=15*2**30)
@@ -49,8 +49,8 @@ def test_the_largest_needs_little_time_and_memory():
     code = """if 1:
         import resource, time
         from transformers import AutoModelForCausalLM, Qwen2Config
-        import peft, sage_finetune.loss, sage_finetune.adapter
-        from sage_finetune.memory import estimate_memory, Machine, TrainingConfig
+        import peft, sage_finetune.model.loss, sage_finetune.model.adapter
+        from sage_finetune.model.memory import estimate_memory, Machine, TrainingConfig
         config = Qwen2Config(hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, intermediate_size=29_568, vocab_size=152_064)
         began = time.perf_counter()
         e = estimate_memory(TrainingConfig(load_in_4bit=True, lora=dict(target_modules='all-linear')), Machine('cuda', bf16=True), config)
@@ -148,8 +148,8 @@ def test_live_bytes_of_views_and_copies():
     assert live.now==0
 
 def tiny_model(**settings):
-    from sage_finetune.adapter import add_lora
-    from sage_finetune.loading import load_model
+    from sage_finetune.model.adapter import add_lora
+    from sage_finetune.model.loading import load_model
     return add_lora(load_model('sage-tiny'), LoRAConfig(**settings))
 
 def batch_of(rows, tokens): return dict(input_ids=torch.full((rows, tokens), 7), labels=torch.full((rows, tokens), 7))
@@ -179,7 +179,7 @@ def test_the_probe_changes_nothing():
     assert all(torch.equal(p.grad, torch.ones_like(p)) for p in grads)
 
 def test_the_longest_rows_are_probed():
-    from sage_finetune.batches import Collator
+    from sage_finetune.training.batches import Collator
     rows = [dict(input_ids=[1]*n, labels=[1]*n) for n in (5, 40, 8, 33)]
     assert longest_batch(rows, 2, Collator(0))['input_ids'].shape==(2, 40)
 

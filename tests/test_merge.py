@@ -14,13 +14,13 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from sage_finetune import merging
-from sage_finetune.adapter import ready_for_quantised_training
+from sage_finetune.inference import merging
+from sage_finetune.model.adapter import ready_for_quantised_training
 from sage_finetune.config import SageError, TrainingConfig, read_json, write_json
-from sage_finetune.contract import save_contract
-from sage_finetune.generation import load_adapter, load_for_chat, load_plain
-from sage_finetune.loading import load_model, load_tokenizer, quantisation_of
-from sage_finetune.merging import merge_adapters
+from sage_finetune.model.contract import save_contract
+from sage_finetune.inference.generate import load_adapter, load_for_chat, load_plain
+from sage_finetune.model.loading import load_model, load_tokenizer, quantisation_of
+from sage_finetune.inference.merging import merge_adapters
 
 small = dict(vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
              initializer_range=0.15, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -204,7 +204,7 @@ def test_the_sum_is_rounded_once(tmp_path):
 def test_anybody_else_says_the_same(tmp_path):
     "transformers' own pipeline on the merged folder, with no settings of ours"
     from transformers import pipeline
-    from sage_finetune.generation import answers
+    from sage_finetune.inference.generate import answers
     where = base(tmp_path/'base', 'qwen2', True)
     a = adapter(tmp_path/'a', where)
     merge_adapters(a, tmp_path/'m')
@@ -345,7 +345,7 @@ _merge_alone = '''
     import sys, torch
     from pathlib import Path
     torch.set_num_threads(1)
-    from sage_finetune import merging
+    from sage_finetune.inference import merging
     from peft import PeftModel
     import transformers.models.llama.modeling_llama
     def peak(): return int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])*1024

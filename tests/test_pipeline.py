@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from sage_finetune.folder import RunFolder
+from sage_finetune.core.run_folder import RunFolder
 
 def settings(folder, name, seed=0, **more):
     data = folder/'rows.jsonl'

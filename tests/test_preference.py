@@ -9,16 +9,16 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from sage_finetune.callbacks import read_metrics
-from sage_finetune.compare import Run
+from sage_finetune.training.callbacks import read_metrics
+from sage_finetune.runs.run import Run
 from sage_finetune.config import LoRAConfig, PreferenceConfig, SageError, TrainingConfig, write_json
 from sage_finetune.data import DataReport, read_rows, save_rows
-from sage_finetune.folder import RunFolder
-from sage_finetune.generation import answers, load_plain
-from sage_finetune.loading import load_tokenizer
+from sage_finetune.core.run_folder import RunFolder
+from sage_finetune.inference.generate import answers, load_plain
+from sage_finetune.model.loading import load_tokenizer
 from sage_finetune.merge_chat import merge_run
 from sage_finetune.preference import Judged, PreferenceTrainer, prepare_preferences, require_trl, split_by_prompt, trainer_for
-from sage_finetune.runs import new_run, trainer_of
+from sage_finetune.runs.tasks import new_run, trainer_of
 from sage_finetune.trainer import LoRATrainer, Stopped, data_digest, train_from_meta
 
 real = Path(__file__).resolve().parents[2]/'shared'/'data'/'dpo_en_demo.json'

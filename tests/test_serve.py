@@ -15,11 +15,11 @@ import pytest
 
 openai = pytest.importorskip('openai')
 
-from sage_finetune import serve as module
+from sage_finetune.inference import serve as module
 from sage_finetune.config import LoRAConfig, SageError, TrainingConfig, resolve_model, write_json
-from sage_finetune.generation import answers, load_for_chat, stream_answer
+from sage_finetune.inference.generate import answers, load_for_chat, stream_answer
 from sage_finetune.merge_chat import merge_run
-from sage_finetune.serve import models_at, serving, start_server, stream_from
+from sage_finetune.inference.serve import models_at, serving, start_server, stream_from
 from sage_finetune.trainer import LoRATrainer
 
 needs_posix = pytest.mark.skipif(os.name!='posix', reason='needs signals and processes as POSIX has them')
@@ -131,7 +131,7 @@ def test_a_client_that_goes_away_halts_its_answer(run, monkeypatch):
     "Here the application runs in a thread, with a model that never ends by itself, so that tokens can be counted"
     import uvicorn
     write,written = module.write_answer,[]
-    monkeypatch.setattr('sage_finetune.contract.stop_ids', lambda *a: [10**6])
+    monkeypatch.setattr('sage_finetune.model.contract.stop_ids', lambda *a: [10**6])
     monkeypatch.setattr(module, 'write_answer', lambda *a: written.append(write(*a)) or written[-1])
     desk,port = module.Desk(*load_for_chat(run)),module.free_port('127.0.0.1', 0)
     server = uvicorn.Server(uvicorn.Config(module.chat_app(desk, 'code'), port=port, log_level='error'))
@@ -189,7 +189,7 @@ def test_killed_and_started_again_on_the_same_port_with_a_key_that_is_shown_nowh
 
 script = '''
 import sys
-from sage_finetune.serve import serve
+from sage_finetune.inference.serve import serve
 serve(sys.argv[1], port=0, log=sys.argv[2], say=lambda line: print(line, flush=True))
 '''
 

@@ -6,14 +6,14 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from sage_finetune.batches import PackingReport
-from sage_finetune.board import Board
-from sage_finetune.codebase import read_codebase
+from sage_finetune.training.batches import PackingReport
+from sage_finetune.ui.board import Board
+from sage_finetune.rows.codebase import read_codebase
 from sage_finetune.config import LoRAConfig, Shown, TrainingConfig
-from sage_finetune.generation import Answer, Comparison, Exam
-from sage_finetune.look import Forgetting
-from sage_finetune.machine import Change, Changes, Machine, fit_config
-from sage_finetune.memory import Probe
+from sage_finetune.inference.generate import Answer, Comparison, Exam
+from sage_finetune.ui.token_losses import Forgetting
+from sage_finetune.core.machine import Change, Changes, Machine, fit_config
+from sage_finetune.model.memory import Probe
 from sage_finetune.trainer import TrainingResult
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sage_finetune import sources
+from sage_finetune.rows import sources
 from sage_finetune.config import SageError
-from sage_finetune.sources import Row, load_training_data, read_rows, save_rows, source_digest, source_files
+from sage_finetune.rows.sources import Row, load_training_data, read_rows, save_rows, source_digest, source_files
 
 pair = [dict(question='a, "b"?', answer='å\nsecond line'), dict(question='2', answer='')]
 

@@ -7,22 +7,22 @@ from datasets import Dataset
 from PIL import Image
 from transformers import AutoTokenizer
 
-from sage_finetune import merging
-from sage_finetune.adapter import add_lora, adapter_line
-from sage_finetune.batches import Collator
+from sage_finetune.inference import merging
+from sage_finetune.model.adapter import add_lora, adapter_line
+from sage_finetune.training.batches import Collator
 from sage_finetune.config import LoRAConfig, PresetConfigs, SageError, read_json, resolve_model
 from sage_finetune.data import DataReport, prepare_dataset
-from sage_finetune.generation import answers, load_for_chat
-from sage_finetune.loading import load_model, load_tokenizer, without_noise
-from sage_finetune.loss import loss_sum
-from sage_finetune.memory import estimate_memory
-from sage_finetune.merging import merge_run
-from sage_finetune.pictures import picture, processor_of
-from sage_finetune.shapes import question
-from sage_finetune.split import split_dataset
-from sage_finetune.template import encode
+from sage_finetune.inference.generate import answers, load_for_chat
+from sage_finetune.model.loading import load_model, load_tokenizer, without_noise
+from sage_finetune.model.loss import loss_sum
+from sage_finetune.model.memory import estimate_memory
+from sage_finetune.inference.merging import merge_run
+from sage_finetune.rows.images import picture, processor_of
+from sage_finetune.rows.formats import question
+from sage_finetune.training.split import split_dataset
+from sage_finetune.rows.template import encode
 from sage_finetune.trainer import LoRATrainer, data_digest
-from sage_finetune.vision import tiny_vision_model
+from sage_finetune.model.tiny_vision import tiny_vision_model
 
 chat = ("{{% for m in messages %}}{{{{ '<|im_start|>' + m['role'] + '\n' }}}}{{% if m['content'] is string %}}{{{{ m['content'] }}}}{{% else %}}{{% for c in m['content'] %}}"
         "{{% if c['type']=='image' %}}{}{{% else %}}{{{{ c['text'] }}}}{{% endif %}}{{% endfor %}}{{% endif %}}{{{{ '<|im_end|>\n' }}}}{{% endfor %}}"
@@ -39,7 +39,7 @@ def words(*tokens, **named):
 def qwen2_vl():
     "Pictures of any size, patches in one flat list, positions in three dimensions, a processor that also knows videos"
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil, Qwen2VLProcessor
-    from sage_finetune.loading import _without_videos
+    from sage_finetune.model.loading import _without_videos
     t = words('<|vision_start|>', '<|image_pad|>', '<|vision_end|>', '<|video_pad|>')
     ids = dict(image_token_id='<|image_pad|>', video_token_id='<|video_pad|>', vision_start_token_id='<|vision_start|>', vision_end_token_id='<|vision_end|>')
     config = Qwen2VLConfig(vision_config=dict(depth=2, embed_dim=32, hidden_size=64, num_heads=2, mlp_ratio=2, patch_size=14), tie_word_embeddings=True,
@@ -273,7 +273,7 @@ def test_it_merges_with_proof_and_answers_on_the_command_line(tuned, capsys):
     assert main(['chat', 'x', '--url', 'http://127.0.0.1:9', '--image', 'a.png', '--prompt', '?'])==1 and '`--image` is for a model that is loaded here' in capsys.readouterr().err
 
 def test_its_form_is_written_down(tuned, tmp_path):
-    from sage_finetune.export import export_folder
+    from sage_finetune.inference.export import export_folder
     folder = tuned[0]
     shutil.copytree(folder/'run'/'lora_weights', tmp_path/'adapter')
     settings = read_json(tmp_path/'adapter'/'processor_config.json')
@@ -284,7 +284,7 @@ def test_its_form_is_written_down(tuned, tmp_path):
 
 @pytest.mark.parametrize('kind', ['adapter', 'merged'])
 def test_the_card_says_how_to_use_it(kind, tuned, models, tmp_path, monkeypatch, capsys):
-    from sage_finetune.export import export_folder
+    from sage_finetune.inference.export import export_folder
     out = export_folder(tuned[0]/'run', tmp_path/'out', kind)
     code = (out/'README.md').read_text().partition('```python\n')[2].partition('```')[0]
     plain('green').save(tmp_path/'photo.jpg'); monkeypatch.chdir(tmp_path)
@@ -292,15 +292,15 @@ def test_the_card_says_how_to_use_it(kind, tuned, models, tmp_path, monkeypatch,
     assert capsys.readouterr().out=='It is green.\n'
 
 def test_the_dashboard_of_tokens_sees_the_picture(tuned):
-    from sage_finetune.compare import Run
-    from sage_finetune.look import worst_rows
+    from sage_finetune.runs.run import Run
+    from sage_finetune.ui.token_losses import worst_rows
     seen = worst_rows(Run(tuned[0]/'run'), 2)
     assert all(after<.5 for after in seen.means) # without its picture a row would be a guess among four
 
 def test_a_talk_about_a_picture(tuned, tmp_path):
     from sage_finetune.data import load_training_data
     from sage_finetune.merge_chat import converse, speaker
-    from sage_finetune.shapes import to_messages
+    from sage_finetune.rows.formats import to_messages
     said,lines = [],iter([f'/image {tuned[0]/"1.png"}', 'Which colour is it?', '/image lost.png', f'/save {tmp_path/"talk.json"}', '/exit'])
     model,tokenizer = load_for_chat(tuned[0]/'run', adapter=True)
     converse(speaker(model, tokenizer, write=said.append), lambda prompt: next(lines), said.append)
@@ -309,7 +309,7 @@ def test_a_talk_about_a_picture(tuned, tmp_path):
     assert to_messages(load_training_data(tmp_path/'talk.json')[0])[0]==question('Which colour is it?', str(tuned[0]/'1.png'))
 
 def test_the_server_opens_no_picture():
-    from sage_finetune.serve import Refused, read_request
+    from sage_finetune.inference.serve import Refused, read_request
     body = dict(messages=[dict(role='user', content=[dict(type='image_url', image_url=dict(url='/etc/hostname')), dict(type='text', text='?')])])
     with pytest.raises(Refused, match='answers text only, and a turn holds an image'): read_request(body, 'm')
 
@@ -376,7 +376,7 @@ def test_a_pattern_reaches_the_part_that_sees(models, tmp_path):
 
 
 def test_a_config_of_llamafactory_brings_its_pictures(models, tmp_path):
-    from sage_finetune.foreign import foreign_config
+    from sage_finetune.runs.other_tools import foreign_config
     (tmp_path/'data').mkdir(); (tmp_path/'media').mkdir()
     saved(tmp_path/'media', 'a.png')
     rows = [dict(messages=[dict(role='user', content='<image>Which?'), dict(role='assistant', content='Red.')], images=['a.png']), dict(messages=[dict(role='user', content='2+3?'), dict(role='assistant', content='5')], images=[])]

@@ -3,8 +3,8 @@ import nbformat
 
 import lab
 
-cells = '''from sage_finetune.choose import choose_config
-from sage_finetune.machine import Machine
+cells = '''from sage_finetune.ui.form import choose_config
+from sage_finetune.core.machine import Machine
 card = Machine('cuda', 'RTX 3060', memory=12*10**9, bf16=True)''', '''form = choose_config('sage-tiny', 'rows.jsonl', machine=card)
 form'''
 

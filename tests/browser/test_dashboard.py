@@ -5,8 +5,8 @@ setup = '''import tempfile, time
 from pathlib import Path
 from transformers import TrainerCallback
 from sage_finetune.config import TrainingConfig
-from sage_finetune.live import train_live
-from sage_finetune.sources import save_rows
+from sage_finetune.ui.live import train_live
+from sage_finetune.rows.sources import save_rows
 from sage_finetune.trainer import LoRATrainer
 
 class Slowly(LoRATrainer):

@@ -3,10 +3,10 @@ import lab
 
 train = '''import tempfile
 from pathlib import Path
-from sage_finetune.compare import Run, compare, runs
+from sage_finetune.runs.run import Run, compare, runs
 from sage_finetune.config import LoRAConfig, TrainingConfig
-from sage_finetune.look import token_losses
-from sage_finetune.shapes import create_sample_data
+from sage_finetune.ui.token_losses import token_losses
+from sage_finetune.rows.formats import create_sample_data
 from sage_finetune.trainer import LoRATrainer
 
 folder = Path(tempfile.mkdtemp())
