@@ -94,7 +94,7 @@ def measured(code_blocks, seconds):
 def memory():
     "Bytes that a board holds after ten thousand and after a million steps, and the characters of its picture"
     import tracemalloc
-    from sage_finetune.ui.board import Board, Said, curve_svg
+    from sage_finetune.ui.board import Board, curve_svg, Said
     tracemalloc.start()
     board,out = Board(['What?']),{}
     for step in range(1, 1_000_001):

@@ -107,10 +107,10 @@ def ratios(results):
     return out
 
 def plot(results, path):
-    from sage_finetune.ui.inspect import save_picture, shown_figure
+    from sage_finetune.core.display import save_figure, shown_figure
     fig = shown_figure(figsize=(6.4, 3), layout='constrained'); ax = fig.add_subplot()
     ax.barh([r['way'] for r in results][::-1], [r['tokens_a_second'] for r in results][::-1], color=['C0' if r['way'].startswith('sage') else '0.7' for r in results][::-1])
-    ax.set(xlabel='tokens a second, filling up not counted'); save_picture(fig, path)
+    ax.set(xlabel='tokens a second, filling up not counted'); save_figure(fig, path)
 
 def machine(bf16):
     import torch, transformers, trl

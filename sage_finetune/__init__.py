@@ -1,16 +1,39 @@
+"A notebook-first research kit for LoRA fine-tuning of language models"
 __version__ = "0.1.0"
 
-from .config import LoRAConfig, PreferenceConfig, PresetConfigs, TrainingConfig
+from typing import TYPE_CHECKING
 
-_lazy = dict(LoRATrainer='trainer', PreferenceTrainer='preference', train_from_meta='trainer', prepare_dataset='data', load_training_data='data',
-             train_live='ui.live', choose_config='ui.form', Run='runs.run', show_config='core.display', show_presets='core.display',
-             finetune='runs.pipeline', RunResult='runs.pipeline')
-__all__ = ['LoRAConfig', 'PreferenceConfig', 'PresetConfigs', 'TrainingConfig', *_lazy]
+from .config import LoRAConfig, PreferenceConfig, PresetConfigs, TrainingConfig, show_config, show_presets
 
-def __getattr__(name):
+if TYPE_CHECKING:  # editors and type checkers read these lines; at run time the names are imported when they are asked for
+    from .data import load_training_data, prepare_dataset
+    from .preference import PreferenceTrainer
+    from .runs.pipeline import RunResult, finetune
+    from .runs.run import Run
+    from .trainer import LoRATrainer, train_from_meta
+    from .ui.form import choose_config
+    from .ui.live import train_live
+
+_lazy = dict(
+    LoRATrainer='trainer', train_from_meta='trainer', PreferenceTrainer='preference',
+    load_training_data='data', prepare_dataset='data',
+    Run='runs.run', RunResult='runs.pipeline', finetune='runs.pipeline',
+    choose_config='ui.form', train_live='ui.live',
+)
+__all__ = [
+    'LoRAConfig', 'LoRATrainer', 'PreferenceConfig', 'PreferenceTrainer', 'PresetConfigs', 'Run', 'RunResult',
+    'TrainingConfig', 'choose_config', 'finetune', 'load_training_data', 'prepare_dataset', 'show_config',
+    'show_presets', 'train_from_meta', 'train_live',
+]
+
+
+def __getattr__(name: str):
     "Import what needs torch, transformers or datasets only when it is asked for"
-    if name not in _lazy: raise AttributeError(f"module 'sage_finetune' has no attribute {name!r}")
+    if name not in _lazy:
+        raise AttributeError(f"module 'sage_finetune' has no attribute {name!r}")
     from importlib import import_module
     return getattr(import_module(f'.{_lazy[name]}', __name__), name)
 
-def __dir__(): return sorted([*globals(), *_lazy])
+
+def __dir__():
+    return sorted([*globals(), *_lazy])

@@ -19,7 +19,7 @@ from typing import Annotated, Optional
 from typer import Argument, Exit, Option, Typer, confirm, echo, prompt
 from typer.main import get_command
 
-from .config import SageError
+from .core.disk import SageError
 from .core.display import size_text
 
 # %% ../nbs/05_cli.ipynb #7c48b3da
@@ -89,7 +89,7 @@ def _next(name):
 
 def _short(folder):
     "The name of a run in the usual place, else its path"
-    from sage_finetune.config import default_output_dir
+    from sage_finetune.core.run_folder import default_output_dir
     return Path(folder).name if Path(folder).parent==default_output_dir else str(folder)
 
 # %% ../nbs/05_cli.ipynb #ad0b0a87
@@ -118,11 +118,12 @@ def inspect(
     as_json: Annotated[bool, Option('--json', help='Print the data report as JSON, and nothing else')] = False,
 ):
     "Look at data before training: the report, the lengths, and examples with what is learned marked"
-    from sage_finetune.ui.inspect import inspect_data, picture_file, save_picture
-    if plot: picture_file(plot)
+    from sage_finetune.core.display import figure_file, save_figure
+    from sage_finetune.ui.inspect import inspect_data
+    if plot: figure_file(plot)
     found = inspect_data(_data_or_run(data), model, max_length, rows=[] if as_json else row or rows, most=most, ids=ids, format_type=format, split=split, subset=subset,
                          revision=revision, train_on=train_on, overflow=overflow, columns=_pairs(columns), strict=strict or None)
-    if plot: save_picture(found.plot(), plot)
+    if plot: save_figure(found.plot(), plot)
     for note in found.notes: echo(f'note: {note}', err=True)
     if as_json: echo(json.dumps(found.report.to_dict(), indent=2, ensure_ascii=False)); return
     found.notes.clear()
@@ -137,8 +138,8 @@ def _pairs(columns):
 
 def _data_or_run(data):
     "The folder of the run with this name, where nothing else has it"
-    from sage_finetune.config import default_output_dir
-    from sage_finetune.runs.tasks import is_run
+    from sage_finetune.core.run_folder import default_output_dir
+    from sage_finetune.core.run_folder import is_run
     path = default_output_dir/data
     return path if Path(data).name==data and not os.path.lexists(data) and is_run(path) else data
 
@@ -160,9 +161,9 @@ def start(
     fresh: Fresh = False,
 ):
     "Set up a run, asking for what is missing, and train it"
-    from sage_finetune.config import refuse_unknown
+    from sage_finetune.core.settings import refuse_unknown
     from sage_finetune.core.run_folder import run_folder
-    from sage_finetune.runs.tasks import TASKS, new_run, quick_settings
+    from sage_finetune.runs.tasks import new_run, quick_settings, TASKS
     if not auto and task is None: echo('\n'.join(f'  {t:<12}{what}' for t,what in TASKS.items()))
     task = _ask('Task', task, 'code', auto); refuse_unknown([task], TASKS, 'task')
     model = _ask('Model', model, 'sage-tiny', auto)
@@ -271,8 +272,8 @@ def merge(
     ignore_contract: IgnoreContract = False,
 ):
     "Merge a run's adapter into its base, and prove that nothing changed"
-    from sage_finetune.merge_chat import merge_run
-    from sage_finetune.runs.tasks import find_run
+    from sage_finetune.inference.merging import merge_run
+    from sage_finetune.core.run_folder import find_run
     _print(merge_run(find_run(name).path, output, rows, dtype, ignore_contract))
 
 # %% ../nbs/05_cli.ipynb #dec26bb3
@@ -283,8 +284,8 @@ def clean(
     force: Annotated[bool, Option('--force', help='Do not ask')] = False,
 ):
     "Remove runs; folders that are not runs are left alone"
-    from sage_finetune.config import default_output_dir
-    from sage_finetune.runs.tasks import find_run, list_runs, remove_run
+    from sage_finetune.core.run_folder import default_output_dir
+    from sage_finetune.core.run_folder import find_run, list_runs, remove_run
     root = default_output_dir if dir is None else Path(dir).expanduser()
     paths = [find_run(name, dir).path] if name else [root/r.name for r in list_runs(dir) if not r.state.startswith('unreadable')]
     if not paths: echo(f'No runs in {root}.'); return
@@ -320,7 +321,8 @@ def chat(
 
 def _loaded(name, adapter, max_new_tokens, ignore_contract):
     "What answers, and what answers as the base did, if the base is at hand"
-    from sage_finetune.merge_chat import load_for_chat, speaker
+    from sage_finetune.inference.generate import load_for_chat
+    from sage_finetune.merge_chat import speaker
     if name is None: raise ValueError('name a run or a folder to talk to, or a server with --url')
     model,tokenizer = load_for_chat(_chat_target(name), adapter, ignore_contract)
     note = lambda line: echo(line, nl=False, err=True)
@@ -329,7 +331,7 @@ def _loaded(name, adapter, max_new_tokens, ignore_contract):
 
 def _chat_target(name):
     "A folder of a model as it is, anything else as a run"
-    from sage_finetune.runs.tasks import find_run
+    from sage_finetune.core.run_folder import find_run
     path = Path(name).expanduser()
     holds = path.is_dir() and ((path/'config.json').is_file() or (path/'adapter_config.json').is_file())
     return path if holds else find_run(name).path
@@ -344,10 +346,10 @@ def compare(
 ):
     "Lay runs side by side: figures, and the settings that differ"
     from sage_finetune.runs.run import compare as side_by_side
-    from sage_finetune.ui.inspect import picture_file, save_picture
-    if plot: picture_file(plot)
+    from sage_finetune.core.display import figure_file, save_figure
+    if plot: figure_file(plot)
     found = side_by_side(*names, by=by, root=dir)
-    if plot: save_picture(found.plot(), plot)
+    if plot: save_figure(found.plot(), plot)
     _print(found)
 
 @app.command()
@@ -358,12 +360,13 @@ def look(
 ):
     "What a run learned worst, what it forgot, and where its adapter is large"
     from sage_finetune.runs.run import Run
-    from sage_finetune.ui.inspect import picture_file, save_picture
-    from sage_finetune.ui.token_losses import adapter_sizes, forgetting, worst_rows
-    if plot: picture_file(plot)
+    from sage_finetune.core.display import figure_file, save_figure
+    from sage_finetune.ui.adapter_sizes import adapter_sizes
+    from sage_finetune.ui.token_losses import forgetting, worst_rows
+    if plot: figure_file(plot)
     run = Run(name) # which loads its model once
     sizes = adapter_sizes(run)
-    if plot: save_picture(sizes.plot(), plot)
+    if plot: save_figure(sizes.plot(), plot)
     _print(worst_rows(run, rows), forgetting(run), sizes)
 
 @app.command()

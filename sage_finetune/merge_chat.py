@@ -12,13 +12,17 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .config import SageError, write_json
+from .core.disk import SageError, write_json
 from .rows.formats import content_parts, question as question_about
 from .rows.images import picture
 from .model.contract import check_contract, stop_ids
-from .inference.generate import (Answer, Comparison, Exam, answers, base_of, compare_answers, examine, fit_history, load_adapter, load_for_chat, load_plain,
-                                      most_positions, same_words, stream_answer)
-from .inference.merging import MergeReport, divergence, largest_difference, logits_of, merge_adapters, merge_bounds, merge_run, probe_rows
+from sage_finetune.inference.generate import (
+    Answer, answers, base_of, compare_answers, Comparison, Exam, examine, fit_history, load_adapter, load_for_chat,
+    load_plain, most_positions, same_words, stream_answer
+)
+from sage_finetune.inference.merging import (
+    divergence, largest_difference, logits_of, merge_adapters, merge_bounds, merge_run, MergeReport, probe_rows
+)
 
 # %% ../nbs/03_merge_chat.ipynb #d7dbda34
 @dataclass

@@ -6,8 +6,8 @@ Docs: https://sage-finetune.github.io/sage_finetune/preference.html.md"""
 
 # %% auto #0
 __all__ = ['figures', 'require_trl', 'prompt_length', 'prepare_preferences', 'prompts_of', 'split_by_prompt', 'PairCollator',
-           'JudgedCollator', 'means', 'Rewards', 'Judged', 'ByOdds', 'Mixed', 'loop_of', 'PreferenceResult', 'balance',
-           'PreferenceTrainer', 'method_for', 'trainer_for']
+           'JudgedCollator', 'means', 'Rewards', 'PreferenceMixin', 'ORPOMixin', 'KTOShuffle', 'loop_of',
+           'PreferenceResult', 'balance', 'PreferenceTrainer', 'method_for', 'trainer_for']
 
 # %% ../nbs/04_preference.ipynb #d3140a54
 import math,warnings
@@ -20,19 +20,25 @@ import torch.nn.functional as F
 from .model.loading import load_tokenizer # before transformers: it quiets bitsandbytes
 from transformers import TrainingArguments
 
-from .config import PreferenceConfig, SageError, TrainingConfig
+from .core.disk import SageError
+from .config import PreferenceConfig, TrainingConfig
 from .core.machine import Machine
-from .rows.formats import Preference, checked_columns, detect_data_format, renamed, to_preference
+from .rows.formats import checked_columns, detect_data_format, renamed, to_preference
 from .rows.template import chat_form, encode_rendered, ensure_template, ignored, render_learned
-from .data import Book, DataReport, exchanges, files_passed_over, guarded, in_batches, read_rows, refuse_first, source_of, why_none
+from .rows.sources import read_rows
+from sage_finetune.data import (
+    ReportWriter, DataReport, exchanges, files_passed_over, guarded, in_batches, refuse_first, source_of, why_none
+)
 from .training.batches import Collator, example_lengths, flat_chunks
 from .training.split import overlap, split_dataset
-from .training.samplers import ByLength
+from .training.samplers import LengthGroupedSampler
 from .model.adapter import changes_base
 from .model.loss import evaluating
-from .model.memory import Probe, estimate_memory, live_bytes, undisturbed
+from .model.memory import estimate_memory, live_bytes, Probe, undisturbed
 from .training.callbacks import operations, read_metrics
-from .trainer import LoRATrainer, Meter, Steady, TrainingResult, check_data_path, filling_id, training_arguments
+from sage_finetune.trainer import (
+    check_data_path, pad_token_id, LoRATrainer, TokenMetrics, ResumableTrainer, training_arguments, TrainingResult
+)
 
 # %% ../nbs/04_preference.ipynb #a1db8d3d
 def require_trl()->None: # Nothing: TRL can be imported
@@ -108,7 +114,7 @@ def _columns(judgements, examples, method):
 
 def _made(rows, tokenizer, how, report, strict, duplicates):
     "Rows of the data set, each row of the source counted"
-    book,form,out,each = Book(report),chat_form(tokenizer),[],1 if how.method=='kto' else 2
+    book,form,out,each = ReportWriter(report),chat_form(tokenizer),[],1 if how.method=='kto' else 2
     for batch in book.counted(in_batches(rows)):
         for row in batch:
             if (made := guarded(row, report, _made_of, row, tokenizer, how, form)) is None: continue
@@ -205,7 +211,7 @@ def means(
     if 'rewards/chosen' in found and 'rewards/rejected' in found: found['rewards/margins'] = found['rewards/chosen']-found['rewards/rejected']
     return found
 
-class Rewards(Meter):
+class Rewards(TokenMetrics):
     "Sums of the figures since the last line in the log"
     places = 2*len(figures)
 
@@ -216,9 +222,9 @@ class Rewards(Meter):
     def told(self, sums): return means(sums)
 
 # %% ../nbs/04_preference.ipynb #ec9e6563
-class Judged(Steady):
+class PreferenceMixin(ResumableTrainer):
     "A loop that learns from preferences; a trainer of TRL stands after it among the bases"
-    kind_of_meter,reference_passes = Rewards,0 # the second: passes without gradients beside each that has them
+    metrics_class,reference_passes = Rewards,0 # the second: passes without gradients beside each that has them
 
     def __init__(self, *args, model, **kwargs):
         trained = {n: p.data for n,p in model.named_parameters() if p.requires_grad}
@@ -265,7 +271,7 @@ class Judged(Steady):
         return means(sums.tolist())
 
 # %% ../nbs/04_preference.ipynb #466a03d0
-class ByOdds(Judged):
+class ORPOMixin(PreferenceMixin):
     "What TRL's ORPO gets in place of its own forward pass"
     loss_is_scaled_for_ga = False
 
@@ -290,13 +296,13 @@ class ByOdds(Judged):
         logits_BTV = model(input_ids=ids_BT, attention_mask=real_BT, use_cache=False).logits[:, :-1].float()
         return -F.cross_entropy(logits_BTV.transpose(1, 2), labels[:, 1:], ignore_index=ignored, reduction='none')
 
-class Mixed(Judged):
+class KTOShuffle(PreferenceMixin):
     "What TRL's KTO gets: rows in an order of their own for each epoch, whatever their length"
     reference_passes = 3
 
     def _get_train_sampler(self, train_dataset=None):
         data,a = self.train_dataset if train_dataset is None else train_dataset, self.args
-        return ByLength([1]*len(data), a.train_batch_size*a.gradient_accumulation_steps, a.seed)
+        return LengthGroupedSampler([1]*len(data), a.train_batch_size*a.gradient_accumulation_steps, a.seed)
 
     def in_turn(self, rows): return torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.args.seed)).tolist()
 
@@ -312,10 +318,10 @@ def loop_of(
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', TRLExperimentalWarning)
             from trl.experimental.orpo import ORPOConfig, ORPOTrainer
-        return type('OrpoLoop', (ByOdds, ORPOTrainer), {}),ORPOConfig
+        return type('OrpoLoop', (ORPOMixin, ORPOTrainer), {}),ORPOConfig
     import trl
-    if method=='dpo': return type('DpoLoop', (Judged, trl.DPOTrainer), dict(reference_passes=1)),trl.DPOConfig
-    return type('KtoLoop', (Mixed, trl.KTOTrainer), {}),trl.KTOConfig
+    if method=='dpo': return type('DpoLoop', (PreferenceMixin, trl.DPOTrainer), dict(reference_passes=1)),trl.DPOConfig
+    return type('KtoLoop', (KTOShuffle, trl.KTOTrainer), {}),trl.KTOConfig
 
 # %% ../nbs/04_preference.ipynb #01469f61
 def _check_reference(config):
@@ -353,7 +359,7 @@ def balance(
 # %% ../nbs/04_preference.ipynb #79ed87da
 class PreferenceTrainer(LoRATrainer):
     "A run that learns from preferences, step by step"
-    judges = True
+    is_preference = True
 
     def __init__(self,
         config:PreferenceConfig, # What is asked for; it is fitted to the machine when it is used
@@ -394,7 +400,7 @@ class PreferenceTrainer(LoRATrainer):
 
     def loop(self, **how):
         "TRL's loop of the method"
-        c,pad = self.config,filling_id(self.tokenizer)
+        c,pad = self.config,pad_token_id(self.tokenizer)
         if how['args'].world_size>1: raise SageError('preference tuning trains in one process: start it without torchrun or accelerate')
         if c.method=='kto' and self.fitted.per_device_train_batch_size<2:
             raise SageError('KTO compares the rows of a pass, so one row alone teaches nothing: set `per_device_train_batch_size` to 2 or more (and `max_length` lower, where memory ran out)')

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from sage_finetune.config import (LoRAConfig, PresetConfigs, SageError, Settings, TrainingConfig, checked, read_json, whole_folder, write_json, write_text)
-from sage_finetune.core.machine import Change, Machine, fit_config, show_changes
-from sage_finetune.core.run_folder import RunFolder, config_from_meta, last_checkpoint, mark_complete, read_meta, run_folder
+from sage_finetune.core.disk import whole_folder, write_json, write_text
+from sage_finetune.config import checked, LoRAConfig, PresetConfigs, read_json, SageError, Settings, TrainingConfig
+from sage_finetune.core.machine import Change, Machine, show_changes
+from sage_finetune.config import fit_config
+from sage_finetune.core.run_folder import last_checkpoint, mark_complete, read_meta, run_folder, RunFolder
+from sage_finetune.config import config_from_meta
 
 DEFAULTS = dict(
     model_name="Qwen/Qwen2.5-Coder-1.5B-Instruct", load_in_8bit=True, load_in_4bit=False, data_path=None, max_length=1024,

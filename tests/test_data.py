@@ -9,8 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from transformers import AutoTokenizer
 
-from sage_finetune.config import SageError, resolve_model
-from sage_finetune.data import DataReport, create_sample_data, load_training_data, prepare_dataset, sample_rows, save_rows, to_conversation
+from sage_finetune.config import resolve_model, SageError
+from sage_finetune.data import (
+    create_sample_data, DataReport, load_training_data, prepare_dataset, sample_rows, save_rows, to_conversation
+)
 
 real = Path(__file__).resolve().parents[2]/'shared'/'data'
 tok = AutoTokenizer.from_pretrained(resolve_model('sage-tiny'))

@@ -11,15 +11,18 @@ from transformers import TrainerCallback
 
 from sage_finetune.training.callbacks import read_metrics
 from sage_finetune.runs.run import Run
-from sage_finetune.config import LoRAConfig, PreferenceConfig, SageError, TrainingConfig, write_json
+from sage_finetune.core.disk import write_json
+from sage_finetune.config import LoRAConfig, PreferenceConfig, SageError, TrainingConfig
 from sage_finetune.data import DataReport, read_rows, save_rows
 from sage_finetune.core.run_folder import RunFolder
 from sage_finetune.inference.generate import answers, load_plain
 from sage_finetune.model.loading import load_tokenizer
 from sage_finetune.merge_chat import merge_run
-from sage_finetune.preference import Judged, PreferenceTrainer, prepare_preferences, require_trl, split_by_prompt, trainer_for
+from sage_finetune.preference import (
+    PreferenceMixin, PreferenceTrainer, prepare_preferences, require_trl, split_by_prompt, trainer_for
+)
 from sage_finetune.runs.tasks import new_run, trainer_of
-from sage_finetune.trainer import LoRATrainer, Stopped, data_digest, train_from_meta
+from sage_finetune.trainer import data_digest, LoRATrainer, Stopped, train_from_meta
 
 real = Path(__file__).resolve().parents[2]/'shared'/'data'/'dpo_en_demo.json'
 needs_real = pytest.mark.skipif(not real.is_file(), reason='the folder of real rows (../shared/data) is not here')
@@ -168,12 +171,12 @@ def test_a_stopped_run_goes_on_to_the_same_bits_and_the_same_log(method, tmp_pat
 
 
 def test_memory_that_runs_out_halves_the_pass_and_leaves_the_same_run(tmp_path, monkeypatch):
-    judged = Judged.judged
+    judged = PreferenceMixin.judged
     def full(self, model, inputs):
         if model.training and len(inputs['input_ids']) > 4: raise torch.OutOfMemoryError('full')
         return judged(self, model, inputs)
     asked = config(tmp_path/'small', max_steps=2, warmup_ratio=0)
-    monkeypatch.setattr(Judged, 'judged', full)
+    monkeypatch.setattr(PreferenceMixin, 'judged', full)
     small,_ = after(asked)
     monkeypatch.undo()
     assert [(c.setting, c.used) for c in small.while_running] == [('gradient_accumulation_steps', 2), ('per_device_train_batch_size', 2)] or small.fitted.per_device_train_batch_size == 2

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from ..config import SageError, cannot_write, embedded_model, read_json, refuse_unknown, whole_folder, write_text
+from ..core.disk import cannot_write, read_json, SageError, whole_folder, write_text
+from ..core.settings import refuse_unknown
+from ..config import embedded_model
 from ..rows.repo_files import find_secret
-from ..runs.tasks import find_run
+from ..core.run_folder import find_run
 from ..rows.images import processor_files
 from ..rows.template import chat_form, end_of_turn_id, render
 

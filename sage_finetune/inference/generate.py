@@ -17,13 +17,14 @@ from pathlib import Path
 
 import torch
 
-from ..config import SageError, Shown, TrainingConfig, read_json
-from ..core.machine import Machine, fit_config
+from ..core.disk import read_json, SageError
+from ..core.display import Shown, Table
+from ..config import fit_config, TrainingConfig
+from ..core.machine import Machine
 from ..core.run_folder import RunFolder
-from ..core.display import Table
 from ..rows.formats import to_messages
-from ..rows.images import picture_inputs
-from ..rows.template import encode_prompt, pictures_of
+from ..rows.images import image_inputs
+from ..rows.template import encode_prompt, images_of
 from ..model.loading import dtype_of, load_model, load_tokenizer, quantisation_of, without_noise
 from ..model.adapter import ready_for_quantised_training
 from ..model.shards import local_folder, read_header, stored_tensors
@@ -195,7 +196,7 @@ def _cut(ids, stops):
 def _answer_batch(model, tokenizer, prompts, shown, stops, max_new_tokens, temperature):
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
     given = _left_padded(prompts, pad, model.device)
-    given |= picture_inputs(tokenizer, shown, given['input_ids'])
+    given |= image_inputs(tokenizer, shown, given['input_ids'])
     out = model.generate(**given, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad, **_sampling(temperature))
     for ids in out[:, given['input_ids'].shape[1]:].tolist():
         kept,stopped,n = _cut(ids, stops)
@@ -211,7 +212,7 @@ def answers(
     temperature:float=0.0, # 0 takes the likeliest token each time
 )->list: # Of `Answer`, in the order of `prompts`
     "Answer many prompts, those of similar length together"
-    ids,shown = [encode_prompt(_messages(p), tokenizer) for p in prompts],[pictures_of(_messages(p)) for p in prompts]
+    ids,shown = [encode_prompt(_messages(p), tokenizer) for p in prompts],[images_of(_messages(p)) for p in prompts]
     order,stops = sorted(range(len(ids)), key=lambda i: len(ids[i])), stop_ids(model, tokenizer)
     out = {}
     for at in range(0, len(order), batch_size):
@@ -232,7 +233,7 @@ def stream_answer(
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     enough,failed,stops = threading.Event(),[],stop_ids(model, tokenizer)
     ids = torch.tensor([encode_prompt(messages, tokenizer)], device=model.device)
-    more = picture_inputs(tokenizer, [pictures_of(messages)], ids)
+    more = image_inputs(tokenizer, [images_of(messages)], ids)
     halt = StoppingCriteriaList([lambda ids,scores,**kw: torch.full((ids.shape[0],), enough.is_set(), device=ids.device)])
     def work():
         try: model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **more, streamer=streamer, max_new_tokens=max_new_tokens, eos_token_id=stops,

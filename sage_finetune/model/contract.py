@@ -12,7 +12,7 @@ import hashlib,json
 from copy import deepcopy
 from pathlib import Path
 
-from ..config import SageError, read_json, write_json
+from ..core.disk import read_json, SageError, write_json
 from ..rows.images import copy_processor, processor_digest
 from ..rows.template import encode, end_of_turn_id, render
 from .loading import load_tokenizer, without_noise

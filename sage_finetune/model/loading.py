@@ -22,7 +22,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from ..config import SageError, TrainingConfig, resolve_model
+from ..core.disk import SageError
+from ..config import resolve_model, TrainingConfig
 from ..core.machine import division
 from ..rows.images import need_pillow, processor_files, processor_names, with_processor
 from ..rows.template import ensure_template

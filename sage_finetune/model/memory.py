@@ -7,7 +7,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/model/memory.html.md"""
 # %% auto #0
 __all__ = ['runtime_bytes', 'gap_share', 'live_bytes', 'packed_bytes', 'attention_kernel', 'PassBytes', 'optimizer_bytes',
            'gb_text', 'MemoryEstimate', 'Remedy', 'estimate_memory', 'memory_parts', 'Probe', 'undisturbed',
-           'probe_step', 'longest_batch']
+           'probe_step']
 
 # %% ../../nbs/model/06_memory.ipynb #a96d1c54
 import html,weakref
@@ -15,8 +15,10 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property, partial
 
-from ..config import PreferenceConfig, SageError, Shown, TrainingConfig, resolve_model
-from ..core.machine import Machine, fit_config
+from ..core.disk import SageError
+from ..core.display import Shown
+from ..config import fit_config, PreferenceConfig, resolve_model, TrainingConfig
+from ..core.machine import Machine
 
 # %% ../../nbs/model/06_memory.ipynb #c3403b39
 def live_bytes(
@@ -234,12 +236,12 @@ def _one_pass(model, batch, loss):
 def _loss_on_meta(model, input_ids, half, learned=None, **where):
     "The loss by the head of `loss`; all tokens are learned, or as many as `learned` says"
     import torch
-    from sage_finetune.model.loss import After, FrozenHead
+    from sage_finetune.model.loss import LogitTransform, FrozenHead
     every = _decoder(model)(input_ids=input_ids, use_cache=False, **where)[0].flatten(0, 1) # it lives until the loss is known
     hidden = every.index_select(0, torch.empty(learned or len(every), dtype=torch.long, device='meta'))
     head = model.get_output_embeddings()
     weight,bias = (None if p is None else p.detach().to(half or p.dtype) for p in (head.weight, getattr(head, 'bias', None)))
-    return FrozenHead.apply(hidden, torch.empty(len(hidden), dtype=torch.long, device='meta'), weight, bias, After(), True)
+    return FrozenHead.apply(hidden, torch.empty(len(hidden), dtype=torch.long, device='meta'), weight, bias, LogitTransform(), True)
 
 # %% ../../nbs/model/06_memory.ipynb #ea366895
 def _layer_list(model):
@@ -579,16 +581,3 @@ def _cuda_pass(model, batch):
     before = torch.cuda.memory_allocated()
     _real_loss(model, **batch).backward()
     return torch.cuda.max_memory_allocated()-before
-
-# %% ../../nbs/model/06_memory.ipynb #c587b70f
-def longest_batch(
-    dataset, # Prepared rows
-    rows:int, # In one pass
-    collate, # Makes a batch of rows
-    tokens:int|None=None, # Instead of `rows`: as many as have room in so many places
-)->dict: # The batch
-    "The rows that need most memory, as one batch"
-    from sage_finetune.training.batches import example_lengths
-    lengths = example_lengths(dataset)
-    if tokens: rows = max(1, tokens//(-(-int(max(lengths))//8)*8))
-    return collate([dataset[i] for i in sorted(range(len(lengths)), key=lambda i: -lengths[i])[:rows]])

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from ..config import SageError, read_json, resolve_model
+from ..core.disk import read_json, SageError
+from ..config import resolve_model
 from .loading import no_model
 
 # %% ../../nbs/model/04_shards.ipynb #adcead12

@@ -18,8 +18,8 @@ from importlib import import_module
 from pathlib import Path
 from zlib import crc32
 
-from ..config import Shown
-from .repo_files import PassedOver, find_files, is_secret_name, read_source
+from ..core.display import Shown
+from .repo_files import find_files, is_secret_name, PassedOver, read_source
 
 # %% ../../nbs/rows/05_codebase.ipynb #fbac36e6
 @dataclass(frozen=True)

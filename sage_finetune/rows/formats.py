@@ -14,7 +14,7 @@ import json,re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import checked
+from ..core.settings import checked
 from .sources import save_rows
 
 # %% ../../nbs/rows/01_formats.ipynb #aab4ba2b

@@ -17,7 +17,8 @@ from pathlib import Path
 from shutil import copyfileobj
 from tempfile import TemporaryFile
 
-from ..config import SageError, checked, write_json, write_text
+from ..core.disk import SageError, write_json, write_text
+from ..core.settings import checked
 
 # %% ../../nbs/rows/00_sources.ipynb #4ceb7285
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ Docs: https://sage-finetune.github.io/sage_finetune/rows/template.html.md"""
 
 # %% auto #0
 __all__ = ['plain_template', 'train_choices', 'ignored', 'ensure_template', 'byte_letters', 'is_byte_level', 'ChatForm',
-           'chat_form', 'render', 'pictures_of', 'Skeleton', 'Rendered', 'render_learned', 'token_ids',
-           'encode_rendered', 'encode', 'encode_prompt', 'end_of_turn_id']
+           'chat_form', 'render', 'images_of', 'Skeleton', 'Rendered', 'render_learned', 'token_ids', 'encode_rendered',
+           'encode', 'encode_prompt', 'end_of_turn_id']
 
 # %% ../../nbs/rows/03_template.ipynb #0aea6248
 import json,os,re,unicodedata
@@ -257,18 +257,18 @@ def render(
 )->str: # Text as the model sees it
     "The one text form of a conversation"
     form = chat_form(tokenizer)
-    _refuse_pictures(messages, tokenizer)
+    _refuse_images(messages, tokenizer)
     messages,tools,_ = _adapted(messages, tools, form)
-    text,pictures = _applied(tokenizer, _formed(messages, form), tools, add_generation_prompt),pictures_of(messages)
-    return put_in(text, pictures, tokenizer)[0] if pictures else text
+    text,images = _applied(tokenizer, _formed(messages, form), tools, add_generation_prompt),images_of(messages)
+    return put_in(text, images, tokenizer)[0] if images else text
 
-def _refuse_pictures(messages, tokenizer):
+def _refuse_images(messages, tokenizer):
     if processor_of(tokenizer) is None and (shown := [i for i,m in enumerate(messages, 1) if m.get('images')]):
         raise ValueError(f'turn {shown[0]} holds an image, and the model takes text only')
 
-def pictures_of(
-    messages:list, # With `images`, each a `Picture` or what `picture` takes
-)->list: # Of `Picture`, in order
+def images_of(
+    messages:list, # With `images`, each a `LazyImage` or what `picture` takes
+)->list: # Of `LazyImage`, in order
     "What a conversation shows"
     return [picture(ref) for m in messages for ref in m.get('images', ())]
 
@@ -435,7 +435,7 @@ class Rendered:
     spans: list # (start, end) of each stretch of characters to learn
     found: tuple = () # How their starts were found
     notes: tuple = () # What the template could not take or left out
-    pictures: tuple = () # Of `Picture`, in the order of their places
+    images: tuple = () # Of `LazyImage`, in the order of their places
 
 train_choices = 'assistant', 'last', 'all'
 
@@ -472,24 +472,24 @@ def render_learned(
     if train_on not in train_choices: raise ValueError(f"`train_on` must be one of {', '.join(train_choices)}, got {train_on!r}")
     form = form or chat_form(tokenizer)
     _refuse_control(messages, tools, form)
-    _refuse_pictures(messages, tokenizer)
+    _refuse_images(messages, tokenizer)
     if train_on!='all': messages = _chosen(messages, train_on)
     messages,tools,notes = _adapted(messages, tools, form)
     text = _applied(tokenizer, _formed(messages, form), tools)
-    pictures = pictures_of(messages)
-    if train_on=='all': return _with_pictures(Rendered(text, [(0, len(text.rstrip()))], ('every token',), tuple(notes)), pictures, tokenizer)
+    images = images_of(messages)
+    if train_on=='all': return _with_images(Rendered(text, [(0, len(text.rstrip()))], ('every token',), tuple(notes)), images, tokenizer)
     text,spans,missing = _proved_spans(tokenizer, text, messages, tools, form)
     learned = sorted(s for i,m in enumerate(messages) if m['role']=='assistant' and m['train'] for s in spans[i])
     if any(b>c for (_,b,_),(c,_,_) in zip(learned, learned[1:])): raise ValueError('the chat template mixes the turns, so the answers cannot be told apart')
     if any(not text[a:b].rstrip().endswith(form.ends or ('\0',)) and text[b:].strip() for a,b,_ in learned[:-1]): missing = [*missing, 'an earlier answer has no end of its own']
-    return _with_pictures(Rendered(text, [(a, b) for a,b,_ in learned], tuple(h for *_,h in learned), tuple(notes+missing)), pictures, tokenizer)
+    return _with_images(Rendered(text, [(a, b) for a,b,_ in learned], tuple(h for *_,h in learned), tuple(notes+missing)), images, tokenizer)
 
-def _with_pictures(rendered, pictures, tokenizer):
+def _with_images(rendered, images, tokenizer):
     "A rendered conversation with all places for its pictures, none of which is learned"
-    if not pictures: return rendered
-    text,moved = put_in(rendered.text, pictures, tokenizer)
+    if not images: return rendered
+    text,moved = put_in(rendered.text, images, tokenizer)
     spans = [(moved_by(a, moved), moved_by(b, moved)) for a,b in rendered.spans]
-    return replace(rendered, text=text, spans=outside(spans, [(c, d) for *_,c,d in moved]), pictures=tuple(pictures))
+    return replace(rendered, text=text, spans=outside(spans, [(c, d) for *_,c,d in moved]), images=tuple(images))
 
 # %% ../../nbs/rows/03_template.ipynb #c1952776
 def _proved_spans(tokenizer, text, messages, tools, form):

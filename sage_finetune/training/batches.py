@@ -6,7 +6,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/training/batches.html.md"""
 
 # %% auto #0
 __all__ = ['flat_chunks', 'example_lengths', 'Collator', 'best_fit', 'PackingReport', 'pack_dataset', 'packing_leak',
-           'check_packing']
+           'check_packing', 'longest_batch', 'show_batch']
 
 # %% ../../nbs/training/00_batches.ipynb #c25a8af9
 import hashlib,math,os
@@ -15,8 +15,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..config import Shown, cannot_write
-from ..rows.images import picture_inputs, pictures_of_row
+from ..core.disk import cannot_write
+from ..core.display import Shown, Table
+from ..rows.images import image_inputs, images_of_row
 from ..rows.template import ignored
 
 # %% ../../nbs/training/00_batches.ipynb #2f808620
@@ -58,14 +59,14 @@ class Collator:
     def __call__(self, rows): # Of {input_ids, labels}, and `position_ids` where they are packed
         "Tensors `input_ids` and `labels`, and `position_ids` where rows have them, (batch, time)"
         import torch
-        shown = [pictures_of_row(r) for r in rows]
+        shown = [images_of_row(r) for r in rows]
         rows = [_without_padding(r) for r in rows] or [dict(input_ids=[], labels=[])] # a process that has no rows left learns nothing
         longest = max(1, *(len(r['input_ids']) for r in rows))
         T = -(-longest//self.multiple)*self.multiple
         fill = lambda xs,v: torch.tensor([[*x, *[v]*(T-len(x))] for x in xs])
         batch = dict(input_ids=fill([r['input_ids'] for r in rows], self.pad_id),
                      labels=fill([r['labels'] for r in rows], ignored))
-        if self.tokenizer is not None: batch |= picture_inputs(self.tokenizer, shown, batch['input_ids'])
+        if self.tokenizer is not None: batch |= image_inputs(self.tokenizer, shown, batch['input_ids'])
         if not any('position_ids' in r for r in rows): return batch
         return batch | dict(position_ids=torch.tensor([_counted_on(r, T) for r in rows]))
 
@@ -335,3 +336,40 @@ def _suspects(config):
     kinds = next((k for k in (getattr(config, n, None) for n in ('layer_types', 'layers_block_type', 'block_types')) if k), [])
     others = Counter(k for k in kinds if k not in _by_attention)
     return f" ({', '.join(f'{n} of {len(kinds)} layers: {k}' for k,n in others.items())})" if others else ''
+
+# %% ../../nbs/training/00_batches.ipynb #c587b70f
+def longest_batch(
+    dataset, # Prepared rows
+    rows:int, # In one pass
+    collate, # Makes a batch of rows
+    tokens:int|None=None, # Instead of `rows`: as many as have room in so many places
+)->dict: # The batch
+    "The rows that need most memory, as one batch"
+    lengths = example_lengths(dataset)
+    if tokens: rows = max(1, tokens//(-(-int(max(lengths))//8)*8))
+    return collate([dataset[i] for i in sorted(range(len(lengths)), key=lambda i: -lengths[i])[:rows]])
+
+# %% ../../nbs/training/00_batches.ipynb #eedb4a2d
+def _batch_row(i, ids, labels, positions, length, tokenizer):
+    documents = sum(p==0 for p in positions[:length]) if positions else 1
+    begins = [] if tokenizer is None else [tokenizer.decode(ids[:min(length, 24)], skip_special_tokens=False)]
+    return [i, length, sum(l!=ignored for l in labels[1:]), len(ids)-length, documents, *begins]
+
+def show_batch(
+    batch:dict, # Tensors or lists `input_ids` and `labels`, perhaps `position_ids`, (batch, time); from `Collator`
+    tokenizer=None, # Shows how each row begins, if given
+    pad_id:int|None=None, # Id that rows are filled up with; if None that of the tokenizer, else the last id of each row
+)->Table: # A row for each row, with the share of it that is learned
+    "The rows of a batch: tokens, learned tokens, filling"
+    if not {'input_ids', 'labels'} <= set(batch): raise ValueError(f"`batch` must have `input_ids` and `labels`, got {', '.join(batch)}")
+    lists = {k: v.tolist() if hasattr(v, 'tolist') else v for k,v in batch.items()}
+    pad = pad_id if pad_id is not None else getattr(tokenizer, 'pad_token_id', None)
+    rows,positions = [],lists.get('position_ids')
+    for i,(ids,labels) in enumerate(zip(lists['input_ids'], lists['labels'])):
+        end = ids[-1] if pad is None else pad
+        length = next((k for k in range(len(ids), 0, -1) if ids[k-1]!=end or labels[k-1]!=ignored), 0)
+        rows.append(_batch_row(i, ids, labels, positions[i] if positions else None, length, tokenizer))
+    whole = sum(map(len, lists['input_ids']))
+    told = f"{len(rows)} × {whole//max(1, len(rows))} tokens, {sum(r[2] for r in rows)} learned, {sum(r[3] for r in rows)} of filling ({sum(r[3] for r in rows)/max(1, whole):.1%})"
+    return Table(['row', 'tokens', 'learned', 'filling', 'documents', *(['begins with'] if tokenizer else [])], rows, told, 'The bar is the share that is learned.',
+                 bars=[r[2]/max(1, r[1]) for r in rows])

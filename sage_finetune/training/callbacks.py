@@ -17,10 +17,9 @@ import torch
 import sage_finetune.model.loading # before transformers: it quiets bitsandbytes
 from transformers import TrainerCallback
 
-from ..config import SageError, write_text
-from ..core.machine import in_notebook
+from ..core.disk import SageError, write_text
+from ..core.display import in_notebook, save_figure, shown_figure
 from ..core.run_folder import complete_marker, mark_complete
-from ..ui.inspect import save_picture, shown_figure
 
 # %% ../../nbs/training/03_callbacks.ipynb #f42d13b7
 def read_metrics(
@@ -204,7 +203,7 @@ def plot_losses(
             if xy: ax.plot(*zip(*xy), style, label=label, markersize=4)
         ax.set(xlabel='optimizer step', ylabel=what); ax.grid(alpha=.3)
         if ax.lines: ax.legend(frameon=False)
-    if path: save_picture(fig, path)
+    if path: save_figure(fig, path)
     return fig
 
 # %% ../../nbs/training/03_callbacks.ipynb #72d721b7

@@ -91,9 +91,9 @@ def alike_groups(
 )->tuple: # Two arrays: for each example the first that is a copy of it, and the first that is a copy or nearly
     "Which examples are the same, and which nearly"
     copies = _copies(dataset)
-    return tuple(_by_pictures(leader, dataset) for leader in (copies, _joined(copies.copy(), _signatures(dataset, _common(dataset, copies)))))
+    return tuple(_by_images(leader, dataset) for leader in (copies, _joined(copies.copy(), _signatures(dataset, _common(dataset, copies)))))
 
-def _by_pictures(leader, dataset):
+def _by_images(leader, dataset):
     "`leader` with examples that show different pictures apart: the same words about another picture are another example"
     import numpy as np
     if 'image_digests' not in getattr(dataset, 'column_names', ()): return leader

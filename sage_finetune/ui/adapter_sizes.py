@@ -13,10 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..config import Shown
-from ..core.display import Table
-from .inspect import shown_figure
-from ..runs.run import Run, on_any_ground
+from ..core.display import Shown, shown_figure, Table
+from ..runs.run import on_any_ground, Run
 
 # %% ../../nbs/ui/04_adapter_sizes.ipynb #20010258
 def product_values(
@@ -124,7 +122,7 @@ def _sizes_of_model(model, title):
 
 def _sizes_of_file(run):
     "The sizes from the adapter alone"
-    from sage_finetune.config import read_json
+    from sage_finetune.core.disk import read_json
     t,c = run.adapter,read_json(run.folder.lora_weights/'adapter_config.json')
     if c.get('use_dora'): raise ValueError(f'`base=False`: {run.name} was trained with DoRA, whose change depends on the base; take `base=True`')
     if c.get('alpha_pattern') or c.get('rank_pattern'): raise ValueError(f'`base=False`: {run.name} has ranks of its own in some layers; take `base=True`')

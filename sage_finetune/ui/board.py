@@ -6,16 +6,14 @@ Docs: https://sage-finetune.github.io/sage_finetune/ui/board.html.md"""
 
 # %% auto #0
 __all__ = ['phases', 'board_panes', 'Curve', 'Said', 'prompt_text', 'Board', 'duration', 'facts_table', 'said_table', 'ticks',
-           'curve_svg', 'text_plot', 'talk_table', 'headline', 'as_panel', 'board_figure', 'CurvePicture']
+           'curve_svg', 'text_plot', 'talk_table', 'headline', 'as_panel', 'board_figure', 'CurveImage']
 
 # %% ../../nbs/ui/01_board.ipynb #4c684339
 import html
 from collections import deque
 from dataclasses import dataclass
 
-from ..config import Shown
-from ..core.display import Panel, Table
-from .inspect import shown_figure
+from ..core.display import Panel, Shown, shown_figure, Table
 from ..model.memory import gb_text
 
 # %% ../../nbs/ui/01_board.ipynb #06f0570a
@@ -313,7 +311,7 @@ def board_figure(
     return fig
 
 # %% ../../nbs/ui/01_board.ipynb #a87fa6ae
-class CurvePicture:
+class CurveImage:
     "The curve for good: a PNG, and letters where there are no pictures"
     def __init__(self,
         board:Board, # Of a run

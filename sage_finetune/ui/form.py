@@ -13,10 +13,12 @@ import html,re,threading
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from ..config import LoRAConfig, PresetConfigs, SageError, Shown, TrainingConfig, preset_for, refuse_unknown
-from ..core.machine import Machine, fit_config
-from ..core.display import Clickable, Panel, config_table, precision_of, show_widgets
-from ..model.memory import MemoryEstimate, gb_text, memory_parts, estimate_memory
+from ..core.disk import SageError
+from ..core.display import Clickable, Panel, show_widgets, Shown
+from ..core.settings import config_table, refuse_unknown
+from ..config import fit_config, LoRAConfig, precision_of, preset_for, PresetConfigs, TrainingConfig
+from ..core.machine import Machine
+from ..model.memory import estimate_memory, gb_text, memory_parts, MemoryEstimate
 
 # %% ../../nbs/ui/03_form.ipynb #57a8e4dd
 _presets = tuple(PresetConfigs.fits_in)

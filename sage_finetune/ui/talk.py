@@ -15,7 +15,7 @@ from queue import Queue
 
 import torch
 
-from ..core.display import Clickable, Panel, Table, show_widgets
+from ..core.display import Clickable, Panel, show_widgets, Table
 from ..inference.generate import stream_answer
 from ..runs.run import Run
 from .token_losses import check_base

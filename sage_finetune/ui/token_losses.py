@@ -16,16 +16,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ..config import SageError, Shown
-from ..core.display import Table
+from ..core.disk import SageError
+from ..core.display import Shown, Table
 from ..rows.formats import to_conversation
-from ..rows.images import picture_inputs, pictures_of_row
-from ..rows.template import encode, ignored, pictures_of
-from .inspect import Views, row_columns, text_styles, parts_shown, styled, pieces_of
-from ..model.loss import evaluating, head_replaced, vocabulary_of, head_and_after, head_rows
+from ..rows.images import image_inputs, images_of_row
+from ..rows.template import encode, ignored, images_of
+from .inspect import parts_shown, pieces_of, row_columns, styled, text_styles
+from ..model.loss import evaluating, head_and_after, head_replaced, head_rows, vocabulary_of
 from ..inference.generate import base_of
 from ..runs.run import Run
-from .adapter_sizes import AdapterSizes, LayerSize, adapter_sizes, plot_adapter, product_values
 
 # %% ../../nbs/ui/05_token_losses.ipynb #5d137155
 def row_losses(
@@ -89,11 +88,11 @@ def _example(row, tokenizer):
     elif isinstance(row, dict) and 'input_ids' not in row:
         if isinstance(row.get('text'), str): return _example(row['text'], tokenizer)
         talk = to_conversation(row)
-        row,shown = encode(talk.messages, tokenizer, talk.tools),pictures_of(talk.messages)
+        row,shown = encode(talk.messages, tokenizer, talk.tools),images_of(talk.messages)
     if not isinstance(row, dict): raise ValueError(f'`row` must be a row of a data set or a text, got {type(row).__name__}')
     ids,labels,positions,_ = row_columns(row, list(row))
     if len(ids)<2: raise ValueError(f'`row` has {len(ids)} tokens, and only from the second on a token has a loss')
-    return ids,labels,positions,picture_inputs(tokenizer, [shown or pictures_of_row(row)], torch.tensor([ids]))
+    return ids,labels,positions,image_inputs(tokenizer, [shown or images_of_row(row)], torch.tensor([ids]))
 
 # %% ../../nbs/ui/05_token_losses.ipynb #217fe988
 @dataclass(repr=False)

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from sage_finetune.model import loss as rooms
 from sage_finetune.model.adapter import linear_names, ready_for_quantised_training
 from sage_finetune.model.loading import load_model
-from sage_finetune.model.loss import After, head_loss, head_rows, loss_sum, mean_loss
+from sage_finetune.model.loss import LogitTransform, head_loss, head_rows, loss_sum, mean_loss
 
 small = dict(vocab_size=331, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -24,7 +24,7 @@ kinds = dict(
     gpt_oss=small | dict(head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=6), mamba=dict(vocab_size=331, hidden_size=32, num_hidden_layers=2, state_size=8),
     falcon_h1=small | dict(mamba_d_ssm=32, mamba_n_heads=4, head_dim=8, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8, mamba_chunk_size=8, lm_head_multiplier=.5))
 layers = dict(gpt2=['c_attn'], mamba=['in_proj'], falcon_h1=['q_proj', 'v_proj'], gpt_oss=['q_proj', 'v_proj'])
-after = dict(gemma2=After(cap=5.), cohere=After(.25), cohere2=After(.25), granite=After(1/8), granitemoe=After(1/8), falcon_h1=After(.5))
+after = dict(gemma2=LogitTransform(cap=5.), cohere=LogitTransform(.25), cohere2=LogitTransform(.25), granite=LogitTransform(1/8), granitemoe=LogitTransform(1/8), falcon_h1=LogitTransform(.5))
 
 
 def tiny(kind='qwen2', **settings):
@@ -71,7 +71,7 @@ def test_every_kind_of_model_has_the_loss_and_gradients_of_plain_cross_entropy(k
     with warnings.catch_warnings():
         warnings.filterwarnings('error', 'sage|.*its logits are computed', UserWarning)
         assert gap(model.eval(), *batch()) < 1e-5
-    assert way(model)==after.get(kind, After())
+    assert way(model)==after.get(kind, LogitTransform())
 
 
 @pytest.mark.parametrize('how', [dict(modules_to_save=['lm_head']), dict(target_modules=['q_proj', 'lm_head']), dict(target_modules=['q_proj', 'lm_head'], use_dora=True)])
@@ -157,7 +157,7 @@ def test_automatic_precision(dtype):
     with torch.autocast('cpu', dtype=dtype): ours,theirs = loss_sum(model, ids, labels)[0],plain(model, ids, labels)
     ours.backward()
     assert abs(ours-theirs)/theirs < 3e-3 and ours.dtype==torch.float32
-    assert way(model)==After() and all(p.grad.dtype==torch.float32 for p in model.parameters() if p.requires_grad)
+    assert way(model)==LogitTransform() and all(p.grad.dtype==torch.float32 for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize('reentrant', [False, True])
@@ -213,7 +213,7 @@ def test_a_compiled_model_is_compiled_once_for_each_shape():
     before = counter.frame_count
     assert before > 0 # it was compiled
     for seed in (2, 3): loss_sum(compiled, *batch(seed=seed))
-    assert counter.frame_count==before and way(compiled)==After()
+    assert counter.frame_count==before and way(compiled)==LogitTransform()
     first.backward()
     theirs = torch.autograd.grad(plain(model, *batch()), [p for p in model.parameters() if p.requires_grad])
     assert all(torch.allclose(p.grad, g, atol=1e-4) for p,g in zip([p for p in model.parameters() if p.requires_grad], theirs))

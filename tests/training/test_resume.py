@@ -1,4 +1,4 @@
-"""A run and what can happen to it: what was lost, and how it went on. `pytest -s tests/test_faults.py` prints the table.
+"""A run and what can happen to it: what was lost, and how it went on. `pytest -s tests/training/test_resume.py` prints the table.
 
 Faults that end a process happen in a process of their own, forked from one that has imported everything. What comes of a run is compared to the bit with a run that nothing happened to.
 """
@@ -20,8 +20,8 @@ import torch
 from transformers import TrainerCallback
 
 from sage_finetune.training import callbacks, trainer
-from sage_finetune.config import LoRAConfig, SageError, TrainingConfig, read_json
-from sage_finetune.core.run_folder import RunFolder, checkpoint_fault, complete_marker, last_checkpoint, only_run
+from sage_finetune.config import LoRAConfig, read_json, SageError, TrainingConfig
+from sage_finetune.core.run_folder import checkpoint_fault, complete_marker, last_checkpoint, only_run, RunFolder
 from sage_finetune.rows.formats import create_sample_data
 from sage_finetune.trainer import LoRATrainer, Stopped
 

@@ -53,7 +53,7 @@ def test_only_safetensors_are_written_for_weights(tmp_path):
     assert unsafe == []
 
 
-rows = Path(__file__).resolve().parents[2]/'shared'/'data'
+rows = Path(__file__).resolve().parents[3]/'shared'/'data'
 
 
 @pytest.mark.skipif(not rows.is_dir(), reason='the folder of real rows (../shared/data) is not here')

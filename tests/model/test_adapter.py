@@ -9,16 +9,18 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
-from sage_finetune.model.adapter import add_lora, best_evaluation, best_file, ready_for_quantised_training, save_adapter
+from sage_finetune.model.adapter import (
+    add_lora, best_evaluation, best_file, ready_for_quantised_training, save_adapter
+)
 from sage_finetune.training.callbacks import read_metrics
-from sage_finetune.config import LoRAConfig, TrainingConfig, read_json
+from sage_finetune.config import LoRAConfig, read_json, TrainingConfig
 from sage_finetune.core.run_folder import complete_marker
 from sage_finetune.model.loading import load_model, quantisation_of
 from sage_finetune.model.loss import mean_loss
 from sage_finetune.merge_chat import logits_of, merge_run
 from sage_finetune.rows.formats import create_sample_data, to_messages
 from sage_finetune.rows.template import encode
-from sage_finetune.trainer import AnswerTrainer, LoRATrainer
+from sage_finetune.trainer import CausalLMTrainer, LoRATrainer
 
 small = dict(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -185,7 +187,7 @@ def test_loraplus_fits_the_optimizers(tmp_path, optim):
     if 'bit' in optim: pytest.importorskip('bitsandbytes')
     model = add_lora(tiny('qwen2'), LoRAConfig(use_dora=True, bias='all'))
     args = TrainingArguments(output_dir=str(tmp_path), optim=optim, learning_rate=1e-3, weight_decay=0.1, report_to=[], use_cpu=True)
-    trainer = AnswerTrainer(model=model, args=args)
+    trainer = CausalLMTrainer(model=model, args=args)
     trainer.loraplus_lr_ratio = 16
     groups = trainer.create_optimizer().param_groups
     assert [(round(g['lr'], 6), g['weight_decay']) for g in groups]==[(1e-3, 0.1), (1e-3, 0.0), (16e-3, 0.1)]

@@ -19,8 +19,9 @@ import torch
 from transformers import TrainerCallback
 
 from sage_finetune.training.callbacks import read_metrics
-from sage_finetune.config import LoRAConfig, SageError, TrainingConfig, read_json, write_json
-from sage_finetune.core.run_folder import RunFolder, last_checkpoint
+from sage_finetune.core.disk import write_json
+from sage_finetune.config import LoRAConfig, read_json, SageError, TrainingConfig
+from sage_finetune.core.run_folder import last_checkpoint, RunFolder
 from sage_finetune.runs.launch import launch_command
 from sage_finetune.trainer import LoRATrainer, Stopped
 

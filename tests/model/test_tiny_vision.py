@@ -8,9 +8,9 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from sage_finetune.inference import merging
-from sage_finetune.model.adapter import add_lora, adapter_line
+from sage_finetune.model.adapter import adapter_line, add_lora
 from sage_finetune.training.batches import Collator
-from sage_finetune.config import LoRAConfig, PresetConfigs, SageError, read_json, resolve_model
+from sage_finetune.config import LoRAConfig, PresetConfigs, read_json, resolve_model, SageError
 from sage_finetune.data import DataReport, prepare_dataset
 from sage_finetune.inference.generate import answers, load_for_chat
 from sage_finetune.model.loading import load_model, load_tokenizer, without_noise
@@ -21,7 +21,7 @@ from sage_finetune.rows.images import picture, processor_of
 from sage_finetune.rows.formats import question
 from sage_finetune.training.split import split_dataset
 from sage_finetune.rows.template import encode
-from sage_finetune.trainer import LoRATrainer, data_digest
+from sage_finetune.trainer import data_digest, LoRATrainer
 from sage_finetune.model.tiny_vision import tiny_vision_model
 
 chat = ("{{% for m in messages %}}{{{{ '<|im_start|>' + m['role'] + '\n' }}}}{{% if m['content'] is string %}}{{{{ m['content'] }}}}{{% else %}}{{% for c in m['content'] %}}"
@@ -309,9 +309,9 @@ def test_a_talk_about_a_picture(tuned, tmp_path):
     assert to_messages(load_training_data(tmp_path/'talk.json')[0])[0]==question('Which colour is it?', str(tuned[0]/'1.png'))
 
 def test_the_server_opens_no_picture():
-    from sage_finetune.inference.serve import Refused, read_request
+    from sage_finetune.inference.serve import read_request, BadRequest
     body = dict(messages=[dict(role='user', content=[dict(type='image_url', image_url=dict(url='/etc/hostname')), dict(type='text', text='?')])])
-    with pytest.raises(Refused, match='answers text only, and a turn holds an image'): read_request(body, 'm')
+    with pytest.raises(BadRequest, match='answers text only, and a turn holds an image'): read_request(body, 'm')
 
 
 @pytest.mark.parametrize('kind', ['llava', 'qwen2_vl'])

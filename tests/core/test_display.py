@@ -12,7 +12,8 @@ from sage_finetune.rows.codebase import read_codebase
 from sage_finetune.config import LoRAConfig, Shown, TrainingConfig
 from sage_finetune.inference.generate import Answer, Comparison, Exam
 from sage_finetune.ui.token_losses import Forgetting
-from sage_finetune.core.machine import Change, Changes, Machine, fit_config
+from sage_finetune.core.machine import Change, Changes, Machine
+from sage_finetune.config import fit_config
 from sage_finetune.model.memory import Probe
 from sage_finetune.trainer import TrainingResult
 

@@ -8,7 +8,9 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from sage_finetune.training.batches import Collator, PackingReport, best_fit, check_packing, pack_dataset, packing_leak
+from sage_finetune.training.batches import (
+    best_fit, check_packing, Collator, pack_dataset, packing_leak, PackingReport
+)
 from sage_finetune.config import SageError
 from sage_finetune.model.loading import load_model
 

@@ -12,7 +12,7 @@ from sage_finetune.config import LoRAConfig, TrainingConfig
 from sage_finetune.core.run_folder import RunFolder
 from sage_finetune.rows.formats import to_messages
 from sage_finetune.rows.template import encode
-from sage_finetune.trainer import AnswerTrainer, LoRATrainer, Stopped
+from sage_finetune.trainer import CausalLMTrainer, LoRATrainer, Stopped
 
 lengths = [1, 19, 3, 7, 12, 2, 5, 16, 9, 4, 11, 6, 1, 14, 8, 3] # words of the answers, so that no two passes learn equally many tokens
 
@@ -99,11 +99,11 @@ def test_a_budget_of_tokens_gives_the_same_in_any_number_of_passes(tmp_path):
 
 def test_memory_that_runs_out_under_a_budget_of_tokens_makes_more_passes_of_the_same_steps(tmp_path, monkeypatch):
     whole,w = after(tmp_path/'whole', tokens_per_step=256, max_steps=3)
-    compute,left = AnswerTrainer.compute_loss,[1]
+    compute,left = CausalLMTrainer.compute_loss,[1]
     def full(self, model, inputs, **kw):
         if self.state.global_step==1 and left: left.pop(); raise torch.OutOfMemoryError('simulated')
         return compute(self, model, inputs, **kw)
-    monkeypatch.setattr(AnswerTrainer, 'compute_loss', full)
+    monkeypatch.setattr(CausalLMTrainer, 'compute_loss', full)
     run,v = after(tmp_path/'full', tokens_per_step=256, max_steps=3)
     assert run.fitted.gradient_accumulation_steps==2 and (v-w).abs().max()<=1e-5
 

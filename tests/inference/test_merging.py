@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sage_finetune.inference import merging
 from sage_finetune.model.adapter import ready_for_quantised_training
-from sage_finetune.config import SageError, TrainingConfig, read_json, write_json
+from sage_finetune.core.disk import write_json
+from sage_finetune.config import read_json, SageError, TrainingConfig
 from sage_finetune.model.contract import save_contract
 from sage_finetune.inference.generate import load_adapter, load_for_chat, load_plain
 from sage_finetune.model.loading import load_model, load_tokenizer, quantisation_of

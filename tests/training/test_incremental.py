@@ -3,7 +3,7 @@ import json, shutil
 
 import pytest, torch
 from safetensors.torch import load_file
-from sage_finetune.config import SageError, TrainingConfig, read_json
+from sage_finetune.config import read_json, SageError, TrainingConfig
 from sage_finetune.data import DataReport
 from sage_finetune.trainer import LoRATrainer
 

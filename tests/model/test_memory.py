@@ -8,9 +8,13 @@ import torch
 from transformers import (Gemma2Config, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig, OPTConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig)
 
 from sage_finetune.config import LoRAConfig, PresetConfigs, SageError, TrainingConfig
-from sage_finetune.core.machine import Machine, fit_config
-from sage_finetune.model.memory import (MemoryEstimate, attention_kernel, estimate_memory, live_bytes, longest_batch, optimizer_bytes, packed_bytes,
-                                  probe_step, _build, _pass_bytes)
+from sage_finetune.core.machine import Machine
+from sage_finetune.config import fit_config
+from sage_finetune.model.memory import (
+    _build, _pass_bytes, attention_kernel, estimate_memory, live_bytes, MemoryEstimate, optimizer_bytes, packed_bytes,
+    probe_step
+)
+from sage_finetune.training.batches import longest_batch
 
 H200,A100,T4 = Machine('cuda', 'H200', memory=141*10**9, bf16=True),Machine('cuda', 'A100', memory=40*2**30, bf16=True),Machine('cuda', 'T4', memory=15*2**30)
 CODER = Qwen2Config(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, intermediate_size=8960, vocab_size=151_936,
@@ -92,7 +96,7 @@ def test_less_of_anything_is_less():
 
 def test_every_preset_keeps_its_promise_and_the_table_says_so():
     "What the notebook of presets prints is what is counted"
-    cells = json.loads((Path(__file__).parent.parent/'nbs'/'00_config.ipynb').read_text(encoding='utf-8'))['cells']
+    cells = json.loads((Path(__file__).parents[2]/'nbs'/'00_config.ipynb').read_text(encoding='utf-8'))['cells']
     table = re.findall(r'^\| `(\w+)` \|.*\| ([\d.]+) GB \| (\d+) GB \|$', '\n'.join(''.join(c['source']) for c in cells), re.M)
     assert {n for n,*_ in table}==set(PresetConfigs.fits_in)
     for name,counted,promised in table:

@@ -10,7 +10,7 @@ from fastcore.nbio import dict2nb, read_nb
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 spec = importlib.util.spec_from_file_location('pages', ROOT/'tools/pages.py')
 pages = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pages)

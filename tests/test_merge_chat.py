@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith('linux'), reason='ne
 from safetensors.torch import load_file, save_file
 
 from sage_finetune.cli import main
-from sage_finetune.config import TrainingConfig, resolve_model
+from sage_finetune.config import resolve_model, TrainingConfig
 from sage_finetune.data import create_sample_data
 from sage_finetune.inference.generate import answers, base_of, load_adapter, load_for_chat
 from sage_finetune.inference.merging import merge_run

@@ -6,9 +6,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 from sage_finetune.training.batches import pack_dataset
-from sage_finetune.runs.run import Run, adapter_difference, compare, not_exact, runs
+from sage_finetune.runs.run import adapter_difference, compare, not_exact, Run, runs
 from sage_finetune.config import LoRAConfig, SageError, TrainingConfig
-from sage_finetune.ui.token_losses import adapter_sizes, forgetting, row_losses, token_losses
+from sage_finetune.ui.adapter_sizes import adapter_sizes
+from sage_finetune.ui.token_losses import forgetting, row_losses, token_losses
 from sage_finetune.rows.formats import create_sample_data
 from sage_finetune.ui.talk import at_strength, side_by_side
 from sage_finetune.trainer import LoRATrainer, Stopped
@@ -66,7 +67,7 @@ def test_a_moved_folder_finds_its_data_and_is_repeated(tmp_path):
 
 def test_what_cannot_be_repeated_says_why(tmp_path):
     run = trained(tmp_path)
-    from sage_finetune.config import write_json
+    from sage_finetune.core.disk import write_json
     write_json(run.folder.config, run.record | dict(_machine='another one'))
     assert not_exact(run)[0].startswith('machine another one → ')
     with pytest.raises(SageError, match='cannot be repeated to the bit here'): run.repeat(tmp_path/'again')

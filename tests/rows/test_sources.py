@@ -10,7 +10,7 @@ import pytest
 
 from sage_finetune.rows import sources
 from sage_finetune.config import SageError
-from sage_finetune.rows.sources import Row, load_training_data, read_rows, save_rows, source_digest, source_files
+from sage_finetune.rows.sources import load_training_data, read_rows, Row, save_rows, source_digest, source_files
 
 pair = [dict(question='a, "b"?', answer='å\nsecond line'), dict(question='2', answer='')]
 

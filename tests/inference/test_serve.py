@@ -16,7 +16,8 @@ import pytest
 openai = pytest.importorskip('openai')
 
 from sage_finetune.inference import serve as module
-from sage_finetune.config import LoRAConfig, SageError, TrainingConfig, resolve_model, write_json
+from sage_finetune.core.disk import write_json
+from sage_finetune.config import LoRAConfig, resolve_model, SageError, TrainingConfig
 from sage_finetune.inference.generate import answers, load_for_chat, stream_answer
 from sage_finetune.merge_chat import merge_run
 from sage_finetune.inference.serve import models_at, serving, start_server, stream_from
@@ -133,7 +134,7 @@ def test_a_client_that_goes_away_halts_its_answer(run, monkeypatch):
     write,written = module.write_answer,[]
     monkeypatch.setattr('sage_finetune.model.contract.stop_ids', lambda *a: [10**6])
     monkeypatch.setattr(module, 'write_answer', lambda *a: written.append(write(*a)) or written[-1])
-    desk,port = module.Desk(*load_for_chat(run)),module.free_port('127.0.0.1', 0)
+    desk,port = module.Engine(*load_for_chat(run)),module.free_port('127.0.0.1', 0)
     server = uvicorn.Server(uvicorn.Config(module.chat_app(desk, 'code'), port=port, log_level='error'))
     thread = threading.Thread(target=server.run); thread.start()
     while not server.started: time.sleep(0.01)
