@@ -4,7 +4,8 @@ from unittest import mock
 
 import pytest
 
-# The suite needs no network: an attempt to reach a hub fails at once instead of waiting. Set before anything is imported.
+# The suite needs no network: an attempt to reach a hub fails at once instead of waiting. Set before anything is
+# imported.
 os.environ.update(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', HF_HUB_DISABLE_TELEMETRY='1', DO_NOT_TRACK='1',
                   TOKENIZERS_PARALLELISM='false', WANDB_MODE='disabled')
 
@@ -65,7 +66,8 @@ class NotebookItem(pytest.Item):
             gc.collect()  # models that the notebook loaded, before the next one loads its own
 
     def repr_failure(self, excinfo):
-        if excinfo.errisinstance(NotebookFailed): return f'{excinfo.value}: see the traceback of the failing cell in the captured stderr'
+        if excinfo.errisinstance(NotebookFailed):
+            return f'{excinfo.value}: see the traceback of the failing cell in the captured stderr'
         return super().repr_failure(excinfo)
 
     def reportinfo(self): return self.path,None,f'notebook {self.path.relative_to(config.config_path)}'

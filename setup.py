@@ -2,7 +2,8 @@
 from configparser import ConfigParser
 from setuptools import find_packages, setup
 
-ini = ConfigParser(delimiters=['=']); ini.read('settings.ini', encoding='utf-8')
+ini = ConfigParser(delimiters=['='])
+ini.read('settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
 extras = {k[:-len('_requirements')]: cfg[k].split() for k in cfg if k.endswith('_requirements')}
 setup(

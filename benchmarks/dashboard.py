@@ -78,14 +78,18 @@ def measured(code_blocks, seconds):
     from jupyter_client import KernelManager
     manager = KernelManager(kernel_name='python3')
     manager.start_kernel(extra_arguments=['--log-level=ERROR'])
-    client = manager.client(); client.start_channels(); client.wait_for_ready(timeout=60)
+    client = manager.client()
+    client.start_channels()
+    client.wait_for_ready(timeout=60)
     found,said = {}, []
     def hear(m):
         if m['msg_type']=='error': raise SystemExit('\n'.join(m['content']['traceback']))
         if m['msg_type']=='stream': said.append(m['content']['text'])
     try:
         for code in code_blocks: client.execute_interactive(code, timeout=20*seconds+300, output_hook=hear)
-    finally: client.stop_channels(); manager.shutdown_kernel(now=True)
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
     for line in ''.join(said).splitlines():
         if line.startswith('RESULT '): found |= json.loads(line[7:])
     return found
@@ -98,19 +102,28 @@ def memory():
     tracemalloc.start()
     board,out = Board(['What?']),{}
     for step in range(1, 1_000_001):
-        board.loss.add(step, 1/step); board.rate.add(step, 1e-4)
-        if step%100==0: board.held_out.add(step, 1/step); board.answered('What?', Said(step, step, f'At step {step}.'))
+        board.loss.add(step, 1/step)
+        board.rate.add(step, 1e-4)
+        if step%100==0:
+            board.held_out.add(step, 1/step)
+            board.answered('What?', Said(step, step, f'At step {step}.'))
         board.tell(step=step, done=step)
-        if step in (10_000, 1_000_000): out[f'bytes_after_{step:,}_steps'] = tracemalloc.get_traced_memory()[0]; out[f'picture_after_{step:,}_steps'] = len(curve_svg(board))
+        if step in (10_000, 1_000_000):
+            out[f'bytes_after_{step:,}_steps'] = tracemalloc.get_traced_memory()[0]
+            out[f'picture_after_{step:,}_steps'] = len(curve_svg(board))
     return out
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--seconds', type=int, default=120, help='of training in each of the two runs'); parser.add_argument('--threads', type=int, default=os.cpu_count()); parser.add_argument('--out')
+    parser.add_argument('--seconds', type=int, default=120, help='of training in each of the two runs')
+    parser.add_argument('--threads', type=int, default=os.cpu_count())
+    parser.add_argument('--out')
     given = parser.parse_args()
-    found = measured([in_kernel.format(seconds=given.seconds, threads=given.threads), dashboard, answers], given.seconds) | memory()
-    found |= dict(date=str(date.today()), machine=f'{os.cpu_count()} cores of {platform.machine()}, {given.threads} threads')
+    found = measured([in_kernel.format(seconds=given.seconds, threads=given.threads), dashboard, answers],
+                     given.seconds) | memory()
+    found |= dict(date=str(date.today()),
+                  machine=f'{os.cpu_count()} cores of {platform.machine()}, {given.threads} threads')
     print(json.dumps(found, indent=2))
     if given.out: Path(given.out).write_text(json.dumps(found, indent=2)+'\n')
 

@@ -21,7 +21,8 @@ def inputs(vocabulary, tokens, hidden):
     labels[::2] = -100
     return 3*torch.randn(tokens, hidden),labels,head
 
-def plain(hidden, labels, head): return F.cross_entropy(head(hidden).float(), labels, ignore_index=-100, reduction='sum')
+def plain(hidden, labels, head):
+    return F.cross_entropy(head(hidden).float(), labels, ignore_index=-100, reduction='sum')
 
 def ours(hidden, labels, head):
     at = (labels!=-100).nonzero().squeeze(1)
@@ -38,7 +39,8 @@ def step(way, hidden, labels, head):
 
 def memory(name):
     "Bytes, from Linux: `VmRSS` now, `VmHWM` at most"
-    return 1024*next(int(l.split()[1]) for l in Path('/proc/self/status').read_text().splitlines() if l.startswith(name))
+    return 1024*next(int(l.split()[1]) for l in Path('/proc/self/status').read_text().splitlines()
+                     if l.startswith(name))
 
 def extra_memory(way, *sizes):
     "Bytes that one pass takes above what was there before it; a small pass before it starts threads and libraries"
@@ -50,7 +52,8 @@ def extra_memory(way, *sizes):
     return memory('VmHWM')-before
 
 def in_own_process(way, sizes, threads):
-    code = f'import sys; sys.path[:0]={[str(Path(__file__).parent)]!r}; import head, torch; torch.set_num_threads({threads}); print(head.extra_memory({way!r}, *{sizes!r}))'
+    code = (f'import sys; sys.path[:0]={[str(Path(__file__).parent)]!r}; import head, torch; '
+            f'torch.set_num_threads({threads}); print(head.extra_memory({way!r}, *{sizes!r}))')
     return int(subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True).stdout)
 
 def compared(vocabulary, tokens, hidden, threads, rounds):
@@ -63,15 +66,20 @@ def compared(vocabulary, tokens, hidden, threads, rounds):
             found[way] = step(way, *given)
             seconds[way].append(round(time.perf_counter()-began, 3))
     (mine,my_grad),(theirs,their_grad) = found['ours'],found['plain']
-    medians,extra = {w: statistics.median(s) for w,s in seconds.items()},{w: in_own_process(w, sizes, threads) for w in ways}
-    return dict(hidden=hidden, seconds=seconds, median_seconds=medians, extra_megabytes={w: round(e/1e6, 1) for w,e in extra.items()},
-                time_ratio=round(medians['ours']/medians['plain'], 3), memory_ratio=round(extra['ours']/extra['plain'], 3), loss=round(theirs, 4), loss_difference=abs(mine-theirs),
+    medians,extra = ({w: statistics.median(s) for w,s in seconds.items()},
+                     {w: in_own_process(w, sizes, threads) for w in ways})
+    return dict(hidden=hidden, seconds=seconds, median_seconds=medians,
+                extra_megabytes={w: round(e/1e6, 1) for w,e in extra.items()},
+                time_ratio=round(medians['ours']/medians['plain'], 3), memory_ratio=round(
+                    extra['ours']/extra['plain'], 3), loss=round(theirs, 4), loss_difference=abs(mine-theirs),
                 gradient_difference=((my_grad-their_grad).abs().max()/their_grad.abs().max()).item())
 
 def main(vocabulary=49_152, tokens=2048, threads=1, *hidden, rounds=7):
     torch.set_num_threads(threads)
-    result = dict(vocabulary=vocabulary, tokens=tokens, learned=tokens//2, rows_in_a_slice=head_rows(vocabulary), sizes=[compared(vocabulary, tokens, h, threads, rounds) for h in hidden or (192, 576)],
-                  torch=torch.__version__, threads=threads, cores=os.cpu_count(), machine=platform.machine(), python=platform.python_version(), date=str(date.today()))
+    result = dict(vocabulary=vocabulary, tokens=tokens, learned=tokens//2, rows_in_a_slice=head_rows(vocabulary),
+                  sizes=[compared(vocabulary, tokens, h, threads, rounds) for h in hidden or (192, 576)],
+                  torch=torch.__version__, threads=threads, cores=os.cpu_count(), machine=platform.machine(),
+                  python=platform.python_version(), date=str(date.today()))
     print(json.dumps(result, indent=1))
     Path(__file__).with_suffix('.json').write_text(json.dumps(result, indent=1)+'\n')
     return result

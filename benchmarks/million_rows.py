@@ -28,10 +28,13 @@ def main(path, sizes):
             big = Path(folder)/'rows.jsonl'
             with big.open('w', encoding='utf-8') as f:
                 for i,line in enumerate(islice(cycle(rows), n)):
-                    row = json.loads(line); row['question'] = f"({i}) {row['question']}"
+                    row = json.loads(line)
+                    row['question'] = f"({i}) {row['question']}"
                     f.write(json.dumps(row, ensure_ascii=False)+'\n')
-            done = subprocess.run([sys.executable, '-c', worker, str(big), folder], check=True, capture_output=True, text=True, env=os.environ | dict(HF_HUB_OFFLINE='1'))
-            print(json.dumps(json.loads(done.stdout.splitlines()[-1]) | dict(file_mb=big.stat().st_size//2**20, cores=os.cpu_count(), date=str(date.today()))), flush=True)
+            done = subprocess.run([sys.executable, '-c', worker, str(big), folder], check=True, capture_output=True,
+                                  text=True, env=os.environ | dict(HF_HUB_OFFLINE='1'))
+            print(json.dumps(json.loads(done.stdout.splitlines()[-1]) | dict(
+                file_mb=big.stat().st_size//2**20, cores=os.cpu_count(), date=str(date.today()))), flush=True)
 
 if __name__=='__main__':
     if len(sys.argv)<2 or not Path(sys.argv[1]).is_file(): sys.exit(__doc__)

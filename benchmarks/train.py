@@ -14,10 +14,13 @@ from pathlib import Path
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 warnings.filterwarnings('ignore')
 
-lora = dict(r=8, lora_alpha=16, target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj'], lora_dropout=0.0, bias='none', task_type='CAUSAL_LM')
+lora = dict(r=8, lora_alpha=16, target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj'], lora_dropout=0.0,
+            bias='none', task_type='CAUSAL_LM')
 batch,max_length,learning_rate,seed = 8,1024,1e-3,0
-template = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
-            "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+template = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% "
+            "generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+            "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}{% if "
+            "add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 def make_model(folder):
     "A Qwen2 of 5.8 million parameters with random weights, and the embedded tokenizer"
@@ -27,9 +30,13 @@ def make_model(folder):
     tokenizer = AutoTokenizer.from_pretrained(resolve_model('sage-tiny'))
     tokenizer.chat_template = template
     torch.manual_seed(seed)
-    config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=4,
-                         max_position_embeddings=2048, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    model = Qwen2ForCausalLM(config); model.save_pretrained(folder); tokenizer.save_pretrained(folder)
+    config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=256, intermediate_size=768, num_hidden_layers=6,
+                         num_attention_heads=4, num_key_value_heads=4,
+                         max_position_embeddings=2048, tie_word_embeddings=True,
+                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model = Qwen2ForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 def rows_of(path, n):
     from sage_finetune.rows.sources import load_training_data
@@ -41,7 +48,8 @@ def final_loss(model, tokenizer, rows):
     from sage_finetune.training.batches import Collator
     from sage_finetune.data import DataReport, prepare_dataset
     from sage_finetune.model.loss import mean_loss
-    data,collate = prepare_dataset(rows, tokenizer, max_length, report=DataReport(), cache=False),Collator(tokenizer.pad_token_id)
+    data,collate = (prepare_dataset(rows, tokenizer, max_length, report=DataReport(), cache=False),
+                    Collator(tokenizer.pad_token_id))
     return mean_loss(model, (collate([data[j] for j in range(i, min(i+8, len(data)))]) for i in range(0, len(data), 8)))
 
 def run_bare(model_folder, rows, work):
@@ -50,9 +58,14 @@ def run_bare(model_folder, rows, work):
     from transformers import AutoModelForCausalLM
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), LoraConfig(**lora))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
-    ids,steps = torch.randint(0, model.config.vocab_size, (8, 256)),max(4, sum(len(m['content']) for r in rows for m in r['messages'])//2//2048//2)
-    def step(): model(input_ids=ids, labels=ids, use_cache=False).loss.backward(); optimizer.step(); optimizer.zero_grad()
-    step(); step()
+    ids,steps = (torch.randint(0, model.config.vocab_size, (8, 256)),
+                 max(4, sum(len(m['content']) for r in rows for m in r['messages'])//2//2048//2))
+    def step():
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    step()
+    step()
     began = time.perf_counter()
     for _ in range(steps): step()
     return time.perf_counter()-began,steps*ids.numel(),None
@@ -60,66 +73,92 @@ def run_bare(model_folder, rows, work):
 def run_ours(model_folder, rows, work, **more):
     from sage_finetune import LoRATrainer, TrainingConfig
     from sage_finetune.rows.sources import save_rows
-    config = TrainingConfig(model_name=model_folder, data_path=save_rows(Path(work)/'rows.jsonl', rows), output_dir=Path(work)/'run', max_length=max_length, num_train_epochs=1,
-                            gradient_accumulation_steps=1, learning_rate=learning_rate, lr_scheduler_type='constant', warmup_ratio=0, weight_decay=0.01,
-                            load_in_8bit=False, fp16=False, gradient_checkpointing=False, optim='adamw_torch', test_size=0, save_steps=10_000, report_to='none', seed=seed,
+    config = TrainingConfig(model_name=model_folder, data_path=save_rows(Path(work)/'rows.jsonl', rows),
+                            output_dir=Path(work)/'run', max_length=max_length, num_train_epochs=1,
+                            gradient_accumulation_steps=1, learning_rate=learning_rate,
+                            lr_scheduler_type='constant', warmup_ratio=0, weight_decay=0.01,
+                            load_in_8bit=False, fp16=False, gradient_checkpointing=False, optim='adamw_torch',
+                            test_size=0, save_steps=10_000, report_to='none', seed=seed,
                             lora={k: v for k,v in lora.items()}, **(dict(per_device_train_batch_size=batch) | more))
     run = LoRATrainer(config, quiet=True)
-    run.load_model_and_tokenizer(); run.prepare_data(); run.apply_lora(); run.setup_trainer()
+    run.load_model_and_tokenizer()
+    run.prepare_data()
+    run.apply_lora()
+    run.setup_trainer()
     tokens = run.data_report.tokens
-    began = time.perf_counter(); run.trainer.train()
+    began = time.perf_counter()
+    run.trainer.train()
     return time.perf_counter()-began,tokens,final_loss(run.model, run.tokenizer, rows)
 
 def run_trl(model_folder, rows, work, **more):
     import datasets, transformers, trl
     from datasets import Dataset
     from peft import LoraConfig
-    datasets.disable_progress_bars(); transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
-    args = trl.SFTConfig(output_dir=work, max_length=max_length, num_train_epochs=1, learning_rate=learning_rate, lr_scheduler_type='constant', weight_decay=0.01, optim='adamw_torch',
-                         gradient_accumulation_steps=1, assistant_only_loss=True, report_to='none', use_cpu=True, disable_tqdm=True,
-                         save_strategy='no', logging_steps=10, seed=seed, **(dict(per_device_train_batch_size=batch) | more))
-    trainer = trl.SFTTrainer(model=transformers.AutoModelForCausalLM.from_pretrained(model_folder), args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+    args = trl.SFTConfig(output_dir=work, max_length=max_length, num_train_epochs=1, learning_rate=learning_rate,
+                         lr_scheduler_type='constant', weight_decay=0.01, optim='adamw_torch',
+                         gradient_accumulation_steps=1, assistant_only_loss=True, report_to='none', use_cpu=True,
+                         disable_tqdm=True,
+                         save_strategy='no', logging_steps=10, seed=seed,
+                         **(dict(per_device_train_batch_size=batch) | more))
+    trainer = trl.SFTTrainer(model=transformers.AutoModelForCausalLM.from_pretrained(model_folder), args=args,
+                             train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
                              peft_config=LoraConfig(**lora))
     tokens = sum(map(len, trainer.train_dataset['input_ids']))
-    began = time.perf_counter(); trainer.train()
+    began = time.perf_counter()
+    trainer.train()
     return time.perf_counter()-began,tokens,final_loss(trainer.model, tokenizer, rows)
 
 full_row = dict(per_device_train_batch_size=batch//4) # a packed row of 1,024 holds about four documents
-by_length,packed,tuned = dict(train_sampling_strategy='group_by_length'),dict(packing=True, **full_row),dict(bf16=False, gradient_checkpointing=False)
-settings = {'bare loop': (run_bare, {}), 'sage_finetune': (run_ours, {}), 'sage_finetune packed': (run_ours, packed), 'sage_finetune bf16': (run_ours, dict(bf16=True)),
+by_length,packed,tuned = (dict(train_sampling_strategy='group_by_length'),dict(packing=True, **full_row),
+                          dict(bf16=False, gradient_checkpointing=False))
+settings = {'bare loop': (run_bare, {}), 'sage_finetune': (run_ours, {}),
+            'sage_finetune packed': (run_ours, packed), 'sage_finetune bf16': (run_ours, dict(bf16=True)),
             'sage_finetune compiled': (run_ours, dict(torch_compile=True)),
             'trl': (run_trl, {}), 'trl by length': (run_trl, by_length), 'trl packed': (run_trl, packed),
-            'trl tuned': (run_trl, tuned), 'trl tuned by length': (run_trl, tuned | by_length), 'trl tuned packed': (run_trl, tuned | packed)}
+            'trl tuned': (run_trl, tuned), 'trl tuned by length': (run_trl, tuned | by_length),
+            'trl tuned packed': (run_trl, tuned | packed)}
 
 def one(way, model_folder, path, n):
-    with tempfile.TemporaryDirectory() as work: seconds,tokens,loss = settings[way][0](model_folder, rows_of(path, n), work, **settings[way][1])
-    print(json.dumps(dict(way=way, seconds=round(seconds, 1), tokens=tokens, tokens_a_second=round(tokens/seconds), loss=loss and round(loss, 4),
+    with tempfile.TemporaryDirectory() as work:
+        seconds,tokens,loss = settings[way][0](model_folder, rows_of(path, n), work, **settings[way][1])
+    print(json.dumps(dict(way=way, seconds=round(seconds, 1), tokens=tokens, tokens_a_second=round(tokens/seconds),
+                          loss=loss and round(loss, 4),
                           resident_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024)))
 
 def ratios(results):
     "Ours in fp32 against the best of TRL's three, as it comes and tuned, and against the bare loop"
     speed,loss = ({r['way']: r[k] for r in results} for k in ('tokens_a_second', 'loss'))
-    best = {k: max((w for w in speed if w.startswith(k) and ('tuned' in w)==('tuned' in k)), key=speed.get) for k in ('trl', 'trl tuned')}
-    out = dict(best_of_trl=best['trl'], best_of_trl_tuned=best['trl tuned'], loss_against_trl=round(loss['sage_finetune']/loss['trl tuned']-1, 5))
+    best = {k: max((w for w in speed if w.startswith(k) and ('tuned' in w)==('tuned' in k)), key=speed.get)
+            for k in ('trl', 'trl tuned')}
+    out = dict(best_of_trl=best['trl'], best_of_trl_tuned=best['trl tuned'],
+               loss_against_trl=round(loss['sage_finetune']/loss['trl tuned']-1, 5))
     for way in (w for w in speed if w.startswith('sage')):
-        out[way] = {f'against_{k.replace(" ", "_")}': round(speed[way]/speed[best[k]], 2) for k in best} | dict(against_the_bare_loop=round(speed[way]/speed['bare loop'], 2))
+        out[way] = ({f'against_{k.replace(" ", "_")}': round(speed[way]/speed[best[k]], 2) for k in best}
+                    | dict(against_the_bare_loop=round(speed[way]/speed['bare loop'], 2)))
     return out
 
 def plot(results, path):
     from sage_finetune.core.display import save_figure, shown_figure
-    fig = shown_figure(figsize=(6.4, 3), layout='constrained'); ax = fig.add_subplot()
-    ax.barh([r['way'] for r in results][::-1], [r['tokens_a_second'] for r in results][::-1], color=['C0' if r['way'].startswith('sage') else '0.7' for r in results][::-1])
-    ax.set(xlabel='tokens a second, filling up not counted'); save_figure(fig, path)
+    fig = shown_figure(figsize=(6.4, 3), layout='constrained')
+    ax = fig.add_subplot()
+    ax.barh([r['way'] for r in results][::-1], [r['tokens_a_second'] for r in results][::-1],
+            color=['C0' if r['way'].startswith('sage') else '0.7' for r in results][::-1])
+    ax.set(xlabel='tokens a second, filling up not counted')
+    save_figure(fig, path)
 
 def machine(bf16):
     import torch, transformers, trl
-    return dict(torch=torch.__version__, transformers=transformers.__version__, trl=trl.__version__, cores=os.cpu_count(), machine=platform.machine(),
+    return dict(torch=torch.__version__, transformers=transformers.__version__, trl=trl.__version__,
+                cores=os.cpu_count(), machine=platform.machine(),
                 bf16_units=bf16 and torch.cpu._is_amx_tile_supported(), date=str(date.today()))
 
 def measure(way, a, folder, environ):
     rows = a.compiled if way.endswith('compiled') else a.rows
-    done = subprocess.run([sys.executable, __file__, a.file, '--rows', str(rows), '--only', way, '--model', folder], capture_output=True, text=True, env=environ)
+    done = subprocess.run([sys.executable, __file__, a.file, '--rows', str(rows), '--only', way, '--model', folder],
+                          capture_output=True, text=True, env=environ)
     if done.returncode: sys.exit(f'{way}: {done.stderr[-2000:]}')
     result = json.loads(done.stdout.strip().splitlines()[-1])
     print(json.dumps(result), flush=True)
@@ -127,14 +166,20 @@ def measure(way, a, folder, environ):
 
 def main():
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument('file'); parse.add_argument('--rows', type=int, default=200); parse.add_argument('--out'); parse.add_argument('--plot')
-    parse.add_argument('--compiled', type=int, default=0); parse.add_argument('--no-bf16-units', action='store_true')
-    parse.add_argument('--only', choices=list(settings)); parse.add_argument('--model')
+    parse.add_argument('file')
+    parse.add_argument('--rows', type=int, default=200)
+    parse.add_argument('--out')
+    parse.add_argument('--plot')
+    parse.add_argument('--compiled', type=int, default=0)
+    parse.add_argument('--no-bf16-units', action='store_true')
+    parse.add_argument('--only', choices=list(settings))
+    parse.add_argument('--model')
     a = parse.parse_args()
     if a.only: return one(a.only, a.model, a.file, a.rows)
     environ = os.environ | (dict(ONEDNN_MAX_CPU_ISA='AVX512_CORE') if a.no_bf16_units else {})
     about = machine(not a.no_bf16_units)
-    left_out = [w for w,left in {'sage_finetune bf16': not about['bf16_units'], 'sage_finetune compiled': not a.compiled}.items() if left]
+    left_out = [w for w,left in {'sage_finetune bf16': not about['bf16_units'],
+                                 'sage_finetune compiled': not a.compiled}.items() if left]
     with tempfile.TemporaryDirectory() as folder:
         make_model(folder)
         results = [measure(w, a, folder, environ) for w in settings if w not in left_out]

@@ -23,15 +23,18 @@ from .core.disk import SageError
 from .core.display import size_text
 
 # %% ../nbs/05_cli.ipynb #7c48b3da
-app = Typer(name='sage-finetune', help='Fine-tune language models with LoRA: data, training, merging, chatting.', no_args_is_help=True, add_completion=False,
+app = Typer(name='sage-finetune', help='Fine-tune language models with LoRA: data, training, merging, chatting.',
+            no_args_is_help=True, add_completion=False,
             pretty_exceptions_enable=False, rich_markup_mode=None)
 
 Output = Annotated[Optional[str], Option('--output', help='Run folder (default: ~/.sage/finetune_output/TASK)')]
 Model = Annotated[str, Option('--model', help='Hub name, folder of a model, or sage-tiny')]
-Data = Annotated[Optional[str], Option('--data', help='File, folder or pattern of data, or a data set on the Hub; for the task code, a folder of code')]
+Data = Annotated[Optional[str], Option('--data', help='File, folder or pattern of data, or a data set on the Hub; '
+                                       'for the task code, a folder of code')]
 Fresh = Annotated[bool, Option('--fresh', help='Start anew instead of going on')]
 Runs = Annotated[Optional[str], Option('--dir', help='Folder of the runs (default: ~/.sage/finetune_output)')]
-IgnoreContract = Annotated[bool, Option('--ignore-contract', help='Go on even where template, tokenizer or base are not those of training')]
+IgnoreContract = Annotated[bool, Option('--ignore-contract',
+                                        help='Go on even where template, tokenizer or base are not those of training')]
 Key = Annotated[Optional[str], Option('--api-key', envvar='SAGE_API_KEY',
     help='The key of the server; better in the environment (SAGE_API_KEY), for others can read a command line')]
 
@@ -69,23 +72,30 @@ def show_quickstart(
 ):
     "Print the figures, the examples, where everything lies and what to try next"
     r,figures = result,_table('', 'base', 'tuned', 'merged')
-    if r.loss_before: figures.add_row('held-out loss', f'{r.loss_before:.3f}', f'{r.loss_after:.3f} ({_fall(r.loss_before, r.loss_after)})', '')
+    if r.loss_before:
+        figures.add_row('held-out loss', f'{r.loss_before:.3f}',
+                        f'{r.loss_after:.3f} ({_fall(r.loss_before, r.loss_after)})', '')
     figures.add_row('answers correct', *map(_percent, (r.share_before, r.share_after, r.share_merged)))
     figures.add_row('ended by itself', '', *map(_percent, (r.stopped_after, r.stopped_merged)))
     said = _table('question', 'base', 'tuned')
     for e in r.examples: said.add_row(e['prompt'], e['base'][:160], e['tuned'])
     m,name = r.merge,r.folder
-    _print('', figures, f'{r.questions} questions, none of them trained on. Correct: the expected answer word for word, ended by itself.', said,
-           f"Merged model against base and adapter: largest logit difference {m['difference']:.1e}, divergence {m['divergence']:.1e} nats a token (bound {m['bound']:g}).",
+    _print('', figures, f'{r.questions} questions, none of them trained on. Correct: '
+           f'the expected answer word for word, ended by itself.', said,
+           f"Merged model against base and adapter: largest logit difference {m['difference']:.1e}, divergence "
+           f"{m['divergence']:.1e} nats a token (bound {m['bound']:g}).",
            f'{r.source}. {r.seconds:.0f} s in all.', '', *_where(r.folder), '', *_next(name))
 
 def _where(folder):
-    parts = dict(lora_weights='the adapter', merged_model='a plain model, for any tool', **{'data_report.json': 'what became of every row',
-                 'training_config.json': 'every setting, as asked and as used', 'metrics.jsonl': 'every logged number', 'loss.png': 'the loss curve'})
+    parts = dict(lora_weights='the adapter', merged_model='a plain model, for any tool',
+                 **{'data_report.json': 'what became of every row',
+                    'training_config.json': 'every setting, as asked and as used',
+                    'metrics.jsonl': 'every logged number', 'loss.png': 'the loss curve'})
     return [f'{folder}/', *(f'  {n:<22}{what}' for n,what in parts.items())]
 
 def _next(name):
-    return ['Next:', f'  sage-finetune chat {_short(name)}', '  sage-finetune quickstart code --data PATH/TO/YOUR/CODE', '  sage-finetune examples']
+    return ['Next:', f'  sage-finetune chat {_short(name)}',
+            '  sage-finetune quickstart code --data PATH/TO/YOUR/CODE', '  sage-finetune examples']
 
 def _short(folder):
     "The name of a run in the usual place, else its path"
@@ -93,27 +103,35 @@ def _short(folder):
     return Path(folder).name if Path(folder).parent==default_output_dir else str(folder)
 
 # %% ../nbs/05_cli.ipynb #ad0b0a87
-Format = Annotated[Optional[str], Option('--format', help='Shape of the rows, such as qa (default: each row is looked at)')]
+Format = Annotated[Optional[str], Option('--format',
+                                         help='Shape of the rows, such as qa (default: each row is looked at)')]
 Split = Annotated[Optional[str], Option('--split', help='Split of a data set (default: train)')]
 Subset = Annotated[Optional[str], Option('--subset', help='Part of a data set on the Hub that has several')]
 Revision = Annotated[Optional[str], Option('--revision', help='Branch, tag or commit of a data set on the Hub')]
 TrainOn = Annotated[Optional[str], Option('--train-on', help='assistant, last or all (default: assistant)')]
-Overflow = Annotated[Optional[str], Option('--overflow', help='What becomes of long rows: drop, truncate or split (default: drop)')]
-Columns = Annotated[Optional[list[str]], Option('--columns', metavar='THEIRS=OURS', help='Another name of a column, such as frage=question; may be repeated')]
+Overflow = Annotated[Optional[str], Option('--overflow',
+                                           help='What becomes of long rows: drop, truncate or split (default: drop)')]
+Columns = Annotated[Optional[list[str]], Option('--columns', metavar='THEIRS=OURS', help='Another name of a '
+                                                'column, such as frage=question; may be repeated')]
 
 # %% ../nbs/05_cli.ipynb #7dc2801a
 @app.command()
 def inspect(
-    data: Annotated[str, Argument(metavar='DATA', help='File, folder, pattern, data set on the Hub, or a run: its folder or name')],
-    model: Annotated[Optional[str], Option('--model', help='Model whose tokenizer is used: Hub name, folder or sage-tiny (default: that of the run, else sage-tiny)')] = None,
-    max_length: Annotated[Optional[int], Option('--max-length', metavar='N', help='Tokens of one example at most (default: that of the run, else 1024)')] = None,
+    data: Annotated[str, Argument(metavar='DATA',
+                                  help='File, folder, pattern, data set on the Hub, or a run: its folder or name')],
+    model: Annotated[Optional[str], Option('--model', help='Model whose tokenizer is used: Hub name, folder or '
+                                           'sage-tiny (default: that of the run, else sage-tiny)')] = None,
+    max_length: Annotated[Optional[int], Option('--max-length', metavar='N', help='Tokens of one example at most '
+                                                '(default: that of the run, else 1024)')] = None,
     format: Format = None, split: Split = None, subset: Subset = None, revision: Revision = None,
     train_on: TrainOn = None, overflow: Overflow = None, columns: Columns = None,
-    row: Annotated[Optional[list[int]], Option('--row', metavar='N', help='Show the example with this number, from 0; -1 is the last; may be repeated')] = None,
+    row: Annotated[Optional[list[int]], Option('--row', metavar='N', help='Show the example with this number, from '
+                                               '0; -1 is the last; may be repeated')] = None,
     rows: Annotated[int, Option('--rows', min=0, metavar='N', help='Without --row: examples to show')] = 3,
     most: Annotated[int, Option('--most', min=1, metavar='N', help='Tokens to show of one example')] = 400,
     ids: Annotated[bool, Option('--ids', help='Show the id of each token')] = False,
-    plot: Annotated[Optional[str], Option('--plot', metavar='FILE', help='Draw the lengths into this file: .png, .svg or .pdf')] = None,
+    plot: Annotated[Optional[str], Option('--plot', metavar='FILE',
+                                          help='Draw the lengths into this file: .png, .svg or .pdf')] = None,
     strict: Annotated[bool, Option('--strict', help='Stop at the first row that cannot be used')] = False,
     as_json: Annotated[bool, Option('--json', help='Print the data report as JSON, and nothing else')] = False,
 ):
@@ -121,11 +139,15 @@ def inspect(
     from sage_finetune.core.display import figure_file, save_figure
     from sage_finetune.ui.inspect import inspect_data
     if plot: figure_file(plot)
-    found = inspect_data(_data_or_run(data), model, max_length, rows=[] if as_json else row or rows, most=most, ids=ids, format_type=format, split=split, subset=subset,
-                         revision=revision, train_on=train_on, overflow=overflow, columns=_pairs(columns), strict=strict or None)
+    found = inspect_data(_data_or_run(data), model, max_length, rows=[] if as_json else row or rows, most=most,
+                         ids=ids, format_type=format, split=split, subset=subset,
+                         revision=revision, train_on=train_on, overflow=overflow, columns=_pairs(columns),
+                         strict=strict or None)
     if plot: save_figure(found.plot(), plot)
     for note in found.notes: echo(f'note: {note}', err=True)
-    if as_json: echo(json.dumps(found.report.to_dict(), indent=2, ensure_ascii=False)); return
+    if as_json:
+        echo(json.dumps(found.report.to_dict(), indent=2, ensure_ascii=False))
+        return
     found.notes.clear()
     _print(found)
 
@@ -133,7 +155,8 @@ def _pairs(columns):
     "What --columns says, as a dict"
     pairs = [p.partition('=') for p in columns or ()]
     for theirs,_,ours in pairs:
-        if not (theirs and ours): raise ValueError(f'`--columns` must be THEIRS=OURS, such as frage=question; got {theirs or ours!r}')
+        if not (theirs and ours):
+            raise ValueError(f'`--columns` must be THEIRS=OURS, such as frage=question; got {theirs or ours!r}')
     return {theirs: ours for theirs,_,ours in pairs} or None
 
 def _data_or_run(data):
@@ -156,8 +179,10 @@ def start(
     train_on: TrainOn = None, overflow: Overflow = None, columns: Columns = None,
     init_adapter: Annotated[Optional[str], Option('--init-adapter', help='Run or adapter to go on from')] = None,
     stack: Annotated[bool, Option('--stack', help='With --init-adapter: train a second adapter on top of it')] = False,
-    replay: Annotated[Optional[float], Option('--replay', metavar='SHARE', help='Share of earlier rows to mix in, against forgetting, such as 0.2')] = None,
-    auto: Annotated[bool, Option('--auto', help='Ask nothing; take the default of every answer that is missing')] = False,
+    replay: Annotated[Optional[float], Option('--replay', metavar='SHARE', help='Share of earlier rows to mix in, '
+                                              'against forgetting, such as 0.2')] = None,
+    auto: Annotated[bool, Option('--auto',
+                                 help='Ask nothing; take the default of every answer that is missing')] = False,
     fresh: Fresh = False,
 ):
     "Set up a run, asking for what is missing, and train it"
@@ -165,14 +190,20 @@ def start(
     from sage_finetune.core.run_folder import run_folder
     from sage_finetune.runs.tasks import new_run, quick_settings, TASKS
     if not auto and task is None: echo('\n'.join(f'  {t:<12}{what}' for t,what in TASKS.items()))
-    task = _ask('Task', task, 'code', auto); refuse_unknown([task], TASKS, 'task')
+    task = _ask('Task', task, 'code', auto)
+    refuse_unknown([task], TASKS, 'task')
     model = _ask('Model', model, 'sage-tiny', auto)
-    data = _ask('Folder of the codebase (empty: this package)' if task=='code' else 'Data (file, folder or data set on the Hub)', data, '' if task=='code' or not auto else None, auto) or None
+    data = (_ask('Folder of the codebase (empty: this package)' if task=='code' else 'Data (file, folder or data '
+                 'set on the Hub)', data, '' if task=='code' or not auto else None, auto) or None)
     output = _ask('Run folder', output, str(run_folder(task).path), auto)
-    asked = dict(data_split=split, data_subset=subset, data_revision=revision, train_on=train_on, overflow=overflow, columns=_pairs(columns), stack_adapter=stack or None, replay_share=replay,
-                 init_adapter=init_adapter and (str(Path(init_adapter).resolve()) if Path(init_adapter).exists() else init_adapter))
-    quick = {k: v for k,v in quick_settings(model).items() if k!='lora' or stack or not init_adapter} # else the adapter decides
-    run,notes = new_run(task, model, data, output, format, quick | {k: v for k,v in asked.items() if v is not None}, fresh=fresh)
+    asked = dict(data_split=split, data_subset=subset, data_revision=revision, train_on=train_on, overflow=overflow,
+                 columns=_pairs(columns), stack_adapter=stack or None, replay_share=replay,
+                 init_adapter=init_adapter and (str(Path(init_adapter).resolve()) if Path(init_adapter).exists()
+                                                else init_adapter))
+    # else the adapter decides
+    quick = {k: v for k,v in quick_settings(model).items() if k!='lora' or stack or not init_adapter}
+    run,notes = new_run(task, model, data, output, format, quick | {k: v for k,v in asked.items() if v is not None},
+                        fresh=fresh)
     echo('\n'.join([*notes, f'Written: {run.meta}']))
     _train(run.path, fresh)
 
@@ -189,7 +220,9 @@ def _as_json(target, fresh):
 
 def _launch(target, nproc, config, dry_run, **how):
     from sage_finetune.runs.launch import launch, launch_command
-    if dry_run: echo(' '.join(map(quote, launch_command(target, nproc, config, **how)))); return
+    if dry_run:
+        echo(' '.join(map(quote, launch_command(target, nproc, config, **how))))
+        return
     raise Exit(launch(target, nproc, config, lambda command: echo(command, err=True), **how))
 
 def _by_llamafactory(file):
@@ -211,33 +244,47 @@ def _train(target, fresh, live=False, prompts=()):
 def _show_result(result, folder):
     held = '' if result.loss_before is None else f', held-out loss {result.loss_before:.3f} → {result.loss_after:.3f}'
     echo(f'Trained {result.steps} steps{held}. Adapter: {folder}/lora_weights')
-    if result.earlier_after is not None: echo(f'On earlier rows: held-out loss {result.earlier_before:.3f} → {result.earlier_after:.3f}')
+    if result.earlier_after is not None:
+        echo(f'On earlier rows: held-out loss {result.earlier_before:.3f} → {result.earlier_after:.3f}')
     echo(f'Next: sage-finetune chat {_short(folder)}   or   sage-finetune merge {_short(folder)}')
 
 # %% ../nbs/05_cli.ipynb #c1d7ec74
 @app.command()
 def run(
-    target: Annotated[str, Argument(metavar='DIR_OR_CONFIG', help='Run folder, name of a run, or file of settings (.json, .yaml), of LLaMA-Factory and TRL too')],
-    as_json: Annotated[bool, Option('--json', help='Print one JSON object with what came of it, and nothing else; DIR_OR_CONFIG may be - for settings as JSON on standard input')] = False,
-    native: Annotated[bool, Option('--use-native/--use-llamafactory', help='Train with this package, or hand a file of LLaMA-Factory to llamafactory-cli')] = True,
+    target: Annotated[str, Argument(metavar='DIR_OR_CONFIG', help='Run folder, name of a run, or file of settings '
+                                    '(.json, .yaml), of LLaMA-Factory and TRL too')],
+    as_json: Annotated[bool, Option('--json', help='Print one JSON object with what came of it, and nothing else; '
+                                    'DIR_OR_CONFIG may be - for settings as JSON on standard input')] = False,
+    native: Annotated[bool, Option('--use-native/--use-llamafactory', help='Train with this package, or hand a '
+                                   'file of LLaMA-Factory to llamafactory-cli')] = True,
     live: Annotated[bool, Option('--live', help='Show curve, speed, memory and answers while it trains')] = False,
-    prompt: Annotated[Optional[list[str]], Option('--prompt', help='With --live: a question that is answered again and again; may be repeated')] = None,
+    prompt: Annotated[Optional[list[str]], Option('--prompt', help='With --live: a question that is answered again '
+                                                  'and again; may be repeated')] = None,
     fresh: Fresh = False,
-    nproc: Annotated[Optional[int], Option('--nproc', min=1, metavar='N', help='Train with so many processes on this machine, one for each GPU')] = None,
-    config: Annotated[Optional[str], Option('--config', help='How the processes share the model: ddp, fsdp2, zero2, zero3, or a file that accelerate config wrote (default: ddp)')] = None,
-    nodes: Annotated[int, Option('--nodes', min=1, metavar='M', help='Machines that train together; give the command to each')] = 1,
+    nproc: Annotated[Optional[int], Option('--nproc', min=1, metavar='N', help='Train with so many processes on '
+                                           'this machine, one for each GPU')] = None,
+    config: Annotated[Optional[str], Option('--config',
+                                            help='How the processes share the model: ddp, fsdp2, zero2, zero3, or '
+                                            'a file that accelerate config wrote (default: ddp)')] = None,
+    nodes: Annotated[int, Option('--nodes', min=1, metavar='M',
+                                 help='Machines that train together; give the command to each')] = 1,
     machine_rank: Annotated[int, Option('--machine-rank', help='With --nodes: which machine this is, from 0')] = 0,
-    main_process_ip: Annotated[Optional[str], Option('--main-process-ip', help='With --nodes: address of machine 0')] = None,
-    main_process_port: Annotated[Optional[int], Option('--main-process-port', help='A free port there (default: 29500 with --nodes, else any)')] = None,
-    dry_run: Annotated[bool, Option('--dry-run', help='Print the command that would start the processes, and start nothing')] = False,
+    main_process_ip: Annotated[Optional[str],
+                               Option('--main-process-ip', help='With --nodes: address of machine 0')] = None,
+    main_process_port: Annotated[Optional[int], Option(
+            '--main-process-port', help='A free port there (default: 29500 with --nodes, else any)')] = None,
+    dry_run: Annotated[bool, Option('--dry-run', help='Print the command that would start the processes, and '
+                                    'start nothing')] = False,
 ):
     "Train what a run folder or a file of settings asks for; a killed run goes on"
     many = nproc or config or nodes>1 or dry_run or machine_rank or main_process_ip or main_process_port
     _one_of({'--nproc, --nodes or --config': many, '--json': as_json, '--live': live, '--use-llamafactory': not native})
     if prompt and not live: raise ValueError('`--prompt` goes with `--live`')
-    if fresh and not native: raise ValueError('`--fresh` has no meaning with `--use-llamafactory`: set `overwrite_output_dir` in its file')
+    if fresh and not native:
+        raise ValueError('`--fresh` has no meaning with `--use-llamafactory`: set `overwrite_output_dir` in its file')
     if many:
-        return _launch(target, nproc, config or 'ddp', dry_run, nodes=nodes, machine_rank=machine_rank, main_process_ip=main_process_ip,
+        return _launch(target, nproc, config or 'ddp', dry_run, nodes=nodes, machine_rank=machine_rank,
+                       main_process_ip=main_process_ip,
                        main_process_port=main_process_port, fresh=fresh)
     if as_json: return _as_json(target, fresh)
     if not native: return _by_llamafactory(target)
@@ -259,16 +306,20 @@ def watch(
 ):
     "Every run, those that train first: how far, how long still, and what it uses"
     from sage_finetune.runs.monitor import watch as look, watched
-    if as_json: import json; echo(json.dumps(watched(dir).to_dict()))
+    if as_json:
+        import json
+        echo(json.dumps(watched(dir).to_dict()))
     elif once: _print(watched(dir))
     else: look(dir, every)
 
 @app.command()
 def merge(
     name: Annotated[str, Argument(help='Name or folder of a run')],
-    output: Annotated[Optional[str], Option('--output', help='Folder of the merged model (default: merged_model in the run folder)')] = None,
+    output: Annotated[Optional[str], Option('--output', help='Folder of the merged model (default: '
+                                            'merged_model in the run folder)')] = None,
     rows: Annotated[int, Option('--rows', min=0, help='Rows to compare on; 0 leaves the proof out')] = 8,
-    dtype: Annotated[Optional[str], Option('--dtype', help='float32, float16 or bfloat16 (default: as in training)')] = None,
+    dtype: Annotated[Optional[str], Option('--dtype',
+                                           help='float32, float16 or bfloat16 (default: as in training)')] = None,
     ignore_contract: IgnoreContract = False,
 ):
     "Merge a run's adapter into its base, and prove that nothing changed"
@@ -287,10 +338,15 @@ def clean(
     from sage_finetune.core.run_folder import default_output_dir
     from sage_finetune.core.run_folder import find_run, list_runs, remove_run
     root = default_output_dir if dir is None else Path(dir).expanduser()
-    paths = [find_run(name, dir).path] if name else [root/r.name for r in list_runs(dir) if not r.state.startswith('unreadable')]
-    if not paths: echo(f'No runs in {root}.'); return
+    paths = ([find_run(name, dir).path] if name
+             else [root/r.name for r in list_runs(dir) if not r.state.startswith('unreadable')])
+    if not paths:
+        echo(f'No runs in {root}.')
+        return
     echo('\n'.join(f'  {p}' for p in paths))
-    if not force and not confirm(f'Remove {len(paths)} run{"s" if len(paths)>1 else ""}?', default=False): echo('Nothing was removed.'); return
+    if not force and not confirm(f'Remove {len(paths)} run{"s" if len(paths)>1 else ""}?', default=False):
+        echo('Nothing was removed.')
+        return
     echo(f'{size_text(sum(map(remove_run, paths)))} freed.')
 
 # %% ../nbs/05_cli.ipynb #6ba45626
@@ -299,11 +355,13 @@ def chat(
     name: Annotated[Optional[str], Argument(help='Name or folder of a run, or folder of a model')] = None,
     prompt: Annotated[Optional[str], Option('--prompt', help='Answer this once and exit')] = None,
     system: Annotated[str, Option('--system', help='System message')] = '',
-    image: Annotated[Optional[list[str]], Option('--image', metavar='FILE', help='A picture that goes with the (first) question; may be repeated')] = None,
+    image: Annotated[Optional[list[str]], Option('--image', metavar='FILE', help='A picture that goes with the '
+                                                 '(first) question; may be repeated')] = None,
     adapter: Annotated[bool, Option('--adapter', help='Take the adapter even where a merged model exists')] = False,
     temperature: Annotated[float, Option('--temperature', min=0.0, help='0 takes the likeliest token each time')] = 0.0,
     max_new_tokens: Annotated[int, Option('--max-new-tokens', min=1, help='Tokens of one answer at most')] = 512,
-    url: Annotated[Optional[str], Option('--url', help='Talk to a server instead, such as http://127.0.0.1:8000')] = None,
+    url: Annotated[Optional[str], Option('--url',
+                                         help='Talk to a server instead, such as http://127.0.0.1:8000')] = None,
     api_key: Key = None, ignore_contract: IgnoreContract = False,
 ):
     "Talk to a run: its merged model, else its adapter, or to a server"
@@ -314,9 +372,12 @@ def chat(
     else: say,base = _loaded(name, adapter, max_new_tokens, ignore_contract)
     if prompt is None:
         from sage_finetune.merge_chat import converse
-        converse(say, system=system, temperature=temperature, base=base, images=image or ()); return
+        converse(say, system=system, temperature=temperature, base=base, images=image or ())
+        return
     from sage_finetune.rows.formats import question
-    for piece in say([*([dict(role='system', content=system)] if system else []), question(prompt, *(image or ()))], temperature): echo(piece, nl=False)
+    for piece in say([*([dict(role='system', content=system)] if system else []), question(prompt, *(image or ()))],
+                     temperature):
+        echo(piece, nl=False)
     echo('')
 
 def _loaded(name, adapter, max_new_tokens, ignore_contract):
@@ -340,7 +401,8 @@ def _chat_target(name):
 @app.command()
 def compare(
     names: Annotated[list[str], Argument(metavar='RUN...', help='Names or folders of two or more runs')],
-    plot: Annotated[Optional[str], Option('--plot', metavar='FILE', help='Draw the curves into this file: .png, .svg or .pdf')] = None,
+    plot: Annotated[Optional[str], Option('--plot', metavar='FILE',
+                                          help='Draw the curves into this file: .png, .svg or .pdf')] = None,
     by: Annotated[str, Option('--by', help='With --plot: curves over each step, or over the tokens seen')] = 'step',
     dir: Runs = None,
 ):
@@ -356,7 +418,8 @@ def compare(
 def look(
     name: Annotated[str, Argument(help='Name or folder of a run')],
     rows: Annotated[int, Option('--rows', min=1, help='Rows to show')] = 3,
-    plot: Annotated[Optional[str], Option('--plot', metavar='FILE', help='Draw the sizes of the adapter into this file: .png, .svg or .pdf')] = None,
+    plot: Annotated[Optional[str], Option('--plot', metavar='FILE', help='Draw the sizes of the adapter into this '
+                                          'file: .png, .svg or .pdf')] = None,
 ):
     "What a run learned worst, what it forgot, and where its adapter is large"
     from sage_finetune.runs.run import Run
@@ -383,25 +446,31 @@ def repeat(
 @app.command()
 def serve(
     name: Annotated[str, Argument(help='Name or folder of a run, or folder of a model')],
-    host: Annotated[str, Option('--host', help='Address to listen on; 0.0.0.0 for every network of this machine')] = '127.0.0.1',
+    host: Annotated[str, Option('--host',
+                                help='Address to listen on; 0.0.0.0 for every network of this machine')] = '127.0.0.1',
     port: Annotated[int, Option('--port', help='Port to listen on; 0 for any that is free')] = 8000,
     engine: Annotated[str, Option('--engine', help='auto, vllm, native or transformers')] = 'auto',
     adapter: Annotated[bool, Option('--adapter', help='Take the adapter even where a merged model exists')] = False,
-    max_new_tokens: Annotated[int, Option('--max-new-tokens', min=1, help='Tokens of an answer at most, where a client names no number')] = 512,
+    max_new_tokens: Annotated[int, Option('--max-new-tokens', min=1,
+                                          help='Tokens of an answer at most, where a client names no number')] = 512,
     api_key: Key = None,
     ignore_contract: IgnoreContract = False,
 ):
     "Serve a run to programs that speak the API of OpenAI"
     from sage_finetune.inference.serve import serve as go
-    go(name, host, port, api_key, say=echo, engine=engine, adapter=adapter, max_new_tokens=max_new_tokens, ignore_contract=ignore_contract)
+    go(name, host, port, api_key, say=echo, engine=engine, adapter=adapter, max_new_tokens=max_new_tokens,
+       ignore_contract=ignore_contract)
 
 @app.command()
 def export(
     name: Annotated[str, Argument(help='Name or folder of a run')],
-    output: Annotated[Optional[str], Option('--output', help='Folder to write (default: exported/… in the run folder)')] = None,
+    output: Annotated[Optional[str], Option('--output',
+                                            help='Folder to write (default: exported/… in the run folder)')] = None,
     adapter: Annotated[bool, Option('--adapter', help='The adapter alone, for PEFT and vLLM')] = False,
-    gguf: Annotated[bool, Option('--gguf', help='One file for llama.cpp and Ollama; LLAMA_CPP names the folder of llama.cpp')] = False,
-    outtype: Annotated[str, Option('--outtype', help='Number format of the GGUF file: f16, bf16, f32, q8_0 or auto')] = 'f16',
+    gguf: Annotated[bool, Option('--gguf', help='One file for llama.cpp and Ollama; '
+                                 'LLAMA_CPP names the folder of llama.cpp')] = False,
+    outtype: Annotated[str, Option('--outtype',
+                                   help='Number format of the GGUF file: f16, bf16, f32, q8_0 or auto')] = 'f16',
     push: Annotated[Optional[str], Option('--push', help='Send it to the Hub as OWNER/NAME, private')] = None,
     public: Annotated[bool, Option('--public', help='With --push: for everybody')] = False,
     base: Annotated[Optional[str], Option('--base', help='Where others find the base model, on the Hub')] = None,
@@ -412,8 +481,11 @@ def export(
     kind,card = 'adapter' if adapter else 'merged',dict(license=license, base=base)
     if gguf and (adapter or push): raise ValueError('`--gguf` goes with neither `--adapter` nor `--push`')
     if push and output: raise ValueError('`--output` and `--push` exclude each other')
-    if push: echo(push_to_hub(name, push, kind, private=not public, **card)); return
-    echo(f'Written: {export_gguf(name, output, outtype, **card) if gguf else export_folder(name, output, kind, **card)}')
+    if push:
+        echo(push_to_hub(name, push, kind, private=not public, **card))
+        return
+    echo(f'Written: '
+         f'{export_gguf(name, output, outtype, **card) if gguf else export_folder(name, output, kind, **card)}')
 
 # %% ../nbs/05_cli.ipynb #db7520ec
 EXAMPLES = '''The whole path on the embedded model, on any CPU:
@@ -481,15 +553,19 @@ def main(
     argv:list|None=None, # Arguments; those of the process if None
 )->int: # Exit status
     "The command `sage-finetune`"
-    _quiet_libraries(); _any_letter()
+    _quiet_libraries()
+    _any_letter()
     argv = sys.argv[1:] if argv is None else argv
     try: return get_command(app).main(argv, prog_name='sage-finetune', standalone_mode=False) or 0
-    except KeyboardInterrupt as e: return _fail(str(e) or 'stopped; the same command goes on from the last checkpoint', 128+getattr(e, 'signal', 2))
+    except KeyboardInterrupt as e:
+        return _fail(str(e) or 'stopped; the same command goes on from the last checkpoint',
+                     128+getattr(e, 'signal', 2))
     except (SageError, ValueError, OSError) as e:
         if os.environ.get('SAGE_DEBUG'): raise
         return _fail(e, getattr(e, 'status', 1)) # of a process that was launched
     except Exception as e:
-        if type(e).__name__=='OutOfMemoryError': return _fail('out of memory: choose a smaller model, or a machine with more', 1)
+        if type(e).__name__=='OutOfMemoryError':
+            return _fail('out of memory: choose a smaller model, or a machine with more', 1)
         if type(e).__name__ in ('Abort', 'NoArgsIsHelpError'): return _aborted(e)
         if not hasattr(e, 'format_message'): raise
         return _fail(f'{e.format_message().rstrip(".")}: see sage-finetune {_command(argv)}--help', 2)

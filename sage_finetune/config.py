@@ -35,7 +35,8 @@ class LoRAConfig(Settings):
     task_type: str = "CAUSAL_LM" # The task, in peft's words
     use_rslora: bool = False # Scale by `lora_alpha / sqrt(r)`, which keeps high ranks alive
     use_dora: bool = False # Learn the length of each weight vector apart from its direction
-    init_lora_weights: bool|str = True # How A and B begin: True, "gaussian", "orthogonal", "pissa", "pissa_niter_16" or "olora"
+    # How A and B begin: True, "gaussian", "orthogonal", "pissa", "pissa_niter_16" or "olora"
+    init_lora_weights: bool|str = True
 
     _added = 'use_rslora', 'use_dora', 'init_lora_weights'
     _what = 'LoRA setting'
@@ -44,7 +45,8 @@ class LoRAConfig(Settings):
         target_modules=('a list with at least one name, or "all-linear"', len),
         lora_dropout=('at least 0 and below 1', lambda v: 0<=v<1),
         bias=('"none", "all" or "lora_only"', ('none', 'all', 'lora_only').__contains__),
-        init_lora_weights=('True, "gaussian", "orthogonal", "pissa", "pissa_niter_N" or "olora"', lambda v: v is True or str(v) in _ways_to_begin or
+        init_lora_weights=('True, "gaussian", "orthogonal", "pissa", "pissa_niter_N" or "olora"',
+                           lambda v: v is True or str(v) in _ways_to_begin or
                            str(v).startswith('pissa_niter_') and str(v)[12:].isdigit()))
 
     @property
@@ -63,14 +65,17 @@ _share = 'between 0 and 1', lambda v: 0<=v<=1
 
 _training_rules = dict(
     max_length=_at_least(8), num_train_epochs=_above_zero, per_device_train_batch_size=_at_least(1),
-    gradient_accumulation_steps=_at_least(1), learning_rate=_above_zero, warmup_ratio=_share, logging_steps=_at_least(1),
-    save_steps=_at_least(1), save_total_limit=_at_least(1), report_to=_one_of('tensorboard', 'wandb', 'none'),
+    gradient_accumulation_steps=_at_least(1), learning_rate=_above_zero, warmup_ratio=_share,
+    logging_steps=_at_least(1), save_steps=_at_least(1), save_total_limit=_at_least(1),
+    report_to=_one_of('tensorboard', 'wandb', 'none'),
     seed=('between 0 and 4294967295', lambda v: 0<=v<2**32), dataloader_num_workers=_at_least(0),
     test_size=('at least 0 and below 1', lambda v: 0<=v<1),
     format_type=_one_of('alpaca', 'conversation', 'messages', 'qa', 'prompt_completion', 'text'),
-    train_on=_one_of('assistant', 'last', 'all'), overflow=_one_of('drop', 'truncate', 'split'), duplicates=_one_of('keep', 'drop'),
+    train_on=_one_of('assistant', 'last', 'all'), overflow=_one_of('drop', 'truncate', 'split'),
+    duplicates=_one_of('keep', 'drop'),
     max_steps=('-1 (as many as the epochs need) or at least 1', lambda v: v==-1 or v>=1),
-    weight_decay=_at_least(0), max_grad_norm=_at_least(0), eval_steps=_at_least(1), early_stopping_patience=_at_least(1),
+    weight_decay=_at_least(0), max_grad_norm=_at_least(0), eval_steps=_at_least(1),
+    early_stopping_patience=_at_least(1),
     loraplus_lr_ratio=_at_least(1), neftune_noise_alpha=_above_zero, tokens_per_step=_at_least(8),
     replay_share=('at least 0 and below 1', lambda v: 0<=v<1))
 
@@ -119,12 +124,14 @@ class TrainingConfig(Settings):
     weight_decay: float = 0.0 # Pull of the trained weights towards zero
     max_grad_norm: float = 1.0 # Longest gradient; 0 for no limit
     eval_steps: int|None = None # Optimizer steps between two evaluations; None evaluates after each epoch
-    early_stopping_patience: int|None = None # Evaluations without a better loss after which to stop; None never stops early
+    # Evaluations without a better loss after which to stop; None never stops early
+    early_stopping_patience: int|None = None
     load_best_model_at_end: bool = False # Keep the adapter of the best evaluation instead of the last
     loraplus_lr_ratio: float|None = None # Learning rate of B over that of A (LoRA+); None for the same
     neftune_noise_alpha: float|None = None # Noise on the embeddings while training (NEFTune); None for none
     torch_compile: bool = False # Compile the model, which pays on long runs
-    tokens_per_step: int|None = None # Tokens behind one optimizer step, filling up included, instead of a number of rows; None counts rows
+    # Tokens behind one optimizer step, filling up included, instead of a number of rows; None counts rows
+    tokens_per_step: int|None = None
     init_adapter: Path|None = None # Run folder or adapter to go on from; None begins with a new adapter
     stack_adapter: bool = False # Leave `init_adapter` as it is, and train a second adapter on top of it
     replay_path: Path|None = None # Earlier rows; None takes those of the run in `init_adapter`
@@ -132,9 +139,12 @@ class TrainingConfig(Settings):
 
     _rules = _training_rules
     _exclusive = ('load_in_8bit', 'load_in_4bit'), ('fp16', 'bf16')
-    _added = ('test_size', 'eval_data_path', 'eval_data_split', 'format_type', 'columns', 'data_split', 'data_subset', 'data_revision', 'train_on', 'overflow',
-              'cut_answers', 'duplicates', 'strict', 'packing', 'max_steps', 'weight_decay', 'max_grad_norm', 'eval_steps', 'early_stopping_patience', 'load_best_model_at_end', 'loraplus_lr_ratio',
-              'neftune_noise_alpha', 'torch_compile', 'tokens_per_step', 'init_adapter', 'stack_adapter', 'replay_path', 'replay_share')
+    _added = ('test_size', 'eval_data_path', 'eval_data_split', 'format_type', 'columns', 'data_split',
+              'data_subset', 'data_revision', 'train_on', 'overflow',
+              'cut_answers', 'duplicates', 'strict', 'packing', 'max_steps', 'weight_decay', 'max_grad_norm',
+              'eval_steps', 'early_stopping_patience', 'load_best_model_at_end', 'loraplus_lr_ratio',
+              'neftune_noise_alpha', 'torch_compile', 'tokens_per_step', 'init_adapter', 'stack_adapter',
+              'replay_path', 'replay_share')
 
     @property
     def rows_per_pass(self)->int: # Rows, on one device; where tokens are counted, rows of `max_length`
@@ -166,12 +176,16 @@ class TrainingConfig(Settings):
 
 # %% ../nbs/00_config.ipynb #9fcc0002
 _preference_rules = _training_rules | dict(
-    method=_one_of('dpo', 'orpo', 'kto'), beta=_above_zero, loss_type=_one_of('sigmoid', 'hinge', 'ipo', 'robust'), label_smoothing=('at least 0 and below 0.5', lambda v: 0<=v<.5),
-    sft_weight=_at_least(0), desirable_weight=_at_least(0), undesirable_weight=_at_least(0), format_type=_one_of('preference', 'unpaired'),
+    method=_one_of('dpo', 'orpo', 'kto'), beta=_above_zero, loss_type=_one_of('sigmoid', 'hinge', 'ipo', 'robust'),
+    label_smoothing=('at least 0 and below 0.5', lambda v: 0<=v<.5),
+    sft_weight=_at_least(0), desirable_weight=_at_least(0), undesirable_weight=_at_least(0),
+    format_type=_one_of('preference', 'unpaired'),
     train_on=_one_of('assistant', 'last'), overflow=_one_of('drop', 'truncate'))
 
-_not_for_pairs = dict(packing=False, tokens_per_step=None, neftune_noise_alpha=None, cut_answers=False, stack_adapter=False, replay_path=None, replay_share=0.0, torch_compile=False)
-_only_with = dict(loss_type='dpo', label_smoothing='dpo', sft_weight='dpo', desirable_weight='kto', undesirable_weight='kto')
+_not_for_pairs = dict(packing=False, tokens_per_step=None, neftune_noise_alpha=None, cut_answers=False,
+                      stack_adapter=False, replay_path=None, replay_share=0.0, torch_compile=False)
+_only_with = dict(loss_type='dpo', label_smoothing='dpo', sft_weight='dpo', desirable_weight='kto',
+                  undesirable_weight='kto')
 
 # %% ../nbs/00_config.ipynb #9fcc0003
 @dataclass
@@ -195,10 +209,15 @@ class PreferenceConfig(TrainingConfig):
         super().__post_init__()
         plain = {f.name: f.default for f in fields(self)}
         for n,value in _not_for_pairs.items():
-            if getattr(self, n)!=value: raise ValueError(f'`{n}={getattr(self, n)}` does not go together with preferences: leave it out')
+            if getattr(self, n)!=value:
+                raise ValueError(f'`{n}={getattr(self, n)}` does not go together with preferences: leave it out')
         for n,method in _only_with.items():
-            if getattr(self, n)!=plain[n] and self.method!=method: raise ValueError(f'`{n}={getattr(self, n)}` is a setting of `method="{method}"`, and the method is "{self.method}": leave it out')
-        if self.label_smoothing and self.loss_type!='robust': raise ValueError(f'`label_smoothing={self.label_smoothing}` needs `loss_type="robust"`, got "{self.loss_type}"')
+            if getattr(self, n)!=plain[n] and self.method!=method:
+                raise ValueError(f'`{n}={getattr(self, n)}` is a setting of `method="{method}"`, and the method is '
+                                 f'"{self.method}": leave it out')
+        if self.label_smoothing and self.loss_type!='robust':
+            raise ValueError(f'`label_smoothing={self.label_smoothing}` needs `loss_type="robust"`, got '
+                             f'"{self.loss_type}"')
 
     @property
     def sequences_per_pass(self)->int: # On one device
@@ -213,7 +232,8 @@ class PreferenceConfig(TrainingConfig):
         "What `config` says by hand or for its machine; the rest has the defaults for preferences"
         if isinstance(config, PreferenceConfig): return config.replace(**more)
         plain = TrainingConfig()
-        said = {f.name: getattr(config, f.name) for f in fields(TrainingConfig) if f.name in config.given or getattr(config, f.name)!=getattr(plain, f.name)}
+        said = {f.name: getattr(config, f.name) for f in fields(TrainingConfig) if f.name in config.given
+                or getattr(config, f.name)!=getattr(plain, f.name)}
         return cls(**said | more).adapted(**{n: v for n,v in said.items() if n not in config.given and n not in more})
 
 # %% ../nbs/00_config.ipynb #2bf1814a
@@ -221,12 +241,14 @@ def _preset(settings, changes):
     "A config of which only `changes` count as given by hand"
     return TrainingConfig().adapted(**settings).replace(**changes)
 
-_unquantised = dict(load_in_8bit=False, gradient_checkpointing=False, optim='adamw_torch') # no quantisation, nothing computed twice
+# no quantisation, nothing computed twice
+_unquantised = dict(load_in_8bit=False, gradient_checkpointing=False, optim='adamw_torch')
 _two_by_eight = dict(per_device_train_batch_size=2, gradient_accumulation_steps=8)
 
 class PresetConfigs:
     "Starting points for seven kinds of machine; a keyword changes a setting by hand"
-    fits_in = dict(minimal=6, rtx_3060=10, colab_t4=14, rtx_4090=20, a100=35, h200=120, cpu=12) # GB the default model needs at most
+    # GB the default model needs at most
+    fits_in = dict(minimal=6, rtx_3060=10, colab_t4=14, rtx_4090=20, a100=35, h200=120, cpu=12)
 
     @staticmethod
     def minimal(**changes)->TrainingConfig: # 4 bits, 512 tokens, effective batch 32
@@ -252,7 +274,8 @@ class PresetConfigs:
     @staticmethod
     def h200(**changes)->TrainingConfig: # bf16, 4,096 tokens, effective batch 16
         "A card with 141 GB: the default model fits in 120 GB"
-        return _preset(dict(_unquantised, per_device_train_batch_size=8, gradient_accumulation_steps=2, max_length=4096, fp16=False, bf16=True), changes)
+        return _preset(dict(_unquantised, per_device_train_batch_size=8, gradient_accumulation_steps=2,
+                            max_length=4096, fp16=False, bf16=True), changes)
     @staticmethod
     def cpu(**changes)->TrainingConfig: # fp32, 512 tokens, effective batch 16
         "No GPU: the default model fits in 12 GB of main memory"
@@ -292,18 +315,21 @@ def _weights(config): return '8 bits' if config.load_in_8bit else '4 bits' if co
 def _preset_row(name):
     c = getattr(PresetConfigs, name)()
     split = f'{c.per_device_train_batch_size} × {c.gradient_accumulation_steps}'
-    return [name, split, c.effective_batch_size, c.max_length, precision_of(c), _weights(c), 'yes' if c.gradient_checkpointing else 'no',
+    return [name, split, c.effective_batch_size, c.max_length, precision_of(c), _weights(c),
+            'yes' if c.gradient_checkpointing else 'no',
             f'{c.lora.r} / {c.lora.lora_alpha}', PresetConfigs.fits_in[name]]
 
 def show_presets(
     machine=None, # One whose preset is marked; none is if None
 )->Table: # A row for each preset
     "The presets side by side, and the memory each promises to fit in"
-    columns = ['preset', 'rows × passes', 'rows behind a step', 'max_length', 'computes in', 'weights', 'checkpointing', 'LoRA r / alpha', 'fits in GB']
+    columns = ['preset', 'rows × passes', 'rows behind a step', 'max_length', 'computes in', 'weights',
+               'checkpointing', 'LoRA r / alpha', 'fits in GB']
     best = preset_for(machine) if machine else None
     names = list(PresetConfigs.fits_in)
     note = f'{best} suits {machine}.' if machine else 'PresetConfigs.auto() takes the one that suits this machine.'
-    return Table(columns, [_preset_row(n) for n in names], f'Presets; memory is for {TrainingConfig().model_name}', note,
+    return Table(columns, [_preset_row(n) for n in names], f'Presets; memory is for {TrainingConfig().model_name}',
+                 note,
                  marks=tuple(i for i,n in enumerate(names) if n==best))
 
 # %% ../nbs/00_config.ipynb #5e6731ff
@@ -311,7 +337,8 @@ def _fit_precision(config, machine):
     if machine.device=='cuda':
         if config.bf16 and not machine.bf16:
             name = machine.name or 'this GPU'
-            yield Change('bf16', True, False, f"{name} has no bf16 units (they came with capability 8.0) and would only emulate it")
+            yield Change('bf16', True, False,
+                         f"{name} has no bf16 units (they came with capability 8.0) and would only emulate it")
             yield Change('fp16', config.fp16, True, f"the half precision that {name} computes natively")
         return
     if config.fp16: yield Change('fp16', True, False, "fp16 training needs a CUDA GPU; this run computes in fp32")
@@ -324,10 +351,13 @@ def _fit_quantisation(config, machine):
         if not getattr(config, name): continue
         by_hand = name in config.given
         if name=='load_in_8bit' and division():
-            if by_hand: raise ValueError(f'`load_in_8bit=True`: {division()} cannot divide weights of 8 bits among processes; set `load_in_4bit=True`, or launch without it')
+            if by_hand:
+                raise ValueError(f'`load_in_8bit=True`: {division()} cannot divide weights of 8 bits among '
+                                 f'processes; set `load_in_4bit=True`, or launch without it')
             yield Change(name, True, False, f'{division()} cannot divide weights of 8 bits among processes')
         elif not machine.bitsandbytes:
-            if by_hand: raise ValueError(f"`{name}=True` needs a missing package: pip install bitsandbytes, or set it to False")
+            if by_hand:
+                raise ValueError(f"`{name}=True` needs a missing package: pip install bitsandbytes, or set it to False")
             yield Change(name, True, False, "bitsandbytes is not installed (pip install bitsandbytes)")
         elif machine.device!='cuda' and not by_hand:
             yield Change(name, True, False, "quantised weights save GPU memory; without a CUDA GPU they only cost time")
@@ -336,14 +366,19 @@ def _fit_optimizer(config, machine):
     if not (config.optim.startswith('paged_') or '8bit' in config.optim): return
     if machine.device=='cuda' and machine.bitsandbytes and not division(): return
     if division():
-        yield Change('optim', config.optim, 'adamw_torch', f'{division()} gives each process a part of a tensor, and {config.optim} needs whole ones'); return
-    why = "pages to GPU memory or packs its state for it" if machine.bitsandbytes else "needs bitsandbytes (pip install bitsandbytes)"
-    yield Change('optim', config.optim, 'adamw_torch', f"{config.optim} {why}; adamw_torch takes the same steps in full precision")
+        yield Change('optim', config.optim, 'adamw_torch',
+                     f'{division()} gives each process a part of a tensor, and {config.optim} needs whole ones')
+        return
+    why = ("pages to GPU memory or packs its state for it" if machine.bitsandbytes
+           else "needs bitsandbytes (pip install bitsandbytes)")
+    yield Change('optim', config.optim, 'adamw_torch',
+                 f"{config.optim} {why}; adamw_torch takes the same steps in full precision")
 
 # %% ../nbs/00_config.ipynb #c2cfe78c
 def _fit_checkpointing(config, machine):
     if machine.device=='cpu' and config.gradient_checkpointing and 'gradient_checkpointing' not in config.given:
-        yield Change('gradient_checkpointing', True, False, "it buys GPU memory with a third more compute; there is no GPU here")
+        yield Change('gradient_checkpointing', True, False,
+                     "it buys GPU memory with a third more compute; there is no GPU here")
 
 def _fit_report(config, machine):
     tool = config.report_to
@@ -351,7 +386,8 @@ def _fit_report(config, machine):
     extra = 'sage-finetune[wandb]' if tool=='wandb' else tool
     if tool=='wandb' and 'report_to' in config.given:
         raise ValueError(f'`report_to="wandb"` needs a missing package: pip install "{extra}", or set it to "none"')
-    yield Change('report_to', tool, 'none', f'{tool} is not installed (pip install "{extra}"); metrics.jsonl is written all the same')
+    yield Change('report_to', tool, 'none',
+                 f'{tool} is not installed (pip install "{extra}"); metrics.jsonl is written all the same')
 
 # %% ../nbs/00_config.ipynb #17570747
 _fitting = _fit_precision, _fit_quantisation, _fit_optimizer, _fit_checkpointing, _fit_report
@@ -371,7 +407,8 @@ def show_config(
     machine=None, # What it is to run on; this machine if None
 )->Table: # Every setting as it will be used
     "Each setting as it will be used on a machine, and why it is not what was asked for or not the default"
-    if not isinstance(config, TrainingConfig): raise ValueError(f'`config` must be a TrainingConfig, got {type(config).__name__}')
+    if not isinstance(config, TrainingConfig):
+        raise ValueError(f'`config` must be a TrainingConfig, got {type(config).__name__}')
     machine = machine or Machine.here()
     table = config_table(config, fit_config(config, machine)[1], every=True)
     table.title = f'{table.title}; on {machine}'
@@ -417,7 +454,8 @@ def config_from_meta(
     "The config that a run folder asks for"
     folder = RunFolder(folder).path
     meta = read_meta(folder)
-    asked = dict(model_name=meta['model'], data_path=_find_data([meta.get('data_file'), meta['dataset']], folder), output_dir=folder)
+    asked = dict(model_name=meta['model'], data_path=_find_data([meta.get('data_file'), meta['dataset']], folder),
+                 output_dir=folder)
     if meta.get('format'): asked['format_type'] = meta['format']
     try: config = TrainingConfig.from_dict(_meta_settings(meta.get('config'), folder)).replace(**asked)
     except ValueError as err: raise ValueError(f"{RunFolder(folder).meta}: {err}") from None

@@ -34,9 +34,12 @@ from sage_finetune.rows.template import (
 )
 
 # %% ../nbs/01_data.ipynb #11f0b069
-_all_ = ['Row', 'load_training_data', 'read_rows', 'save_rows', 'Conversation', 'create_sample_data', 'detect_data_format', 'format_alpaca_sample',
-         'format_conversation_sample', 'format_qa_sample', 'sample_rows', 'to_conversation', 'to_messages', 'encode', 'encode_prompt', 'end_of_turn_id',
-         'ensure_template', 'ignored', 'plain_template', 'render', 'render_learned'] # whatever concerns data can be imported from here
+_all_ = ['Row', 'load_training_data', 'read_rows', 'save_rows', 'Conversation', 'create_sample_data',
+         'detect_data_format', 'format_alpaca_sample',
+         'format_conversation_sample', 'format_qa_sample', 'sample_rows', 'to_conversation', 'to_messages',
+         'encode', 'encode_prompt', 'end_of_turn_id',
+         # whatever concerns data can be imported from here
+         'ensure_template', 'ignored', 'plain_template', 'render', 'render_learned']
 
 # %% ../nbs/01_data.ipynb #10dbfc7f
 @dataclass
@@ -98,7 +101,8 @@ def _facts(report):
     "(what, value) for each fact of a report that there is"
     r,share = report,f' ({report.learned_tokens/report.tokens:.0%})' if report.tokens else ''
     yield 'rows',f'{r.read:,} rows read = {r.used:,} used + {len(r.dropped):,} dropped'
-    yield 'examples',f'{r.examples:,} examples, {r.tokens:,} tokens, {r.learned_tokens:,} learned{share}, longest {r.longest:,}'
+    yield ('examples',f'{r.examples:,} examples, {r.tokens:,} tokens, {r.learned_tokens:,} learned{share}, longest '
+           f'{r.longest:,}')
     if r.images: yield 'images',f'with {_number(r.images, "picture")}'
     if r.lengths: yield 'lengths','tokens of an example: '+', '.join(f'{k} {v:,}' for k,v in r.lengths.items())
     if r.shapes: yield 'shapes',f'shapes: {_counts(r.shapes)}'
@@ -107,15 +111,19 @@ def _facts(report):
     if r.truncated: yield 'truncated',f'cut to fit: {_counts(r.truncated)}'
     if r.notes: yield 'template',f'chat template: {_counts(r.notes)}'
     if r.duplicates: yield 'duplicates',f'copies of an earlier one: {_number(r.duplicates, "example")}'
-    if r.near_duplicates: yield 'near duplicates',f'nearly copies of an earlier one: {_number(r.near_duplicates, "example")}'
+    if r.near_duplicates:
+        yield 'near duplicates',f'nearly copies of an earlier one: {_number(r.near_duplicates, "example")}'
     if r.held_out: yield 'held out',f'held out for evaluation: {_number(r.held_out, "example")}'
     if r.replayed: yield 'replay',f'mixed in: {_number(r.replayed, "earlier example")}'
     if r.overlap: yield 'overlap',f'copies of training examples, or nearly: {_number(r.overlap, "evaluation example")}'
     if len(r.files)>1: yield 'files',_number(len(r.files), 'file')
-    if r.passed_over: yield 'passed over',f"{_number(len(r.passed_over), 'file')} passed over: {', '.join(f'{k} ({v})' for k,v in list(r.passed_over.items())[:5])}"
+    if r.passed_over:
+        yield ('passed over',f"{_number(len(r.passed_over), 'file')} passed over: "
+               f"{', '.join(f'{k} ({v})' for k,v in list(r.passed_over.items())[:5])}")
     if r.packing: yield 'packing',f"packed: {_counts({k: v for k,v in r.packing.items() if isinstance(v, int)})}"
 
-def _others(report): return [(what, r) for what,r in (('for evaluation', report.evaluation), ('earlier rows', report.replay)) if r]
+def _others(report):
+    return [(what, r) for what,r in (('for evaluation', report.evaluation), ('earlier rows', report.replay)) if r]
 
 def _dropped_lines(report, most):
     yield from (f"{d['file']}:{d['line']}: {d['reason']}" for d in report.dropped[:most])
@@ -132,7 +140,8 @@ def show_report(
 
 # %% ../nbs/01_data.ipynb #8578bc4b
 def _html_report(report, most=10):
-    cells = ''.join(f'<tr><th style="text-align:left">{html.escape(k)}</th><td style="text-align:left">{html.escape(v)}</td></tr>' for k,v in _facts(report))
+    cells = ''.join(f'<tr><th style="text-align:left">{html.escape(k)}</th><td '
+                    f'style="text-align:left">{html.escape(v)}</td></tr>' for k,v in _facts(report))
     bad = ''.join(f'<li>{html.escape(l)}</li>' for l in _dropped_lines(report, most))
     more = ''.join(f'<p>{what.capitalize()}:</p>{_html_report(other, most)}' for what,other in _others(report))
     return f'<table>{cells}</table>'+(f'<p>Dropped:</p><ul>{bad}</ul>' if bad else '')+more
@@ -144,7 +153,8 @@ def _rich_report(report, most=10):
     table = Table(box=None, show_header=False, pad_edge=False)
     for k,v in _facts(report): table.add_row(Text(k, style='bold'), Text(v))
     parts = [table, *(Text(f'  {l}', style='yellow') for l in _dropped_lines(report, most))]
-    return Group(*parts, *(part for what,other in _others(report) for part in (Text(what, style='bold'), _rich_report(other, most))))
+    return Group(*parts, *(part for what,other in _others(report)
+                           for part in (Text(what, style='bold'), _rich_report(other, most))))
 
 # %% ../nbs/01_data.ipynb #7ffc7530
 overflow_choices = 'drop', 'truncate', 'split'
@@ -169,7 +179,9 @@ def _checked_how(max_length, columns, **rest):
     if n<8: raise ValueError(f'`max_length` must be a whole number from 8, got {max_length!r}')
     how = _How(n, columns=tuple(checked_columns(columns).items()), **rest)
     _one_of('format_type', how.format_type, (None, *(k for k in shape_keys if k!='preference')))
-    for name,choices in (('train_on', train_choices), ('overflow', overflow_choices), ('duplicates', duplicate_choices)): _one_of(name, getattr(how, name), choices)
+    for name,choices in (('train_on', train_choices), ('overflow', overflow_choices),
+                         ('duplicates', duplicate_choices)):
+        _one_of(name, getattr(how, name), choices)
     return how
 
 # %% ../nbs/01_data.ipynb #3de03213
@@ -224,7 +236,8 @@ def _only_last(talk, how):
     "A conversation in parts learns what the whole would: with `train_on=\"last\"` its last answer, not that of each part"
     if how.train_on!='last': return talk.messages,how
     last = max(i for i,m in enumerate(talk.messages) if m['role']=='assistant')
-    return [m | dict(train=i==last and m.get('train', True)) if m['role']=='assistant' else m for i,m in enumerate(talk.messages)],replace(how, train_on='assistant')
+    return ([m | dict(train=i==last and m.get('train', True)) if m['role']=='assistant' else m
+             for i,m in enumerate(talk.messages)],replace(how, train_on='assistant'))
 
 def _truncated(talk, tokenizer, how):
     "(examples, what was cut off) of a conversation that is too long"
@@ -232,7 +245,8 @@ def _truncated(talk, tokenizer, how):
     system,groups = exchanges(messages)
     without = lambda k: [*system, *(m for g in groups[k:] for m in g)] # the oldest `k` exchanges
     most = max(k for k in range(len(groups)) if _learns(without(k)))
-    few = _least(most, lambda k: len(token_ids([render(without(k), tokenizer, tools=talk.tools)], tokenizer)[0])<=how.max_length)
+    few = _least(most, lambda k: len(token_ids([render(without(k), tokenizer, tools=talk.tools)],
+                                               tokenizer)[0])<=how.max_length)
     for k in range(few, most+1):
         example = _encoded(without(k), talk.tools, tokenizer, how.train_on)
         if _length(example)<=how.max_length: return [example],['earlier turns']
@@ -242,7 +256,8 @@ def _truncated(talk, tokenizer, how):
     example = _encoded(last, talk.tools, tokenizer, how.train_on)
     short = {k: v[:how.max_length] for k,v in example.items()}
     if how.cut_answers and (short['labels'][1:]!=ignored).any(): return [short],[*cut, 'end of an answer']
-    raise ValueError(f"too long: {_length(example):,} tokens, `max_length` is {how.max_length:,}, and no question can be shortened enough"
+    raise ValueError(f"too long: {_length(example):,} tokens, `max_length` is {how.max_length:,}, and no question "
+                     f"can be shortened enough"
                      + ('' if how.cut_answers else ' (`cut_answers` keeps the beginning of the answer)'))
 
 def _least(most, fits):
@@ -264,12 +279,16 @@ def _split(talk, tokenizer, how):
     messages,how = _only_last(talk, how)
     system,groups = exchanges(messages)
     out,cut,window = [],[],[]
-    fits = lambda messages: not _learns(messages) or _length(_encoded([*system, *messages], talk.tools, tokenizer, how.train_on))<=how.max_length
+    fits = (lambda messages: not _learns(messages)
+            or _length(_encoded([*system, *messages], talk.tools, tokenizer, how.train_on))<=how.max_length)
     for g in [*groups, None]:
-        if g is not None and (not window or fits([*window, *g])): window = [*window, *g]; continue
+        if g is not None and (not window or fits([*window, *g])):
+            window = [*window, *g]
+            continue
         if _learns(window):
             new,less = _in_pieces([*system, *window], talk.tools, tokenizer, how)
-            out += new; cut += less
+            out += new
+            cut += less
         window = g
     return out,list(dict.fromkeys(cut))
 
@@ -287,7 +306,8 @@ def _in_pieces(messages, tools, tokenizer, how):
 def _too_long(talk, n, tokenizer, how):
     "(examples, what was cut off) of a conversation of `n` tokens, more than fit"
     if shown := sum(len(m.get('images', ())) for m in talk.messages):
-        raise ValueError(f'too long: {n:,} tokens with {_number(shown, "image")}, `max_length` is {how.max_length:,}' + ('; a row with images is never cut' if how.overflow!='drop' else ''))
+        raise ValueError(f'too long: {n:,} tokens with {_number(shown, "image")}, `max_length` is '
+                         f'{how.max_length:,}' + ('; a row with images is never cut' if how.overflow!='drop' else ''))
     if how.overflow=='truncate': return _truncated(talk, tokenizer, how)
     if how.overflow=='split': return _split(talk, tokenizer, how)
     raise ValueError(f'too long: {n:,} tokens, `max_length` is {how.max_length:,}')
@@ -296,12 +316,15 @@ def _text_examples(row, tokenizer, how):
     "(examples, what was cut off) of a plain text row: everything is learned, its end included"
     import numpy as np
     text = row.get('text')
-    if row.get('image') or row.get('images'): raise ValueError('a `text` row has no place for an image: give a question and an answer')
+    if row.get('image') or row.get('images'):
+        raise ValueError('a `text` row has no place for an image: give a question and an answer')
     if not isinstance(text, str) or not text.strip(): raise ValueError('`text` must be a string that is not empty')
-    if any('\ud800'<=c<='\udfff' for c in text) if not text.isascii() else False: raise ValueError('`text` holds half a character (a lone surrogate)')
+    if any('\ud800'<=c<='\udfff' for c in text) if not text.isascii() else False:
+        raise ValueError('`text` holds half a character (a lone surrogate)')
     if tokenizer.eos_token_id is None: raise ValueError('the tokenizer has no token that ends a text')
     ids = tokenizer(text, add_special_tokens=True, truncation=False, verbose=False)['input_ids']
-    if tokenizer.bos_token_id is not None and ids[:2]==[tokenizer.bos_token_id]*2: ids = ids[1:] # the text brought its own
+    if tokenizer.bos_token_id is not None and ids[:2]==[tokenizer.bos_token_id]*2:
+        ids = ids[1:] # the text brought its own
     if ids[-1]!=tokenizer.eos_token_id: ids = ids+[tokenizer.eos_token_id]
     ids = np.array(ids, dtype=np.int32)
     if len(ids)<2: raise ValueError('nothing to learn: `text` has no token')
@@ -311,7 +334,8 @@ def _text_examples(row, tokenizer, how):
 # %% ../nbs/01_data.ipynb #4bd552e0
 def _shape_of(row, how):
     if row.error: raise ValueError(row.error)
-    if not isinstance(row.value, dict): raise ValueError(f'a row must be an object {{…}}, got {type(row.value).__name__}')
+    if not isinstance(row.value, dict):
+        raise ValueError(f'a row must be an object {{…}}, got {type(row.value).__name__}')
     value = renamed(row.value, dict(how.columns))
     return value,how.format_type or detect_data_format(value)
 
@@ -344,7 +368,9 @@ def _examples_of_rows(made, rendered, encodings, tokenizer, how, report):
     encoded = iter(encode_rendered(rendered, tokenizer, encodings))
     for r,(shape,examples,talk,rendered) in made:
         if rendered: examples = guarded(r, report, _second_step, next(encoded), talk, tokenizer, how)
-        if rendered and rendered.images and examples: examples[0][0] |= dict(images=[p.path for p in rendered.images], image_digests=[p.digest for p in rendered.images])
+        if rendered and rendered.images and examples:
+            examples[0][0] |= dict(images=[p.path for p in rendered.images],
+                                   image_digests=[p.digest for p in rendered.images])
         if examples and examples[0]: yield r,shape,examples,rendered
 
 def _second_step(example, talk, tokenizer, how):
@@ -353,7 +379,8 @@ def _second_step(example, talk, tokenizer, how):
     return _some_examples(([example], []))
 
 def _some_examples(made):
-    if not any((x['labels'][1:]!=ignored).any() for x in made[0]): raise ValueError('nothing to learn: no token is a target')
+    if not any((x['labels'][1:]!=ignored).any() for x in made[0]):
+        raise ValueError('nothing to learn: no token is a target')
     return made
 
 def guarded(
@@ -377,27 +404,36 @@ class ReportWriter:
 
     def counted(self, batches):
         for rows in batches:
-            self.report.read += len(rows); self.files.update(r.file for r in rows)
+            self.report.read += len(rows)
+            self.files.update(r.file for r in rows)
             yield rows
 
     def copies(self, row, examples):
         "Where the row stands whose copy this one is, if there is one"
         key = hashlib.blake2b(digest_size=8)
-        for x in examples: key.update(x['input_ids'].tobytes()); key.update(x['labels'].tobytes()); key.update(''.join(x.get('image_digests', ())).encode())
+        for x in examples:
+            key.update(x['input_ids'].tobytes())
+            key.update(x['labels'].tobytes())
+            key.update(''.join(x.get('image_digests', ())).encode())
         return self.seen.setdefault(key.digest(), (row.file, row.line))
 
     def count(self, shape, examples, cut, rendered, each=1):
         "Count the examples of a row; `each`: conversations that are learned from together"
         r = self.report
         for kind in cut: r.truncated[kind] = r.truncated.get(kind, 0)+1
-        r.used += 1; r.split += len(examples)>each; r.examples += len(examples)//each
+        r.used += 1
+        r.split += len(examples)>each
+        r.examples += len(examples)//each
         r.shapes[shape] = r.shapes.get(shape, 0)+1
         for key,n in (Counter(rendered.found) if rendered else {}).items(): r.found[key] = r.found.get(key, 0)+n
         for note in (rendered.notes if rendered else ()): r.notes[note] = r.notes.get(note, 0)+1
         for x in examples:
             n = _length(x)
-            self.lengths[n] += 1; r.tokens += n; r.images += len(x.get('images', ()))
-            r.learned_tokens += int((x['labels'][1:]!=ignored).sum()) # the first token has nothing before it to be told from
+            self.lengths[n] += 1
+            r.tokens += n
+            r.images += len(x.get('images', ()))
+            # the first token has nothing before it to be told from
+            r.learned_tokens += int((x['labels'][1:]!=ignored).sum())
 
     def in_order(self):
         "Dropped rows, in the order of the source"
@@ -407,7 +443,8 @@ class ReportWriter:
     def close(self):
         r,n,seen = self.report,sum(self.lengths.values()),0
         r.dropped = self.in_order()
-        r.files,r.longest,steps = dict(self.files),max(self.lengths, default=0),[('a quarter up to', .25), ('half up to', .5), ('95 % up to', .95)]
+        r.files,r.longest,steps = (dict(self.files),max(self.lengths, default=0),
+                                   [('a quarter up to', .25), ('half up to', .5), ('95 % up to', .95)])
         for length in sorted(self.lengths):
             seen += self.lengths[length]
             while steps and seen>=steps[0][1]*n: r.lengths[steps.pop(0)[0]] = length
@@ -421,7 +458,9 @@ def in_batches(
     batch = []
     for r in rows:
         batch.append(r)
-        if len(batch)==n: yield batch; batch = []
+        if len(batch)==n:
+            yield batch
+            batch = []
     if batch: yield batch
 
 def refuse_first(
@@ -436,12 +475,16 @@ def _prepared(rows, tokenizer, how, report, strict, album):
     book = ReportWriter(report)
     for made,rendered,encodings in _tokenized(book.counted(in_batches(rows)), tokenizer, how, report, album):
         out = []
-        for row,shape,(examples,cut),rendered in _examples_of_rows(made, rendered, encodings.result(), tokenizer, how, report):
+        for row,shape,(examples,cut),rendered in _examples_of_rows(
+                made, rendered, encodings.result(), tokenizer, how, report):
             first = book.copies(row, examples)
             if first!=(row.file, row.line):
-                if how.duplicates=='drop': report.drop(row, f'{_copy_of}{first[0]}:{first[1]}'); continue
+                if how.duplicates=='drop':
+                    report.drop(row, f'{_copy_of}{first[0]}:{first[1]}')
+                    continue
                 report.duplicates += len(examples)
-            book.count(shape, examples, cut, rendered); out += examples
+            book.count(shape, examples, cut, rendered)
+            out += examples
         if strict and report.dropped: refuse_first(book.in_order())
         if out: yield out
     if strict and report.dropped: refuse_first(book.in_order())
@@ -452,14 +495,16 @@ def _write_arrow(batches, path, images=False):
     "Examples as an Arrow file, with columns for pictures where there may be some; how many"
     import numpy as np, pyarrow as pa
     named = ('images', 'image_digests') if images else ()
-    schema,n = pa.schema({k: pa.list_(pa.int32()) for k in ('input_ids', 'labels')} | {k: pa.list_(pa.string()) for k in named}),0
+    schema,n = (pa.schema({k: pa.list_(pa.int32()) for k in ('input_ids', 'labels')}
+                          | {k: pa.list_(pa.string()) for k in named}),0)
     def column(examples, key):
         if key in named: return pa.array([x.get(key, []) for x in examples], pa.list_(pa.string()))
         ends = np.cumsum([0, *(len(x[key]) for x in examples)], dtype=np.int32)
         return pa.ListArray.from_arrays(pa.array(ends), pa.array(np.concatenate([x[key] for x in examples])))
     with pa.OSFile(str(path), 'wb') as f, pa.ipc.new_stream(f, schema) as writer:
         for examples in batches:
-            writer.write_batch(pa.record_batch([column(examples, k) for k in schema.names], schema=schema)); n += len(examples)
+            writer.write_batch(pa.record_batch([column(examples, k) for k in schema.names], schema=schema))
+            n += len(examples)
     return n
 
 # %% ../nbs/01_data.ipynb #47b13f02
@@ -471,7 +516,9 @@ def cache_folder()->Path: # It need not exist
 
 def _digest(*parts):
     h = hashlib.blake2b(digest_size=16)
-    for p in parts: h.update(p if isinstance(p, bytes) else json.dumps(p, sort_keys=True, default=str).encode()); h.update(b'\0')
+    for p in parts:
+        h.update(p if isinstance(p, bytes) else json.dumps(p, sort_keys=True, default=str).encode())
+        h.update(b'\0')
     return h.hexdigest()
 
 def tokenizer_digest(
@@ -484,12 +531,14 @@ def tokenizer_digest(
     today = str(date.today()) if 'strftime_now' in str(tokenizer.chat_template) else '' # such a template writes the day
     processor = processor_of(tokenizer)
     sees = [processor.to_json_string()] if processor else []
-    return _digest(backend.to_str().encode(), str(tokenizer.chat_template), str(tokenizer.special_tokens_map), today, *sees)
+    return _digest(backend.to_str().encode(), str(tokenizer.chat_template), str(tokenizer.special_tokens_map),
+                   today, *sees)
 
 def _code_digest():
     "Checksum of the code that prepares data, and of what it stands on"
     import datasets, jinja2, tokenizers, transformers
-    code = [(Path(__file__).parent/f'{m}.py').read_bytes() for m in ('rows/sources', 'rows/formats', 'rows/images', 'rows/template', 'data')] if '__file__' in globals() else []
+    code = ([(Path(__file__).parent/f'{m}.py').read_bytes() for m in (
+        'rows/sources', 'rows/formats', 'rows/images', 'rows/template', 'data')] if '__file__' in globals() else [])
     return _digest(*code, [m.__version__ for m in (datasets, jinja2, tokenizers, transformers)])
 
 # %% ../nbs/01_data.ipynb #8a165e8f
@@ -510,7 +559,9 @@ def tokenizer_of(
         from transformers import AutoTokenizer
         try: made = ensure_template(AutoTokenizer.from_pretrained(said[3], trust_remote_code=False))
         except Exception: made = None
-        if made is not None and tokenizer_digest(made)==said[2]: _tokenizers[said[2]] = made; return made
+        if made is not None and tokenizer_digest(made)==said[2]:
+            _tokenizers[said[2]] = made
+            return made
     raise ValueError('the data set does not tell which tokenizer prepared it: give `tokenizer`')
 
 # %% ../nbs/01_data.ipynb #6b40914e
@@ -524,7 +575,8 @@ def _open(folder, report, tokenizer, digest):
 def _make_room(folder):
     "Remove what was used longest ago, but nothing of the last day, for it may be in use, and nothing that is not ours"
     from shutil import rmtree
-    ours = [p for p in folder.iterdir() if re.fullmatch('[0-9a-f]{32}', p.name) and (p/'data_report.json').is_file() and not p.is_symlink()]
+    ours = [p for p in folder.iterdir() if re.fullmatch('[0-9a-f]{32}', p.name) and (p/'data_report.json').is_file()
+            and not p.is_symlink()]
     old = sorted((p.stat().st_mtime, p) for p in ours)[:-_kept]
     for when,p in old:
         if when<time.time()-86_400: rmtree(p, ignore_errors=True)
@@ -538,7 +590,8 @@ def _place(cache):
     "The folder for prepared data, and whether it is kept"
     import atexit
     from shutil import rmtree
-    if not isinstance(cache, (bool, str, os.PathLike)): raise ValueError(f'`cache` must be true, false or a folder, got {cache!r}')
+    if not isinstance(cache, (bool, str, os.PathLike)):
+        raise ValueError(f'`cache` must be true, false or a folder, got {cache!r}')
     folder = cache_folder() if cache is True else Path(cache).expanduser()/'sage_data' if cache else None
     if folder and _writable(folder): return folder,True
     if folder and cache is not True: raise SageError(f'cannot write {folder}: give another folder as `cache`')
@@ -566,13 +619,19 @@ def prepare_dataset(
     cache=True, # Whether to keep the result; or the folder to keep it in
 ): # `datasets.Dataset` with `input_ids` and `labels`, unpadded
     "Training examples of the rows of a source, and an account of every row"
-    how = _checked_how(max_length, columns, format_type=format_type, train_on=train_on, overflow=overflow, cut_answers=cut_answers, duplicates=duplicates)
-    if isinstance(tokenizer, (str, Path)): raise ValueError(f'`tokenizer` must be a tokenizer, got the name {str(tokenizer)!r}: load it with `sage_finetune.model.loading.load_tokenizer`')
-    if not getattr(tokenizer, 'is_fast', False): raise ValueError(f'`tokenizer` must be a fast one: {type(tokenizer).__name__} cannot say which characters a token has')
+    how = _checked_how(max_length, columns, format_type=format_type, train_on=train_on, overflow=overflow,
+                       cut_answers=cut_answers, duplicates=duplicates)
+    if isinstance(tokenizer, (str, Path)):
+        raise ValueError(f'`tokenizer` must be a tokenizer, got the name {str(tokenizer)!r}: '
+                         f'load it with `sage_finetune.model.loading.load_tokenizer`')
+    if not getattr(tokenizer, 'is_fast', False):
+        raise ValueError(f'`tokenizer` must be a fast one: {type(tokenizer).__name__} cannot say which '
+                         f'characters a token has')
     ensure_template(tokenizer)
     source,book,digest = dict(split=split, revision=revision, subset=subset),DataReport(),tokenizer_digest(tokenizer)
     folder,kept = _place(cache)
-    place = folder/_digest(source_digest(data_path, **source), _files_of(data_path), digest, asdict(how), _code_digest())
+    place = folder/_digest(source_digest(data_path, **source), _files_of(data_path), digest, asdict(how),
+                           _code_digest())
     try:
         dataset = _from_cache(place, book, tokenizer, digest) if kept else None
         if dataset is None: dataset = _prepare(data_path, source, tokenizer, how, book, strict, place, digest)
@@ -587,7 +646,9 @@ def _name_of(source): return str(source) if isinstance(source, (str, Path)) else
 
 def _files_of(source):
     "What the report will name: the files that are read and those that are passed over"
-    try: return [_name_of(source), *map(str, source_files(source))] if isinstance(source, (str, Path)) else [_name_of(source)]
+    try:
+        return ([_name_of(source), *map(str, source_files(source))] if isinstance(source, (str, Path))
+                else [_name_of(source)])
     except (ValueError, OSError, SageError): return [_name_of(source)]
 
 _album = 'pictures.json' # Path → checksum of each picture that the rows name
@@ -613,7 +674,8 @@ def _prepare(source, where, tokenizer, how, report, strict, place, digest):
     if isinstance(source, (str, Path)): report.passed_over = files_passed_over(source)
     with whole_folder(place) as new:
         album = Album(new/'pictures', place/'pictures')
-        n = _write_arrow(_prepared(read_rows(source, **where), tokenizer, how, report, strict, album), new/'examples.arrow', bool(processor_of(tokenizer)))
+        n = _write_arrow(_prepared(read_rows(source, **where), tokenizer, how, report, strict, album),
+                         new/'examples.arrow', bool(processor_of(tokenizer)))
         if not n: raise ValueError(f'no row of {_name_of(source)} can be used: {why_none(report)}')
         report.save(new/'data_report.json')
         if album.seen: album.save(new/_album)
@@ -646,7 +708,8 @@ def source_of(
     "Which rows of its data a config means"
     if not evaluation: return dict(split=config.data_split, subset=config.data_subset, revision=config.data_revision)
     same = config.eval_data_path==config.data_path
-    return dict(split=config.eval_data_split, subset=config.data_subset if same else None, revision=config.data_revision if same else None)
+    return dict(split=config.eval_data_split, subset=config.data_subset if same else None,
+                revision=config.data_revision if same else None)
 
 _data_settings = 'format_type', 'columns', 'train_on', 'overflow', 'cut_answers', 'duplicates', 'strict'
 
@@ -667,6 +730,7 @@ def conversations(
     for row in read_rows(source, **where):
         try:
             talk = to_conversation(renamed(row.value, columns), format_type)
-            if any(m.get('images') for m in talk.messages): talk.messages = Album().take(talk.messages, Path(row.file).parent)
+            if any(m.get('images') for m in talk.messages):
+                talk.messages = Album().take(talk.messages, Path(row.file).parent)
         except (ValueError, AttributeError, TypeError, SageError): continue
         yield talk

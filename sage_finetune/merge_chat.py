@@ -48,9 +48,13 @@ def _written(talk, say, messages):
     pieces = []
     try:
         with closing(say(messages, talk.temperature)) as stream:
-            for p in stream: pieces.append(p); talk.write(p)
+            for p in stream:
+                pieces.append(p)
+                talk.write(p)
     except KeyboardInterrupt: talk.write(' …')
-    except (ValueError, SageError, OSError) as e: talk.write(f'error: {e}\n'); return None
+    except (ValueError, SageError, OSError) as e:
+        talk.write(f'error: {e}\n')
+        return None
     talk.write('\n')
     return ''.join(pieces)
 
@@ -61,7 +65,9 @@ def _turn(talk, question):
     if said is not None: talk.turns += [asked, dict(role='assistant', content=said)]
 
 # %% ../nbs/03_merge_chat.ipynb #6999135d
-def _reset(talk, rest): talk.turns.clear(); talk.write('forgotten\n')
+def _reset(talk, rest):
+    talk.turns.clear()
+    talk.write('forgotten\n')
 
 def _system(talk, rest):
     if rest: talk.system = '' if rest=='-' else rest
@@ -70,25 +76,38 @@ def _system(talk, rest):
 def _temp(talk, rest):
     try: new = float(rest)
     except ValueError: new = -1.0
-    if not 0<=new<100: talk.write(f'/temp needs a number from 0 (the likeliest token each time), such as 0.7; got {rest or "nothing"!r}\n'); return
+    if not 0<=new<100:
+        talk.write(f'/temp needs a number from 0 (the likeliest token each time), such as 0.7; '
+                   f'got {rest or "nothing"!r}\n')
+        return
     talk.temperature = new
     talk.write(f'temperature: {new:g}\n')
 
 def _compare(talk, rest):
     "What the base says to the question, or to the last one, and what the tuned model says"
-    if talk.base is None: talk.write('there is no base to compare with: a merged model has it no longer; start with --adapter\n'); return
+    if talk.base is None:
+        talk.write('there is no base to compare with: a merged model has it no longer; start with --adapter\n')
+        return
     asked = [i for i,m in enumerate(talk.turns) if m['role']=='user']
-    if not rest and not asked: talk.write('/compare needs a question, or one that was asked before\n'); return
+    if not rest and not asked:
+        talk.write('/compare needs a question, or one that was asked before\n')
+        return
     before = talk.turns if rest else talk.turns[:asked[-1]]
     question = dict(role='user', content=rest) if rest else talk.turns[asked[-1]]
     messages = [*talk.messages[:len(talk.messages)-len(talk.turns)], *before, question]
-    for name,say in (('base', talk.base), ('tuned', talk.say)): talk.write(f'{name}: '); _written(talk, say, messages)
+    for name,say in (('base', talk.base), ('tuned', talk.say)):
+        talk.write(f'{name}: ')
+        _written(talk, say, messages)
 
 def _save(talk, rest):
     "Write the conversation as a data file with one row"
-    if not rest: talk.write('/save needs the name of a file, such as talk.json\n'); return
+    if not rest:
+        talk.write('/save needs the name of a file, such as talk.json\n')
+        return
     file = Path(rest).expanduser()
-    if file.exists(): talk.write(f'{file} exists: choose another name\n'); return
+    if file.exists():
+        talk.write(f'{file} exists: choose another name\n')
+        return
     row = [_in_parts(m) for m in talk.messages]
     try: talk.write(f'{len(row)} messages in {write_json(file, [dict(messages=row)])}\n')
     except SageError as e: talk.write(f'error: {e}\n')
@@ -97,9 +116,13 @@ def _in_parts(m): return dict(role=m['role'], content=content_parts(m)) if m.get
 
 def _image(talk, rest):
     "A picture for the next question"
-    if not rest: talk.write('/image needs a file, such as photo.jpg\n'); return
+    if not rest:
+        talk.write('/image needs a file, such as photo.jpg\n')
+        return
     try: picture(rest).open()
-    except (ValueError, SageError) as e: talk.write(f'error: {e}\n'); return
+    except (ValueError, SageError) as e:
+        talk.write(f'error: {e}\n')
+        return
     talk.images.append(rest)
     talk.write(f'{rest} goes with the next question\n')
 
@@ -108,10 +131,13 @@ def _end(talk, rest): talk.over = True
 def _show_help(talk, rest): talk.write(_help)
 
 # %% ../nbs/03_merge_chat.ipynb #e7cf87f6
-commands = {'/system': (_system, 'TEXT sets the system message, - removes it'), '/reset': (_reset, 'forgets the conversation'),
+commands = {'/system': (_system, 'TEXT sets the system message, - removes it'),
+            '/reset': (_reset, 'forgets the conversation'),
             '/temp': (_temp, 'NUMBER sets the temperature; 0 takes the likeliest token each time'),
             '/compare': (_compare, 'QUESTION, or the last one: what the base says, and the tuned model'),
-            '/image': (_image, 'FILE is shown with the next question, to a model that sees'), '/save': (_save, 'FILE keeps the conversation, as a row that can be trained on'), '/help': (_show_help, 'shows this'),
+            '/image': (_image, 'FILE is shown with the next question, to a model that sees'),
+            '/save': (_save, 'FILE keeps the conversation, as a row that can be trained on'),
+            '/help': (_show_help, 'shows this'),
             '/exit': (_end, 'ends the conversation, as Ctrl-D does')}
 _help = ''.join(f'{name:<10}{what}\n' for name,(_,what) in commands.items())+'Ctrl-C    stops an answer\n'
 
@@ -134,11 +160,14 @@ def converse(
     images=(), # Paths of pictures that go with the first question
 )->list: # Of {role, content}
     "Talk until the user ends it"
-    talk = Conversation(say, write or (lambda s: print(s, end='', flush=True)), base, system, temperature, images=list(images))
+    talk = Conversation(say, write or (lambda s: print(s, end='', flush=True)), base, system, temperature,
+                        images=list(images))
     talk.write(_help)
     while not talk.over:
         try: _obey(talk, ask('> ').strip())
-        except EOFError: talk.write('\n'); break
+        except EOFError:
+            talk.write('\n')
+            break
         except KeyboardInterrupt: talk.write('\n(/exit or Ctrl-D ends)\n')
     return talk.messages
 

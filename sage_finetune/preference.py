@@ -45,7 +45,9 @@ def require_trl()->None: # Nothing: TRL can be imported
     "Refuse a preference run where its library is missing"
     try: import trl
     except ImportError: raise SageError('preference tuning needs TRL: `pip install "sage_finetune[trl]"`') from None
-    if not hasattr(trl, 'KTOTrainer'): raise SageError(f'preference tuning needs TRL 1.14 or newer, and this is {trl.__version__}: `pip install -U "sage_finetune[trl]"`')
+    if not hasattr(trl, 'KTOTrainer'):
+        raise SageError(f'preference tuning needs TRL 1.14 or newer, and this is {trl.__version__}: '
+                        f'`pip install -U "sage_finetune[trl]"`')
 
 # %% ../nbs/04_preference.ipynb #516bc875
 @dataclass(frozen=True)
@@ -73,9 +75,11 @@ def _fitting(p, tokenizer, how, form):
     if how.overflow=='drop': raise ValueError(f'too long: {n:,} tokens, `max_length` is {how.max_length:,}')
     system,groups = exchanges(p.prompt)
     for k in range(1, len(groups)):
-        examples,rendered = _encoded(replace(p, prompt=[*system, *(t for g in groups[k:] for t in g)]), tokenizer, how, form)
+        examples,rendered = _encoded(replace(p, prompt=[*system, *(t for g in groups[k:] for t in g)]), tokenizer,
+                                     how, form)
         if _longest(examples)<=how.max_length: return examples,['earlier turns'],rendered
-    raise ValueError(f'too long: {_longest(examples):,} tokens without earlier turns, `max_length` is {how.max_length:,}')
+    raise ValueError(f'too long: {_longest(examples):,} tokens without earlier turns, `max_length` is '
+                     f'{how.max_length:,}')
 
 # %% ../nbs/04_preference.ipynb #bcbeba08
 def prompt_length(
@@ -86,7 +90,8 @@ def prompt_length(
 
 def _check_pair(examples):
     "Refuse answers that teach nothing or that do not answer the same"
-    if not all((x['labels'][1:]!=ignored).any() for x in examples): raise ValueError('nothing to learn: no token of an answer is a target')
+    if not all((x['labels'][1:]!=ignored).any() for x in examples):
+        raise ValueError('nothing to learn: no token of an answer is a target')
     if len(examples)<2: return
     a,b = ([*x['input_ids']] for x in examples)
     if a==b: raise ValueError('the same answer twice: the chat template makes the same of both')
@@ -96,11 +101,13 @@ def _check_pair(examples):
 def _made_of(row, tokenizer, how, form):
     "(shape, judgements, examples, what was cut off, rendered) of a row"
     if row.error: raise ValueError(row.error)
-    if not isinstance(row.value, dict): raise ValueError(f'a row must be an object {{…}}, got {type(row.value).__name__}')
+    if not isinstance(row.value, dict):
+        raise ValueError(f'a row must be an object {{…}}, got {type(row.value).__name__}')
     value = renamed(row.value, dict(how.columns))
     shape = how.format_type or detect_data_format(value)
     p = to_preference(value, shape)
-    if len(p.answers)==1 and how.method!='kto': raise ValueError(f'one judged answer, and `method="{how.method}"` compares two: take `method="kto"`')
+    if len(p.answers)==1 and how.method!='kto':
+        raise ValueError(f'one judged answer, and `method="{how.method}"` compares two: take `method="kto"`')
     examples,cut,rendered = _fitting(p, tokenizer, how, form)
     _check_pair(examples)
     return shape,[liked for _,liked in p.answers],examples,cut,rendered
@@ -121,7 +128,9 @@ def _made(rows, tokenizer, how, report, strict, duplicates):
             shape,judgements,examples,cut,rendered = made
             first = book.copies(row, examples)
             if first!=(row.file, row.line):
-                if duplicates=='drop': report.drop(row, f'duplicate of {first[0]}:{first[1]}'); continue
+                if duplicates=='drop':
+                    report.drop(row, f'duplicate of {first[0]}:{first[1]}')
+                    continue
                 report.duplicates += len(examples)//each
             book.count(shape, examples, cut, rendered, each)
             out += _columns(judgements, examples, how.method)
@@ -141,9 +150,11 @@ def prepare_preferences(
     path,c = config.eval_data_path if evaluation else config.data_path,config
     how = _How(c.method, c.max_length, c.format_type, tuple(checked_columns(c.columns).items()), c.train_on, c.overflow)
     if isinstance(path, (str, Path)): report.passed_over = files_passed_over(path)
-    rows = _made(read_rows(path, **source_of(c, evaluation)), ensure_template(tokenizer), how, report, c.strict, c.duplicates)
+    rows = _made(read_rows(path, **source_of(c, evaluation)), ensure_template(tokenizer), how, report, c.strict,
+                 c.duplicates)
     if not rows: raise ValueError(f'no row of {path} can be used: {why_none(report)}')
-    return Dataset.from_dict({k: [r[k] for r in rows] for k in rows[0]}, features=Features({k: List(Value('int32')) for k in rows[0]}))
+    return Dataset.from_dict({k: [r[k] for r in rows] for k in rows[0]},
+                             features=Features({k: List(Value('int32')) for k in rows[0]}))
 
 # %% ../nbs/04_preference.ipynb #3688fbd4
 def prompts_of(
@@ -194,21 +205,24 @@ class JudgedCollator:
         "Tensors as of `PairCollator`, (answers, time), those of the wrong pairs under `KL_…`, and `label`, whether an answer is good"
         wrong = [self._joined(r, before) for r,before in zip(rows, [rows[-1], *rows[:-1]])]
         mixed = {f'KL_{k}': v for k,v in _masked(wrong, self.pad_id).items()}
-        return _masked([_one(r) for r in rows], self.pad_id) | mixed | dict(label=torch.tensor([bool(r['desirable'][0]) for r in rows]))
+        return _masked([_one(r) for r in rows],
+                       self.pad_id) | mixed | dict(label=torch.tensor([bool(r['desirable'][0]) for r in rows]))
 
     def _joined(self, row, other):
         n,m = prompt_length(row['labels']),prompt_length(other['labels'])
         return {k: [*row[k][:n], *other[k][m:]][:self.max_length] for k in ('input_ids', 'labels')}
 
 # %% ../nbs/04_preference.ipynb #b47f802b
-figures = ('loss', 'rewards/chosen', 'rewards/rejected', 'rewards/accuracies', 'logps/chosen', 'logps/rejected', 'nll_loss', 'log_odds_ratio', 'log_odds_chosen', 'kl')
+figures = ('loss', 'rewards/chosen', 'rewards/rejected', 'rewards/accuracies', 'logps/chosen', 'logps/rejected',
+           'nll_loss', 'log_odds_ratio', 'log_odds_chosen', 'kl')
 
 def means(
     sums, # (sum, weight) of each of `figures`, one after the other
 )->dict: # Figure → mean, of those that have a weight; and the margin
     "Means of weighted sums"
     found = {n: s/w for n,s,w in zip(figures, sums[::2], sums[1::2]) if w}
-    if 'rewards/chosen' in found and 'rewards/rejected' in found: found['rewards/margins'] = found['rewards/chosen']-found['rewards/rejected']
+    if 'rewards/chosen' in found and 'rewards/rejected' in found:
+        found['rewards/margins'] = found['rewards/chosen']-found['rewards/rejected']
     return found
 
 class Rewards(TokenMetrics):
@@ -230,7 +244,8 @@ class PreferenceMixin(ResumableTrainer):
         trained = {n: p.data for n,p in model.named_parameters() if p.requires_grad}
         super().__init__(*args, model=model, **kwargs)
         if 'ref' in model.peft_config: model.delete_adapter('ref')
-        self.accelerator.gather_for_metrics = self.accelerator.gather # the other one cuts a batch as the last one of whichever loader was read last, even of another run
+        # the other one cuts a batch as the last one of whichever loader was read last, even of another run
+        self.accelerator.gather_for_metrics = self.accelerator.gather
         for n,p in model.named_parameters():
             if n in trained: p.data = trained[n]
 
@@ -239,7 +254,8 @@ class PreferenceMixin(ResumableTrainer):
     def create_model_card(self, *args, **kwargs): pass
 
     def lengths(self, rows):
-        each = lambda column: torch.cat([torch.as_tensor(starts).diff() for _,starts in flat_chunks(rows, column)]).numpy()
+        each = lambda column: torch.cat([torch.as_tensor(starts).diff()
+                                         for _,starts in flat_chunks(rows, column)]).numpy()
         return example_lengths(rows)+(each('rejected_input_ids') if 'rejected_input_ids' in rows.column_names else 0)
 
     def counted(self, every, learned):
@@ -255,8 +271,10 @@ class PreferenceMixin(ResumableTrainer):
         found.clear()
         rows = len(inputs['input_ids'])
         good = int(inputs['label'].sum()) if 'label' in inputs else rows//2
-        weights = [good if 'chosen' in n else rows-good if 'rejected' in n else rows if 'label' in inputs else good for n in figures]
-        pairs = [(torch.as_tensor(seen[n], dtype=torch.float64, device='cpu')*w, torch.tensor(w)) if n in seen else (torch.zeros(()), torch.zeros(())) for n,w in zip(figures, weights)]
+        weights = [good if 'chosen' in n else rows-good if 'rejected' in n else rows if 'label' in inputs else good
+                   for n in figures]
+        pairs = [(torch.as_tensor(seen[n], dtype=torch.float64, device='cpu')*w, torch.tensor(w)) if n in seen
+                 else (torch.zeros(()), torch.zeros(())) for n,w in zip(figures, weights)]
         return loss,torch.stack([t.double() for p in pairs for t in p])
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -286,13 +304,15 @@ class ORPOMixin(PreferenceMixin):
 
     def concatenated_forward(self, model, batch):
         mask_BT,half = batch['completion_mask'],len(batch['input_ids'])//2
-        mean_B = self._log_probs(model, batch['input_ids'], batch['attention_mask'], mask_BT).sum(1)/mask_BT[:, 1:].sum(1)
+        mean_B = self._log_probs(model, batch['input_ids'], batch['attention_mask'],
+                                 mask_BT).sum(1)/mask_BT[:, 1:].sum(1)
         none = mean_B.new_zeros(1) # it would log the mean of all logits
         return mean_B[:half],mean_B[half:],none,none,-mean_B[:half].mean()
 
     def _log_probs(self, model, ids_BT, real_BT, mask_BT):
         labels = ids_BT.masked_fill(mask_BT==0, ignored)
-        if self.fused: return model(input_ids=ids_BT, attention_mask=real_BT, labels=labels, fused_lm_head=True).log_probs
+        if self.fused:
+            return model(input_ids=ids_BT, attention_mask=real_BT, labels=labels, fused_lm_head=True).log_probs
         logits_BTV = model(input_ids=ids_BT, attention_mask=real_BT, use_cache=False).logits[:, :-1].float()
         return -F.cross_entropy(logits_BTV.transpose(1, 2), labels[:, 1:], ignore_index=ignored, reduction='none')
 
@@ -304,7 +324,8 @@ class KTOShuffle(PreferenceMixin):
         data,a = self.train_dataset if train_dataset is None else train_dataset, self.args
         return LengthGroupedSampler([1]*len(data), a.train_batch_size*a.gradient_accumulation_steps, a.seed)
 
-    def in_turn(self, rows): return torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.args.seed)).tolist()
+    def in_turn(self, rows):
+        return torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.args.seed)).tolist()
 
 @cache
 def loop_of(
@@ -312,7 +333,9 @@ def loop_of(
 )->tuple: # A `Trainer`, and what it is told with
     "TRL's trainer of a method as it is used here, and its config"
     require_trl()
-    warnings.filterwarnings('ignore', '`(is_gradient_checkpointing|gradient_checkpointing_(en|dis)able)` is deprecated', FutureWarning) # TRL 1.16 with transformers 5.23
+    # TRL 1.16 with transformers 5.23
+    warnings.filterwarnings('ignore', '`(is_gradient_checkpointing|gradient_checkpointing_(en|dis)able)` '
+                            'is deprecated', FutureWarning)
     if method=='orpo':
         from trl.import_utils import TRLExperimentalWarning
         with warnings.catch_warnings():
@@ -327,20 +350,27 @@ def loop_of(
 def _check_reference(config):
     "Refuse what would make the model without its adapter another one than it was"
     if config.method=='orpo': return
-    if changes_base(config.lora): raise ValueError(f'`lora.init_lora_weights="{config.lora.init_lora_weights}"` moves a part of the weights into the adapter, and `method="{config.method}"` needs the model as it was without it: leave it out')
+    if changes_base(config.lora):
+        raise ValueError(f'`lora.init_lora_weights="{config.lora.init_lora_weights}"` moves a part of the weights '
+                         f'into the adapter, and `method="{config.method}"` needs the model as it was without '
+                         f'it: leave it out')
     if config.init_adapter is not None:
-        raise ValueError(f'`init_adapter` with `method="{config.method}"`: the reference is the model without an adapter; merge the earlier run (`sage-finetune merge`), and give the merged folder as `model_name`')
+        raise ValueError(f'`init_adapter` with `method="{config.method}"`: '
+                         f'the reference is the model without an adapter; '
+                         f'merge the earlier run (`sage-finetune merge`), and give the merged folder as `model_name`')
 
 @dataclass
 class PreferenceResult(TrainingResult):
     "What came of a run that learns from preferences"
-    margin_before: float|None = None # Mean reward of held-out chosen answers less that of rejected ones, before the first step
+    # Mean reward of held-out chosen answers less that of rejected ones, before the first step
+    margin_before: float|None = None
     margin_after: float|None = None # The same at the end
     accuracy_after: float|None = None # Share of held-out pairs whose chosen answer has the higher reward; None for KTO
 
     def shown(self):
         plain,told = super().shown(),lambda x: '' if x is None else f'{x:.4f}'
-        more = [['margin, held out', f'{told(self.margin_before)} → {told(self.margin_after)}'], ['told apart rightly', '' if self.accuracy_after is None else f'{self.accuracy_after:.0%}']]
+        more = [['margin, held out', f'{told(self.margin_before)} → {told(self.margin_after)}'],
+                ['told apart rightly', '' if self.accuracy_after is None else f'{self.accuracy_after:.0%}']]
         return replace(plain, rows=[*plain.rows, *(r for r in more if r[1].strip(' →'))])
 
 # %% ../nbs/04_preference.ipynb #f48f29ff
@@ -353,7 +383,8 @@ def balance(
     bad = len(dataset)-good
     share = config.desirable_weight*good/(config.undesirable_weight*bad) if bad*config.undesirable_weight else math.inf
     if .99<=share<=1.34: return None
-    fix = f'`desirable_weight={config.undesirable_weight*bad/good:.2g}` makes it 1' if good and bad else 'KTO needs answers of both kinds'
+    fix = (f'`desirable_weight={config.undesirable_weight*bad/good:.2g}` makes it 1' if good and bad
+           else 'KTO needs answers of both kinds')
     return f'{good:,} good and {bad:,} bad answers weigh {share:.2g} to 1, and for KTO it should be 1 to 1.33: {fix}'
 
 # %% ../nbs/04_preference.ipynb #79ed87da
@@ -367,14 +398,17 @@ class PreferenceTrainer(LoRATrainer):
         machine:Machine|None=None, # What to fit to; this machine if None
     ):
         if isinstance(config, dict): config = PreferenceConfig.from_dict(config)
-        if not isinstance(config, PreferenceConfig): raise ValueError(f'`config` must be a PreferenceConfig, got {type(config).__name__}: make one with `PreferenceConfig.like(config)`')
+        if not isinstance(config, PreferenceConfig):
+            raise ValueError(f'`config` must be a PreferenceConfig, got {type(config).__name__}: '
+                             f'make one with `PreferenceConfig.like(config)`')
         _check_reference(config)
         super().__init__(config, quiet, machine)
 
     def load_model_and_tokenizer(self):
         "Load the model, once it is known that its data can be read and that TRL is there"
         require_trl()
-        if self.dataset is None and type(self).prepare_data is PreferenceTrainer.prepare_data: check_data_path(self.config)
+        if self.dataset is None and type(self).prepare_data is PreferenceTrainer.prepare_data:
+            check_data_path(self.config)
         super().load_model_and_tokenizer()
 
     def prepare_data(self):
@@ -383,7 +417,8 @@ class PreferenceTrainer(LoRATrainer):
         data,report = prepare_preferences(c, self.tokenizer, self.data_report),self.data_report
         if c.eval_data_path:
             report.evaluation = DataReport()
-            self.dataset,self.eval_dataset = data,prepare_preferences(c, self.tokenizer, report.evaluation, evaluation=True)
+            self.dataset,self.eval_dataset = (data,prepare_preferences(
+                c, self.tokenizer, report.evaluation, evaluation=True))
             report.overlap = overlap(prompts_of(self.dataset), prompts_of(self.eval_dataset))
         else: self.dataset,self.eval_dataset = split_by_prompt(data, c.test_size, c.seed, report)
         self.say(report)
@@ -393,7 +428,8 @@ class PreferenceTrainer(LoRATrainer):
         "What TRL is told"
         c,kind = self.config,loop_of(self.config.method)[1]
         more = dict(beta=c.beta, max_length=c.max_length, disable_dropout=not c.lora.lora_dropout)
-        if c.method=='dpo': more |= dict(loss_type=[c.loss_type, *(['sft'] if c.sft_weight else [])], label_smoothing=c.label_smoothing)
+        if c.method=='dpo':
+            more |= dict(loss_type=[c.loss_type, *(['sft'] if c.sft_weight else [])], label_smoothing=c.label_smoothing)
         if c.sft_weight: more['loss_weights'] = [1.0, c.sft_weight]
         if c.method=='kto': more |= dict(desirable_weight=c.desirable_weight, undesirable_weight=c.undesirable_weight)
         return training_arguments(self.fitted, self.eval_dataset is not None, self.machine.device, kind, **more)
@@ -401,10 +437,14 @@ class PreferenceTrainer(LoRATrainer):
     def loop(self, **how):
         "TRL's loop of the method"
         c,pad = self.config,pad_token_id(self.tokenizer)
-        if how['args'].world_size>1: raise SageError('preference tuning trains in one process: start it without torchrun or accelerate')
+        if how['args'].world_size>1:
+            raise SageError('preference tuning trains in one process: start it without torchrun or accelerate')
         if c.method=='kto' and self.fitted.per_device_train_batch_size<2:
-            raise SageError('KTO compares the rows of a pass, so one row alone teaches nothing: set `per_device_train_batch_size` to 2 or more (and `max_length` lower, where memory ran out)')
-        return loop_of(c.method)[0](**how, data_collator=JudgedCollator(pad, c.max_length) if c.method=='kto' else PairCollator(pad))
+            raise SageError('KTO compares the rows of a pass, so one row alone teaches nothing: '
+                            'set `per_device_train_batch_size` to 2 or more (and `max_length` lower, where '
+                            'memory ran out)')
+        return loop_of(c.method)[0](**how, data_collator=JudgedCollator(pad, c.max_length) if c.method=='kto'
+                                    else PairCollator(pad))
 
     def try_longest(self)->Probe:
         "What the longest pass takes"
@@ -413,7 +453,9 @@ class PreferenceTrainer(LoRATrainer):
         batch = t._prepare_inputs(t.data_collator([t.train_dataset[i] for i in rows]))
         n,T = batch['input_ids'].shape
         held = 4*sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        with undisturbed(self.model) as model, t.compute_loss_context_manager(): measured = _bytes_of(lambda: t.judged(model, batch)[0].backward(), [*model.parameters(), *model.buffers(), *batch.values()])
+        with undisturbed(self.model) as model, t.compute_loss_context_manager():
+            measured = _bytes_of(lambda: t.judged(model, batch)[0].backward(),
+                                 [*model.parameters(), *model.buffers(), *batch.values()])
         same = self.fitted.adapted(per_device_train_batch_size=len(rows), max_length=max(8, T))
         return Probe(n, T, _predicted(same, self.machine, self.model.config), held+measured)
 
@@ -423,13 +465,15 @@ class PreferenceTrainer(LoRATrainer):
         at = told.steps if told.best_step is None else told.best_step
         after = next((m for m in reversed(log) if m['step']==at), {})
         before = next((m['eval_rewards/margins'] for m in log if m['step']==0), None)
-        return PreferenceResult(**vars(told), margin_before=before, margin_after=after.get('eval_rewards/margins'), accuracy_after=after.get('eval_rewards/accuracies'))
+        return PreferenceResult(**vars(told), margin_before=before, margin_after=after.get('eval_rewards/margins'),
+                                accuracy_after=after.get('eval_rewards/accuracies'))
 
 # %% ../nbs/04_preference.ipynb #9a73d523
 def _bytes_of(step, there):
     "The most that `step` adds to what is there"
     if there[0].is_cuda:
-        torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated()-before
@@ -462,7 +506,9 @@ def trainer_for(
     "The trainer that a config and its rows need"
     if isinstance(config, dict): config = TrainingConfig.from_dict(config)
     if isinstance(config, PreferenceConfig): return PreferenceTrainer(config, quiet)
-    if not isinstance(config, TrainingConfig) or (method := method_for(config)) is None: return LoRATrainer(config, quiet)
+    if not isinstance(config, TrainingConfig) or (method := method_for(config)) is None:
+        return LoRATrainer(config, quiet)
     run = PreferenceTrainer(PreferenceConfig.like(config, method=method), quiet)
-    run.say(f'The rows are judged answers, so they are learned from as preferences: `method="{method}"`, which a setting `method` changes')
+    run.say(f'The rows are judged answers, so they are learned from as preferences: '
+            f'`method="{method}"`, which a setting `method` changes')
     return run

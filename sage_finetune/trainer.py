@@ -69,11 +69,14 @@ class TokenMetrics:
         ids,labels = inputs['input_ids'],inputs['labels']
         real_BT = (ids!=pad_id)|(labels!=ignored) # up to the last of these a row is no filling
         every = (real_BT*torch.arange(1, ids.shape[1]+1, device=ids.device)).amax(1).sum()
-        self.window += torch.stack([total.detach(), learned]).to(self.window); self.here += torch.stack([learned, every]).to(self.here)
+        self.window += torch.stack([total.detach(), learned]).to(self.window)
+        self.here += torch.stack([learned, every]).to(self.here)
 
     def told(self, sums): return dict(loss=sums[0]/sums[1]) if sums[1] else {}
 
-    def restart(self): self.began,self.paused = time.monotonic(),0.0; self.here.zero_()
+    def restart(self):
+        self.began,self.paused = time.monotonic(),0.0
+        self.here.zero_()
 
     @contextmanager
     def pause(self):
@@ -83,17 +86,22 @@ class TokenMetrics:
 
     def line(self, gather, count, peak):
         "The numbers since the last line; `count` gives the operations of so many (all, learned) tokens, `peak` is that of one device"
-        sums = gather(torch.cat([self.window, self.here])[None]); devices = len(sums)
+        sums = gather(torch.cat([self.window, self.here])[None])
+        devices = len(sums)
         *window,learned,every = sums.sum(0).tolist()
         seconds = max(time.monotonic()-self.began-self.paused, 1e-9)
-        self.window.zero_(); self.restart()
-        return self.told(window) | dict(learned_tokens_per_second=round(learned/seconds, 1), tokens_per_second=round(every/seconds, 1), memory=peak_memory(self.device.type),
+        self.window.zero_()
+        self.restart()
+        return self.told(window) | dict(learned_tokens_per_second=round(learned/seconds, 1),
+                           tokens_per_second=round(every/seconds, 1), memory=peak_memory(self.device.type),
                            matmul_share=round(count(every, learned)/seconds/peak/devices, 4))
 
 # %% ../nbs/02_trainer.ipynb #9139c887
 class Stopped(KeyboardInterrupt):
     "A run was asked to stop, by Ctrl-C or by the system, and did so"
-    def __init__(self, number=signal.SIGINT, message='stopped'): self.signal = int(number); super().__init__(message)
+    def __init__(self, number=signal.SIGINT, message='stopped'):
+        self.signal = int(number)
+        super().__init__(message)
 
 class StepGuard(TrainerCallback):
     "Keep each whole step in memory, and break off where a stop is asked for or the loss is no number"
@@ -102,8 +110,10 @@ class StepGuard(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         t,saved = self.trainer, Path(args.output_dir)/f'checkpoint-{state.global_step}'/'window.json'
         t.meter.window.zero_()
-        if state.global_step and saved.is_file() and state.is_world_process_zero: t.meter.window += torch.tensor(read_json(saved)['sums'], dtype=t.window.dtype, device=t.window.device)
-        t.peak = matmul_peak(t.args.device.type, torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32)
+        if state.global_step and saved.is_file() and state.is_world_process_zero:
+            t.meter.window += torch.tensor(read_json(saved)['sums'], dtype=t.window.dtype, device=t.window.device)
+        t.peak = matmul_peak(t.args.device.type,
+                             torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32)
         self.rng = random_state()
         t.meter.restart()
 
@@ -118,48 +128,58 @@ class StepGuard(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.rng = random_state()
-        if args.world_size>1 and self.trainer.any_process_stopped(): control.should_save = True # all of them, at the same step; the next one does not begin
+        if args.world_size>1 and self.trainer.any_process_stopped():
+            control.should_save = True # all of them, at the same step; the next one does not begin
 
 # %% ../nbs/02_trainer.ipynb #9f125347
 class ResumableTrainer:
     "What a `Trainer` of any loss needs to be stopped, to go on to the bit, and to tell what it does; it stands before the `Trainer` among the bases"
-    metrics_class,loraplus_lr_ratio,tokens_per_step = TokenMetrics,None,None # the second: learning rate of B over that of A
+    # the second: learning rate of B over that of A
+    metrics_class,loraplus_lr_ratio,tokens_per_step = TokenMetrics,None,None
 
     def __init__(self, *args, by_length=False, asked=lambda: None, on_smaller_evaluation=lambda rows: None, **kwargs):
         self.by_length,self.asked,self.on_smaller_evaluation,self.stop_agreed = by_length,asked,on_smaller_evaluation,0
         super().__init__(*args, **kwargs)
         self.steps = None if self.args.world_size>1 else LastSteps()
         self.meter,self.peak = self.metrics_class(self.args.device),1.0
-        self.callback_handler.callbacks[1:1] = [StepGuard(self), EvaluateFirst()] # right after the one that decides what is due
+        # right after the one that decides what is due
+        self.callback_handler.callbacks[1:1] = [StepGuard(self), EvaluateFirst()]
 
     @property
     def window(self): return self.meter.window
 
     def lengths(self, rows): return example_lengths(rows)
 
-    def in_turn(self, rows): return self.lengths(rows).argsort(kind='stable')[::-1].tolist() # the order of an evaluation
+    def in_turn(self, rows): # the order of an evaluation
+        return self.lengths(rows).argsort(kind='stable')[::-1].tolist()
 
     def counted(self, every, learned):
-        checkpointing = any(getattr(self.args, n, False) for n in ('activation_checkpointing', 'gradient_checkpointing'))
+        checkpointing = any(getattr(self.args, n, False)
+                            for n in ('activation_checkpointing', 'gradient_checkpointing'))
         return operations(self.model, every, learned, checkpointing)
 
     def _get_train_sampler(self, train_dataset=None):
         data,a = self.train_dataset if train_dataset is None else train_dataset, self.args
         if not self.by_length: return super()._get_train_sampler(data)
-        return LengthGroupedSampler(self.lengths(data).tolist(), a.train_batch_size*a.gradient_accumulation_steps*a.world_size, a.seed)
+        return LengthGroupedSampler(self.lengths(data).tolist(),
+                                    a.train_batch_size*a.gradient_accumulation_steps*a.world_size, a.seed)
 
     def passes(self):
         "The rows of each pass, of all processes"
         a = self.args
-        if self.tokens_per_step: return TokenBatchSampler(self.lengths(self.train_dataset), self.tokens_per_step, a.gradient_accumulation_steps*a.world_size, a.seed)
+        if self.tokens_per_step:
+            return TokenBatchSampler(self.lengths(self.train_dataset), self.tokens_per_step,
+                                     a.gradient_accumulation_steps*a.world_size, a.seed)
         return torch.utils.data.BatchSampler(self._get_train_sampler(), a.train_batch_size, drop_last=False)
 
     def get_train_dataloader(self):
         a = self.args
         if a.world_size==1 and not self.tokens_per_step: return super().get_train_dataloader()
-        loader = torch.utils.data.DataLoader(self.train_dataset, batch_sampler=RankBatchSampler(self.passes(), a.world_size, a.process_index), collate_fn=self.data_collator,
+        loader = torch.utils.data.DataLoader(self.train_dataset, batch_sampler=RankBatchSampler(
+            self.passes(), a.world_size, a.process_index), collate_fn=self.data_collator,
                                              num_workers=a.dataloader_num_workers, pin_memory=a.dataloader_pin_memory)
-        return prepare_data_loader(loader, a.device, num_processes=1, put_on_device=True, use_seedable_sampler=True) # it is shared already
+        # it is shared already
+        return prepare_data_loader(loader, a.device, num_processes=1, put_on_device=True, use_seedable_sampler=True)
 
     def create_optimizer(self, *args, **kwargs):
         made = self.optimizer is None
@@ -211,7 +231,8 @@ class ResumableTrainer:
 
     def any_process_stopped(self):
         "The number of the signal that asked any of several processes to stop, or 0"
-        self.stop_agreed = int(self.accelerator.gather(torch.tensor([self.asked() or 0], device=self.args.device)).max())
+        self.stop_agreed = int(self.accelerator.gather(torch.tensor([self.asked() or 0], device=self.args.device))
+                               .max())
         return self.stop_agreed
 
 class CausalLMTrainer(ResumableTrainer, Trainer):
@@ -232,7 +253,8 @@ class CausalLMTrainer(ResumableTrainer, Trainer):
         return self.accelerator.gather(n).sum() if n is not None and self.args.world_size>1 else n
 
     def held_out(self, batches):
-        add = lambda *sums: self.accelerator.reduce(torch.tensor(sums, dtype=torch.float64, device=self.args.device)).tolist()
+        add = lambda *sums: self.accelerator.reduce(
+            torch.tensor(sums, dtype=torch.float64, device=self.args.device)).tolist()
         return dict(loss=mean_loss(self.model, batches, add if self.args.world_size>1 else None))
 
 # %% ../nbs/02_trainer.ipynb #100eb7ba
@@ -241,12 +263,17 @@ def _evaluated(trainer, data):
     while True:
         rows = trainer.args.per_device_eval_batch_size
         try:
-            with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []), trainer.accelerator.autocast():
+            with (torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []),
+                  trainer.accelerator.autocast()):
                 return trainer.held_out(_held_out_batches(trainer, data))
         except Exception as e:
             if not out_of_memory(e): raise
-        if rows==1: raise SageError('out of memory in the evaluation of a single row: lower `max_length`, or set `load_in_4bit`')
-        if processes()>1: raise SageError(f'out of memory in process {process()} of {processes()}, in an evaluation: set `per_device_train_batch_size` to {rows//2} and start anew')
+        if rows==1:
+            raise SageError('out of memory in the evaluation of a single row: '
+                            'lower `max_length`, or set `load_in_4bit`')
+        if processes()>1:
+            raise SageError(f'out of memory in process {process()} of {processes()}, in an evaluation: '
+                            f'set `per_device_train_batch_size` to {rows//2} and start anew')
         trainer.args.per_device_eval_batch_size = rows//2
         trainer.on_smaller_evaluation(rows//2)
         _free_memory()
@@ -280,11 +307,13 @@ def _disk_error(error):
     if isinstance(error, OSError): return error if error.errno in _disk_errors else None
     number = re.search(r'os error (\d+)', str(error)) # safetensors
     if number: return OSError(int(number[1]), os.strerror(int(number[1])))
-    if 'PytorchStreamWriter' in str(error) or 'inline_container' in str(error): return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if 'PytorchStreamWriter' in str(error) or 'inline_container' in str(error):
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 def _save_whole(trainer, save):
     "Write a checkpoint with the sums of the log, or leave none"
-    folder,main = Path(trainer.args.output_dir)/f'checkpoint-{trainer.state.global_step}',trainer.is_world_process_zero()
+    folder,main = (Path(trainer.args.output_dir)/f'checkpoint-{trainer.state.global_step}',
+                   trainer.is_world_process_zero())
     sums = trainer.accelerator.gather(trainer.window[None]).sum(0).tolist() # of all processes
     if main and folder.exists(): remove_checkpoint(folder) # a broken one of the same step
     trainer.accelerator.wait_for_everyone() # before anybody writes into it
@@ -302,7 +331,8 @@ def _save_whole(trainer, save):
 # %% ../nbs/02_trainer.ipynb #1f9a3057
 def _backend(device):
     "How the processes talk to each other, in the words of the library's arguments"
-    if device=='cpu' and division()=='DeepSpeed': return dict(use_cpu=False, ddp_backend='gloo') # with `use_cpu` accelerate leaves DeepSpeed out
+    if device=='cpu' and division()=='DeepSpeed':
+        return dict(use_cpu=False, ddp_backend='gloo') # with `use_cpu` accelerate leaves DeepSpeed out
     return dict(use_cpu=device=='cpu')
 
 def _lost(error):
@@ -314,13 +344,17 @@ def _lost(error):
 def _meeting(device):
     "Let the processes that were launched together find each other, and tell in one line where they lose each other"
     how = _backend(device)
-    if division()=='FSDP' and os.environ.get('FSDP_VERSION', '1')!='2': raise ValueError('`fsdp_version` must be 2 (in the `fsdp_config` of the accelerate file, or `--fsdp_version 2`): version 1 is not supported')
+    if division()=='FSDP' and os.environ.get('FSDP_VERSION', '1')!='2':
+        raise ValueError('`fsdp_version` must be 2 (in the `fsdp_config` of the accelerate file, or '
+                         '`--fsdp_version 2`): version 1 is not supported')
     if processes()>1 and not torch.distributed.is_initialized():
-        PartialState(cpu=how['use_cpu'], backend=how.get('ddp_backend'), timeout=timedelta(hours=2)) # the others wait while the first prepares the data
+        # the others wait while the first prepares the data
+        PartialState(cpu=how['use_cpu'], backend=how.get('ddp_backend'), timeout=timedelta(hours=2))
     try: yield
     except RuntimeError as e:
         if processes()==1 or not _lost(e): raise
-        raise SageError(f'process {process()} of {processes()} cannot reach the others any more; the same command goes on from the last checkpoint') from None
+        raise SageError(f'process {process()} of {processes()} cannot reach the others any more; '
+                        f'the same command goes on from the last checkpoint') from None
 
 # %% ../nbs/02_trainer.ipynb #d833b14b
 def _met(): return processes()>1 and torch.distributed.is_initialized()
@@ -332,7 +366,8 @@ def _in_turn(work):
     "What `work` gives: the first process does it, then the first of each machine, then the others, which find it in the cache"
     if not _met(): return work()
     state,done = PartialState(),None
-    for mine in (state.is_main_process, state.is_local_main_process and not state.is_main_process, not (state.is_local_main_process or state.is_main_process)):
+    for mine in (state.is_main_process, state.is_local_main_process and not state.is_main_process,
+                 not (state.is_local_main_process or state.is_main_process)):
         if mine: done = work()
         _wait()
     return done
@@ -347,8 +382,10 @@ def _agreed(found):
 def _together(c):
     "What the processes are together, in one line"
     n,how = processes(),f'among which {division()} divides the work' if division() else 'each with the whole model'
-    if c.tokens_per_step: return f'{n} processes, {how}: {c.tokens_per_step:,} tokens behind each optimizer step, as with one'
-    return f'{n} processes, {how}: {c.per_device_train_batch_size} × {c.gradient_accumulation_steps} × {n} = {c.effective_batch_size*n:,} rows behind each optimizer step'
+    if c.tokens_per_step:
+        return f'{n} processes, {how}: {c.tokens_per_step:,} tokens behind each optimizer step, as with one'
+    return (f'{n} processes, {how}: {c.per_device_train_batch_size} × {c.gradient_accumulation_steps} × {n} = '
+            f'{c.effective_batch_size*n:,} rows behind each optimizer step')
 
 # %% ../nbs/02_trainer.ipynb #9f720e25
 def _version_arguments(config, known):
@@ -359,11 +396,13 @@ def _version_arguments(config, known):
     yield name,config.gradient_checkpointing
     yield f'{name}_kwargs',dict(use_reentrant=False)
 
-_same_name = ('num_train_epochs', 'max_steps', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'learning_rate', 'lr_scheduler_type',
-              'fp16', 'bf16', 'optim', 'logging_steps', 'save_steps', 'seed', 'dataloader_num_workers',
+_same_name = ('num_train_epochs', 'max_steps', 'per_device_train_batch_size', 'gradient_accumulation_steps',
+              'learning_rate', 'lr_scheduler_type', 'fp16', 'bf16', 'optim', 'logging_steps', 'save_steps', 'seed',
+              'dataloader_num_workers',
               'weight_decay', 'max_grad_norm', 'torch_compile')
 
-_one_layer_for_all = dict(ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION='true', ACCELERATE_DYNAMO_USE_DYNAMIC='true') # of any length, so it is compiled once
+# of any length, so it is compiled once
+_one_layer_for_all = dict(ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION='true', ACCELERATE_DYNAMO_USE_DYNAMIC='true')
 
 def training_arguments(
     config:TrainingConfig, # As fitted to the machine
@@ -375,24 +414,30 @@ def training_arguments(
     "The arguments that transformers' `Trainer` gets"
     check_knobs(config, held_out=evaluate)
     known = {f.name for f in fields(kind)}
-    for name in [n for n in os.environ if n.startswith('ACCELERATE_DYNAMO_')]: del os.environ[name] # left by a run that was compiled
+    for name in [n for n in os.environ if n.startswith('ACCELERATE_DYNAMO_')]:
+        del os.environ[name] # left by a run that was compiled
     if 'ACCELERATE_MIXED_PRECISION' in os.environ: # of a launcher; the settings of the run say what is computed in
         os.environ['ACCELERATE_MIXED_PRECISION'] = 'fp16' if config.fp16 else 'bf16' if config.bf16 else 'no'
     args = kind(
-        **more, output_dir=str(config.checkpoint_dir), run_name=config.output_dir.name, **{n: getattr(config, n) for n in _same_name},
+        **more, output_dir=str(config.checkpoint_dir), run_name=config.output_dir.name,
+        **{n: getattr(config, n) for n in _same_name},
         **dict(_version_arguments(config, known)), per_device_eval_batch_size=config.per_device_train_batch_size,
         eval_strategy=('steps' if config.eval_steps else 'epoch') if evaluate else 'no', eval_steps=config.eval_steps,
-        neftune_noise_alpha=config.neftune_noise_alpha, logging_first_step=True, disable_tqdm=True, remove_unused_columns=False,
+        neftune_noise_alpha=config.neftune_noise_alpha, logging_first_step=True, disable_tqdm=True,
+        remove_unused_columns=False,
         dataloader_pin_memory=device=='cuda', **_backend(device),
         logging_nan_inf_filter=False, report_to=[], # `_tensorboard` and `_wandb` write into the run folder
         save_total_limit=None) # `Checkpoints` removes the older ones
     args._n_gpu = min(args.n_gpu, 1) # reading `n_gpu` first sets up the device
-    if division()=='FSDP' and device=='cpu': PartialState().distributed_type = DistributedType.MULTI_GPU # accelerate has FSDP for GPUs only, torch for a CPU too
+    if division()=='FSDP' and device=='cpu':
+        # accelerate has FSDP for GPUs only, torch for a CPU too
+        PartialState().distributed_type = DistributedType.MULTI_GPU
     if config.torch_compile: os.environ.update(_one_layer_for_all) # where accelerate looks for it
     return args
 
 # %% ../nbs/02_trainer.ipynb #bd81b132
-_may_change = 'output_dir', 'logging_steps', 'save_steps', 'save_total_limit', 'report_to', 'dataloader_num_workers', 'data_path', 'eval_data_path', 'strict'
+_may_change = ('output_dir', 'logging_steps', 'save_steps', 'save_total_limit', 'report_to',
+               'dataloader_num_workers', 'data_path', 'eval_data_path', 'strict')
 
 def data_digest(
     dataset, # Rows with `input_ids`, perhaps `labels`; or None
@@ -401,11 +446,16 @@ def data_digest(
     h,rows = hashlib.sha256(),0 if dataset is None else len(dataset)
     held = getattr(dataset, 'column_names', None) or (list(dataset[0]) if rows else [])
     for column in ('input_ids', 'labels'):
-        for ids,starts in flat_chunks(dataset, column) if rows and column in held else (): h.update(starts.astype('<i8').tobytes()); h.update(ids.astype('<i4').tobytes())
+        for ids,starts in flat_chunks(dataset, column) if rows and column in held else ():
+            h.update(starts.astype('<i8').tobytes())
+            h.update(ids.astype('<i4').tobytes())
         h.update(column.encode())
     for column in ('rejected_input_ids', 'rejected_labels', 'desirable') if rows else (): # of preferences
-        for ids,starts in flat_chunks(dataset, column) if column in held else (): h.update(starts.astype('<i8').tobytes()); h.update(ids.astype('<i4').tobytes())
-    for shown in dataset['image_digests'] if rows and 'image_digests' in held else (): h.update(' '.join([*shown, '']).encode())
+        for ids,starts in flat_chunks(dataset, column) if column in held else ():
+            h.update(starts.astype('<i8').tobytes())
+            h.update(ids.astype('<i4').tobytes())
+    for shown in dataset['image_digests'] if rows and 'image_digests' in held else ():
+        h.update(' '.join([*shown, '']).encode())
     return h.hexdigest()[:16]
 
 def differences(
@@ -413,16 +463,19 @@ def differences(
     new:dict, # What would be saved now
 )->list: # One phrase for each setting that makes it another run
     "What distinguishes two runs"
-    named = {'_data': 'the data', '_init_adapter': 'the weights of `init_adapter`', '_division': 'what divides the model among processes'}
+    named = {'_data': 'the data', '_init_adapter': 'the weights of `init_adapter`',
+             '_division': 'what divides the model among processes'}
     keys = [k for k in [*new, *old] if not (k.startswith('_') and k not in named) and k not in _may_change]
     before = TrainingConfig().to_dict() | old # a setting that an older version did not have
-    other = [f'{named.get(k, k)}: {before.get(k)} → {new.get(k)}' for k in dict.fromkeys(keys) if before.get(k)!=new.get(k)]
+    other = [f'{named.get(k, k)}: {before.get(k)} → {new.get(k)}' for k in dict.fromkeys(keys)
+             if before.get(k)!=new.get(k)]
     return other if before.get('_processes', 1)==new.get('_processes', 1) else _other_processes(before, new, other)
 
 def _other_processes(before, new, other):
     "The same, where the number of processes is another: what counts is how many passes are behind a step, and DeepSpeed's checkpoints are made for one number"
     one,two = ((r.get('_processes', 1), r['gradient_accumulation_steps']) for r in (before, new))
-    if new.get('_division')=='DeepSpeed': return [*other, f'processes: {one[0]} → {two[0]}, which DeepSpeed cannot go on with']
+    if new.get('_division')=='DeepSpeed':
+        return [*other, f'processes: {one[0]} → {two[0]}, which DeepSpeed cannot go on with']
     other = [o for o in other if not o.startswith('gradient_accumulation_steps: ')]
     if one[0]*one[1]==two[0]*two[1] or (before.get('tokens_per_step') and one[1]==two[1]): return other
     return [*other, f'processes × gradient_accumulation_steps: {one[0]} × {one[1]} → {two[0]} × {two[1]}']
@@ -442,8 +495,10 @@ class TrainingResult(Shown):
 
     def shown(self):
         from sage_finetune.core.display import falling, Table # of no use before something is shown
-        rows = [('steps', f'{self.steps:,}'), ('held-out loss', falling(self.loss_before, self.loss_after)), ('loss on earlier rows', falling(self.earlier_before, self.earlier_after)),
-                ('last training loss', falling(self.train_loss)), ('best step', self.best_step), ('seconds', f'{self.seconds:,.1f}')]
+        rows = [('steps', f'{self.steps:,}'), ('held-out loss', falling(self.loss_before, self.loss_after)),
+                ('loss on earlier rows', falling(self.earlier_before, self.earlier_after)),
+                ('last training loss', falling(self.train_loss)), ('best step', self.best_step),
+                ('seconds', f'{self.seconds:,.1f}')]
         return Table(['', ''], [[*row] for row in rows if row[1]], 'Trained')
 
 # %% ../nbs/02_trainer.ipynb #8c099757
@@ -457,8 +512,11 @@ class LoRATrainer:
         machine:Machine|None=None, # What to fit to; this machine if None
     ):
         if isinstance(config, dict): config = TrainingConfig.from_dict(config)
-        if not isinstance(config, TrainingConfig): raise ValueError(f'`config` must be a TrainingConfig, got {type(config).__name__}')
-        if isinstance(config, PreferenceConfig) and not self.is_preference: raise ValueError('`config` is a PreferenceConfig: train it with `sage_finetune.preference.PreferenceTrainer`, or with `sage-finetune run`')
+        if not isinstance(config, TrainingConfig):
+            raise ValueError(f'`config` must be a TrainingConfig, got {type(config).__name__}')
+        if isinstance(config, PreferenceConfig) and not self.is_preference:
+            raise ValueError('`config` is a PreferenceConfig: '
+                             'train it with `sage_finetune.preference.PreferenceTrainer`, or with `sage-finetune run`')
         self.config,self.quiet,self.machine = with_adapter(config),quiet,machine or Machine.here()
         self.model = self.tokenizer = self.dataset = self.eval_dataset = self.earlier_dataset = self.trainer = None
         self.probe = None # What the longest batch took, once it was tried
@@ -466,7 +524,8 @@ class LoRATrainer:
         self.while_running = [] # Changes that the run itself had to make
         self.evaluation_rows = None # Rows in one pass of an evaluation, where memory was too small for more
         self.asked_to_stop = self.unfinished = self._packed_rows = self._digest = self._measured = None
-        self.watcher = None # Who shows the run instead: has `heard(what)`, and `callbacks()` for what hangs around the loop
+        # Who shows the run instead: has `heard(what)`, and `callbacks()` for what hangs around the loop
+        self.watcher = None
 
     @property
     def changes(self)->list: # Of `Change`
@@ -491,7 +550,9 @@ class LoRATrainer:
         self.say(f'{self.machine}\n{show_changes(self.changes)}')
         if not (self.quiet or process()): self.say(_estimate(c, self.machine))
         self.tokenizer = load_tokenizer(c.model_name)
-        if c.packing and processor_of(self.tokenizer): raise ValueError(f'`packing`: {c.model_name} counts places by picture, which packed rows have no room for; set `packing=False`')
+        if c.packing and processor_of(self.tokenizer):
+            raise ValueError(f'`packing`: {c.model_name} counts places by picture, which packed rows have no room '
+                             f'for; set `packing=False`')
         self.model = load_model(c.model_name, dtype_of(c), self.machine.device, quantisation_of(c))
 
     def apply_lora(self):
@@ -515,11 +576,16 @@ class LoRATrainer:
         if processes()>1: self.say(_together(self.fitted))
         rows = _packed(self) if self.config.packing else self.dataset
         args = self.arguments()
-        args.ddp_find_unused_parameters = bool(processor_of(self.tokenizer)) or any('expert' in n for n,p in self.model.named_parameters() if p.requires_grad) # rows without pictures, and routers, pass some by
-        if self.evaluation_rows: args.per_device_eval_batch_size = min(self.evaluation_rows, args.per_device_eval_batch_size)
+        # rows without pictures, and routers, pass some by
+        args.ddp_find_unused_parameters = (bool(processor_of(self.tokenizer)) or any(
+            'expert' in n for n,p in self.model.named_parameters() if p.requires_grad))
+        if self.evaluation_rows:
+            args.per_device_eval_batch_size = min(self.evaluation_rows, args.per_device_eval_batch_size)
         self.trainer = self.loop(
-            model=self.model, args=args, asked=lambda: self.asked_to_stop, on_smaller_evaluation=lambda n: _smaller_evaluation(self, n),
-            train_dataset=rows, eval_dataset=self.eval_dataset, processing_class=self.tokenizer, callbacks=self.callbacks(),
+            model=self.model, args=args, asked=lambda: self.asked_to_stop,
+            on_smaller_evaluation=lambda n: _smaller_evaluation(self, n),
+            train_dataset=rows, eval_dataset=self.eval_dataset, processing_class=self.tokenizer,
+            callbacks=self.callbacks(),
             by_length=self.config.per_device_train_batch_size>1)
         self.trainer.loraplus_lr_ratio = self.config.loraplus_lr_ratio
         _drop_printers(self.trainer)
@@ -532,7 +598,8 @@ class LoRATrainer:
         return CausalLMTrainer(**how, data_collator=self.collator(), tokens_per_step=self.config.tokens_per_step)
     def collator(self)->Collator:
         "What makes a batch of rows"
-        return Collator(pad_token_id(self.tokenizer), tokenizer=self.tokenizer if processor_of(self.tokenizer) else None)
+        return Collator(pad_token_id(self.tokenizer),
+                        tokenizer=self.tokenizer if processor_of(self.tokenizer) else None)
     def result(self, told:TrainingResult)->TrainingResult:
         "What is written down at the end; a subclass adds its own figures"
         return told
@@ -540,7 +607,8 @@ class LoRATrainer:
         "What the longest batch takes in one pass"
         t,c = self.trainer,self.config
         passes = t.args.gradient_accumulation_steps*t.args.world_size
-        batch = longest_batch(t.train_dataset, t.args.per_device_train_batch_size, t.data_collator, c.tokens_per_step and c.tokens_per_step//passes)
+        batch = longest_batch(t.train_dataset, t.args.per_device_train_batch_size, t.data_collator,
+                              c.tokens_per_step and c.tokens_per_step//passes)
         return probe_step(self.model, batch, self.fitted, self.machine)
 
     def callbacks(self)->list: # `TrainerCallback` objects
@@ -548,8 +616,10 @@ class LoRATrainer:
         shown = self.watcher.callbacks() if self.watcher else [] if self.quiet else [Progress()]
         if division(): shown.insert(0, MeasureFirst(self))
         elif not self.quiet or self.machine.device=='cuda': shown.insert(0, LongestFirst(self))
-        return [Metrics(self.folder.metrics), *_evaluations(self), # `Evaluations` writes into a checkpoint, so it comes before `Checkpoints`
-                Checkpoints(self.folder.checkpoints, self.config.save_total_limit), *_tensorboard(self.fitted), *_wandb(self.fitted), *shown]
+        # `Evaluations` writes into a checkpoint, so it comes before `Checkpoints`
+        return [Metrics(self.folder.metrics), *_evaluations(self),
+                Checkpoints(self.folder.checkpoints, self.config.save_total_limit), *_tensorboard(self.fitted),
+                *_wandb(self.fitted), *shown]
 
     def train(self,
         fresh:bool=False, # Start anew, and remove what an earlier run left in the folder
@@ -567,11 +637,13 @@ class LoRATrainer:
 
     def save_model(self):
         "Save the adapter, the tokenizer and the settings, whole or not at all"
-        if not isinstance(self.model, PeftModel): raise ValueError('there is no adapter to save: call `apply_lora()` first')
+        if not isinstance(self.model, PeftModel):
+            raise ValueError('there is no adapter to save: call `apply_lora()` first')
         tensors = trained_tensors(self.model) if division() else None # for which every process is asked
         if process(): return
         with whole_folder(self.folder.lora_weights) as new:
-            save_adapter(self.model, new, tensors); save_contract(new, self.tokenizer, self.model, self.config.model_name)
+            save_adapter(self.model, new, tensors)
+            save_contract(new, self.tokenizer, self.model, self.config.model_name)
             write_json(new/'training_config.json', _record(self))
             if self.unfinished: write_json(new/self.folder.stopped.name, self.unfinished)
 
@@ -580,15 +652,19 @@ def check_data_path(
     config:TrainingConfig, # As asked
 )->None: # Nothing: its rows are there and can be read
     "Refuse data that cannot be read, before anything is loaded"
-    if config.data_path is None: raise ValueError('`data_path` is None: give a file, a folder or a data set on the Hub, or override `prepare_data`')
-    check_knobs(config.adapted(load_in_8bit=False, load_in_4bit=False), held_out=bool(config.test_size or config.eval_data_path))
+    if config.data_path is None:
+        raise ValueError('`data_path` is None: give a file, a folder or a data set on the Hub, or override '
+                         '`prepare_data`')
+    check_knobs(config.adapted(load_in_8bit=False, load_in_4bit=False),
+                held_out=bool(config.test_size or config.eval_data_path))
     next(read_rows(config.data_path, **source_of(config)), None)
     if config.eval_data_path: next(read_rows(config.eval_data_path, **source_of(config, True)), None)
 
 def _read_data(config, tokenizer, report):
     "Training and evaluation data of `config`"
     check_data_path(config)
-    read = lambda path,book,evaluation=False: prepare_dataset(path, tokenizer, config.max_length, report=book, **source_of(config, evaluation), **how_of(config))
+    read = (lambda path,book,evaluation=False: prepare_dataset(
+        path, tokenizer, config.max_length, report=book, **source_of(config, evaluation), **how_of(config)))
     data = read(config.data_path, report)
     if not config.eval_data_path: return split_dataset(data, config.test_size, config.seed, report)
     report.evaluation = DataReport()
@@ -611,7 +687,8 @@ def _take_earlier(run):
     if e is None: return
     for note in check_contract(e.adapter, run.tokenizer, run.config.model_name): run.say(note)
     (add_stacked_adapter if run.config.stack_adapter else load_adapter_weights)(run.model, e)
-    run.say(f'{"A second adapter on" if run.config.stack_adapter else "Going on from"} {e.adapter}: r {e.settings["r"]}, alpha {e.settings["lora_alpha"]}')
+    run.say(f'{"A second adapter on" if run.config.stack_adapter else "Going on from"} {e.adapter}: '
+            f'r {e.settings["r"]}, alpha {e.settings["lora_alpha"]}')
 
 def _display(what):
     from IPython.display import display
@@ -623,9 +700,11 @@ def _on_terminal(what):
 
 def _check_dataset(dataset):
     columns = getattr(dataset, 'column_names', None)
-    if dataset is None or not len(dataset): raise ValueError('`dataset` is empty: `prepare_data` must set `self.dataset`')
+    if dataset is None or not len(dataset):
+        raise ValueError('`dataset` is empty: `prepare_data` must set `self.dataset`')
     if columns is not None and 'input_ids' not in columns:
-        raise ValueError(f"`dataset` must have a column `input_ids`, got {', '.join(columns)}: make it with `prepare_dataset`")
+        raise ValueError(f"`dataset` must have a column `input_ids`, got {', '.join(columns)}: "
+                         f"make it with `prepare_dataset`")
 
 def _keeps_apart(model, batch):
     "Prove that documents in a packed row stay apart: computed one by one where that works, else with a mask"
@@ -643,7 +722,8 @@ def _packed(run):
     rows = _in_turn(lambda: pack_dataset(run.dataset, c.max_length, report))
     if run.data_report: run.data_report.packing = report.to_dict()
     n = c.effective_batch_size*(1 if c.tokens_per_step else processes())
-    run.say(f'{report}\nA row is a packed one from here on: {n:,} of them, about {n*report.documents/report.rows:,.0f} documents, behind each optimizer step')
+    run.say(f'{report}\nA row is a packed one from here on: '
+            f'{n:,} of them, about {n*report.documents/report.rows:,.0f} documents, behind each optimizer step')
     run._packed_rows = run.dataset,rows
     return rows
 
@@ -686,14 +766,17 @@ def _wandb(config):
             if not getattr(self, 'over', False): super().on_log(*args, **kwargs)
         def on_train_end(self, args, state, control, **kwargs):
             super().on_train_end(args, state, control, **kwargs)
-            if own := getattr(self, 'own', None): own.finish(); self.over = True
+            if own := getattr(self, 'own', None):
+                own.finish()
+                self.over = True
     return [Tracker()]
 
 def _wandb_run(config):
     "Begin a run at Weights & Biases"
     import wandb
     config.log_dir.mkdir(parents=True, exist_ok=True)
-    how = dict(project=os.environ.get('WANDB_PROJECT', 'sage-finetune'), name=config.output_dir.name, dir=str(config.log_dir))
+    how = dict(project=os.environ.get('WANDB_PROJECT', 'sage-finetune'), name=config.output_dir.name,
+               dir=str(config.log_dir))
     try: return wandb.init(**how)
     except wandb.errors.UsageError: return wandb.init(mode='offline', **how)
 
@@ -732,19 +815,23 @@ def library_versions()->dict: # {package: version}
     "Versions that a result may depend on"
     import accelerate, peft, transformers
     from sage_finetune import __version__
-    return dict(sage_finetune=__version__, torch=torch.__version__, transformers=transformers.__version__, peft=peft.__version__,
+    return dict(sage_finetune=__version__, torch=torch.__version__, transformers=transformers.__version__,
+                peft=peft.__version__,
                 accelerate=accelerate.__version__)
 
 def _digested(run):
     "Checksum of the rows, computed once"
     rows = run.dataset,run.eval_dataset
-    if not run._digest or any(a is not b for a,b in zip(run._digest[0], rows)): run._digest = rows,'-'.join(map(data_digest, rows))
+    if not run._digest or any(a is not b for a,b in zip(run._digest[0], rows)):
+        run._digest = rows,'-'.join(map(data_digest, rows))
     return run._digest[1]
 
 def _record(run):
     "Content of `training_config.json`"
     return dict(run.config.to_dict(), _given=sorted(run.config.given), _fitted={c.setting: c.used for c in run.changes},
-                _changes=[vars(c) for c in run.changes], _evaluation_rows=run.evaluation_rows, _machine=str(run.machine), _versions=library_versions(), _data=_digested(run), _processes=processes(), _division=division(),
+                _changes=[vars(c) for c in run.changes], _evaluation_rows=run.evaluation_rows,
+                _machine=str(run.machine), _versions=library_versions(), _data=_digested(run),
+                _processes=processes(), _division=division(),
                 **({'_init_adapter': e.digest} if (e := parent_adapter(run.config)) else {}))
 
 def _same_run(run, record):
@@ -752,16 +839,21 @@ def _same_run(run, record):
     folder = run.folder
     if not folder.config.is_file() or folder.state=='new': return
     if other := differences(before := read_json(folder.config), record):
-        raise SageError(f"{folder.path} holds another run ({'; '.join(other)}): give another `output_dir`, or start anew with `train(fresh=True)`")
-    if before.get('_processes', 1)!=processes(): run.say(f"Another number of processes ({before.get('_processes', 1)} → {processes()}): the same rows behind each step, but dropout draws other numbers")
+        raise SageError(f"{folder.path} holds another run ({'; '.join(other)}): "
+                        f"give another `output_dir`, or start anew with `train(fresh=True)`")
+    if before.get('_processes', 1)!=processes():
+        run.say(f"Another number of processes ({before.get('_processes', 1)} → {processes()}): "
+                f"the same rows behind each step, but dropout draws other numbers")
 
 # %% ../nbs/02_trainer.ipynb #ca466627
 def _start_anew(run):
     "Remove what an earlier run left in the run folder; what was asked (the meta file, the data) stays"
     f = run.folder
-    left = [p for p in (f.checkpoints, f.lora_weights, f.merged_model, f.logs, f.metrics, f.loss_curve, f.results) if p.exists()]
+    left = [p for p in (f.checkpoints, f.lora_weights, f.merged_model, f.logs, f.metrics, f.loss_curve, f.results)
+            if p.exists()]
     if left and not (f.meta.is_file() or f.config.is_file()):
-        raise SageError(f'{f.path} is not a run folder, so {left[0].name} in it is left alone: choose another `output_dir`')
+        raise SageError(f'{f.path} is not a run folder, so {left[0].name} in it is left alone: '
+                        f'choose another `output_dir`')
     for p in left if not process() else (): shutil.rmtree(p) if p.is_dir() else p.unlink()
     _wait()
     if run.trainer is not None: run.model = run.trainer = None # trained already: begin with the base again
@@ -771,7 +863,8 @@ def _train(run, fresh):
     folder,record,main,fault = run.folder,_record(run),run.trainer.is_world_process_zero(),None
     if not fresh: _same_run(run, record)
     start = _agreed(None if fresh else last_checkpoint(folder.checkpoints, run.say))
-    changes = not (start and _is_last(start) and folder.state in ('trained', 'merged')) # whether there will be another adapter
+    # whether there will be another adapter
+    changes = not (start and _is_last(start) and folder.state in ('trained', 'merged'))
     if main:
         write_json(folder.config, record)
         if run.data_report: run.data_report.save(folder.data_report)
@@ -780,7 +873,8 @@ def _train(run, fresh):
         except (SageError, KeyboardInterrupt) as e: fault = e
     if fault: raise _let_go(run, fault) # outside of `except`, where nothing holds the tensors of the step
     _finish(run, changes, result)
-    if run.asked_to_stop: raise _let_go(run, Stopped(run.asked_to_stop, 'stopped after the last step; the run is complete'))
+    if run.asked_to_stop:
+        raise _let_go(run, Stopped(run.asked_to_stop, 'stopped after the last step; the run is complete'))
     return result
 
 def _trained(run, start):
@@ -797,7 +891,8 @@ def _finish(run, changes, result):
         shutil.rmtree(folder.merged_model)
     run.save_model()
     if process(): return
-    write_json(folder.config, read_json(folder.lora_weights/'training_config.json')) # with what the run itself had to change
+    # with what the run itself had to change
+    write_json(folder.config, read_json(folder.lora_weights/'training_config.json'))
     plot_losses(read_metrics(folder.metrics), folder.loss_curve)
     write_json(folder.results, vars(result))
 
@@ -806,14 +901,18 @@ def _finish(run, changes, result):
 def _listening(run):
     "While the block runs, a first SIGINT or SIGTERM asks the run to stop, and a second one stops it"
     if threading.current_thread() is not threading.main_thread():
-        yield; return # Python gives signals to the main thread only; `stop()` is the way here
+        yield
+        return # Python gives signals to the main thread only; `stop()` is the way here
     own,first = os.getpid(),[]
     def heard(number, frame):
         if os.getpid()!=own: return # a worker that reads data; the run tells it when to end
-        if run.asked_to_stop and processes()>1 and first and time.monotonic()-first[0]<5: return # the launcher and the system tell the same
+        if run.asked_to_stop and processes()>1 and first and time.monotonic()-first[0]<5:
+            return # the launcher and the system tell the same
         if run.asked_to_stop: raise KeyboardInterrupt
-        first.append(time.monotonic()); run.stop(number)
-        with suppress(RuntimeError): run.say('Stopping after the last whole step; once more stops at once') # a print may have been under way
+        first.append(time.monotonic())
+        run.stop(number)
+        with suppress(RuntimeError):
+            run.say('Stopping after the last whole step; once more stops at once') # a print may have been under way
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     before = {n: h for n,h in before.items() if h not in (signal.SIG_IGN, None)} # who ignores them has a reason
     try:
@@ -850,11 +949,15 @@ def _stop_here(run, fault):
     "What to raise once the last step and its adapter are saved"
     step = _keep_last(run, good=isinstance(fault, NotFinite))
     number,state = step and int(step.name.rpartition('-')[2]), run.trainer.state
-    together = processes()==1 or isinstance(fault, Stopped) # else the others may not be here, and the last checkpoint is what there is
-    if step and together: run.unfinished = dict(step=number, of=state.max_steps, why=str(fault)); run.save_model()
+    # else the others may not be here, and the last checkpoint is what there is
+    together = processes()==1 or isinstance(fault, Stopped)
+    if step and together:
+        run.unfinished = dict(step=number, of=state.max_steps, why=str(fault))
+        run.save_model()
     if run.trainer.is_world_process_zero(): write_json(run.folder.config, _record(run))
     if not isinstance(fault, Stopped): return fault
-    done = f'at step {number} of {state.max_steps}; a checkpoint and the adapter so far are saved' if step else 'before the first step was done'
+    done = (f'at step {number} of {state.max_steps}; a checkpoint and the adapter so far are saved' if step
+            else 'before the first step was done')
     return Stopped(fault.signal, f'stopped {done}; running again goes on from there')
 
 # %% ../nbs/02_trainer.ipynb #251f157d
@@ -886,7 +989,8 @@ def _attempt(run, start):
         if refused := _disk_error(e): raise cannot_write(run.folder.path, refused) from None
         with suppress(Exception): _keep_last(run) # an error of somebody's own: what was done up to it is kept
         raise
-    run.asked_to_stop = run.asked_to_stop or run.trainer.stop_agreed or None # by any of several processes, in the last step
+    # by any of several processes, in the last step
+    run.asked_to_stop = run.asked_to_stop or run.trainer.stop_agreed or None
 
 def _is_last(checkpoint):
     "Whether a checkpoint was written after the last step; the library would take one step more"
@@ -895,7 +999,8 @@ def _is_last(checkpoint):
 
 def _load_last(run, checkpoint):
     run.say('All steps are done; nothing is left to train')
-    if division(): run.model.load_adapter(str(checkpoint), 'default', is_trainable=True) # the loop has not joined the parts
+    if division():
+        run.model.load_adapter(str(checkpoint), 'default', is_trainable=True) # the loop has not joined the parts
     else: run.trainer._load_from_checkpoint(str(checkpoint))
     run.trainer.state = TrainerState.load_from_json(str(checkpoint/'trainer_state.json'))
 
@@ -906,18 +1011,24 @@ def _halved(run):
     asked,now = run.config,run.fitted
     batch,accum = now.per_device_train_batch_size,now.gradient_accumulation_steps
     by = next((n for n in range(2, batch+1) if batch%n==0), None)
-    if now.tokens_per_step: by = 2 if now.tokens_per_step//(2*accum) >= -(-max(example_lengths(run.trainer.train_dataset))//8)*8 else None
-    if not by: raise SageError(f'out of memory with 1 row of up to {now.max_length} tokens in one pass: lower `max_length`, or set '
-                               '`gradient_checkpointing` or `load_in_4bit`')
+    if now.tokens_per_step:
+        by = 2 if now.tokens_per_step//(2*accum) >= -(-max(example_lengths(run.trainer.train_dataset))//8)*8 else None
+    if not by:
+        raise SageError(f'out of memory with 1 row of up to {now.max_length} tokens in one pass: '
+                        f'lower `max_length`, or set '
+                        '`gradient_checkpointing` or `load_in_4bit`')
     passes = Change('gradient_accumulation_steps', asked.gradient_accumulation_steps, accum*by, memory_ran_out)
-    return [passes] if now.tokens_per_step else [Change('per_device_train_batch_size', asked.per_device_train_batch_size, batch//by, memory_ran_out), passes]
+    return ([passes] if now.tokens_per_step else [Change(
+        'per_device_train_batch_size', asked.per_device_train_batch_size, batch//by, memory_ran_out), passes])
 
 def _smaller_for_all(run):
     "Refuse: the others are in the middle of a step, and wait for this one"
     c = run.fitted
     batch,accum = c.per_device_train_batch_size,c.gradient_accumulation_steps
-    smaller = f'set `gradient_accumulation_steps` to {2*accum}' + ('' if c.tokens_per_step else f' and `per_device_train_batch_size` to {batch//2}')
-    if batch==1 and not c.tokens_per_step: smaller = 'lower `max_length`, or set `gradient_checkpointing` or `load_in_4bit`'
+    smaller = (f'set `gradient_accumulation_steps` to {2*accum}'
+               + ('' if c.tokens_per_step else f' and `per_device_train_batch_size` to {batch//2}'))
+    if batch==1 and not c.tokens_per_step:
+        smaller = 'lower `max_length`, or set `gradient_checkpointing` or `load_in_4bit`'
     raise SageError(f'out of memory in process {process()} of {processes()}: {smaller}, and start anew')
 
 def _smaller_evaluation(run, rows):
@@ -933,7 +1044,8 @@ def _as_before(run):
     if differences(record, run.config.to_dict() | {k: v for k,v in record.items() if k.startswith('_')}): return
     known = [Change(**c) for c in record.get('_changes', ()) if c['reason']==memory_ran_out]
     if known and known!=run.while_running: run.say(show_changes(known))
-    run.while_running,run.evaluation_rows = known or run.while_running,record.get('_evaluation_rows') or run.evaluation_rows
+    run.while_running,run.evaluation_rows = (known or run.while_running,record.get('_evaluation_rows')
+                                             or run.evaluation_rows)
 
 # %% ../nbs/02_trainer.ipynb #a05cff23
 def _loss_before(run, start):
@@ -965,13 +1077,15 @@ def _result(run, before, earlier, seconds):
     last = lambda key: next((m[key] for m in reversed(log) if key in m), None)
     known = [m['eval_loss'] for m in log if m['step']==(steps if best is None else best) and 'eval_loss' in m]
     after = None if run.eval_dataset is None else known[-1] if known else run.trainer.evaluate()['eval_loss']
-    return run.result(TrainingResult(steps, before, after, last('loss'), round(seconds, 2), best, earlier, _earlier_loss(run)))
+    return run.result(TrainingResult(steps, before, after, last('loss'), round(seconds, 2), best, earlier,
+                                     _earlier_loss(run)))
 
 def _keep_best(run):
     "Say why a run stopped early, and put the best adapter back where it is asked for; the step it is from"
     c,(step,loss,since) = run.config,best_evaluation(run.trainer.state.log_history)
     if c.early_stopping_patience and since>=c.early_stopping_patience:
-        run.say(f'Stopped at step {run.trainer.state.global_step}: {since} evaluations without a better held-out loss than {loss:.4f} at step {step}')
+        run.say(f'Stopped at step {run.trainer.state.global_step}: '
+                f'{since} evaluations without a better held-out loss than {loss:.4f} at step {step}')
     kept = take_best(run.model, last_checkpoint(run.folder.checkpoints)) if c.load_best_model_at_end else None
     if kept is not None: run.say(f'Kept the adapter of step {kept}, the best on held-out rows')
     return kept
@@ -994,11 +1108,15 @@ def main(
     "Train from a run folder: `python -m sage_finetune.trainer DIR`"
     argv = sys.argv[1:] if argv is None else argv
     if len(argv)!=1 or argv[0].startswith('-'):
-        print('usage: python -m sage_finetune.trainer DIR    (DIR holds a finetune_meta.json)', file=sys.stderr); return 2
+        print('usage: python -m sage_finetune.trainer DIR    (DIR holds a finetune_meta.json)', file=sys.stderr)
+        return 2
     try: train_from_meta(argv[0])
-    except (SageError, ValueError, OSError) as e: print(f'error: {e}', file=sys.stderr); return 1
+    except (SageError, ValueError, OSError) as e:
+        print(f'error: {e}', file=sys.stderr)
+        return 1
     except KeyboardInterrupt as e:
-        print(str(e) or 'stopped; the same command goes on from the last checkpoint', file=sys.stderr); return 128+getattr(e, 'signal', signal.SIGINT)
+        print(str(e) or 'stopped; the same command goes on from the last checkpoint', file=sys.stderr)
+        return 128+getattr(e, 'signal', signal.SIGINT)
     return 0
 
 # %% ../nbs/02_trainer.ipynb #edac7979

@@ -16,5 +16,6 @@ def command(tmp_path):
         env = {**os.environ, 'HOME': str(tmp_path/'home'), **env}
         options = dict(text=True, env=env, cwd=tmp_path, stdin=subprocess.DEVNULL)
         if wait: return subprocess.run([program, *map(str, args)], capture_output=True, **options)
-        return subprocess.Popen([program, *map(str, args)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)
+        return subprocess.Popen([program, *map(str, args)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                **options)
     return run

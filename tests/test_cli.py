@@ -52,7 +52,8 @@ def test_a_bad_data_file_is_named_in_one_line_and_nothing_is_written(name, tmp_p
     (('run', '../../etc'), 'is not a run folder'),
     (('run', 'no-such-run', '--use-llamafactory'), 'takes a config file of LLaMA-Factory, and no-such-run is no file'),
     (('run', 'x', '--json', '--live'), '`--json` and `--live` exclude each other'),
-    (('run', 'x', '--nproc', '2', '--use-llamafactory'), '`--nproc, --nodes or --config` and `--use-llamafactory` exclude each other'),
+    (('run', 'x', '--nproc', '2', '--use-llamafactory'),
+     '`--nproc, --nodes or --config` and `--use-llamafactory` exclude each other'),
     (('run', 'x', '--prompt', 'Hello'), '`--prompt` goes with `--live`'),
     (('run', 'x', '--use-llamafactory', '--fresh'), 'set `overwrite_output_dir` in its file'),
     (('merge', 'no-such-run'), "no run 'no-such-run'"),
@@ -70,7 +71,8 @@ def test_an_unknown_name_is_refused_in_one_line(args, expected, tmp_path, capsys
 
 def test_a_model_that_is_not_there_is_refused_before_anything_is_written(tmp_path, capsys):
     file = create_sample_data(tmp_path/'rows.jsonl', 'qa')
-    line = refused(capsys, 'start', '--task', 'qa', '--data', file, '--model', 'nobody/nothing', '--output', tmp_path/'run', '--auto')
+    line = refused(capsys, 'start', '--task', 'qa', '--data', file, '--model', 'nobody/nothing', '--output',
+                   tmp_path/'run', '--auto')
     assert "model 'nobody/nothing'" in line and 'sage-tiny' in line
     assert not (tmp_path/'run').exists()
 
@@ -96,8 +98,10 @@ def test_a_killed_quickstart_goes_on_from_its_last_checkpoint(command, tmp_path)
     first = command(*args, wait=False)
     marker,give_up = run/'checkpoints'/'checkpoint-50'/'COMPLETE', time.monotonic()+300
     while not marker.exists() and first.poll() is None and time.monotonic() < give_up: time.sleep(.01)
-    first.send_signal(signal.SIGKILL); first.wait()
-    assert marker.exists() and not (run/'lora_weights').exists(), 'it was to be killed between the checkpoint and the end'
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert marker.exists() and not (run/'lora_weights').exists(), (
+        'it was to be killed between the checkpoint and the end')
     second = command(*args)
     assert second.returncode == 0, second.stderr
     assert 'Going on from step 50' in second.stderr
@@ -119,14 +123,16 @@ sys.addaudithook(watch)
 
 
 def test_the_whole_path_speaks_to_no_other_machine(command, tmp_path):
-    (tmp_path/'watch').mkdir(); (tmp_path/'watch'/'sitecustomize.py').write_text(watcher)
+    (tmp_path/'watch').mkdir()
+    (tmp_path/'watch'/'sitecustomize.py').write_text(watcher)
     log = tmp_path/'network.log'
     watched = dict(PYTHONPATH=str(tmp_path/'watch'), NETWORK_LOG=str(log), HF_HUB_OFFLINE='0')
     done = command('quickstart', 'code', '--max-facts', 10, '--output', tmp_path/'run', **watched)
     assert done.returncode == 0, done.stderr
     assert not log.exists(), log.read_text()
     # the watcher does see what goes out
-    seen = command('start', '--task', 'qa', '--data', create_sample_data(tmp_path/'rows.json', 'qa'), '--model', 'nobody/nothing', '--auto', **watched)
+    seen = command('start', '--task', 'qa', '--data', create_sample_data(tmp_path/'rows.json', 'qa'), '--model',
+                   'nobody/nothing', '--auto', **watched)
     assert seen.returncode == 1 and 'getaddrinfo' in log.read_text()
 
 

@@ -14,16 +14,20 @@ from sage_finetune.core.run_folder import last_checkpoint, mark_complete, read_m
 from sage_finetune.config import config_from_meta
 
 DEFAULTS = dict(
-    model_name="Qwen/Qwen2.5-Coder-1.5B-Instruct", load_in_8bit=True, load_in_4bit=False, data_path=None, max_length=1024,
-    output_dir=Path.home()/'.sage'/'finetune_output', num_train_epochs=3, per_device_train_batch_size=1, gradient_accumulation_steps=16,
-    learning_rate=5e-5, lr_scheduler_type="cosine", warmup_ratio=0.1, fp16=True, bf16=False, gradient_checkpointing=True,
-    optim="paged_adamw_8bit", logging_steps=10, save_steps=500, save_total_limit=2, report_to="tensorboard", lora=LoRAConfig(), seed=42,
+    model_name="Qwen/Qwen2.5-Coder-1.5B-Instruct", load_in_8bit=True, load_in_4bit=False, data_path=None,
+    max_length=1024, output_dir=Path.home()/'.sage'/'finetune_output', num_train_epochs=3,
+    per_device_train_batch_size=1, gradient_accumulation_steps=16,
+    learning_rate=5e-5, lr_scheduler_type="cosine", warmup_ratio=0.1, fp16=True, bf16=False,
+    gradient_checkpointing=True, optim="paged_adamw_8bit", logging_steps=10, save_steps=500, save_total_limit=2,
+    report_to="tensorboard", lora=LoRAConfig(), seed=42,
     dataloader_num_workers=0)
-LORA = dict(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "k_proj", "o_proj"], lora_dropout=0.05, bias="none", task_type="CAUSAL_LM")
+LORA = dict(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "k_proj", "o_proj"], lora_dropout=0.05,
+            bias="none", task_type="CAUSAL_LM")
 
 def python(code, *args, **kw):
     "Run `code` in a new interpreter"
-    return subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True, timeout=60, **kw)
+    return subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True, timeout=60,
+                          **kw)
 
 def hidden(folder): return [p.name for p in Path(folder).iterdir() if p.name.startswith('.')]
 
@@ -37,13 +41,16 @@ def test_defaults():
     assert [f.name for f in fields(config)][:len(DEFAULTS)]!=[] and not config.given
 
 def test_import_is_light():
-    code = "import sys; from sage_finetune import TrainingConfig, LoRAConfig, PresetConfigs; TrainingConfig(); PresetConfigs.a100()\n" \
-           "print([m for m in ('torch','transformers','datasets','peft','numpy','fastcore','IPython','rich','typer') if m in sys.modules])"
+    code = ("import sys; from sage_finetune import TrainingConfig, LoRAConfig, PresetConfigs; TrainingConfig(); "
+            "PresetConfigs.a100()\n" \
+           "print([m for m in ('torch','transformers','datasets','peft','numpy','fastcore','IPython','rich',"
+            "'typer') if m in sys.modules])")
     assert python(code).stdout.strip()=='[]'
 
 def test_making_a_config_touches_no_disk(tmp_path):
-    code = "from sage_finetune import TrainingConfig, PresetConfigs\n" \
-           "c = TrainingConfig(output_dir='~/x', data_path='gone.json'); c.lora_dir, c.log_dir, c.checkpoint_dir; PresetConfigs.minimal()"
+    code = ("from sage_finetune import TrainingConfig, PresetConfigs\n" \
+           "c = TrainingConfig(output_dir='~/x', data_path='gone.json'); c.lora_dir, c.log_dir, c.checkpoint_dir; "
+            "PresetConfigs.minimal()")
     done = python(code, env={**os.environ, 'HOME': str(tmp_path), 'PYTHONDONTWRITEBYTECODE': '1'})
     assert done.returncode==0, done.stderr
     assert list(tmp_path.iterdir())==[]
@@ -53,12 +60,16 @@ def test_making_a_config_touches_no_disk(tmp_path):
 def random_changes(rng):
     "Some settings with random allowed values, some of them as strings"
     choices = dict(
-        model_name=['sage-tiny', 'a/b', '模型'], data_path=[None, 'd.json', '/x/数据.jsonl'], max_length=[8, '2048', 4096.0],
-        output_dir=['out', '/tmp/o', Path('p')], num_train_epochs=[1, 0.5, '3', 2.0], per_device_train_batch_size=[1, '4'],
-        gradient_accumulation_steps=[1, 64], learning_rate=[1e-3, '2e-4', 1], warmup_ratio=[0, 1, '0.03'], gradient_checkpointing=[True, 'false'],
-        optim=['adamw_torch', 'paged_adamw_32bit', 'adamw_8bit'], save_total_limit=[None, 1], report_to=['none', 'tensorboard', 'wandb'],
-        lora=[LoRAConfig(r=3), dict(r='4', target_modules='all-linear'), dict(target_modules=('q',))], seed=[0, 2**32-1],
-        test_size=[0, 0.5], eval_data_path=[None, 'e.json'], format_type=[None, 'qa'], max_steps=[-1, '7'], weight_decay=[0, .1])
+        model_name=['sage-tiny', 'a/b', '模型'], data_path=[None, 'd.json', '/x/数据.jsonl'],
+        max_length=[8, '2048', 4096.0], output_dir=['out', '/tmp/o', Path('p')],
+        num_train_epochs=[1, 0.5, '3', 2.0], per_device_train_batch_size=[1, '4'],
+        gradient_accumulation_steps=[1, 64], learning_rate=[1e-3, '2e-4', 1], warmup_ratio=[0, 1, '0.03'],
+        gradient_checkpointing=[True, 'false'], optim=['adamw_torch', 'paged_adamw_32bit', 'adamw_8bit'],
+        save_total_limit=[None, 1], report_to=['none', 'tensorboard', 'wandb'],
+        lora=[LoRAConfig(r=3), dict(r='4', target_modules='all-linear'), dict(target_modules=('q',))],
+        seed=[0, 2**32-1],
+        test_size=[0, 0.5], eval_data_path=[None, 'e.json'], format_type=[None, 'qa'], max_steps=[-1, '7'],
+        weight_decay=[0, .1])
     changes = {n: rng.choice(choices[n]) for n in rng.sample(sorted(choices), rng.randint(0, 8))}
     return changes | rng.choice([{}, dict(bf16=True), dict(fp16=True), dict(fp16=False, bf16='yes')]) | \
         rng.choice([{}, dict(load_in_4bit=True), dict(load_in_8bit=True), dict(load_in_8bit=False)])
@@ -69,9 +80,11 @@ def test_round_trips(seed, tmp_path):
     changes = random_changes(rng)
     config = TrainingConfig(**changes)
     assert config.given==set(changes)
-    for back in (TrainingConfig.load(config.save(tmp_path/'c.json')), pickle.loads(pickle.dumps(config)), config.replace(), config.adapted()):
+    for back in (TrainingConfig.load(config.save(tmp_path/'c.json')), pickle.loads(pickle.dumps(config)),
+                 config.replace(), config.adapted()):
         assert back==config and back.given==config.given and back.to_dict()==config.to_dict()
-        assert {f.name: type(getattr(back, f.name)) for f in fields(back)}=={f.name: type(getattr(config, f.name)) for f in fields(config)}
+        assert {f.name: type(getattr(back, f.name)) for f in fields(back)}=={
+            f.name: type(getattr(config, f.name)) for f in fields(config)}
     assert not (config.fp16 and config.bf16) and not (config.load_in_8bit and config.load_in_4bit)
     assert config.given==set(changes)
 
@@ -99,7 +112,9 @@ def test_subclasses_and_dataclasses_replace():
         extra: int = 1
     assert Mine(extra='2').replace(seed=3).extra==2 and Mine(extra=2).given=={'extra'}
     class Own(TrainingConfig):
-        def __init__(self, teacher, **kwargs): super().__init__(**kwargs); self._teacher = teacher
+        def __init__(self, teacher, **kwargs):
+            super().__init__(**kwargs)
+            self._teacher = teacher
     own = Own('nobody', seed=1).replace(max_length=64)
     assert (own._teacher, own.max_length, own.given)==('nobody', 64, {'seed', 'max_length'})
     assert replace(TrainingConfig(), seed=7).seed==7
@@ -112,7 +127,8 @@ MACHINES = [Machine(d, bf16=b, bitsandbytes=bnb, tensorboard=tb) for d,b,bnb,tb 
 @pytest.mark.parametrize('machine', MACHINES, ids=str)
 def test_fitting_is_complete_honest_and_done_once(machine):
     rng = random.Random(str(machine))
-    for config in (TrainingConfig(), *(getattr(PresetConfigs, n)() for n in ('minimal', 'rtx_3060', 'rtx_4090', 'a100')),
+    for config in (TrainingConfig(),
+                   *(getattr(PresetConfigs, n)() for n in ('minimal', 'rtx_3060', 'rtx_4090', 'a100')),
                    *(TrainingConfig(**random_changes(rng)) for _ in range(20))):
         before = config.to_dict()
         try: fitted,changes = fit_config(config, machine)
@@ -126,7 +142,8 @@ def test_fitting_is_complete_honest_and_done_once(machine):
         assert len(told)==len(changes) and all(c.reason and '\n' not in c.reason for c in changes)
         assert fit_config(fitted, machine)==(fitted, [])
         assert fitted.effective_batch_size==config.effective_batch_size and fitted.max_length==config.max_length
-        if machine.device!='cuda': assert not fitted.fp16 and not fitted.optim.startswith('paged_') and '8bit' not in fitted.optim
+        if machine.device!='cuda':
+            assert not fitted.fp16 and not fitted.optim.startswith('paged_') and '8bit' not in fitted.optim
         if machine.device=='cuda' and not machine.bf16: assert not fitted.bf16
         if not machine.bitsandbytes: assert not fitted.load_in_8bit and not fitted.load_in_4bit
         assert show_changes(changes).count('\n')==len(changes)
@@ -135,7 +152,8 @@ def test_wandb_missing_is_an_error_only_when_asked_for():
     config = TrainingConfig().adapted(report_to='wandb')
     assert fit_config(config, Machine(wandb=False))[0].report_to=='none'
     with pytest.raises(ValueError, match='wandb'): fit_config(config.replace(report_to='wandb'), Machine(wandb=False))
-    with pytest.raises(ValueError, match='report_to="wandb"'): fit_config(TrainingConfig(report_to='wandb'), Machine(wandb=False))
+    with pytest.raises(ValueError, match='report_to="wandb"'):
+        fit_config(TrainingConfig(report_to='wandb'), Machine(wandb=False))
 
 # Kills and crowds
 
@@ -236,7 +254,8 @@ def test_files_keep_the_usual_permissions(tmp_path):
 
 def test_checkpoints_by_number_and_only_whole_ones(tmp_path):
     assert last_checkpoint(tmp_path) is None
-    for name in ('checkpoint-9', 'checkpoint-10', 'checkpoint-100x', 'xcheckpoint-200', 'checkpoint-', 'checkpoint-٣٠٠'):
+    for name in ('checkpoint-9', 'checkpoint-10', 'checkpoint-100x', 'xcheckpoint-200', 'checkpoint-',
+                 'checkpoint-٣٠٠'):
         write_text(tmp_path/name/'state.json', '{}')
         mark_complete(tmp_path/name)
     (tmp_path/'checkpoint-500').mkdir()
@@ -261,7 +280,8 @@ def test_meta_of_only_model_and_dataset(tmp_path, monkeypatch):
     assert config_from_meta('run').data_path==Path('run/rows.json')
     assert config_from_meta('run').given=={'model_name', 'data_path', 'output_dir'}
 
-@pytest.mark.parametrize('text', ['', '{', '[]', 'null', '{"model": 1, "dataset": "d"}', '{"model": "", "dataset": "d"}', '\0', '{"dataset": "d"}'])
+@pytest.mark.parametrize('text', ['', '{', '[]', 'null', '{"model": 1, "dataset": "d"}',
+                                  '{"model": "", "dataset": "d"}', '\0', '{"dataset": "d"}'])
 def test_broken_meta_is_one_line(text, tmp_path):
     write_text(tmp_path/'finetune_meta.json', text)
     with pytest.raises(SageError) as err: read_meta(tmp_path)

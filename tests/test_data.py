@@ -17,12 +17,14 @@ from sage_finetune.data import (
 real = Path(__file__).resolve().parents[2]/'shared'/'data'
 tok = AutoTokenizer.from_pretrained(resolve_model('sage-tiny'))
 end = '<|im_end|>'
-cases = settings(max_examples=int(os.environ.get('SAGE_EXAMPLES', 200)), deadline=None, suppress_health_check=list(HealthCheck))
+cases = settings(max_examples=int(os.environ.get('SAGE_EXAMPLES', 200)), deadline=None,
+                 suppress_health_check=list(HealthCheck))
 
 def learned(example): return tok.decode([t for t in example['labels'] if t!=-100])
 
 def adds_up(report):
-    return report.read==report.used+len(report.dropped) and all(d['line']>=1 and d['reason'] and '\n' not in d['reason'] for d in report.dropped)
+    return (report.read==report.used+len(report.dropped)
+            and all(d['line']>=1 and d['reason'] and '\n' not in d['reason'] for d in report.dropped))
 
 # Real rows
 
@@ -34,7 +36,8 @@ def spoken(row):
         yield '\n'.join(filter(None, [m['content'], *(f'<tool_call>\n{c}\n</tool_call>' for c in calls)]))+end
 
 @pytest.mark.skipif(not real.is_dir(), reason='the folder of real rows (../shared/data) is not here')
-@pytest.mark.parametrize('name,number', [('gsm8k_train.jsonl', 7473), ('gsm8k_test.jsonl', 1319), ('alpaca_en_demo.json', 999), ('identity.json', 91),
+@pytest.mark.parametrize('name,number', [('gsm8k_train.jsonl', 7473), ('gsm8k_test.jsonl', 1319),
+                                         ('alpaca_en_demo.json', 999), ('identity.json', 91),
                                          ('glaive_toolcall_en_demo.json', 300)])
 def test_every_real_row_is_used_and_learns_exactly_its_answers(name, number):
     report = DataReport()
@@ -53,7 +56,8 @@ def test_real_preference_rows_are_named_as_such():
 
 def old_way(rows, max_length=64):
     "Plain headings, everything learned, filled up to `max_length` with the end token, and the shape of the first row for all"
-    form = (lambda r: f"### Question:\n{r['question']}\n\n### Answer:\n{r['answer']}") if 'question' in rows[0] else (lambda r: r['text'])
+    form = ((lambda r: f"### Question:\n{r['question']}\n\n### Answer:\n{r['answer']}") if 'question' in rows[0]
+            else (lambda r: r['text']))
     made = []
     for r in rows:
         try: ids = tok(form(r)+tok.eos_token, truncation=True, max_length=max_length)['input_ids']
@@ -67,7 +71,8 @@ def new_way(rows, max_length=64): return list(prepare_dataset(rows, tok, max_len
 qa = sample_rows('qa', 12)
 
 def prompt_is_not_learned(made): return not any(r['question'] in learned(x) for r,x in zip(qa, made))
-def nothing_is_filled_up(made): return len({len(x['input_ids']) for x in made})>1 or all(x['input_ids'][-1]!=x['input_ids'][-2] for x in made)
+def nothing_is_filled_up(made):
+    return len({len(x['input_ids']) for x in made})>1 or all(x['input_ids'][-1]!=x['input_ids'][-2] for x in made)
 def end_of_turn_is_learned(made): return all(learned(x).endswith(end) for x in made)
 
 @pytest.mark.parametrize('check', [prompt_is_not_learned, nothing_is_filled_up, end_of_turn_is_learned])
@@ -80,16 +85,28 @@ def test_fault_7_of_the_earlier_module():
 
 # Whatever a row may hold
 
-texts = st.one_of(st.text(max_size=40), st.sampled_from(['', ' ', 'Why?', 'Because.', end, '<think>a</think>b', '\ud800', '\U000F0000', '{"name": "f", "arguments": {}}', '\x00']))
+texts = st.one_of(st.text(max_size=40),
+                  st.sampled_from(['', ' ', 'Why?', 'Because.', end, '<think>a</think>b', '\ud800', '\U000F0000',
+                                   '{"name": "f", "arguments": {}}', '\x00']))
 values = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), texts),
-                      lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(texts, inner, max_size=4)), max_leaves=12)
-keys = ['instruction', 'input', 'output', 'system', 'history', 'question', 'answer', 'context', 'conversations', 'messages', 'tools', 'prompt', 'completion', 'text', 'chosen', 'rejected']
-turns = st.fixed_dictionaries({}, optional=dict(role=st.sampled_from(['user', 'assistant', 'system', 'tool', 'developer', 'x', 3]), content=st.one_of(texts, values),
-                                                train=values, weight=values, tool_calls=values, reasoning_content=values, **{'from': st.sampled_from(['human', 'gpt', 'function_call', 'observation']), 'value': st.one_of(texts, values)}))
-rows = st.one_of(values, st.dictionaries(st.sampled_from(keys), st.one_of(texts, values, st.lists(turns, max_size=5)), max_size=6),
-                 st.builds(lambda ts: dict(messages=ts), st.lists(turns, max_size=6)), st.builds(lambda q,a: dict(question=q, answer=a), texts, texts))
-how = st.fixed_dictionaries(dict(overflow=st.sampled_from(['drop', 'truncate', 'split']), train_on=st.sampled_from(['assistant', 'last', 'all']),
-                                 max_length=st.sampled_from([8, 24, 1024]), cut_answers=st.booleans(), duplicates=st.sampled_from(['keep', 'drop'])))
+                      lambda inner: st.one_of(st.lists(inner, max_size=4),
+                                              st.dictionaries(texts, inner, max_size=4)), max_leaves=12)
+keys = ['instruction', 'input', 'output', 'system', 'history', 'question', 'answer', 'context', 'conversations',
+        'messages', 'tools', 'prompt', 'completion', 'text', 'chosen', 'rejected']
+turns = st.fixed_dictionaries({}, optional=dict(role=st.sampled_from(
+    ['user', 'assistant', 'system', 'tool', 'developer', 'x', 3]), content=st.one_of(texts, values),
+                                                train=values, weight=values, tool_calls=values,
+                                                reasoning_content=values, **{'from': st.sampled_from(
+                                                    ['human', 'gpt', 'function_call', 'observation']),
+                                                                             'value': st.one_of(texts, values)}))
+rows = st.one_of(values, st.dictionaries(st.sampled_from(keys),
+                                         st.one_of(texts, values, st.lists(turns, max_size=5)), max_size=6),
+                 st.builds(lambda ts: dict(messages=ts), st.lists(turns, max_size=6)),
+                 st.builds(lambda q,a: dict(question=q, answer=a), texts, texts))
+how = st.fixed_dictionaries(dict(overflow=st.sampled_from(['drop', 'truncate', 'split']),
+                                 train_on=st.sampled_from(['assistant', 'last', 'all']),
+                                 max_length=st.sampled_from([8, 24, 1024]), cut_answers=st.booleans(),
+                                 duplicates=st.sampled_from(['keep', 'drop'])))
 
 @cases
 @given(st.lists(rows, max_size=6), how)
@@ -104,10 +121,13 @@ def test_any_value_as_a_row_is_used_or_dropped_and_counted(values, how):
         assert len(x['input_ids'])==len(x['labels'])<=how['max_length']
         assert any(l!=-100 for l in x['labels'][1:]) and all(l in (-100, t) for t,l in zip(x['input_ids'], x['labels']))
 
-pieces = st.one_of(st.binary(max_size=60), st.sampled_from([json.dumps(qa[0]).encode(), b'[', b']', b',', b'\n', b'{}', b'"', b'\xff\xfe', b'\xef\xbb\xbf', b'question,answer\n', b'1,2\n', b'null', b'nan']))
+pieces = st.one_of(st.binary(max_size=60),
+                   st.sampled_from([json.dumps(qa[0]).encode(), b'[', b']', b',', b'\n', b'{}', b'"', b'\xff\xfe',
+                                    b'\xef\xbb\xbf', b'question,answer\n', b'1,2\n', b'null', b'nan']))
 
 @cases
-@given(st.lists(pieces, max_size=8).map(b''.join), st.sampled_from(['.json', '.jsonl', '.csv', '.tsv', '.txt', '.md', '.parquet', '.json.gz', '.jsonl.gz']))
+@given(st.lists(pieces, max_size=8).map(b''.join),
+       st.sampled_from(['.json', '.jsonl', '.csv', '.tsv', '.txt', '.md', '.parquet', '.json.gz', '.jsonl.gz']))
 def test_any_bytes_as_a_file_are_read_or_refused_in_one_line(tmp_path_factory, content, ending):
     path,report = tmp_path_factory.getbasetemp()/f'any{ending}',DataReport()
     path.write_bytes(content)
@@ -120,7 +140,8 @@ def test_many_bad_rows_are_ten_lines_and_a_count(tmp_path):
     path.write_text(json.dumps(qa[0])+'\n'+'{"question": "a", "answer": ""}\n'*10_000)
     prepare_dataset(path, tok, report=report, cache=False)
     assert (report.read, report.used, len(report.dropped))==(10_001, 1, 10_000) and len(str(report).splitlines())<=16
-    assert len(report.save(tmp_path/'r.json').read_text())>0 and json.loads((tmp_path/'r.json').read_text())['dropped'][-1]['line']==10_001
+    assert (len(report.save(tmp_path/'r.json').read_text())>0
+            and json.loads((tmp_path/'r.json').read_text())['dropped'][-1]['line']==10_001)
 
 def test_a_run_that_stops_half_way_leaves_nothing_in_the_cache(tmp_path):
     path = tmp_path/'half.json'
@@ -134,6 +155,8 @@ def test_a_copy_of_the_data_elsewhere_gives_the_same_examples(tmp_path):
 
 def test_splitting_loses_and_repeats_no_learned_token():
     rng = random.Random(0)
-    talk = [m for i in range(30) for m in (dict(role='user', content='q '*rng.randint(1, 30)), dict(role='assistant', content=f'<{i}> '+'a '*rng.randint(1, 60)))]
+    talk = [m for i in range(30) for m in (dict(role='user', content='q '*rng.randint(1, 30)),
+                                           dict(role='assistant', content=f'<{i}> '+'a '*rng.randint(1, 60)))]
     made = prepare_dataset([dict(messages=talk)], tok, 64, overflow='split', cache=False)
-    assert ''.join(map(learned, made))==''.join(m['content']+end for m in talk if m['role']=='assistant') and len(made)>=math.ceil(sum(len(x['labels']) for x in made)/64)
+    assert (''.join(map(learned, made))==''.join(m['content']+end for m in talk if m['role']=='assistant')
+            and len(made)>=math.ceil(sum(len(x['labels']) for x in made)/64))

@@ -31,7 +31,8 @@ class Terminal:
         pid,self.fd = pty.fork()
         if not pid:
             program = sys.executable if args[0]=='-c' else str(Path(sys.executable).with_name('sage-finetune'))
-            os.execve(program, [program, *map(str, args)], os.environ | dict(TERM='dumb', COLUMNS='200', OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore') | env)
+            os.execve(program, [program, *map(str, args)], os.environ | dict(
+                TERM='dumb', COLUMNS='200', OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore') | env)
         self.pid = pid
 
     def until(self, wanted, seconds=60):
@@ -73,12 +74,15 @@ class Terminal:
                 try: self.text += os.read(self.fd, 65536).decode('utf-8', 'replace')
                 except OSError: pass
             pid,status = os.waitpid(self.pid, os.WNOHANG)
-            if pid: self.pid = None; return os.waitstatus_to_exitcode(status)
+            if pid:
+                self.pid = None
+                return os.waitstatus_to_exitcode(status)
         raise AssertionError('it did not end')
 
     def close(self):
         if self.pid:
-            os.kill(self.pid, signal.SIGKILL); os.waitpid(self.pid, 0)
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
         os.close(self.fd)
 
 
@@ -87,7 +91,8 @@ def run(tmp_path_factory):
     "A run that has learned the form of an answer"
     folder = tmp_path_factory.mktemp('chat')
     data = create_sample_data(folder/'sums.json', 'qa', num_samples=60)
-    config = TrainingConfig(model_name='sage-tiny', data_path=data, output_dir=folder/'run', max_steps=30, per_device_train_batch_size=16, gradient_accumulation_steps=1,
+    config = TrainingConfig(model_name='sage-tiny', data_path=data, output_dir=folder/'run', max_steps=30,
+                            per_device_train_batch_size=16, gradient_accumulation_steps=1,
                             learning_rate=5e-3, report_to='none')
     LoRATrainer(config, quiet=True).train()
     return config.output_dir
@@ -115,11 +120,14 @@ def test_a_conversation(run, terminal, tmp_path):
     assert t.ask(question)=='\n'.join([tuned, ''])
     said = t.ask('/compare').split('\n')
     assert said[-2]==f'tuned: {tuned}' and '\n'.join(said[:-2])==f'base: {plain}' and plain!=tuned
-    assert t.ask('/cmopare')=='unknown command /cmopare; there are /system /reset /temp /compare /image /save /help /exit\n'
+    assert (t.ask('/cmopare')=='unknown command /cmopare; there are /system /reset /temp /compare /image /save '
+            '/help /exit\n')
     assert t.ask('/system You add numbers.')=='system message: You add numbers.\n'
     assert t.ask('/temp x').startswith('/temp needs a number') and t.ask('/temp 0')=='temperature: 0\n'
     assert t.ask(f'/save {tmp_path}/talk.json').startswith('3 messages in ')
-    assert json.loads((tmp_path/'talk.json').read_text())==[dict(messages=[dict(role='system', content='You add numbers.'), dict(role='user', content=question), dict(role='assistant', content=tuned)])]
+    assert json.loads((tmp_path/'talk.json').read_text())==[
+        dict(messages=[dict(role='system', content='You add numbers.'), dict(role='user', content=question),
+                       dict(role='assistant', content=tuned)])]
     assert t.ask('/reset')=='forgotten\n' and t.ask('/system -')=='system message: none\n'
     assert t.ask(question).strip()==tuned
     assert '/compare' in t.ask('/help')
@@ -132,9 +140,11 @@ def test_ctrl_c_stops_an_answer_and_a_long_conversation_loses_its_oldest_turns(t
     weights = load_file(endless/'model.safetensors')
     weights['model.embed_tokens.weight'][2] = 0 # the end of turn never is the likeliest token
     save_file(weights, endless/'model.safetensors', metadata=dict(format='pt'))
-    t = terminal('-c', f'from sage_finetune.merge_chat import chat, load_for_chat; chat(*load_for_chat({str(endless)!r}), max_new_tokens=1500)')
+    t = terminal('-c', f'from sage_finetune.merge_chat import chat, load_for_chat; '
+                 f'chat(*load_for_chat({str(endless)!r}), max_new_tokens=1500)')
     for _ in range(2):
-        t.type(question+'\n'); t.until(re.escape(question)+'\n')
+        t.type(question+'\n')
+        t.until(re.escape(question)+'\n')
         t.until(r'\S{3}', 20) # it streams
         t.type('\x03')
         t.until('…\n', 60)
@@ -144,12 +154,15 @@ def test_ctrl_c_stops_an_answer_and_a_long_conversation_loses_its_oldest_turns(t
     words = ' '.join(['one']*600) # the model takes 2,048 tokens
     told = []
     for i in range(3):
-        t.type(f'{words} {i}\n'); t.until(f'one {i}\n')
+        t.type(f'{words} {i}\n')
+        t.until(f'one {i}\n')
         told.append(t.until(r'\S{3}')+t.found)
         t.type('\x03')
         told[-1] += t.until(r'…\n> ')+t.found
-    assert [bool(re.search(r'\(\d of \d messages are left out: the model takes 2,048 tokens\)', w)) for w in told]==[False, False, True], told
-    t.type('你好'*500+'\n'); t.until('error: the question has') # a terminal may drop a part of so long an echo
+    assert [bool(re.search(r'\(\d of \d messages are left out: the model takes 2,048 tokens\)', w))
+            for w in told]==[False, False, True], told
+    t.type('你好'*500+'\n')
+    t.until('error: the question has') # a terminal may drop a part of so long an echo
     t.until(r'\n> ')
     assert 'there is no base to compare with' in t.ask('/compare what?')
     t.type('\x04')

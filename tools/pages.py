@@ -55,7 +55,8 @@ def broken_pictures(
     "Pictures in the outputs of a cell that no browser could show"
     for output in cell.get('outputs', []):
         data = ''.join(output.get('data', {}).get('image/png', ''))
-        if 'image/png' in output.get('data', {}) and not base64.b64decode(data).startswith(b'\x89PNG'): yield 'a stored picture is no PNG'
+        if 'image/png' in output.get('data', {}) and not base64.b64decode(data).startswith(b'\x89PNG'):
+            yield 'a stored picture is no PNG'
 
 
 class Site:
@@ -63,11 +64,13 @@ class Site:
     def __init__(self, config):
         self.root,self.nbs,self.anchors,self.html = config.config_path,config.nbs_path,{},{}
         self.source,self.address = f'{config.git_url}/blob/{config.branch}/',f'{config.doc_host}{config.doc_baseurl}/'
-        self.colab = config.git_url.replace('https://github.com', 'https://colab.research.google.com/github')+f'/blob/{config.branch}/'
+        self.colab = config.git_url.replace('https://github.com',
+                                            'https://colab.research.google.com/github')+f'/blob/{config.branch}/'
 
     def add(self, path, notebook):
         "Remember the anchors of a page, before its notebook is processed"
-        text = '\n'.join(CODE.sub(lambda m: m[0].strip('`') if '\n' not in m[0] else '', ''.join(c.source)) for c in notebook.cells if c.cell_type == 'markdown')
+        text = '\n'.join(CODE.sub(lambda m: m[0].strip('`') if '\n' not in m[0] else '', ''.join(c.source))
+                         for c in notebook.cells if c.cell_type == 'markdown')
         headings = re.findall(r'^#+ +(.+?)(?:\s*\{.*\})?\s*$', text, re.M)
         named = re.findall(r'\{#([\w-]+)|\bid="([^"]+)"', text)
         symbols = set().union(*(exported(''.join(c.source)) for c in notebook.cells if c.cell_type == 'code'))
@@ -77,14 +80,18 @@ class Site:
     def dead(self, target, page, pictures=()):
         "Why a link on a page leads nowhere, or None"
         if target.startswith('attachment:'): return None if target[11:] in pictures else f'{target} is not attached'
-        if target.startswith(self.colab): return None if self.root/unquote(target.removeprefix(self.colab)) == page else f'{target} opens another notebook'
+        if target.startswith(self.colab):
+            return (None if self.root/unquote(target.removeprefix(self.colab)) == page
+                    else f'{target} opens another notebook')
         base = next((b for b in (self.source, self.address) if target.startswith(b)), '')
         if not base and SCHEME.match(target): return None  # of the world outside
         path,_,anchor = target.removeprefix(base).partition('#')
         place = {self.source: self.root, self.address: self.nbs}.get(base, page.parent)/unquote(path)
-        file = page if not (path or base) else self.html.get(path, place) if base == self.address else Path(os.path.normpath(place))
+        file = (page if not (path or base) else self.html.get(path, place) if base == self.address
+                else Path(os.path.normpath(place)))
         if not file.exists(): return f'{target} does not exist'
-        if anchor and file in self.anchors and unquote(anchor) not in self.anchors[file]: return f'{target}: {file.name} has no such heading'
+        if anchor and file in self.anchors and unquote(anchor) not in self.anchors[file]:
+            return f'{target}: {file.name} has no such heading'
 
 
 def faults_of(
@@ -122,10 +129,13 @@ def main(): # Exit status
     os.chdir(config.config_path)
     notebooks,site = {path.absolute(): read_nb(path) for path in nbglob(as_path=True).sorted()},Site(config)
     for path,notebook in notebooks.items(): site.add(path, notebook)
-    found = {path.relative_to(site.nbs).as_posix(): list(faults_of(path, notebook, site)) for path,notebook in notebooks.items()}
-    found |= {path.name: [p for a,b in LINK.findall(CODE.sub('', path.read_text(encoding='utf-8'))) if (p := site.dead(a or b, path))] for path in sorted(site.root.glob('*.md'))}
+    found = {path.relative_to(site.nbs).as_posix(): list(faults_of(path, notebook, site))
+             for path,notebook in notebooks.items()}
+    found |= {path.name: [p for a,b in LINK.findall(CODE.sub('', path.read_text(encoding='utf-8')))
+                          if (p := site.dead(a or b, path))] for path in sorted(site.root.glob('*.md'))}
     found['_quarto.yml'] = list(sidebar_faults(site))
-    for path,notebook in notebooks.items(): found[path.relative_to(site.nbs).as_posix()] += filter(None, [fault(notebook)])
+    for path,notebook in notebooks.items():
+        found[path.relative_to(site.nbs).as_posix()] += filter(None, [fault(notebook)])
     for name,faults in found.items(): print(f'{name}: {"; ".join(faults) or "ok"}')
     return any(found.values())
 

@@ -56,8 +56,10 @@ def page(
     cells = nbformat.from_dict(notebook)
     cells.metadata['language_info'] = {'name': 'python'}
     cells.cells = [cell for cell in cells.cells if cell.cell_type != 'raw']
-    for cell in cells.cells: cell.source = re.sub(r'\A(#\|.*\n)+', '', cell.source)  # directives are for nbdev and Quarto
-    body,extra = MarkdownExporter().from_notebook_node(cells, resources={'output_files_dir': f'{path.stem}_files', 'unique_key': path.stem})
+    for cell in cells.cells:
+        cell.source = re.sub(r'\A(#\|.*\n)+', '', cell.source)  # directives are for nbdev and Quarto
+    body,extra = MarkdownExporter().from_notebook_node(
+        cells, resources={'output_files_dir': f'{path.stem}_files', 'unique_key': path.stem})
     return front,body,extra['outputs']
 
 

@@ -16,8 +16,10 @@ from pathlib import Path
 class SageError(Exception):
     "A problem outside the arguments (file, machine, network), told in one line together with its fix"
 
-_fixes = {errno.ENOSPC: 'free some space or choose another folder', errno.EDQUOT: 'free some space or choose another folder',
-          errno.ENOTDIR: 'a file stands where a folder is needed', errno.EEXIST: 'a file stands where a folder is needed',
+_fixes = {errno.ENOSPC: 'free some space or choose another folder',
+          errno.EDQUOT: 'free some space or choose another folder',
+          errno.ENOTDIR: 'a file stands where a folder is needed',
+          errno.EEXIST: 'a file stands where a folder is needed',
           errno.EISDIR: 'a folder stands where a file is needed'}
 
 def cannot_write(
@@ -103,7 +105,8 @@ def read_json(
     except FileNotFoundError: raise FileNotFoundError(f"{path} does not exist") from None
     except json.JSONDecodeError as err:
         raise SageError(f"{path} is not JSON: {err.msg} at line {err.lineno}, column {err.colno}") from None
-    except UnicodeDecodeError as err: raise SageError(f"{path} is not UTF-8 text: byte {err.start}; save it as UTF-8") from None
+    except UnicodeDecodeError as err:
+        raise SageError(f"{path} is not UTF-8 text: byte {err.start}; save it as UTF-8") from None
     except OSError as err: raise SageError(f"cannot read {path}: {(err.strerror or str(err)).lower()}") from None
     if isinstance(obj, dict): return obj
     raise SageError(f"{path} must hold one JSON object {{…}}, got {type(obj).__name__}")

@@ -52,8 +52,11 @@ class Table:
 
     def __post_init__(self):
         for r in self.rows:
-            if len(r)!=len(self.columns): raise ValueError(f'`rows` must have {len(self.columns)} values each, one for each column, got {len(r)}: {r!r}')
-        if self.bars is not None and len(self.bars)!=len(self.rows): raise ValueError(f'`bars` must have one share for each of {len(self.rows)} rows, got {len(self.bars)}')
+            if len(r)!=len(self.columns):
+                raise ValueError(f'`rows` must have {len(self.columns)} values each, one for each column, got '
+                                 f'{len(r)}: {r!r}')
+        if self.bars is not None and len(self.bars)!=len(self.rows):
+            raise ValueError(f'`bars` must have one share for each of {len(self.rows)} rows, got {len(self.bars)}')
 
     @property
     def numeric(self)->list: # One bool for each column
@@ -104,7 +107,8 @@ def bar_html(
     share:float|None, # From 0 to 1
 )->str: # HTML in the colour of the text around it
     "A share as a bar of letters, which stays a bar where a page strips styles"
-    return '' if share is None else f'<span style="font-family:monospace;opacity:.7;white-space:pre">{bar_text(share, 16)}</span>'
+    return ('' if share is None
+            else f'<span style="font-family:monospace;opacity:.7;white-space:pre">{bar_text(share, 16)}</span>')
 
 def _html_table(t):
     styles,e = [_right if n else _left for n in t.numeric],html.escape
@@ -114,9 +118,11 @@ def _html_table(t):
     for i,r in enumerate(t.rows):
         cells = ''.join(f'<td style="{s}">{strong(cell_text(v), i in t.marks)}</td>' for v,s in zip(r, styles))
         rows += f"<tr>{cells}{f'<td>{bar_html(t.bars[i])}</td>' if t.bars else ''}</tr>"
-    title,note = (f'<p style="text-align:left;margin:.4em 0">{before}{e(text)}{after}</p>' if text else '' for text,before,after in ((t.title, '<b>', '</b>'), (t.note, '', '')))
+    title,note = (f'<p style="text-align:left;margin:.4em 0">{before}{e(text)}{after}</p>' if text else ''
+                  for text,before,after in ((t.title, '<b>', '</b>'), (t.note, '', '')))
     if not t.rows: return title+note
-    return f"{title}<table>{f'<thead><tr>{head}</tr></thead>' if any(t.columns) else ''}<tbody>{rows}</tbody></table>{note}"
+    return (f"{title}<table>{f'<thead><tr>{head}</tr></thead>' if any(t.columns) else ''}<tbody>{rows}"
+            f"</tbody></table>{note}")
 
 def _rich_table(t):
     from rich import box
@@ -124,7 +130,8 @@ def _rich_table(t):
     from rich.table import Table as RichTable
     from rich.text import Text
     if not t.rows: return Text('\n'.join(filter(None, (t.title, t.note))))
-    out = RichTable(title=Text(t.title, 'bold') if t.title else None, title_justify='left', box=box.SIMPLE_HEAD, pad_edge=False, show_header=any(t.columns))
+    out = RichTable(title=Text(t.title, 'bold') if t.title else None, title_justify='left', box=box.SIMPLE_HEAD,
+                    pad_edge=False, show_header=any(t.columns))
     for c,n in zip(t.columns, t.numeric): out.add_column(Text(c), justify='right' if n else 'left', overflow='fold')
     if t.bars: out.add_column('')
     for i,r in enumerate(t.rows):
@@ -143,8 +150,10 @@ def shown_html(
     thing, # Text, a picture, or anything that shows itself
 )->str: # For a notebook
     "The HTML form of a thing; text keeps its lines, a picture becomes part of the page"
-    if hasattr(thing, '_repr_html_') and (page := thing._repr_html_()): return page # a figure of matplotlib has one that says None
-    if hasattr(thing, '_repr_png_'): return f'<img alt="picture" src="data:image/png;base64,{b64encode(thing._repr_png_()).decode()}">'
+    if hasattr(thing, '_repr_html_') and (page := thing._repr_html_()):
+        return page # a figure of matplotlib has one that says None
+    if hasattr(thing, '_repr_png_'):
+        return f'<img alt="picture" src="data:image/png;base64,{b64encode(thing._repr_png_()).decode()}">'
     return f'<p style="white-space:pre-wrap;text-align:left;margin:.4em 0">{html.escape(str(thing))}</p>'
 
 def shown_rich(
@@ -160,13 +169,15 @@ class Panel:
     title: str # Above
     parts: list = field(default_factory=list) # Text, tables, pictures
 
-    def __str__(self): return '\n\n'.join([self.title, *(shown_plain(p) for p in self.parts if not hasattr(p, '_repr_png_'))])
+    def __str__(self):
+        return '\n\n'.join([self.title, *(shown_plain(p) for p in self.parts if not hasattr(p, '_repr_png_'))])
     def __repr__(self): return str(self)
     def _repr_html_(self): return f'<h4>{html.escape(self.title)}</h4>'+''.join(map(shown_html, self.parts))
     def __rich__(self):
         from rich.console import Group
         from rich.text import Text
-        return Group(Text(self.title, 'bold underline'), *(shown_rich(p) for p in self.parts if not hasattr(p, '_repr_png_')))
+        return Group(Text(self.title, 'bold underline'),
+                     *(shown_rich(p) for p in self.parts if not hasattr(p, '_repr_png_')))
 
 # %% ../../nbs/core/01_display.ipynb #5a0e0002
 class Views(list):
@@ -198,7 +209,8 @@ def figure_file(
 )->Path: # The same, expanded
     "Refuse a name that no picture can have, before anything is computed"
     path = Path(path).expanduser()
-    if path.suffix.lower() not in _figure_endings: raise ValueError(f"a picture must end in {', '.join(_figure_endings)}, got {path.name!r}")
+    if path.suffix.lower() not in _figure_endings:
+        raise ValueError(f"a picture must end in {', '.join(_figure_endings)}, got {path.name!r}")
     return path
 
 def save_figure(
@@ -240,7 +252,8 @@ def still_form(
     return {'text/plain': str(thing), 'text/html': thing._repr_html_()}
 
 _either = ('<style>body:has(.{0}-live) .{0}-still{{display:none}} '
-           '.jp-OutputArea-child:has(+ .jp-OutputArea-child .{0}-still):not(:has(.{0}-live)){{display:none}}</style><div class="{0}-still">{1}</div>')
+           '.jp-OutputArea-child:has(+ .jp-OutputArea-child '
+           '.{0}-still):not(:has(.{0}-live)){{display:none}}</style><div class="{0}-still">{1}</div>')
 
 def still_below(
     thing, # With `__str__` and `_repr_html_`

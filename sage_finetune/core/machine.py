@@ -32,7 +32,8 @@ class Machine:
     wandb: bool = True # Whether the package is installed
 
     def __post_init__(self):
-        if self.device not in ('cuda', 'mps', 'cpu'): raise ValueError(f'`device` must be "cuda", "mps" or "cpu", got {self.device!r}')
+        if self.device not in ('cuda', 'mps', 'cpu'):
+            raise ValueError(f'`device` must be "cuda", "mps" or "cpu", got {self.device!r}')
 
     @staticmethod
     def here()->'Machine': # This machine, as torch sees it
@@ -42,7 +43,8 @@ class Machine:
     def __str__(self):
         memory = f', {self.memory/2**30:.0f} GiB' if self.memory else ''
         ram = f', {self.ram/2**30:.0f} GiB of memory' if self.ram else ''
-        return f"{self.name or self.device} ({self.device}{memory}{', bf16' if self.bf16 else ''}), {self.cores} cores{ram}"
+        return (f"{self.name or self.device} ({self.device}{memory}{', bf16' if self.bf16 else ''}), "
+                f"{self.cores} cores{ram}")
 
 # %% ../../nbs/core/03_machine.ipynb #739bacd3
 def _cores():
@@ -52,7 +54,8 @@ def _cores():
 def _ram():
     "Bytes of main memory, no more than the container may use; None where the system does not say"
     sizes = []
-    with suppress(OSError, ValueError, AttributeError): sizes.append(os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE'))
+    with suppress(OSError, ValueError, AttributeError):
+        sizes.append(os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE'))
     with suppress(OSError, ValueError): sizes.append(int(Path('/sys/fs/cgroup/memory.max').read_text()))
     return min(sizes, default=None)
 
@@ -61,7 +64,8 @@ def _this_machine(
     "Describe the machine this runs on"
     try: import torch
     except ImportError as err: raise SageError(f"torch cannot be imported ({err}): pip install torch") from None
-    rest = dict(cores=_cores(), ram=_ram(), **{p: find_spec(p) is not None for p in ('bitsandbytes', 'tensorboard', 'wandb')})
+    rest = dict(cores=_cores(), ram=_ram(),
+                **{p: find_spec(p) is not None for p in ('bitsandbytes', 'tensorboard', 'wandb')})
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
         return Machine('cuda', gpu.name, memory=gpu.total_memory, bf16=gpu.major>=8, **rest)
@@ -97,7 +101,8 @@ class Changes(Shown, list):
     "What was changed for a machine: a list of `Change` that shows itself"
     def shown(self):
         rows = [[c.setting, str(c.asked), str(c.used), c.reason] for c in self]
-        return Table(['setting', 'asked for', 'used', 'why'] if rows else [], rows, '' if rows else 'Nothing was changed for this machine.')
+        return Table(['setting', 'asked for', 'used', 'why'] if rows else [], rows,
+                     '' if rows else 'Nothing was changed for this machine.')
 
 def show_changes(
     changes:list[Change], # From `fit_config`

@@ -37,14 +37,16 @@ class RunFolder:
     metrics = property(lambda self: self.path/'metrics.jsonl', doc="One line of numbers for each log step")
     loss_curve = property(lambda self: self.path/'loss.png', doc="The loss as a picture")
     results = property(lambda self: self.path/'results.json', doc="What came out in the end")
-    stopped = property(lambda self: self.lora_weights/'stopped.json', doc="Beside an adapter that is not finished: at which step it stopped")
+    stopped = property(lambda self: self.lora_weights/'stopped.json',
+                       doc="Beside an adapter that is not finished: at which step it stopped")
     lock = property(lambda self: self.path/'.lock', doc="Held by the process that trains here")
 
     @property
     def state(self)->str: # "new", "started", "stopped", "trained" or "merged"
         "How far the run has come, read from the files that exist"
         if (self.lora_weights/'adapter_model.safetensors').is_file():
-            return 'merged' if (self.merged_model/'config.json').is_file() else 'stopped' if self.stopped.is_file() else 'trained'
+            return ('merged' if (self.merged_model/'config.json').is_file() else 'stopped' if self.stopped.is_file()
+                    else 'trained')
         return 'started' if self.metrics.is_file() or self.checkpoints.is_dir() else 'new'
 
 # %% ../../nbs/core/04_run_folder.ipynb #5c8ee017
@@ -55,8 +57,11 @@ def run_folder(
     root=None, # Folder of all runs; `~/.sage/finetune_output` if None
 )->RunFolder: # The run folder, which need not exist
     "The folder of the run `name`"
-    bad = not isinstance(name, str) or not name.strip() or name[0] in '.~' or any(c in '/\\:' or not c.isprintable() for c in name)
-    if bad: raise ValueError(f"`name` must be a plain folder name such as \"code\", without / \\ : and no . or ~ in front, got {name!r}")
+    bad = (not isinstance(name, str) or not name.strip() or name[0] in '.~'
+           or any(c in '/\\:' or not c.isprintable() for c in name))
+    if bad:
+        raise ValueError(f"`name` must be a plain folder name such as \"code\", without / \\ : and no . "
+                         f"or ~ in front, got {name!r}")
     return RunFolder(checked('root', default_output_dir if root is None else root, Path)/name)
 
 # %% ../../nbs/core/04_run_folder.ipynb #67ddd8e6
@@ -76,7 +81,8 @@ def mark_complete(
     checkpoint = Path(checkpoint)
     try:
         for p in checkpoint.rglob('*'): to_disk(p)
-        files = {p.relative_to(checkpoint).as_posix(): _size_and_sum(p) for p in sorted(checkpoint.rglob('*')) if p.is_file() and p.name!=complete_marker}
+        files = {p.relative_to(checkpoint).as_posix(): _size_and_sum(p) for p in sorted(checkpoint.rglob('*'))
+                 if p.is_file() and p.name!=complete_marker}
     except OSError as err: raise cannot_write(checkpoint, err) from None
     return write_json(checkpoint/complete_marker, files)
 
@@ -91,7 +97,8 @@ def checkpoint_fault(
     for name,expected in files.items():
         path = checkpoint/name
         if not path.is_file(): return f'its file {name} is missing'
-        if path.stat().st_size!=expected[0]: return f'its file {name} has {path.stat().st_size:,} of {expected[0]:,} bytes'
+        if path.stat().st_size!=expected[0]:
+            return f'its file {name} has {path.stat().st_size:,} of {expected[0]:,} bytes'
         if _size_and_sum(path)!=expected: return f'its file {name} has changed since it was written'
     return None if files else f'its file {complete_marker} names no file'
 
@@ -101,7 +108,8 @@ def last_checkpoint(
 )->Path|None: # The whole one with the highest step, or None
     "The checkpoint to go on from"
     folder = Path(folder)
-    found = {p: int(m[1]) for p in (folder.iterdir() if folder.is_dir() else ()) if (m := re.fullmatch(r'checkpoint-([0-9]+)', p.name))}
+    found = {p: int(m[1]) for p in (folder.iterdir() if folder.is_dir() else ())
+             if (m := re.fullmatch(r'checkpoint-([0-9]+)', p.name))}
     for p in sorted(found, key=found.get, reverse=True):
         if not (fault := checkpoint_fault(p)): return p
         if say: say(f'{p.name} is passed over: {fault}')
@@ -115,7 +123,8 @@ def _hold(file):
             fcntl.flock(file, fcntl.LOCK_EX|fcntl.LOCK_NB)
         else:
             import msvcrt
-            file.seek(2**30); msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1) # a place far behind the text
+            file.seek(2**30)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1) # a place far behind the text
     except OSError as err: return err.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
     return True
 
@@ -127,7 +136,8 @@ def _opened_alone(path):
         if not _hold(file):
             file.seek(0)
             with file: who = file.read().strip() or 'another process'
-            raise SageError(f'{path.parent} is being trained by {who}: wait until it ends, stop it, or give another `output_dir`')
+            raise SageError(f'{path.parent} is being trained by {who}: wait until it ends, stop it, or give '
+                            f'another `output_dir`')
         with suppress(OSError): # removed by the one before, between opening and locking
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)): return file
         file.close()
@@ -141,7 +151,9 @@ def only_run(
     made = not path.parent.exists()
     try:
         file = _opened_alone(path)
-        file.truncate(0); file.write(f'process {os.getpid()} on {platform.node()} since {time.strftime("%Y-%m-%d %H:%M:%S")}'); file.flush()
+        file.truncate(0)
+        file.write(f'process {os.getpid()} on {platform.node()} since {time.strftime("%Y-%m-%d %H:%M:%S")}')
+        file.flush()
     except OSError as err: raise cannot_write(path.parent, err) from None
     try: yield
     finally:
@@ -202,7 +214,8 @@ def is_run(
 )->bool: # Whether a run asked for it or was trained in it
     "Whether a folder is a run folder"
     run = RunFolder(path)
-    return (run.meta.is_file() or run.config.is_file()) and not (run.path/'adapter_config.json').is_file() # an adapter has its settings beside it
+    # an adapter has its settings beside it
+    return (run.meta.is_file() or run.config.is_file()) and not (run.path/'adapter_config.json').is_file()
 
 # %% ../../nbs/core/04_run_folder.ipynb #c137c122
 def find_run(
@@ -212,7 +225,8 @@ def find_run(
     "The run with this name or at this path"
     path = checked('name', name, Path)
     if path.is_dir() and is_run(path) and (root is None or len(path.parts)>1): return RunFolder(path)
-    if len(path.parts)!=1 or path.is_absolute(): raise SageError(f'{name} is not a run folder: it has neither finetune_meta.json nor training_config.json')
+    if len(path.parts)!=1 or path.is_absolute():
+        raise SageError(f'{name} is not a run folder: it has neither finetune_meta.json nor training_config.json')
     run = run_folder(str(name), root)
     if is_run(run.path): return run
     there = ', '.join(r.name for r in list_runs(root)) or 'none yet (`sage-finetune quickstart` makes one)'
@@ -237,7 +251,8 @@ def _info(path):
         meta = read_json(run.meta) if run.meta.is_file() else {}
         results = read_json(run.results) if run.results.is_file() else {}
         model = meta.get('model') or read_json(run.config).get('model_name', '?')
-        loss = next((float(x) for x in (results.get('loss_after'), results.get('train_loss')) if isinstance(x, (int, float))), None)
+        loss = next((float(x) for x in (results.get('loss_after'), results.get('train_loss'))
+                     if isinstance(x, (int, float))), None)
         return RunInfo(path.name, str(meta.get('task_type', 'custom')), str(model), run.state, loss, _size(path))
     except (SageError, OSError) as e: return RunInfo(path.name, '?', '?', f'unreadable: {e}', None, 0)
 
@@ -259,7 +274,8 @@ def remove_run(
 )->int: # Bytes that were freed
     "Remove a run folder"
     if not is_run(path): raise SageError(f'{path} is not a run folder and is left alone')
-    if inside := list_runs(path): raise SageError(f'{path} holds other runs ({", ".join(r.name for r in inside)}) and is left alone')
+    if inside := list_runs(path):
+        raise SageError(f'{path} holds other runs ({", ".join(r.name for r in inside)}) and is left alone')
     freed = _size(Path(path))
     shutil.rmtree(path)
     return freed

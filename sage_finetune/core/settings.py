@@ -54,7 +54,8 @@ def _as_names(value):
     return {_as_str(k): _as_str(v) for k,v in value.items()}
 
 _kinds = {bool: (_as_bool, 'true or false'), int: (_as_int, 'a whole number'), float: (_as_float, 'a finite number'),
-          list: (_as_list, 'a list of names'), dict: (_as_names, 'a dict of names'), str: (_as_str, 'a non-empty string'), Path: (_as_path, 'a path')}
+          list: (_as_list, 'a list of names'), dict: (_as_names, 'a dict of names'),
+          str: (_as_str, 'a non-empty string'), Path: (_as_path, 'a path')}
 
 # %% ../../nbs/core/02_settings.ipynb #dea0acee
 def checked(
@@ -158,7 +159,8 @@ def _check_setting(
         raise ValueError(f"`{f.name}` must be a {f.type.__name__} or a dict of its settings, got {value!r}")
     value = checked(f.name, value, f.type)
     words,allowed = rules.get(f.name, ('', None))
-    if allowed and value is not None and not allowed(value): raise ValueError(f"`{f.name}` must be {words}, got {value!r}")
+    if allowed and value is not None and not allowed(value):
+        raise ValueError(f"`{f.name}` must be {words}, got {value!r}")
     return value
 
 # %% ../../nbs/core/02_settings.ipynb #a770f67a
@@ -209,7 +211,8 @@ def _config_from(
     "The config that `values` describes, with its memory of what was given by hand"
     if not isinstance(values, dict): raise ValueError(f"`values` must be a dict of settings, got {values!r}")
     given = values.get('_given')
-    values = {k:v for k,v in values.items() if not str(k).startswith('_')} # notes of a program, as in `training_config.json`
+    # notes of a program, as in `training_config.json`
+    values = {k:v for k,v in values.items() if not str(k).startswith('_')}
     cls = cls._kind_of(values)
     new = cls(**values)
     if given is None: given = _meant(new, values)
@@ -245,20 +248,27 @@ def _values(config, prefix=''):
 
 def _gave_way(config, name):
     "The setting given by hand that this one cannot stand beside"
-    return next((other for pair in config._exclusive if name in pair for other in pair if other!=name and other in config.given), None)
+    return next((other for pair in config._exclusive if name in pair for other in pair
+                 if other!=name and other in config.given), None)
 
 def _in_words(value):
     "A value as text; a path in the home folder is the same for everybody"
     home = Path.home()
-    return str(Path('~')/value.relative_to(home)) if isinstance(value, Path) and value.is_relative_to(home) else str(value)
+    return (str(Path('~')/value.relative_to(home)) if isinstance(value, Path) and value.is_relative_to(home)
+            else str(value))
 
 def _settings(config, changes):
     "[setting, value, default, why] of each"
     changed = {c.setting: c for c in changes}
     for name,value,default,by_hand in _values(config):
-        if c := changed.get(name): yield [name, _in_words(c.used), _in_words(default), f"{'given by hand as' if by_hand else 'asked for:'} {c.asked}; {c.reason}"]
-        elif by_hand or value==default: yield [name, _in_words(value), _in_words(default), 'given by hand' if by_hand else '']
-        else: yield [name, _in_words(value), _in_words(default), f'gives way to `{other}`' if (other := _gave_way(config, name)) else 'set by a preset or a program']
+        if c := changed.get(name):
+            yield [name, _in_words(c.used), _in_words(default),
+                   f"{'given by hand as' if by_hand else 'asked for:'} {c.asked}; {c.reason}"]
+        elif by_hand or value==default:
+            yield [name, _in_words(value), _in_words(default), 'given by hand' if by_hand else '']
+        else:
+            yield [name, _in_words(value), _in_words(default),
+                   f'gives way to `{other}`' if (other := _gave_way(config, name)) else 'set by a preset or a program']
 
 def config_table(
     config:Settings, # A `TrainingConfig` or a `LoRAConfig`
@@ -269,6 +279,8 @@ def config_table(
     rows = list(_settings(config, changes))
     own = [r for r in rows if r[3]]
     for r in rows: r[2] = r[2] if r[3] else ''
-    title = f'{type(config).__name__}: {len(own)} of {len(rows)} settings are not simply the default' if own else f'{type(config).__name__}: every setting has its default'
+    title = (f'{type(config).__name__}: {len(own)} of {len(rows)} settings are not simply the default' if own
+             else f'{type(config).__name__}: every setting has its default')
     rest = '' if every else 'At their defaults: '+', '.join(f'{n} {v}' for n,v,_,why in rows if not why)
-    return Table(['setting', 'value', 'default', 'why'], rows if every else own, title, rest, marks=tuple(i for i,r in enumerate(rows) if r[3]) if every else ())
+    return Table(['setting', 'value', 'default', 'why'], rows if every else own, title, rest,
+                 marks=tuple(i for i,r in enumerate(rows) if r[3]) if every else ())

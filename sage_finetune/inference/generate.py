@@ -36,9 +36,11 @@ def trained_settings(
 )->TrainingConfig: # As fitted to the machine that trained
     "What an adapter was trained with; that of another tool says no more than its base"
     folder = Path(folder)
-    if (file := folder/'training_config.json').is_file(): return TrainingConfig.load(file).adapted(**read_json(file).get('_fitted', {}))
+    if (file := folder/'training_config.json').is_file():
+        return TrainingConfig.load(file).adapted(**read_json(file).get('_fitted', {}))
     name = read_json(folder/'adapter_config.json').get('base_model_name_or_path')
-    if not name: raise SageError(f'{folder}/adapter_config.json does not name a base: add "base_model_name_or_path": "…"')
+    if not name:
+        raise SageError(f'{folder}/adapter_config.json does not name a base: add "base_model_name_or_path": "…"')
     return TrainingConfig(model_name=name).adapted(load_in_8bit=False, load_in_4bit=False, fp16=False)
 
 adapter_file = 'adapter_model.safetensors'
@@ -57,7 +59,8 @@ def bare_name(
     key:str, # Name of a tensor in an adapter or in a model with one
 )->str: # Name in the plain model
     "The name of a weight without what peft puts into it"
-    for part in ('.base_layer', '.modules_to_save.default', '.modules_to_save', '.original_module'): key = key.replace(part, '')
+    for part in ('.base_layer', '.modules_to_save.default', '.modules_to_save', '.original_module'):
+        key = key.replace(part, '')
     return key.removeprefix('base_model.model.')
 
 def fit_vocabulary(
@@ -66,14 +69,16 @@ def fit_vocabulary(
 ): # The same model
     "Give a model as many tokens as an adapter was trained with"
     name_of = {id(m): n for n,m in model.named_modules()}
-    ends = [f'{name_of[id(m)]}.weight' for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
+    ends = [f'{name_of[id(m)]}.weight' for m in (model.get_input_embeddings(), model.get_output_embeddings())
+            if m is not None]
     rows = {bare_name(k): t.shape[0] for k,t in tensors.items() if bare_name(k) in ends}
     now = model.get_input_embeddings().weight.shape[0]
     wanted = max(rows.values(), default=now)
     if wanted==now: return model
     tied = getattr(model.config.get_text_config(), 'tie_word_embeddings', False)
     if lost := [e for e in ends[:1 if tied else 2] if rows.get(e)!=wanted]:
-        raise SageError(f'the adapter was trained with {wanted:,} tokens, the base has {now:,}, and {lost[0]} for the others is not in the adapter')
+        raise SageError(f'the adapter was trained with {wanted:,} tokens, the base has {now:,}, and {lost[0]} for '
+                        f'the others is not in the adapter')
     with without_noise(): model.resize_token_embeddings(wanted, mean_resizing=False)
     return model
 
@@ -91,12 +96,14 @@ def put_adapter(
     try:
         with without_noise(), warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            if on is None: on = PeftModel.from_pretrained(fit_vocabulary(base, tensors), str(folder), adapter_name=name, **how)
+            if on is None:
+                on = PeftModel.from_pretrained(fit_vocabulary(base, tensors), str(folder), adapter_name=name, **how)
             else: on.load_adapter(str(folder), adapter_name=name, **how)
     except (ValueError, RuntimeError, KeyError, TypeError) as e:
         raise SageError(f'the adapter {folder} does not fit the base: {" ".join(str(e).split())[:300]}') from None
     plain = lambda k: k.replace(f'.{name}', '', 1).removesuffix('.weight')
-    places = {plain(k) for k,_ in on.named_parameters() if '.lora_' in k and (f'.{name}.' in k or k.endswith(f'.{name}'))}
+    places = {plain(k) for k,_ in on.named_parameters()
+              if '.lora_' in k and (f'.{name}.' in k or k.endswith(f'.{name}'))}
     refuse_strangers(folder, places, {k.removesuffix('.weight') for k in tensors if '.lora_' in k})
     return on
 
@@ -107,7 +114,9 @@ def refuse_strangers(
 )->None: # Nothing: they are the same
     "Refuse an adapter that is not that of this model"
     for names,what in ((tensors-places, 'has no place in the base'), (places-tensors, 'is not in the adapter')):
-        if names: raise SageError(f'the adapter {folder} is that of another base: {min(names)} {what}' + (f', and {len(names)-1} more' if len(names)>1 else ''))
+        if names:
+            raise SageError(f'the adapter {folder} is that of another base: {min(names)} {what}'
+                            + (f', and {len(names)-1} more' if len(names)>1 else ''))
 
 # %% ../../nbs/inference/00_generate.ipynb #8bfd6069
 def _note(lines):
@@ -142,7 +151,8 @@ def load_for_chat(
 )->tuple: # Model in evaluation mode, and its tokenizer
     "What a folder offers to talk to: the merged model, else the adapter on its base, else the model that it is"
     run = RunFolder(path)
-    if not run.path.is_dir(): raise FileNotFoundError(f'{run.path} does not exist: give a run, or a folder that holds a model')
+    if not run.path.is_dir():
+        raise FileNotFoundError(f'{run.path} does not exist: give a run, or a folder that holds a model')
     if run.state=='merged' and not adapter: return load_plain(run.merged_model, ignore_contract)
     for place in (run.lora_weights, run.path):
         if (place/adapter_file).is_file(): return load_adapter(place, ignore_contract=ignore_contract)
@@ -159,7 +169,8 @@ def load_plain(
     tokenizer = load_tokenizer(str(folder))
     if place:
         stored_tensors(place)
-        if any((place/n).is_file() for n in (contract_file, 'merge_report.json')): _note(check_contract(place, tokenizer, ignore=ignore_contract))
+        if any((place/n).is_file() for n in (contract_file, 'merge_report.json')):
+            _note(check_contract(place, tokenizer, ignore=ignore_contract))
     return load_model(str(folder), dtype, device).eval(),tokenizer
 
 # %% ../../nbs/inference/00_generate.ipynb #692cc0d2
@@ -176,7 +187,8 @@ def _messages(prompt):
     return to_messages(dict(messages=[*prompt, dict(role='assistant', content='.')]))[:-1] if in_parts else prompt
 
 def _sampling(temperature):
-    return dict(do_sample=True, temperature=temperature) if temperature else dict(do_sample=False, temperature=None, top_p=None, top_k=None, repetition_penalty=1.0)
+    return (dict(do_sample=True, temperature=temperature) if temperature
+            else dict(do_sample=False, temperature=None, top_p=None, top_k=None, repetition_penalty=1.0))
 
 # %% ../../nbs/inference/00_generate.ipynb #c0690026
 def _left_padded(prompts, pad_id, device):
@@ -197,7 +209,8 @@ def _answer_batch(model, tokenizer, prompts, shown, stops, max_new_tokens, tempe
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
     given = _left_padded(prompts, pad, model.device)
     given |= image_inputs(tokenizer, shown, given['input_ids'])
-    out = model.generate(**given, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad, **_sampling(temperature))
+    out = model.generate(**given, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad,
+                         **_sampling(temperature))
     for ids in out[:, given['input_ids'].shape[1]:].tolist():
         kept,stopped,n = _cut(ids, stops)
         yield Answer(tokenizer.decode(kept, skip_special_tokens=True), stopped, n)
@@ -217,7 +230,8 @@ def answers(
     out = {}
     for at in range(0, len(order), batch_size):
         some = order[at:at+batch_size]
-        out.update(zip(some, _answer_batch(model, tokenizer, [ids[i] for i in some], [shown[i] for i in some], stops, max_new_tokens, temperature)))
+        out.update(zip(some, _answer_batch(model, tokenizer, [ids[i] for i in some], [shown[i] for i in some],
+                                           stops, max_new_tokens, temperature)))
     return [out[i] for i in range(len(prompts))]
 
 # %% ../../nbs/inference/00_generate.ipynb #d294b0a5
@@ -234,11 +248,16 @@ def stream_answer(
     enough,failed,stops = threading.Event(),[],stop_ids(model, tokenizer)
     ids = torch.tensor([encode_prompt(messages, tokenizer)], device=model.device)
     more = image_inputs(tokenizer, [images_of(messages)], ids)
-    halt = StoppingCriteriaList([lambda ids,scores,**kw: torch.full((ids.shape[0],), enough.is_set(), device=ids.device)])
+    halt = StoppingCriteriaList(
+        [lambda ids,scores,**kw: torch.full((ids.shape[0],), enough.is_set(), device=ids.device)])
     def work():
-        try: model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **more, streamer=streamer, max_new_tokens=max_new_tokens, eos_token_id=stops,
-                            pad_token_id=stops[0], stopping_criteria=halt, **_sampling(temperature))
-        except Exception as e: failed.append(e); streamer.end()
+        try:
+            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **more, streamer=streamer,
+                           max_new_tokens=max_new_tokens, eos_token_id=stops,
+                           pad_token_id=stops[0], stopping_criteria=halt, **_sampling(temperature))
+        except Exception as e:
+            failed.append(e)
+            streamer.end()
     thread = threading.Thread(target=work, daemon=True)
     try:
         thread.start()
@@ -268,9 +287,11 @@ def fit_history(
     for start in [i for i in range(first, len(messages)) if messages[i]['role']=='user']:
         kept = [*messages[:first], *messages[start:]]
         n = len(encode_prompt(kept, tokenizer))
-        if most is None or most-n>=min(max_new_tokens, max(1, most//4)): return kept,start-first,max_new_tokens if most is None else min(max_new_tokens, most-n)
+        if most is None or most-n>=min(max_new_tokens, max(1, most//4)):
+            return kept,start-first,max_new_tokens if most is None else min(max_new_tokens, most-n)
     if n<most: return kept,start-first,min(max_new_tokens, most-n)
-    raise ValueError(f'the question has {n:,} tokens with what stands around it, and the model takes {most:,} in all: ask in fewer words')
+    raise ValueError(f'the question has {n:,} tokens with what stands around it, and the model takes {most:,} in '
+                     f'all: ask in fewer words')
 
 # %% ../../nbs/inference/00_generate.ipynb #95637b76
 @dataclass(repr=False)
@@ -291,7 +312,8 @@ class Exam(Shown):
 
     def shown(self):
         n,shares = len(self.correct),{'right, word for word': self.share, 'ended by themselves': self.stopped}
-        return Table(['', 'answers', 'share'], [[what, round(n*s), f'{s:.1%}'] for what,s in shares.items()], f'{n:,} questions', bars=[*shares.values()])
+        return Table(['', 'answers', 'share'], [[what, round(n*s), f'{s:.1%}'] for what,s in shares.items()],
+                     f'{n:,} questions', bars=[*shares.values()])
 
 def _spoken(text):
     "An answer without the thoughts before it"
@@ -339,7 +361,8 @@ class Comparison(Shown):
     @property
     def table(self)->Table: # Shows itself
         "The answers as a table"
-        return Table(['prompt', 'base', 'tuned'], [[r[k] for k in ('prompt', 'base', 'tuned')] for r in self.rows], note=f'{self.same} of {len(self)} answers are the same')
+        return Table(['prompt', 'base', 'tuned'], [[r[k] for k in ('prompt', 'base', 'tuned')] for r in self.rows],
+                     note=f'{self.same} of {len(self)} answers are the same')
 
     def shown(self): return self.table
 
@@ -356,9 +379,13 @@ def compare_answers(
 )->Comparison: # Shows itself as a table
     "What the base and the tuned model say to the same prompts"
     if not prompts: raise ValueError('`prompts` is empty: a comparison needs at least one question')
-    if isinstance(base, tuple)==isinstance(tuned, tuple) and (base==tuned if not isinstance(base, tuple) else base[0] is tuned[0]):
+    if (isinstance(base, tuple)==isinstance(tuned, tuple)
+        and (base==tuned if not isinstance(base, tuple) else base[0] is tuned[0])):
         both = _side(tuned, adapter=True)
         with base_of(both[0]): left = answers(*both, prompts, max_new_tokens)
         right = answers(*both, prompts, max_new_tokens)
-    else: left,right = (answers(*_side(side), prompts, max_new_tokens) for side in (base, tuned)) # one after the other in memory
-    return Comparison([dict(prompt=_messages(p)[-1]['content'], base=b.text, tuned=t.text) for p,b,t in zip(prompts, left, right)])
+    else:
+        # one after the other in memory
+        left,right = (answers(*_side(side), prompts, max_new_tokens) for side in (base, tuned))
+    return Comparison([dict(prompt=_messages(p)[-1]['content'], base=b.text, tuned=t.text)
+                       for p,b,t in zip(prompts, left, right)])

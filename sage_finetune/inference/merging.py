@@ -68,7 +68,8 @@ def merged_weight(
 )->torch.Tensor: # In 32 bits
     "The weight of a layer with its adapters in it"
     with _filled(layer, weight, tensors) as base:
-        biased,layer.lora_bias = getattr(layer, 'lora_bias', {}),dict.fromkeys(names, False) # the bias is a weight of its own here
+        # the bias is a weight of its own here
+        biased,layer.lora_bias = getattr(layer, 'lora_bias', {}),dict.fromkeys(names, False)
         layer.merge(adapter_names=names)
         layer.lora_bias = biased
         return base.weight.data
@@ -114,10 +115,12 @@ def _source(model, stored):
         else: key_of[name] = key
     parameters = dict(model.named_parameters(remove_duplicate=False))
     name_of = {id(m): n for n,m in model.named_modules()}
-    ends = [f'{name_of[id(m)]}.weight' for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
+    ends = [f'{name_of[id(m)]}.weight' for m in (model.get_input_embeddings(), model.get_output_embeddings())
+            if m is not None]
     tied = len(ends)==2 and parameters[ends[0]] is parameters[ends[1]]
     known = set(key_of) | converted | ({ends[1]} if tied else set())
-    if not converted and (missing := [n for n in parameters if n not in known]): raise SageError(f'the base has no weight {missing[0]} on disk: copy or download it again')
+    if not converted and (missing := [n for n in parameters if n not in known]):
+        raise SageError(f'the base has no weight {missing[0]} on disk: copy or download it again')
     return Source(stored, key_of, converted, ends[1] if tied else None, ends[0])
 
 # %% ../../nbs/inference/02_merging.ipynb #fd1f7b3f
@@ -144,7 +147,8 @@ def _layer_tensors(path, layer, adapters):
 
 def _layer_changes(path, layer, adapters):
     "(name of a weight, its change) of one layer"
-    if type(layer).__name__ not in ('Linear', 'Embedding'): raise _NotByName(f'{bare_name(path)} is a layer of the kind {type(layer).__name__}')
+    if type(layer).__name__ not in ('Linear', 'Embedding'):
+        raise _NotByName(f'{bare_name(path)} is a layer of the kind {type(layer).__name__}')
     tensors,name = _layer_tensors(path, layer, adapters),bare_name(path)
     yield f'{name}.weight',partial(merged_weight, layer, tensors=tensors, names=list(adapters))
     for n,t in tensors.items():
@@ -189,7 +193,8 @@ def rounded(
 
 def _quantised_layers(model):
     "Names of the weights that are rounded in a loaded model"
-    return {bare_name(f'{n}.weight') for n,m in model.named_modules() if type(getattr(m, 'weight', None)).__name__ in ('Params4bit', 'Int8Params')}
+    return {bare_name(f'{n}.weight') for n,m in model.named_modules()
+            if type(getattr(m, 'weight', None)).__name__ in ('Params4bit', 'Int8Params')}
 
 # %% ../../nbs/inference/02_merging.ipynb #6c1f2501
 _formats = dict(float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16)
@@ -204,8 +209,10 @@ def _main_format(stored):
 def _in_format(name, t, dtype):
     new = t.to(dtype)
     if dtype.is_floating_point and not torch.isfinite(new).all():
-        raise SageError(f'{name} holds a number that {"is none" if not torch.isfinite(t).all() else f"{dtype} cannot hold".replace("torch.", "")}: '
-                        'the adapter is broken, or needs another number format (`dtype="float32"`)')
+        raise SageError(
+            f'{name} holds a number that '
+            f'{"is none" if not torch.isfinite(t).all() else f"{dtype} cannot hold".replace("torch.", "")}: '
+            'the adapter is broken, or needs another number format (`dtype="float32"`)')
     return new
 
 def _plan(source, changes, dtype):
@@ -249,7 +256,8 @@ def _write_weights(folder, source, changes, dtype, quantised=None):
 def _write_config(folder, base, dtype, changes):
     "Write `config.json`"
     config = read_json(Path(base)/'config.json')
-    config['dtype' if 'dtype' in config or 'torch_dtype' not in config else 'torch_dtype'] = str(dtype).removeprefix('torch.')
+    config['dtype' if 'dtype' in config or 'torch_dtype' not in config else 'torch_dtype'] = str(
+        dtype).removeprefix('torch.')
     for part in (config, config.get('text_config')):
         if not isinstance(part, dict): continue
         if changes.unties: part['tie_word_embeddings'] = False
@@ -274,7 +282,9 @@ def _by_names(job):
     "Find every weight by its name; where that cannot be done, say why"
     place = local_folder(job.base)
     stored = stored_tensors(place)
-    if not stored: job.why,job.dtype = 'the weights of the base are not in the safetensors format',job.dtype or torch.float32; return job
+    if not stored:
+        job.why,job.dtype = 'the weights of the base are not in the safetensors format',job.dtype or torch.float32
+        return job
     job.dtype = job.dtype or _main_format(stored)
     model = _skeleton(place)
     source,tensors = _source(model, stored),{n: adapter_tensors(f) for n,(f,_) in job.adapters.items()}
@@ -284,7 +294,9 @@ def _by_names(job):
     try:
         changes = _changes(on, tensors, source)
         _check_names(source, changes)
-    except _NotByName as e: job.why = str(e); return job
+    except _NotByName as e:
+        job.why = str(e)
+        return job
     now = on.get_input_embeddings().weight.shape[0]
     changes.rows = now if now!=before else 0
     _check_shapes(model, source, changes)
@@ -293,11 +305,13 @@ def _by_names(job):
 
 def _check_shapes(model, source, changes):
     "Every weight that is not replaced has the shape that the model with the adapter wants"
-    wanted = {bare_name(n): tuple(p.shape) for n,p in model.named_parameters(remove_duplicate=False) if 'lora_' not in n}
+    wanted = {bare_name(n): tuple(p.shape) for n,p in model.named_parameters(remove_duplicate=False)
+              if 'lora_' not in n}
     for name,key in source.key_of.items():
         shape = (changes.replaced.get(name) or source.stored[key]).shape
         if name in wanted and not (name==source.head and not changes.unties) and tuple(shape)!=wanted[name]:
-            raise SageError(f'{name} has the shape {tuple(shape)} in the base, and the adapter was trained with {wanted[name]}: it is the adapter of another base')
+            raise SageError(f'{name} has the shape {tuple(shape)} in the base, and the adapter was trained with '
+                            f'{wanted[name]}: it is the adapter of another base')
 
 def _scale(model, adapters):
     "Give each adapter its weight"
@@ -343,7 +357,8 @@ def logits_of(
     for r in rows:
         given = r if isinstance(r, dict) else dict(input_ids=torch.tensor([r]))
         logits = model(**{k: v.to(model.device) for k,v in given.items()}, use_cache=False).logits[0]
-        if most is not None and len(logits)>most: logits = logits[torch.linspace(0, len(logits)-1, most, device=logits.device).long()]
+        if most is not None and len(logits)>most:
+            logits = logits[torch.linspace(0, len(logits)-1, most, device=logits.device).long()]
         out.append(logits.float().cpu())
     return out
 
@@ -367,7 +382,8 @@ def divergence(
     return max(0.0, total/n) if total==total else inf
 
 # %% ../../nbs/inference/02_merging.ipynb #c14aeba7
-merge_bounds = dict(float32=1e-6, float16=1e-3, bfloat16=2e-2) # Largest divergence that is accepted, in nats for each token
+# Largest divergence that is accepted, in nats for each token
+merge_bounds = dict(float32=1e-6, float16=1e-3, bfloat16=2e-2)
 
 @dataclass
 class ProofSample:
@@ -382,7 +398,9 @@ class ProofSample:
 
 def _see(model, tokenizer, rows, prompts):
     if not prompts: return ProofSample(logits_of(model, rows), [])
-    with torch.inference_mode(): return ProofSample(logits_of(model, rows, max(1, 256//len(rows))), [(a.text, a.tokens) for a in answers(model, tokenizer, prompts, max_new_tokens=32)])
+    with torch.inference_mode():
+        return ProofSample(logits_of(model, rows, max(1, 256//len(rows))),
+                           [(a.text, a.tokens) for a in answers(model, tokenizer, prompts, max_new_tokens=32)])
 
 def _reference(job, tokenizer, probes):
     "What base and adapter say, how far that is from the base alone, and which weights were rounded"
@@ -401,7 +419,8 @@ def _reference(job, tokenizer, probes):
 def _reload(folder, dtype, device):
     "The merged model as anybody else would load it"
     from transformers import AutoConfig
-    with without_noise(): return model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=dtype).to(device).eval()
+    with without_noise():
+        return model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=dtype).to(device).eval()
 
 # %% ../../nbs/inference/02_merging.ipynb #ecd2b6c6
 @contextmanager
@@ -420,7 +439,8 @@ def _empty_model(folder, dtype):
     from accelerate import init_empty_weights
     from transformers import AutoConfig
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    with without_noise(), _no_first_numbers(), init_empty_weights(include_buffers=False): model = model_class(config).from_config(config, dtype=dtype).eval()
+    with without_noise(), _no_first_numbers(), init_empty_weights(include_buffers=False):
+        model = model_class(config).from_config(config, dtype=dtype).eval()
     model.tie_weights() # each had become a parameter of its own
     return model
 
@@ -435,7 +455,8 @@ def read_as_needed(
     from transformers import PreTrainedModel
     hooks,inside = [],set()
     def watch(path, layer, names):
-        places = [(layer.get_submodule(n.rpartition('.')[0]), n.rpartition('.')[2], f'{path}.{n}' if path else n) for n in names]
+        places = [(layer.get_submodule(n.rpartition('.')[0]), n.rpartition('.')[2], f'{path}.{n}' if path else n)
+                  for n in names]
         held = [m._parameters[last] for m,last,_ in places]
         def fill(*_):
             for m,last,name in places: m._parameters[last] = torch.nn.Parameter(read(name), requires_grad=False)
@@ -446,8 +467,10 @@ def read_as_needed(
         if layer in inside: continue
         whole = isinstance(layer, LoraLayer) # some look at the weight of their base outside of its own call
         if whole: inside.update(layer.modules())
-        if names := [n for n,p in layer.named_parameters(recurse=whole) if p.device.type=='meta']: watch(path, layer, names)
-    with patch.object(PreTrainedModel, 'device', torch.device('cpu')): # some move their inputs to where their weights seem to be
+        if names := [n for n,p in layer.named_parameters(recurse=whole) if p.device.type=='meta']:
+            watch(path, layer, names)
+    # some move their inputs to where their weights seem to be
+    with patch.object(PreTrainedModel, 'device', torch.device('cpu')):
         try: yield model
         finally:
             for h in hooks: h.remove()
@@ -459,7 +482,8 @@ def _logits_of_one(model, row):
 @torch.inference_mode()
 def _logits_together(model, rows):
     "Logits of rows that go through at once; causal attention never looks at what fills a row up at its end"
-    if any(isinstance(r, dict) for r in rows): return [logits for r in rows for logits in _logits_of_one(model, r)] # pictures are of different sizes
+    if any(isinstance(r, dict) for r in rows):
+        return [logits for r in rows for logits in _logits_of_one(model, r)] # pictures are of different sizes
     longest = max(map(len, rows))
     ids = torch.tensor([[*r, *[0]*(longest-len(r))] for r in rows])
     logits = model(input_ids=ids, use_cache=False).logits
@@ -481,19 +505,23 @@ def _reference_streamed(job, dtype, rows):
     source,adapters = _source(model, job.source.stored),{n: adapter_tensors(f) for n,(f,_) in job.adapters.items()}
     for name,(path,_) in job.adapters.items(): on = put_adapter(model, path, name, on, empty=True)
     _scale(on, job.adapters)
-    low_rank = {f'{path}.{n}': t for path,layer in on.named_modules() if hasattr(layer, 'lora_A') for n,t in _layer_tensors(path, layer, adapters).items()}
+    low_rank = {f'{path}.{n}': t for path,layer in on.named_modules() if hasattr(layer, 'lora_A')
+                for n,t in _layer_tensors(path, layer, adapters).items()}
     def read(name):
         if name in low_rank: return low_rank[name].read().float()
         plain = bare_name(name)
-        if plain in job.changes.replaced and '.original_module.' not in name: return job.changes.replaced[plain].read().to(dtype)
-        return source.stored[source.key_of.get(source.embedding if plain==source.head else plain, plain)].read().to(dtype)
+        if plain in job.changes.replaced and '.original_module.' not in name:
+            return job.changes.replaced[plain].read().to(dtype)
+        return source.stored[source.key_of.get(source.embedding if plain==source.head else plain, plain)].read().to(
+            dtype)
     with read_as_needed(on.eval(), read):
         tuned = _logits_together(on, rows)
         with warnings.catch_warnings(), base_of(on):
             warnings.simplefilter('ignore')
             plain = _logits_together(on, rows)
     known = [t[:, :p.shape[1]] for t,p in zip(tuned, plain)] # without the tokens that the base does not have
-    return ProofSample(tuned, _next_tokens(tuned), largest_difference(known, plain), divergence(known, plain), dtype=dtype)
+    return ProofSample(tuned, _next_tokens(tuned), largest_difference(known, plain), divergence(known, plain),
+                       dtype=dtype)
 
 def _measured_streamed(place, rows, dtype):
     "What a merged model says, read from disk as needed"
@@ -504,14 +532,16 @@ def _measured_streamed(place, rows, dtype):
     return ProofSample(logits, _next_tokens(logits))
 
 # %% ../../nbs/inference/02_merging.ipynb #853f936b
-_fallback = [[dict(role='user', content=q)] for q in ('What is this?', 'Write a function that adds two numbers.', '你好，请介绍一下你自己。', 'Why?')]
+_fallback = [[dict(role='user', content=q)]
+             for q in ('What is this?', 'Write a function that adds two numbers.', '你好，请介绍一下你自己。', 'Why?')]
 
 def _talks(folder):
     "Conversations of a run, one at a time"
     run = RunFolder(folder)
     try:
         config = config_from_meta(run.path) if run.meta.is_file() else trained_settings(run.lora_weights)
-        if config.data_path: yield from conversations(config.data_path, config.format_type, config.columns, **source_of(config))
+        if config.data_path:
+            yield from conversations(config.data_path, config.format_type, config.columns, **source_of(config))
     except (OSError, ValueError, SageError): return
 
 def _with_sight(tokenizer, ids, shown):
@@ -533,7 +563,8 @@ def probes_of(
         except (ValueError, SageError): continue
         if shown and len(ids)>4*max_length: continue
         rows.append(_with_sight(tokenizer, ids, shown) if shown else ids[:max_length])
-        if talk.messages[-1]['role']=='assistant' and not talk.tools and (shown or len(ids)<max_length): prompts.append(talk.messages[:-1])
+        if talk.messages[-1]['role']=='assistant' and not talk.tools and (shown or len(ids)<max_length):
+            prompts.append(talk.messages[:-1])
     return rows or [encode_prompt(q, tokenizer) for q in _fallback[:n]],prompts or _fallback[:n]
 
 def probe_rows(
@@ -552,7 +583,8 @@ class MergeReport:
     path: str # Folder of the merged model
     dtype: str # Number format of its weights
     rows: int # Rows that were compared
-    difference: float|None # Largest difference of a logit between merged model and base with adapter; None where nothing was compared
+    # Largest difference of a logit between merged model and base with adapter; None where nothing was compared
+    difference: float|None
     bound: float # Largest divergence that is accepted
     effect: float|None # Largest difference of a logit between base with and without the adapter
     seconds: float # Loading, merging, writing and comparing
@@ -564,24 +596,32 @@ class MergeReport:
     how: str = 'weight by weight' # Or in memory, and why
     base: str = '' # Model that the adapter was added to
     adapters: list = field(default_factory=list) # (folder, weight)
-    ways: list = field(default_factory=list) # What was tried: {onto, divergence, difference, same}, the one that was kept first
+    # What was tried: {onto, divergence, difference, same}, the one that was kept first
+    ways: list = field(default_factory=list)
     notes: list = field(default_factory=list) # What could not be checked, or was ignored
 
     def __str__(self):
         if self.difference is None: told = 'not compared with anything'
-        else: told = (f'largest logit difference {self.difference:.2g} on {self.rows} rows, divergence {self.divergence:.2g} nats a token (bound {self.bound:g}), '
-                      f'{self.same} of {self.asked} {self.compared} the same; the adapter moves logits by up to {self.effect:.2g}, a divergence of {self.effect_divergence:.2g}')
+        else:
+            told = (f'largest logit difference {self.difference:.2g} on {self.rows} rows, divergence '
+                    f'{self.divergence:.2g} nats a token (bound {self.bound:g}), '
+                    f'{self.same} of {self.asked} {self.compared} the same; the adapter moves logits by up to '
+                    f'{self.effect:.2g}, a divergence of {self.effect_divergence:.2g}')
         kept = [f"kept: {self.ways[0]['onto']}; {w['onto']} is at {w['divergence']:.2g}" for w in self.ways[1:]]
-        return '\n'.join([f'merged into {self.path} ({self.dtype}, {self.how}): {told}', *kept, *(f'note: {n}' for n in self.notes)])
+        return '\n'.join([f'merged into {self.path} ({self.dtype}, {self.how}): {told}', *kept,
+                          *(f'note: {n}' for n in self.notes)])
     def __repr__(self): return str(self)
 
     @property
     def table(self)->Table: # Shows itself
         "The figures as a table"
         rows = [[w['onto'], w['divergence'], w['difference'], f"{w['same']} of {self.asked}"] for w in self.ways]
-        if self.effect is not None: rows.append(['the base without the adapter', self.effect_divergence, self.effect, ''])
-        notes = [f'{self.dtype}, {self.how}; a divergence of up to {self.bound:g} is accepted' if rows else 'not compared with anything', *self.notes]
-        return Table(['merged onto', 'divergence (nats a token)', 'largest logit difference', f'{self.compared} the same'], rows, f'Merged into {self.path}', '. '.join(notes),
+        if self.effect is not None:
+            rows.append(['the base without the adapter', self.effect_divergence, self.effect, ''])
+        notes = [f'{self.dtype}, {self.how}; a divergence of up to {self.bound:g} is accepted' if rows
+                 else 'not compared with anything', *self.notes]
+        return Table(['merged onto', 'divergence (nats a token)', 'largest logit difference',
+                      f'{self.compared} the same'], rows, f'Merged into {self.path}', '. '.join(notes),
                      marks=(0,) if len(self.ways)>1 else ())
 
     def __rich__(self): return self.table.__rich__()
@@ -590,7 +630,8 @@ class MergeReport:
 # %% ../../nbs/inference/02_merging.ipynb #42603e66
 def _one_or_more(adapters):
     "[(folder, weight)] of what was given"
-    one = isinstance(adapters, (str, Path)) or (isinstance(adapters, tuple) and len(adapters)==2 and isinstance(adapters[1], (int, float)))
+    one = (isinstance(adapters, (str, Path))
+           or (isinstance(adapters, tuple) and len(adapters)==2 and isinstance(adapters[1], (int, float))))
     listed = [adapters] if one else list(adapters)
     if not listed: raise ValueError('`adapters` is empty: give the folder of one adapter at least')
     pairs = [(Path(a[0]), float(a[1])) if isinstance(a, tuple) else (Path(a), 1.0) for a in listed]
@@ -601,26 +642,31 @@ def _check_plain(path, weight):
     "Only plain corrections can be weighed and added up"
     if not abs(weight)<inf: raise ValueError(f'`adapters`: the weight of {path} must be a number, got {weight}')
     if other := [k for k in adapter_tensors(path) if not re.search(r'\.lora_(embedding_)?[AB](\.weight)?$', k)]:
-        raise SageError(f'{path} cannot be weighed or added to another adapter: {bare_name(other[0])} is not a matrix of low rank; merge it alone, with weight 1')
+        raise SageError(f'{path} cannot be weighed or added to another adapter: '
+                        f'{bare_name(other[0])} is not a matrix of low rank; merge it alone, with weight 1')
 
 def _job(adapters, base, dtype):
     "What is to be merged into what"
     pairs = _one_or_more(adapters)
     trained = [trained_settings(p) for p,_ in pairs]
     names = {str(t.model_name) for t in trained}
-    if len(names)>1 and not base: raise SageError(f'the adapters have different bases ({", ".join(sorted(names))}): give `base`')
+    if len(names)>1 and not base:
+        raise SageError(f'the adapters have different bases ({", ".join(sorted(names))}): give `base`')
     settings,base = trained[0],base or trained[0].model_name
     bits = 8 if settings.load_in_8bit else 4 if settings.load_in_4bit else None
     compute = dtype_of(settings) if (pairs[0][0]/'training_config.json').is_file() else None
-    if dtype is not None and dtype not in _formats: raise ValueError(f'`dtype` must be one of {", ".join(_formats)} or None, got {dtype!r}')
-    job = MergePlan({'default' if not i else f'second{i}': p for i,p in enumerate(pairs)}, base, _formats.get(dtype) or compute, bits, compute or torch.float32)
+    if dtype is not None and dtype not in _formats:
+        raise ValueError(f'`dtype` must be one of {", ".join(_formats)} or None, got {dtype!r}')
+    job = MergePlan({'default' if not i else f'second{i}': p for i,p in enumerate(pairs)}, base,
+                    _formats.get(dtype) or compute, bits, compute or torch.float32)
     return job
 
 def _refuse_rounded(base):
     "A base that is stored in 4 or 8 bits has nothing to be merged into"
     place = fetched_folder(base)
     if (place/'config.json').is_file() and read_json(place/'config.json').get('quantization_config'):
-        raise SageError(f'{base} is stored quantised, and an adapter cannot be merged into that: give the model it was made from as `base`')
+        raise SageError(f'{base} is stored quantised, and an adapter cannot be merged into that: '
+                        f'give the model it was made from as `base`')
 
 # %% ../../nbs/inference/02_merging.ipynb #ed2457d3
 def merge_adapters(
@@ -644,8 +690,10 @@ def merge_adapters(
     if job.source is None: notes.append(f'merged in memory, because {job.why}')
     with whole_folder(target) as new:
         figures = _merged(new, job, tokenizer, probes_of(run, tokenizer, rows) if rows else None)
-        report = MergeReport(str(target), str(job.dtype).removeprefix('torch.'), seconds=time.monotonic()-began, how='weight by weight' if job.source else 'in memory',
-                             base=str(job.base), adapters=[(str(p), w) for p,w in job.adapters.values()], notes=notes, **figures)
+        report = MergeReport(str(target), str(job.dtype).removeprefix('torch.'), seconds=time.monotonic()-began,
+                             how='weight by weight' if job.source else 'in memory',
+                             base=str(job.base), adapters=[(str(p), w) for p,w in job.adapters.values()],
+                             notes=notes, **figures)
         if rows and not report.divergence<=report.bound: raise SageError(_refused(report))
         write_json(new/'merge_report.json', asdict(report))
     return report
@@ -670,11 +718,13 @@ def check_room(
     stored,free = stored_tensors(local_folder(job.base)),_free_memory()
     need = 1.1*sum(t.size/t.dtype.itemsize for t in stored.values())*job.here.itemsize
     if free is None or need<free or (_streamed(job, job.here) and not job.bits): return
-    raise SageError(f'the proof loads the whole model, about {need/1e9:.1f} GB, and {free/1e9:.1f} GB are free: merge without it (`rows=0`), which needs a few '
+    raise SageError(f'the proof loads the whole model, about {need/1e9:.1f} GB, and {free/1e9:.1f} GB are free: '
+                    f'merge without it (`rows=0`), which needs a few '
                     'copies of one weight, or on a machine with more memory')
 
 def _refused(report):
-    return (f'merge refused: the merged model differs from base and adapter by {report.divergence:.2g} nats a token, bound {report.bound:g} '
+    return (f'merge refused: the merged model differs from base and adapter by {report.divergence:.2g} nats a '
+            f'token, bound {report.bound:g} '
             f'(largest logit difference {report.difference:.2g})')
 
 def _checked_form(job, ignore):
@@ -697,13 +747,15 @@ def refuse_target(
 def _ways(job, names):
     "(what it is merged onto, how the base is rounded): all that are worth a try"
     yield 'the base as it is stored' if job.bits else 'the base',None
-    if job.bits and names and job.source: yield f'the base as rounded in training ({job.bits} bits)',(names, job.bits, job.compute)
+    if job.bits and names and job.source:
+        yield f'the base as rounded in training ({job.bits} bits)',(names, job.bits, job.compute)
 
 def _merged(new, job, tokenizer, probes):
     "Write every way, keep the nearest, and give its figures"
     streamed = bool(probes) and _streamed(job, job.here)
     if streamed: probes = [r if isinstance(r, dict) else r[:64] for r in probes[0]],()
-    seen = (_reference_streamed(job, job.here, probes[0]) if streamed and not job.bits else _reference(job, tokenizer, probes)) if probes else None
+    seen = ((_reference_streamed(job, job.here, probes[0]) if streamed and not job.bits
+             else _reference(job, tokenizer, probes)) if probes else None)
     if streamed and job.bits: seen.said = _next_tokens(seen.logits)
     found = []
     for i,(onto,quantised) in enumerate(_ways(job, seen and seen.rounded)):
@@ -716,7 +768,8 @@ def _merged(new, job, tokenizer, probes):
     for _,place in found: shutil.rmtree(place)
     if not probes: return dict(rows=0, difference=None, bound=_bound(job, None), effect=None)
     ways = [f for f,_ in found]
-    return dict(rows=len(probes[0]), bound=_bound(job, seen), effect=seen.effect, effect_divergence=seen.effect_divergence, asked=len(seen.said), ways=ways,
+    return dict(rows=len(probes[0]), bound=_bound(job, seen), effect=seen.effect,
+                effect_divergence=seen.effect_divergence, asked=len(seen.said), ways=ways,
                 compared='next tokens' if streamed else 'greedy answers',
                 **{k: ways[0][k] for k in ('difference', 'divergence', 'same')})
 
@@ -732,13 +785,17 @@ def _with_settings(job):
     from types import SimpleNamespace
     first,place = next(iter(job.adapters.values()))[0],local_folder(job.base)
     for f in (first, place):
-        if f and (f/'generation_config.json').is_file(): return SimpleNamespace(generation_config=GenerationConfig.from_pretrained(f))
-    return SimpleNamespace(generation_config=GenerationConfig.from_model_config(AutoConfig.from_pretrained(place or job.base)))
+        if f and (f/'generation_config.json').is_file():
+            return SimpleNamespace(generation_config=GenerationConfig.from_pretrained(f))
+    return SimpleNamespace(generation_config=GenerationConfig.from_model_config(
+        AutoConfig.from_pretrained(place or job.base)))
 
 def _measured(place, tokenizer, probes, seen, streamed):
     "How far a merged model, read back from disk, is from what was trained"
-    now = _measured_streamed(place, probes[0], seen.dtype) if streamed else _see(_reload(place, seen.dtype, seen.device), tokenizer, *probes)
-    return dict(divergence=divergence(seen.logits, now.logits), difference=largest_difference(seen.logits, now.logits), same=sum(a==b for a,b in zip(seen.said, now.said)))
+    now = (_measured_streamed(place, probes[0], seen.dtype) if streamed
+           else _see(_reload(place, seen.dtype, seen.device), tokenizer, *probes))
+    return dict(divergence=divergence(seen.logits, now.logits), difference=largest_difference(
+        seen.logits, now.logits), same=sum(a==b for a,b in zip(seen.said, now.said)))
 
 # %% ../../nbs/inference/02_merging.ipynb #5e35a91e
 def merge_run(
@@ -750,5 +807,7 @@ def merge_run(
 )->MergeReport: # What it did, measured
     "Merge the adapter of a run into its base, prove the result, and write it whole or not at all"
     run = RunFolder(path)
-    if run.state not in ('trained', 'merged'): raise SageError(f'{run.path} has no adapter to merge: train it first (`sage-finetune run {run.path}`)')
-    return merge_adapters(run.lora_weights, output or run.merged_model, rows, dtype, run=run.path, ignore_contract=ignore_contract)
+    if run.state not in ('trained', 'merged'):
+        raise SageError(f'{run.path} has no adapter to merge: train it first (`sage-finetune run {run.path}`)')
+    return merge_adapters(run.lora_weights, output or run.merged_model, rows, dtype, run=run.path,
+                          ignore_contract=ignore_contract)

@@ -38,7 +38,8 @@ class Served:
 
 def _base_of(folder):
     "The base model of the adapter in `folder`"
-    if (folder/'training_config.json').is_file(): return resolve_model(TrainingConfig.load(folder/'training_config.json').model_name)
+    if (folder/'training_config.json').is_file():
+        return resolve_model(TrainingConfig.load(folder/'training_config.json').model_name)
     return read_json(folder/'adapter_config.json').get('base_model_name_or_path') or None
 
 def what_to_serve(
@@ -50,11 +51,13 @@ def what_to_serve(
     lora = (path/'adapter_config.json').is_file()
     if lora or (path/'config.json').is_file():
         path = path.resolve()
-        return Served(path.name, path, _base_of(path) if lora else None, default_output_dir.parent/'logs'/f'serve-{path.name}.log')
+        return Served(path.name, path, _base_of(path) if lora else None,
+                      default_output_dir.parent/'logs'/f'serve-{path.name}.log')
     run = find_run(name)
     log,called = run.logs/'serve.log',run.path.resolve().name
     if run.state=='merged' and not adapter: return Served(called, run.merged_model, None, log)
-    if (run.lora_weights/'adapter_model.safetensors').is_file(): return Served(called, run.lora_weights, _base_of(run.lora_weights), log)
+    if (run.lora_weights/'adapter_model.safetensors').is_file():
+        return Served(called, run.lora_weights, _base_of(run.lora_weights), log)
     raise SageError(f'run {run.path} is not trained yet: train it first (`sage-finetune run {run.path}`)')
 
 # %% ../../nbs/inference/04_serve.ipynb #3ad46aa1
@@ -64,7 +67,9 @@ class BadRequest(ValueError):
         message:str, # For the client
         status:int=400, # Of HTTP
         code:str|None=None, # A word that programs can look for
-    ): super().__init__(message); self.status,self.code = status,code
+    ):
+        super().__init__(message)
+        self.status,self.code = status,code
 
 @dataclass(frozen=True)
 class ChatRequest:
@@ -78,10 +83,14 @@ class ChatRequest:
     stream: bool = False # Whether the answer comes in pieces
     usage: bool = False # Whether the last piece counts tokens
 
-_honoured = {'model', 'messages', 'max_tokens', 'max_completion_tokens', 'temperature', 'top_p', 'stop', 'seed', 'stream', 'stream_options'}
-_without_effect = {'user', 'metadata', 'store', 'service_tier', 'safety_identifier', 'prompt_cache_key', 'parallel_tool_calls'}
-_same_as_nothing = dict(n=(1,), presence_penalty=(0,), frequency_penalty=(0,), logprobs=(False,), top_logprobs=(0,), tools=([],), functions=([],),
-                        tool_choice=('none', 'auto'), logit_bias=({},), response_format=({'type': 'text'},), modalities=(['text'],))
+_honoured = {'model', 'messages', 'max_tokens', 'max_completion_tokens', 'temperature', 'top_p', 'stop', 'seed',
+             'stream', 'stream_options'}
+_without_effect = {'user', 'metadata', 'store', 'service_tier', 'safety_identifier', 'prompt_cache_key',
+                   'parallel_tool_calls'}
+_same_as_nothing = dict(n=(1,), presence_penalty=(0,), frequency_penalty=(0,), logprobs=(False,), top_logprobs=(0,),
+                        tools=([],), functions=([],),
+                        tool_choice=('none', 'auto'), logit_bias=({},), response_format=({'type': 'text'},),
+                        modalities=(['text'],))
 
 # %% ../../nbs/inference/04_serve.ipynb #3dca30bd
 def _number(body, key, low, high, kind=float):
@@ -89,23 +98,31 @@ def _number(body, key, low, high, kind=float):
     value = body.get(key)
     if value is None: return None
     fits = isinstance(value, (int, float)) and not isinstance(value, bool) and low<=value<=high and kind(value)==value
-    if not fits: raise BadRequest(f'`{key}` must be {"a whole number" if kind is int else "a number"} from {low} to {high}, got {value!r}')
+    if not fits:
+        raise BadRequest(f'`{key}` must be {"a whole number" if kind is int else "a number"} from {low} to {high}, '
+                         f'got {value!r}')
     return kind(value)
 
 def _stops(body):
     stop = body.get('stop')
     stop = [stop] if isinstance(stop, str) else stop or []
-    if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop): raise BadRequest('`stop` must be a text or a list of texts')
+    if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
+        raise BadRequest('`stop` must be a text or a list of texts')
     return tuple(stop)
 
 def _turns(messages):
     "The turns of a conversation that waits for an answer, through the checks of training data"
     from sage_finetune.rows.formats import to_conversation
-    if not isinstance(messages, list) or not messages: raise BadRequest('`messages` must be a list of turns with at least one')
-    try: talk = to_conversation(dict(messages=[*messages, dict(role='assistant', content='.')]), 'messages').messages[:-1]
+    if not isinstance(messages, list) or not messages:
+        raise BadRequest('`messages` must be a list of turns with at least one')
+    try:
+        talk = to_conversation(dict(messages=[*messages, dict(role='assistant', content='.')]),
+                               'messages').messages[:-1]
     except ValueError as e: raise BadRequest(f'`messages`: {e}') from None
-    if any(t.get('images') for t in talk): raise BadRequest('`messages`: this server answers text only, and a turn holds an image')
-    if talk[-1]['role'] not in ('user', 'tool'): raise BadRequest(f"`messages` must end with a turn of the user, got one of the role {talk[-1]['role']}")
+    if any(t.get('images') for t in talk):
+        raise BadRequest('`messages`: this server answers text only, and a turn holds an image')
+    if talk[-1]['role'] not in ('user', 'tool'):
+        raise BadRequest(f"`messages` must end with a turn of the user, got one of the role {talk[-1]['role']}")
     return talk
 
 # %% ../../nbs/inference/04_serve.ipynb #7fed63d7
@@ -116,12 +133,16 @@ def read_request(
     "Check the body of a request for a chat answer"
     if not isinstance(body, dict): raise BadRequest('the body must be a JSON object')
     given = {k: v for k,v in body.items() if v is not None and not (k in _same_as_nothing and v in _same_as_nothing[k])}
-    if other := sorted(given.keys() - _honoured - _without_effect): raise BadRequest(f'`{other[0]}` is not supported by this server')
-    if given.get('model', name)!=name: raise BadRequest(f"no model {given['model']!r} here; there is {name!r}", 404, 'model_not_found')
-    if not isinstance(given.get('stream', False), bool): raise BadRequest(f"`stream` must be true or false, got {given['stream']!r}")
+    if other := sorted(given.keys() - _honoured - _without_effect):
+        raise BadRequest(f'`{other[0]}` is not supported by this server')
+    if given.get('model', name)!=name:
+        raise BadRequest(f"no model {given['model']!r} here; there is {name!r}", 404, 'model_not_found')
+    if not isinstance(given.get('stream', False), bool):
+        raise BadRequest(f"`stream` must be true or false, got {given['stream']!r}")
     most = _number(given, 'max_completion_tokens', 1, 10**6, int)
-    return ChatRequest(_turns(given.get('messages')), most or _number(given, 'max_tokens', 1, 10**6, int), _number(given, 'temperature', 0, 2) or 0.0,
-                  _number(given, 'top_p', 1e-6, 1), _stops(given), _number(given, 'seed', 0, 2**63-1, int), given.get('stream', False),
+    return ChatRequest(_turns(given.get('messages')), most or _number(given, 'max_tokens', 1, 10**6, int),
+                  _number(given, 'temperature', 0, 2) or 0.0, _number(given, 'top_p', 1e-6, 1), _stops(given),
+                  _number(given, 'seed', 0, 2**63-1, int), given.get('stream', False),
                   bool((given.get('stream_options') or {}).get('include_usage')))
 
 # %% ../../nbs/inference/04_serve.ipynb #0cd0c1d4
@@ -143,7 +164,9 @@ class StopStreamer:
         self.tokens += 1
         if not self.tokens or self.stopped: return
         token = int(value[0])
-        if token in self.ends: self.stopped = True; return
+        if token in self.ends:
+            self.stopped = True
+            return
         self.ids.append(token)
         self._show(self.decoder.step(self.tokenizer.backend_tokenizer, token) or '')
 
@@ -160,9 +183,12 @@ class StopStreamer:
     def _show(self, new, last=False):
         self.raw += new
         if (cut := self._found()) is not None: self.raw,self.stopped,last = self.raw[:cut],True,True
-        held = 0 if last else max((n for s in self.stop for n in range(1, len(s)) if self.raw.endswith(s[:n])), default=0)
+        held = (0 if last else max((n for s in self.stop for n in range(1, len(s)) if self.raw.endswith(s[:n])),
+                                   default=0))
         upto = len(self.raw)-held
-        if upto>self.shown: self.tell(self.raw[self.shown:upto]); self.shown = upto
+        if upto>self.shown:
+            self.tell(self.raw[self.shown:upto])
+            self.shown = upto
 
 # %% ../../nbs/inference/04_serve.ipynb #d2f7d8d3
 def write_answer(
@@ -180,12 +206,14 @@ def write_answer(
     from sage_finetune.model.contract import stop_ids
     ends = stop_ids(model, tokenizer)
     writer,given = StopStreamer(tokenizer, ends, wanted.stop, tell),torch.tensor([ids], device=model.device)
-    how = dict(do_sample=True, temperature=wanted.temperature) if wanted.temperature else dict(do_sample=False, temperature=None, top_p=None, top_k=None, repetition_penalty=1.0)
+    how = (dict(do_sample=True, temperature=wanted.temperature) if wanted.temperature
+           else dict(do_sample=False, temperature=None, top_p=None, top_k=None, repetition_penalty=1.0))
     if wanted.temperature and wanted.top_p: how['top_p'] = wanted.top_p
     if wanted.seed is not None: torch.manual_seed(wanted.seed)
     enough = lambda ids,scores,**kw: torch.full((ids.shape[0],), writer.stopped or halted(), device=ids.device)
     with torch.inference_mode():
-        model.generate(input_ids=given, attention_mask=torch.ones_like(given), streamer=writer, max_new_tokens=most, eos_token_id=ends, pad_token_id=ends[0],
+        model.generate(input_ids=given, attention_mask=torch.ones_like(given), streamer=writer, max_new_tokens=most,
+                       eos_token_id=ends, pad_token_id=ends[0],
                        stopping_criteria=StoppingCriteriaList([enough]), **how)
     return writer
 
@@ -208,7 +236,9 @@ class Engine:
         from sage_finetune.rows.template import encode_prompt
         try: ids = encode_prompt(wanted.messages, self.tokenizer)
         except ValueError as e: raise BadRequest(str(e)) from None
-        if len(ids)>=self.room: raise BadRequest(f'the prompt has {len(ids):,} tokens, the model takes {self.room:,}', code='context_length_exceeded')
+        if len(ids)>=self.room:
+            raise BadRequest(f'the prompt has {len(ids):,} tokens, the model takes {self.room:,}',
+                             code='context_length_exceeded')
         return ids,min(wanted.max_tokens or self.max_new_tokens, self.room-len(ids))
 
     def start(self, wanted, ids, most, tell):
@@ -231,9 +261,11 @@ def _failed(e):
     "An exception as status and body of a reply"
     kind = 'invalid_request_error' if isinstance(e, BadRequest) else 'server_error'
     text = ' '.join(str(e).split()) or type(e).__name__
-    return getattr(e, 'status', 500),dict(error=dict(message=text, type=kind, param=None, code=getattr(e, 'code', None)))
+    return (getattr(e, 'status',
+                    500),dict(error=dict(message=text, type=kind, param=None, code=getattr(e, 'code', None))))
 
-def _usage(ids, writer): return dict(prompt_tokens=len(ids), completion_tokens=writer.tokens, total_tokens=len(ids)+writer.tokens)
+def _usage(ids, writer):
+    return dict(prompt_tokens=len(ids), completion_tokens=writer.tokens, total_tokens=len(ids)+writer.tokens)
 
 def _reason(writer): return 'stop' if writer.stopped else 'length'
 
@@ -249,7 +281,8 @@ async def _pieces(desk, wanted, ids, most):
 
 async def _events(desk, wanted, ids, most, head):
     "The lines of an answer that comes in pieces"
-    chunk = lambda delta,reason=None,**more: 'data: '+json.dumps(head | dict(choices=[dict(index=0, delta=delta, finish_reason=reason)]) | more, ensure_ascii=False)+'\n\n'
+    chunk = (lambda delta,reason=None,**more: 'data: '+json.dumps(
+        head | dict(choices=[dict(index=0, delta=delta, finish_reason=reason)]) | more, ensure_ascii=False)+'\n\n')
     yield chunk(dict(role='assistant', content=''))
     try:
         async for piece in _pieces(desk, wanted, ids, most):
@@ -271,11 +304,16 @@ async def _whole(request, desk, wanted, ids, most, head):
         while True:
             nearest = asyncio.ensure_future(anext(stream))
             await asyncio.wait([nearest, watcher], return_when=asyncio.FIRST_COMPLETED)
-            if not nearest.done(): nearest.cancel(); return {}
+            if not nearest.done():
+                nearest.cancel()
+                return {}
             if not isinstance(piece := nearest.result(), str): break
             text.append(piece)
-    finally: watcher.cancel(); await stream.aclose()
-    choice = dict(index=0, message=dict(role='assistant', content=''.join(text)), finish_reason=_reason(piece), logprobs=None) if piece else None
+    finally:
+        watcher.cancel()
+        await stream.aclose()
+    choice = (dict(index=0, message=dict(role='assistant', content=''.join(text)), finish_reason=_reason(piece),
+                   logprobs=None) if piece else None)
     return head | dict(choices=[choice] if choice else [], usage=_usage(ids, piece) if piece else None)
 
 # %% ../../nbs/inference/04_serve.ipynb #2c2a5225
@@ -286,7 +324,8 @@ def _locked(app, key):
     async def guarded(scope, receive, send):
         given = dict(scope.get('headers') or ()).get(b'authorization', b'')
         if scope['type']=='http' and scope['path']!='/health' and not hmac.compare_digest(given, wanted):
-            status,body = _failed(BadRequest('the key is missing or wrong: send it as `Authorization: Bearer …`', 401, 'invalid_api_key'))
+            status,body = _failed(BadRequest('the key is missing or wrong: send it as `Authorization: Bearer …`',
+                                             401, 'invalid_api_key'))
             return await JSONResponse(body, status)(scope, receive, send)
         await app(scope, receive, send)
     return guarded
@@ -305,19 +344,25 @@ def chat_app(
     async def health(request): return JSONResponse(dict(status='ok'))
     async def models(request): return JSONResponse(dict(object='list', data=[card]))
     async def one(request):
-        if request.path_params['id']!=name: raise BadRequest(f"no model {request.path_params['id']!r} here; there is {name!r}", 404, 'model_not_found')
+        if request.path_params['id']!=name:
+            raise BadRequest(f"no model {request.path_params['id']!r} here; there is {name!r}", 404, 'model_not_found')
         return JSONResponse(card)
     async def chat(request):
         try: body = json.loads(await request.body())
         except ValueError: raise BadRequest('the body is not JSON') from None
         wanted = read_request(body, name)
         ids,most = desk.prompt(wanted)
-        head = dict(id=f'chatcmpl-{uuid.uuid4().hex}', object='chat.completion'+'.chunk'*wanted.stream, created=int(time.time()), model=name)
-        if wanted.stream: return StreamingResponse(_events(desk, wanted, ids, most, head), media_type='text/event-stream')
+        head = dict(id=f'chatcmpl-{uuid.uuid4().hex}', object='chat.completion'+'.chunk'*wanted.stream,
+                    created=int(time.time()), model=name)
+        if wanted.stream:
+            return StreamingResponse(_events(desk, wanted, ids, most, head), media_type='text/event-stream')
         return JSONResponse(await _whole(request, desk, wanted, ids, most, head))
-    async def failed(request, e): status,body = _failed(e); return JSONResponse(body, status)
+    async def failed(request, e):
+        status,body = _failed(e)
+        return JSONResponse(body, status)
     app = Starlette(routes=[Route('/health', health), Route('/v1/models', models), Route('/v1/models/{id:path}', one),
-                            Route('/v1/chat/completions', chat, methods=['POST'])], exception_handlers={BadRequest: failed, Exception: failed})
+                            Route('/v1/chat/completions', chat, methods=['POST'])],
+                    exception_handlers={BadRequest: failed, Exception: failed})
     return _locked(app, api_key) if api_key else app
 
 # %% ../../nbs/inference/04_serve.ipynb #7898f829
@@ -332,9 +377,12 @@ def _vllm_fit(served):
 def _vllm_lora(served):
     "The part of vLLM's command line for an adapter"
     rank,unfit = _vllm_fit(served)
-    if unfit: raise SageError(f'vLLM cannot serve this adapter beside its base ({", ".join(unfit)}): merge it first (`sage-finetune merge NAME`)')
+    if unfit:
+        raise SageError(f'vLLM cannot serve this adapter beside its base ({", ".join(unfit)}): '
+                        f'merge it first (`sage-finetune merge NAME`)')
     module = json.dumps(dict(name=served.name, path=str(served.folder), base_model_name=served.base))
-    return ['--tokenizer', str(served.folder), '--enable-lora', '--lora-modules', module, '--max-lora-rank', str(next(r for r in _vllm_ranks if r>=rank))]
+    return ['--tokenizer', str(served.folder), '--enable-lora', '--lora-modules', module, '--max-lora-rank',
+            str(next(r for r in _vllm_ranks if r>=rank))]
 
 def _has_date(folder):
     "Whether the chat template writes a date"
@@ -349,9 +397,11 @@ def vllm_command(
     "The command line of vLLM"
     settings = dict(temperature=0.0, repetition_penalty=1.0)
     model,names = (served.base, served.base) if served.base else (str(served.folder), served.name)
-    return ['vllm', 'serve', model, '--served-model-name', names, '--host', host, '--port', str(port), '--generation-config', str(served.folder),
+    return ['vllm', 'serve', model, '--served-model-name', names, '--host', host, '--port', str(port),
+            '--generation-config', str(served.folder),
             '--override-generation-config', json.dumps(settings), *(_vllm_lora(served) if served.base else ()),
-            *(['--default-chat-template-kwargs', json.dumps(dict(date_string='26 Jul 2024'))] if _has_date(served.folder) else ())]
+            *(['--default-chat-template-kwargs', json.dumps(dict(date_string='26 Jul 2024'))]
+              if _has_date(served.folder) else ())]
 
 # %% ../../nbs/inference/04_serve.ipynb #9118c947
 def transformers_command(
@@ -361,9 +411,12 @@ def transformers_command(
     device:str='cpu', # "cuda", "mps" or "cpu"
 )->list: # The program and its arguments
     "The command line of `transformers serve`"
-    if served.base: raise SageError('`transformers serve` takes no adapter: merge it first (`sage-finetune merge NAME`), or choose another engine')
+    if served.base:
+        raise SageError('`transformers serve` takes no adapter: '
+                        'merge it first (`sage-finetune merge NAME`), or choose another engine')
     date = ['--chat-template-kwargs', json.dumps(dict(date_string='26 Jul 2024'))] if _has_date(served.folder) else []
-    return ['transformers', 'serve', str(served.folder), '--host', host, '--port', str(port), *(['--dtype', 'float32'] if device=='cpu' else []), *date]
+    return ['transformers', 'serve', str(served.folder), '--host', host, '--port', str(port),
+            *(['--dtype', 'float32'] if device=='cpu' else []), *date]
 
 # %% ../../nbs/inference/04_serve.ipynb #0e610b96
 def check_served(
@@ -391,8 +444,11 @@ def _serve_here(served, order):
     from sage_finetune.inference.generate import load_for_chat
     desk = Engine(*load_for_chat(served.folder, ignore_contract=order['ignore_contract']), order['max_new_tokens'])
     app = chat_app(desk, served.name, order['api_key'])
-    server = uvicorn.Server(uvicorn.Config(app, host=order['host'], port=order['port'], timeout_graceful_shutdown=2, log_config=_log_settings()))
-    def stop(): desk.closing.set(); server.should_exit = True
+    server = uvicorn.Server(uvicorn.Config(app, host=order['host'], port=order['port'], timeout_graceful_shutdown=2,
+                                           log_config=_log_settings()))
+    def stop():
+        desk.closing.set()
+        server.should_exit = True
     _watch_parent(stop)
     try: server.run()
     finally: desk.close()
@@ -431,10 +487,13 @@ def _follow(order):
 def main()->int: # Exit status
     "A server as a process of its own; its order is the first line of standard input"
     try: return _follow(json.loads(sys.stdin.buffer.readline())) or 0
-    except (SageError, ValueError, OSError) as e: print('error:', ' '.join(str(e).split()), flush=True); return 1
+    except (SageError, ValueError, OSError) as e:
+        print('error:', ' '.join(str(e).split()), flush=True)
+        return 1
 
 # %% ../../nbs/inference/04_serve.ipynb #022c4fb0
-ENGINES = dict(vllm='many requests in one pass, on a GPU', native='the functions that `chat` uses, one request after the other',
+ENGINES = dict(vllm='many requests in one pass, on a GPU',
+               native='the functions that `chat` uses, one request after the other',
                transformers='`transformers serve`, whose answers may differ from those of `chat`')
 
 def choose_engine(
@@ -445,15 +504,20 @@ def choose_engine(
 )->str: # One of `ENGINES`
     "vLLM where it is installed, else the functions of this package"
     refuse_unknown([engine], ['auto', *ENGINES], 'engine')
-    if engine=='auto': engine = 'vllm' if installed('vllm') and not (served and served.base and _vllm_fit(served)[1]) else 'native'
-    needed = dict(vllm=('vllm',), native=('starlette', 'uvicorn'), transformers=('fastapi', 'uvicorn', 'openai'))[engine]
+    if engine=='auto':
+        engine = 'vllm' if installed('vllm') and not (served and served.base and _vllm_fit(served)[1]) else 'native'
+    needed = dict(vllm=('vllm',), native=('starlette', 'uvicorn'),
+                  transformers=('fastapi', 'uvicorn', 'openai'))[engine]
     if missing := [m for m in needed if not installed(m)]:
-        raise SageError(f'{engine} needs {" and ".join(missing)}: pip install {"vllm" if engine=="vllm" else chr(34)+"sage-finetune[serve]"+chr(34)}')
-    if engine=='transformers' and api_key: raise ValueError('`api_key` is not known to `transformers serve`: choose the engine "native" or "vllm"')
+        raise SageError(f'{engine} needs {" and ".join(missing)}: '
+                        f'pip install {"vllm" if engine=="vllm" else chr(34)+"sage-finetune[serve]"+chr(34)}')
+    if engine=='transformers' and api_key:
+        raise ValueError('`api_key` is not known to `transformers serve`: choose the engine "native" or "vllm"')
     return engine
 
 # %% ../../nbs/inference/04_serve.ipynb #e9f8325d
-_port_fixes = {errno.EADDRINUSE: 'is in use: stop the program that has it, or give another port', errno.EACCES: 'needs more rights: give one above 1023',
+_port_fixes = {errno.EADDRINUSE: 'is in use: stop the program that has it, or give another port',
+               errno.EACCES: 'needs more rights: give one above 1023',
                errno.EADDRNOTAVAIL: 'cannot be used: this machine has no such address'}
 
 def free_port(
@@ -461,15 +525,18 @@ def free_port(
     port:int, # Port to listen on; 0 for any that is free
 )->int: # The port
     "Refuse a port that cannot be listened on"
-    if isinstance(port, bool) or not isinstance(port, int) or not 0<=port<=65535: raise ValueError(f'`port` must be a whole number from 0 to 65535, got {port!r}')
+    if isinstance(port, bool) or not isinstance(port, int) or not 0<=port<=65535:
+        raise ValueError(f'`port` must be a whole number from 0 to 65535, got {port!r}')
     try:
         kind,_,_,_,address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         with socket.socket(kind, socket.SOCK_STREAM) as s:
             if os.name=='posix': s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             s.bind(address)
             return s.getsockname()[1]
-    except socket.gaierror: raise ValueError(f'`host` must be an address of this machine such as 127.0.0.1, got {host!r}') from None
-    except OSError as e: raise SageError(f'port {port} on {host} {_port_fixes.get(e.errno, f"cannot be used ({e.strerror})")}') from None
+    except socket.gaierror:
+        raise ValueError(f'`host` must be an address of this machine such as 127.0.0.1, got {host!r}') from None
+    except OSError as e:
+        raise SageError(f'port {port} on {host} {_port_fixes.get(e.errno, f"cannot be used ({e.strerror})")}') from None
 
 # %% ../../nbs/inference/04_serve.ipynb #77c2ca6c
 @dataclass
@@ -503,7 +570,8 @@ class Server:
 
 def _last_words(log, n=3):
     "Why a server ended, from its log"
-    lines = [l for l in log.read_text(encoding='utf-8', errors='replace').splitlines() if l.strip()] if log.is_file() else []
+    lines = ([l for l in log.read_text(encoding='utf-8', errors='replace').splitlines() if l.strip()]
+             if log.is_file() else [])
     told = [l.removeprefix('error:').strip() for l in lines if l.startswith('error:')]
     return told[-1] if told else ' / '.join(l.strip() for l in lines[-n:]) or 'it said nothing'
 
@@ -531,7 +599,8 @@ def _wait_until_up(server, timeout):
         time.sleep(0.1)
     if not server.running: raise SageError(f'the server did not start: {_last_words(server.log)} (log: {server.log})')
     server.stop(1)
-    raise SageError(f'the server did not answer within {timeout:g} s: {_last_words(server.log)} (log: {server.log}); `timeout` sets how long to wait')
+    raise SageError(f'the server did not answer within {timeout:g} s: {_last_words(server.log)} (log: '
+                    f'{server.log}); `timeout` sets how long to wait')
 
 # %% ../../nbs/inference/04_serve.ipynb #e3a3fa5c
 def start_server(
@@ -541,7 +610,8 @@ def start_server(
     api_key:str|None=None, # What clients must know; None lets everybody in
     engine:str='auto', # "auto", or one of `ENGINES`
     adapter:bool=False, # Take the adapter even where a merged model exists
-    max_new_tokens:int=512, # Tokens of an answer at most, where a client names no number; the other engines have limits of their own
+    # Tokens of an answer at most, where a client names no number; the other engines have limits of their own
+    max_new_tokens:int=512,
     ignore_contract:bool=False, # Serve even where template, tokenizer or base are not those of training
     timeout:float=600.0, # Seconds until it must answer
     log=None, # File that the server writes to; `logs/serve.log` in the run folder if None
@@ -553,12 +623,15 @@ def start_server(
     engine = choose_engine(engine, api_key, served)
     port = free_port(host, port)
     log = Path(log).expanduser() if log else served.log
-    order = dict(name=served.name, folder=str(served.folder.resolve()), base=served.base, log=str(log), host=host, port=port, api_key=api_key, engine=engine,
+    order = dict(name=served.name, folder=str(served.folder.resolve()), base=served.base, log=str(log), host=host,
+                 port=port, api_key=api_key, engine=engine,
                  max_new_tokens=max_new_tokens, ignore_contract=ignore_contract)
     called = str(served.folder.resolve()) if engine=='transformers' else served.name
     server = Server(f'http://{_reachable(host)}:{port}', called, engine, log, _started(order))
     try: _wait_until_up(server, timeout)
-    except BaseException: server.stop(1); raise
+    except BaseException:
+        server.stop(1)
+        raise
     return server
 
 def _started(order):
@@ -567,10 +640,14 @@ def _started(order):
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, 'wb') as out:
-            process = subprocess.Popen([sys.executable, '-m', 'sage_finetune.inference.serve'], stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT,
+            process = subprocess.Popen([sys.executable, '-m', 'sage_finetune.inference.serve'],
+                                       stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT,
                                        env=os.environ | dict(PYTHONUNBUFFERED='1'), start_new_session=True)
-    except OSError as e: raise SageError(f'cannot start the server (log: {log}): {(e.strerror or str(e)).lower()}') from None
-    with suppress(OSError): process.stdin.write(json.dumps(order).encode()+b'\n'); process.stdin.flush()
+    except OSError as e:
+        raise SageError(f'cannot start the server (log: {log}): {(e.strerror or str(e)).lower()}') from None
+    with suppress(OSError):
+        process.stdin.write(json.dumps(order).encode()+b'\n')
+        process.stdin.flush()
     return process
 
 # %% ../../nbs/inference/04_serve.ipynb #15b54f94
@@ -594,14 +671,17 @@ def event_data(
     for line in lines:
         line = line.decode('utf-8', 'replace').rstrip('\r\n')
         if line.startswith('data:'): held.append(line[5:].removeprefix(' '))
-        elif not line and held: yield '\n'.join(held); held = []
+        elif not line and held:
+            yield '\n'.join(held)
+            held = []
     if held: yield '\n'.join(held)
 
 # %% ../../nbs/inference/04_serve.ipynb #978cbca3
 def _api(url):
     "Address of the API, whether `url` names it or the server"
     parts = urlsplit(url if '://' in url else f'http://{url}')
-    if parts.scheme not in ('http', 'https') or not parts.hostname: raise ValueError(f'`url` must be an address such as http://127.0.0.1:8000, got {url!r}')
+    if parts.scheme not in ('http', 'https') or not parts.hostname:
+        raise ValueError(f'`url` must be an address such as http://127.0.0.1:8000, got {url!r}')
     path = parts.path.rstrip('/')
     return f'{parts.scheme}://{parts.netloc}{path if path.endswith("/v1") else path+"/v1"}'
 
@@ -620,10 +700,14 @@ def _opened(url, body=None, api_key=None, timeout=600):
     try:
         with _opener(url).open(request, timeout=timeout) as reply: yield reply
     except HTTPError as e:
-        said = 'the key is missing or wrong: give it (`api_key`, or the environment variable SAGE_API_KEY)' if e.code==401 else _message(e.read())
+        said = ('the key is missing or wrong: give it (`api_key`, or the environment variable SAGE_API_KEY)'
+                if e.code==401 else _message(e.read()))
         raise SageError(f'{url} refuses ({e.code}): {said}') from None
-    except URLError as e: raise SageError(f'nothing answers at {url} ({e.reason}): start a server (`sage-finetune serve NAME`), or check the address') from None
-    except (OSError, HTTPException) as e: raise SageError(f'{url} does not answer any more ({e or type(e).__name__})') from None
+    except URLError as e:
+        raise SageError(f'nothing answers at {url} ({e.reason}): '
+                        f'start a server (`sage-finetune serve NAME`), or check the address') from None
+    except (OSError, HTTPException) as e:
+        raise SageError(f'{url} does not answer any more ({e or type(e).__name__})') from None
 
 # %% ../../nbs/inference/04_serve.ipynb #34e587f2
 def models_at(
@@ -634,7 +718,8 @@ def models_at(
     "The models of a server"
     with _opened(f'{_api(url)}/models', None, api_key, timeout) as reply: said = reply.read()
     try: return [m['id'] for m in json.loads(said)['data']]
-    except (ValueError, KeyError, TypeError): raise SageError(f'{_api(url)} does not speak the API of OpenAI: check the address') from None
+    except (ValueError, KeyError, TypeError):
+        raise SageError(f'{_api(url)} does not speak the API of OpenAI: check the address') from None
 
 def find_model(
     url:str, # Address of a server, with or without "/v1"
@@ -685,7 +770,9 @@ def speaker_at(
 @contextmanager
 def _ended_by_signals():
     "Inside this block Ctrl-C and SIGTERM raise `KeyboardInterrupt`, also where a shell has them ignored"
-    if threading.current_thread() is not threading.main_thread(): yield; return
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     def stop(number, frame): raise KeyboardInterrupt
     before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
     try: yield
@@ -695,8 +782,10 @@ def _ended_by_signals():
 def _greeting(server, host, api_key):
     "Lines that say how to use a server"
     yield f'{server.model} is served at {server.url}/v1 (engine: {server.engine}, log: {server.log}). Ctrl-C stops it.'
-    if server.engine=='transformers': yield 'Its answers may differ from those of `chat`; the engine "native" gives the same.'
-    if not api_key and not _is_loopback(host): yield f'Whoever reaches this machine can use it: it listens on {host} without a key (`--api-key`).'
+    if server.engine=='transformers':
+        yield 'Its answers may differ from those of `chat`; the engine "native" gives the same.'
+    if not api_key and not _is_loopback(host):
+        yield f'Whoever reaches this machine can use it: it listens on {host} without a key (`--api-key`).'
     yield f'Try it: sage-finetune chat {server.model} --url {server.url}'
 
 def serve(
@@ -715,7 +804,9 @@ def serve(
                 for line in _greeting(server, host, api_key): say(line)
                 while server.running: time.sleep(0.2)
             finally: server.stop()
-        except KeyboardInterrupt: say('stopped'); return
+        except KeyboardInterrupt:
+            say('stopped')
+            return
     raise SageError(f'the server ended by itself: {_last_words(server.log)} (log: {server.log})')
 
 # %% ../../nbs/inference/04_serve.ipynb #836b3951

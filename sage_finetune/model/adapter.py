@@ -49,10 +49,12 @@ def _targets(model, wanted):
     "Name → layer that `target_modules` means: names, \"all-linear\" or, as in peft, a pattern for the whole name"
     part = _language_part(model)
     if isinstance(wanted, str):
-        return {n: m for n,m in _linear(model).items() if n.startswith(part)} if wanted.lower()=='all-linear' else {n: m for n,m in model.named_modules() if re.fullmatch(wanted, n)}
+        return ({n: m for n,m in _linear(model).items() if n.startswith(part)} if wanted.lower()=='all-linear'
+                else {n: m for n,m in model.named_modules() if re.fullmatch(wanted, n)})
     found = {t: {n: m for n,m in model.named_modules() if _is_named(n, t) and n.startswith(part)} for t in wanted}
     if missing := [t for t in wanted if not found[t]]:
-        raise ValueError(f"`target_modules`: {', '.join(missing)} names no layer of this model; it has {', '.join(linear_names(model))}, or take \"all-linear\"")
+        raise ValueError(f"`target_modules`: {', '.join(missing)} names no layer of this model; "
+                         f"it has {', '.join(linear_names(model))}, or take \"all-linear\"")
     return {n: m for layers in found.values() for n,m in layers.items()}
 
 # %% ../../nbs/model/02_adapter.ipynb #8a1354be
@@ -62,12 +64,15 @@ def add_lora(
 ): # The model with an adapter; only the adapter is trained
     "Freeze `model` and put an adapter on it"
     layers = _targets(model, lora.target_modules)
-    if not layers: raise ValueError(f"`target_modules` {lora.target_modules!r} names no layer of this model; it has {', '.join(linear_names(model))}")
+    if not layers:
+        raise ValueError(f"`target_modules` {lora.target_modules!r} names no layer of this model; "
+                         f"it has {', '.join(linear_names(model))}")
     _check_start(model, lora, layers)
     conv = any(isinstance(m, Conv1D) for m in layers.values()) # GPT-2 keeps its matrices the other way round
     with without_noise(), warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='.*fan_in_fan_out|.*path_initial_model_for_weight_conversion')
-        adapted = get_peft_model(model, LoraConfig(**lora.to_dict() | _only_language(model, lora.target_modules, layers), fan_in_fan_out=conv))
+        adapted = get_peft_model(model, LoraConfig(
+            **lora.to_dict() | _only_language(model, lora.target_modules, layers), fan_in_fan_out=conv))
     for p in adapted.parameters():
         if p.requires_grad: p.data = p.data.float() # biases too: the optimizer's steps are below what 16 bits resolve
     if changes_base(lora): adapted.adapter_start = low_rank(get_peft_model_state_dict(adapted))
@@ -99,9 +104,11 @@ def _check_start(model, lora, layers):
     if not changes_base(lora): return
     if getattr(model, 'is_quantized', False): raise ValueError(_no_quantised.format(what))
     if other := [n for n,m in layers.items() if not isinstance(m, (torch.nn.Linear, Conv1D))]:
-        raise ValueError(f'{what} needs linear layers, and {other[0]} is none: leave it out of `target_modules`, or set `init_lora_weights=True`')
+        raise ValueError(f'{what} needs linear layers, and {other[0]} is none: '
+                         f'leave it out of `target_modules`, or set `init_lora_weights=True`')
     if init=='olora' and any(isinstance(m, Conv1D) for m in layers.values()):
-        raise ValueError(f'{what} is wrong in peft for layers that keep their matrix transposed, as GPT-2 does: take "pissa" or True')
+        raise ValueError(f'{what} is wrong in peft for layers that keep their matrix transposed, as GPT-2 does: '
+                         f'take "pissa" or True')
     name,small = min(((n, min(m.weight.shape)) for n,m in layers.items()), key=lambda nm: nm[1])
     if lora.r>small: raise ValueError(f'{what} needs `r` of at most {small}, the smaller side of {name}, got {lora.r}')
 
@@ -120,9 +127,11 @@ def trained_tensors(
 )->dict: # Name → tensor in main memory; every process must ask for them
     "What is trained, whole also where each process holds a part"
     trained = {n: p for n,p in model.named_parameters() if p.requires_grad}
-    if not any(hasattr(p, 'ds_id') for p in trained.values()): return {n: full_tensor(p.detach()).cpu() for n,p in trained.items()}
+    if not any(hasattr(p, 'ds_id') for p in trained.values()):
+        return {n: full_tensor(p.detach()).cpu() for n,p in trained.items()}
     import deepspeed
-    with deepspeed.zero.GatheredParameters([*trained.values()]): return {n: p.detach().cpu().clone() for n,p in trained.items()}
+    with deepspeed.zero.GatheredParameters([*trained.values()]):
+        return {n: p.detach().cpu().clone() for n,p in trained.items()}
 
 def save_adapter(
     model, # With an adapter from `add_lora`
@@ -130,10 +139,12 @@ def save_adapter(
     tensors:dict|None=None, # From `trained_tensors`, where processes hold parts
 )->None: # Nothing: the adapter in `folder` fits the untouched base
     "Save the adapter for the base as it was before `add_lora`, with the one that lies below it"
-    model.save_pretrained(folder, selected_adapters=['default'], **({} if tensors is None else dict(state_dict=tensors)))
+    model.save_pretrained(folder, selected_adapters=['default'],
+                          **({} if tensors is None else dict(state_dict=tensors)))
     scaling = scaling_of(read_json(Path(folder)/'adapter_config.json'))
     start,below = getattr(model, 'adapter_start', None),getattr(model, 'adapter_below', None)
-    if start or below: _as_plain_lora(Path(folder), scaling, [*([(-scaling, start)] if start else []), *([below] if below else [])])
+    if start or below:
+        _as_plain_lora(Path(folder), scaling, [*([(-scaling, start)] if start else []), *([below] if below else [])])
 
 def scaling_of(
     settings:dict, # An `adapter_config.json`
@@ -147,9 +158,11 @@ def _as_plain_lora(folder, scaling, more):
     tensors = load_file(file)
     whole,r = _sum_of_products([(scaling, low_rank(tensors)), *more])
     layers = sorted({k.rpartition('.lora_')[0] for k in whole})
-    if any(k not in tensors for k in whole): settings['target_modules'] = [n.removeprefix('base_model.model.') for n in layers]
+    if any(k not in tensors for k in whole):
+        settings['target_modules'] = [n.removeprefix('base_model.model.') for n in layers]
     save_file(tensors | whole, file, metadata=dict(format='pt'))
-    write_json(folder/'adapter_config.json', settings | dict(r=r, lora_alpha=r, use_rslora=False, init_lora_weights=True))
+    write_json(folder/'adapter_config.json',
+               settings | dict(r=r, lora_alpha=r, use_rslora=False, init_lora_weights=True))
 
 def _sum_of_products(parts):
     "A and B of the sum of factor · B · A, with zeros where a part has nothing, and their rank"
@@ -199,9 +212,13 @@ def lora_plus(
     "Give the matrices B a learning rate of their own"
     b = {id(p) for n,p in model.named_parameters() if '.lora_B.' in n and p.requires_grad}
     held = {id(p) for g in optimizer.param_groups for p in g['params']}
-    if not b or not b<=held: raise ValueError(f'`loraplus_lr_ratio={ratio:g}`: {type(optimizer).__name__} does not hold the matrices B; {_plain_optimizer}')
-    part = lambda g,fast: g | dict(params=[p for p in g['params'] if (id(p) in b)==fast], lr=g['lr']*(ratio if fast else 1))
-    optimizer.param_groups[:] = [new for fast in (False, True) for g in optimizer.param_groups if (new := part(g, fast))['params']]
+    if not b or not b<=held:
+        raise ValueError(f'`loraplus_lr_ratio={ratio:g}`: {type(optimizer).__name__} does not hold the matrices B; '
+                         f'{_plain_optimizer}')
+    part = (lambda g,fast: g | dict(params=[p for p in g['params'] if (id(p) in b)==fast],
+                                    lr=g['lr']*(ratio if fast else 1)))
+    optimizer.param_groups[:] = [new for fast in (False, True) for g in optimizer.param_groups
+                                 if (new := part(g, fast))['params']]
     return optimizer
 
 _plain_optimizer = 'take `optim="adamw_torch"`, or no `loraplus_lr_ratio`'
@@ -272,16 +289,24 @@ def check_knobs(
 )->None: # Nothing: the settings can be honoured together
     "Refuse settings that cannot be honoured together"
     lora,optim = config.lora,config.optim
-    for name,needs_all in dict(init_lora_weights=changes_base(lora), load_best_model_at_end=config.load_best_model_at_end, stack_adapter=config.stack_adapter).items():
-        if needs_all and division(): raise ValueError(f'`{name}` needs the whole model in each process, and {division()} divides it: launch without it, or leave `{name}` at its default')
-    if changes_base(lora) and (config.load_in_8bit or config.load_in_4bit): raise ValueError(_no_quantised.format(f'`init_lora_weights="{lora.init_lora_weights}"`'))
-    if lora.init_lora_weights=='orthogonal' and lora.r%2: raise ValueError(f'`init_lora_weights="orthogonal"` needs an even rank, got `r={lora.r}`')
+    for name,needs_all in dict(init_lora_weights=changes_base(
+            lora), load_best_model_at_end=config.load_best_model_at_end, stack_adapter=config.stack_adapter).items():
+        if needs_all and division():
+            raise ValueError(f'`{name}` needs the whole model in each process, and {division()} divides it: '
+                             f'launch without it, or leave `{name}` at its default')
+    if changes_base(lora) and (config.load_in_8bit or config.load_in_4bit):
+        raise ValueError(_no_quantised.format(f'`init_lora_weights="{lora.init_lora_weights}"`'))
+    if lora.init_lora_weights=='orthogonal' and lora.r%2:
+        raise ValueError(f'`init_lora_weights="orthogonal"` needs an even rank, got `r={lora.r}`')
     if config.loraplus_lr_ratio and any(w in optim for w in _no_groups):
-        raise ValueError(f'`loraplus_lr_ratio={config.loraplus_lr_ratio:g}`: `optim="{optim}"` does not step by groups of parameters; {_plain_optimizer}')
+        raise ValueError(f'`loraplus_lr_ratio={config.loraplus_lr_ratio:g}`: '
+                         f'`optim="{optim}"` does not step by groups of parameters; {_plain_optimizer}')
     if config.neftune_noise_alpha and config.packing:
-        raise ValueError('`neftune_noise_alpha` and `packing` cannot both be set: the noise is scaled by the length of a row, and a packed row is many; set one of them off')
+        raise ValueError('`neftune_noise_alpha` and `packing` cannot both be set: '
+                         'the noise is scaled by the length of a row, and a packed row is many; set one of them off')
     if not held_out and (needing := next((n for n in _need_rows if getattr(config, n)), None)):
-        raise ValueError(f'`{needing}={getattr(config, needing)}` needs held-out rows: set `test_size` above 0 or `eval_data_path`')
+        raise ValueError(f'`{needing}={getattr(config, needing)}` needs held-out rows: '
+                         f'set `test_size` above 0 or `eval_data_path`')
 
 # %% ../../nbs/model/02_adapter.ipynb #4f4f21c6
 def ready_for_quantised_training(
@@ -296,7 +321,8 @@ def ready_for_quantised_training(
         p.requires_grad_(False)
         if p.dtype in half and id(p) not in matrices | of_head: p.data = p.data.float()
     if id(embedding.weight) in matrices: embedding.register_forward_hook(lambda layer,args,out: out.float())
-    if head is not None and id(head.weight) in matrices: head.register_forward_pre_hook(lambda layer,args: (args[0].to(layer.weight.dtype), *args[1:]))
+    if head is not None and id(head.weight) in matrices:
+        head.register_forward_pre_hook(lambda layer,args: (args[0].to(layer.weight.dtype), *args[1:]))
     return model
 
 # %% ../../nbs/model/02_adapter.ipynb #8945d685
@@ -313,5 +339,6 @@ def _where(model):
     if not (part := _language_part(base)): return ''
     layers = [n.removeprefix('base_model.model.') for n,m in model.named_modules() if isinstance(m, LoraLayer)]
     inside = sum(n.startswith(part) for n in layers)
-    if inside==len(layers): return f', all in {part[:-1]}: the part that sees stays as it is (a pattern as `target_modules` reaches it)'
+    if inside==len(layers):
+        return f', all in {part[:-1]}: the part that sees stays as it is (a pattern as `target_modules` reaches it)'
     return f', in {inside} layers of {part[:-1]} and {len(layers)-inside} outside of it'

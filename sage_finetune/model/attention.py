@@ -44,7 +44,8 @@ def _allowed(mask_function, ends, T):
     row,at = divmod(start, T)
     kv = torch.arange(T, device=ends.device)
     for p in sorted({length-1, max(length-2, 0), length//2}, reverse=True):
-        seen = mask_function(torch.tensor(row, device=kv.device), torch.tensor(0, device=kv.device), torch.tensor(at+p, device=kv.device), kv).expand(T)
+        seen = mask_function(torch.tensor(row, device=kv.device), torch.tensor(0, device=kv.device),
+                             torch.tensor(at+p, device=kv.device), kv).expand(T)
         n = int(seen.sum())
         yield p,n if n and bool(seen[at+p-n+1:at+p+1].all()) else None
 
@@ -64,7 +65,8 @@ def _mask(batch_size, kv_length, mask_function, attention_mask=None, use_vmap=Fa
         width = _window(mask_function, ends, kv_length)
         if width is not None: return _with(ends, width)
     if use_vmap: kwargs['use_vmap'] = True
-    return sdpa_mask(batch_size=batch_size, kv_length=kv_length, mask_function=mask_function, attention_mask=attention_mask, **kwargs)
+    return sdpa_mask(batch_size=batch_size, kv_length=kv_length, mask_function=mask_function,
+                     attention_mask=attention_mask, **kwargs)
 
 def _with(ends, width):
     mine = ends.clone()
@@ -78,8 +80,10 @@ def _one_by_one(module, query, key, value, ends, dropout, scaling):
     out = []
     for q,k,v in zip(*(t.split(ends.sizes, dim=2) for t in (query, key, value))):
         T = q.shape[2]
-        band = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1-ends.width)[None, None] if 0<ends.width<T else None
-        out.append(sdpa_attention_forward(module, q, k, v, band, dropout=dropout, scaling=scaling, is_causal=band is None)[0])
+        band = (torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1-ends.width)[None, None]
+                if 0<ends.width<T else None)
+        out.append(sdpa_attention_forward(module, q, k, v, band, dropout=dropout, scaling=scaling,
+                                          is_causal=band is None)[0])
     return torch.cat(out, dim=1)
 
 def _at_once(module, query, key, value, ends, dropout, scaling):
@@ -87,13 +91,16 @@ def _at_once(module, query, key, value, ends, dropout, scaling):
     from torch.nn.attention.varlen import varlen_attn
     q,k,v = (t[0].transpose(0, 1).to(value.dtype).contiguous() for t in (query, key, value))
     longest = max(ends.sizes)
-    return varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(ends.width-1 if ends.width else -1, 0), enable_gqa=q.shape[1]!=k.shape[1])[None]
+    return varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling,
+                       window_size=(ends.width-1 if ends.width else -1, 0), enable_gqa=q.shape[1]!=k.shape[1])[None]
 
-_unknown = 'softcap', 's_aux', 'position_bias', 'cache' # what a layer may ask of its attention, and these kernels do not do
+# what a layer may ask of its attention, and these kernels do not do
+_unknown = 'softcap', 's_aux', 'position_bias', 'cache'
 
 @torch.compiler.disable
 def _by_document(module, query, key, value, ends, dropout, scaling, asked):
-    if other := [n for n in _unknown if asked.get(n) is not None]: raise ValueError(f'attention with `{other[0]}` cannot be computed document by document')
+    if other := [n for n in _unknown if asked.get(n) is not None]:
+        raise ValueError(f'attention with `{other[0]}` cannot be computed document by document')
     B,_,T,_ = query.shape
     flat = [t.transpose(0, 1).reshape(1, t.shape[1], B*T, t.shape[3]) for t in (query, key, value)]
     out = (_at_once if query.is_cuda else _one_by_one)(module, *flat, ends, dropout, scaling)
@@ -101,7 +108,8 @@ def _by_document(module, query, key, value, ends, dropout, scaling, asked):
 
 def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
     "What a layer calls: by document where it got boundaries, else as `sdpa` does"
-    if hasattr(attention_mask, 'sizes'): return _by_document(module, query, key, value, attention_mask, dropout, scaling, kwargs),None
+    if hasattr(attention_mask, 'sizes'):
+        return _by_document(module, query, key, value, attention_mask, dropout, scaling, kwargs),None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
@@ -110,7 +118,9 @@ def _kernel_fits(model):
     "Whether the kernel of this machine computes what the model needs"
     config = model.config.get_text_config()
     if model.device.type=='cpu': return True
-    if model.device.type!='cuda' or getattr(config, 'attention_dropout', 0) or torch.cuda.get_device_capability(model.device)<(8, 0): return False
+    if (model.device.type!='cuda' or getattr(config, 'attention_dropout', 0)
+        or torch.cuda.get_device_capability(model.device)<(8, 0)):
+        return False
     try: from torch.nn.attention.varlen import varlen_attn # torch 2.10
     except ImportError: return False
     features = getattr(config, 'head_dim', None) or config.hidden_size//config.num_attention_heads
@@ -122,8 +132,12 @@ def use_documents(
 )->bool: # Whether it does so now
     "Let a model compute the attention of packed rows document by document"
     from transformers import AttentionInterface, AttentionMaskInterface
-    base,kind = model.get_base_model() if hasattr(model, 'get_base_model') else model, lambda: model.config.get_text_config()._attn_implementation
-    if not hasattr(base, 'set_attn_implementation') or kind() not in ('sdpa', 'documents') or (on and not _kernel_fits(base)): return False
-    AttentionInterface.register('documents', _attention); AttentionMaskInterface.register('documents', _mask)
+    base,kind = (model.get_base_model() if hasattr(model, 'get_base_model') else model,
+                 lambda: model.config.get_text_config()._attn_implementation)
+    if (not hasattr(base, 'set_attn_implementation') or kind() not in ('sdpa', 'documents')
+        or (on and not _kernel_fits(base))):
+        return False
+    AttentionInterface.register('documents', _attention)
+    AttentionMaskInterface.register('documents', _mask)
     base.set_attn_implementation('documents' if on else 'sdpa')
     return kind()=='documents'

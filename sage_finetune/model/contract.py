@@ -32,10 +32,13 @@ def stop_ids(
 # %% ../../nbs/model/05_contract.ipynb #008ff464
 contract_file = 'contract.json'
 
-_reference = [dict(role='user', content='  Add 12 and 345.\n\tWhy?  '), dict(role='assistant', content='def f(x):\n    return x+1  # 357'),
+_reference = [dict(role='user', content='  Add 12 and 345.\n\tWhy?  '),
+              dict(role='assistant', content='def f(x):\n    return x+1  # 357'),
               dict(role='user', content='Grüß dich, 你好 🙂'), dict(role='assistant', content='Yes.')]
 
-def _digest(obj): return hashlib.sha256(json.dumps(obj, ensure_ascii=False, sort_keys=True).encode('utf-8', 'surrogatepass')).hexdigest()[:16]
+def _digest(obj):
+    return hashlib.sha256(json.dumps(obj, ensure_ascii=False,
+                                     sort_keys=True).encode('utf-8', 'surrogatepass')).hexdigest()[:16]
 
 def _rendered(tokenizer):
     "Digest of the text and the tokens of the reference conversation"
@@ -55,8 +58,10 @@ def contract_of(
 )->dict: # Ready for JSON
     "The form in which a model is talked to"
     special = {k: v for k,v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
-    return dict(version=1, template=_digest(tokenizer.chat_template), special_tokens=special, tokens=len(tokenizer), vocabulary=_digest(tokenizer.get_vocab()),
-                rendering=_rendered(tokenizer), stop_ids=stop_ids(model, tokenizer), base=dict(name=str(base), weights=_weights_of(base)) if base else None)
+    return dict(version=1, template=_digest(tokenizer.chat_template), special_tokens=special, tokens=len(tokenizer),
+                vocabulary=_digest(tokenizer.get_vocab()),
+                rendering=_rendered(tokenizer), stop_ids=stop_ids(model, tokenizer),
+                base=dict(name=str(base), weights=_weights_of(base)) if base else None)
 
 # %% ../../nbs/model/05_contract.ipynb #209da1c8
 def _generation_settings(model, tokenizer):
@@ -82,7 +87,8 @@ def save_contract(
         _generation_settings(model, tokenizer).save_pretrained(folder)
         copy_processor(tokenizer, folder)
     seen = processor_digest(folder)
-    return write_json(Path(folder)/contract_file, contract_of(tokenizer, model, base) | (dict(processor=seen) if seen else {}))
+    return write_json(Path(folder)/contract_file,
+                      contract_of(tokenizer, model, base) | (dict(processor=seen) if seen else {}))
 
 # %% ../../nbs/model/05_contract.ipynb #d12284bf
 def _special_faults(then, now):
@@ -98,12 +104,16 @@ def contract_faults(
     "What is not as it was in training"
     now = contract_of(tokenizer)
     faults = ['the chat template has changed'] if now['template']!=then['template'] else []
-    if now['vocabulary']!=then['vocabulary']: faults.append(f"it is another tokenizer ({now['tokens']:,} tokens, was {then['tokens']:,})")
+    if now['vocabulary']!=then['vocabulary']:
+        faults.append(f"it is another tokenizer ({now['tokens']:,} tokens, was {then['tokens']:,})")
     faults += _special_faults(then['special_tokens'], now['special_tokens'])
-    if not faults and then['rendering'] and now['rendering']!=then['rendering']: faults.append('the same template and vocabulary give other tokens (another version of a library?)')
-    if stops is not None and (lost := sorted(set(then['stop_ids'])-set(stops))): faults.append(f'token {lost[0]} no longer ends an answer (generation_config.json)')
+    if not faults and then['rendering'] and now['rendering']!=then['rendering']:
+        faults.append('the same template and vocabulary give other tokens (another version of a library?)')
+    if stops is not None and (lost := sorted(set(then['stop_ids'])-set(stops))):
+        faults.append(f'token {lost[0]} no longer ends an answer (generation_config.json)')
     was = (then.get('base') or {}).get('weights')
-    if base and was and (weights := _weights_of(base)) and weights!=was: faults.append(f"{base} is not the base it was trained on ({then['base']['name']}): its weights are others")
+    if base and was and (weights := _weights_of(base)) and weights!=was:
+        faults.append(f"{base} is not the base it was trained on ({then['base']['name']}): its weights are others")
     return faults
 
 def check_contract(
@@ -114,11 +124,17 @@ def check_contract(
 )->list: # Notes: what could not be checked, or differs and is ignored
     "Refuse a folder that would be talked to in another form than it was trained in"
     file = Path(folder)/contract_file
-    if not file.is_file(): return [f'{folder} does not say in which form it was trained (no {contract_file}), so that is not checked']
+    if not file.is_file():
+        return [f'{folder} does not say in which form it was trained (no {contract_file}), so that is not checked']
     then,settings = read_json(file),Path(folder)/'generation_config.json'
     stops = read_json(settings).get('eos_token_id') if settings.is_file() else None
-    try: faults = contract_faults(then, load_tokenizer(str(folder)) if tokenizer is None else tokenizer, base, [stops] if isinstance(stops, int) else stops)
-    except (KeyError, TypeError): raise SageError(f'{file} is not a contract of this package: put back the file, or remove it') from None
-    if then.get('processor') and processor_digest(folder)!=then['processor']: faults.append('the processor of images has changed')
+    try:
+        faults = contract_faults(then, load_tokenizer(str(folder)) if tokenizer is None else tokenizer, base,
+                                 [stops] if isinstance(stops, int) else stops)
+    except (KeyError, TypeError):
+        raise SageError(f'{file} is not a contract of this package: put back the file, or remove it') from None
+    if then.get('processor') and processor_digest(folder)!=then['processor']:
+        faults.append('the processor of images has changed')
     if not faults or ignore: return [f'{folder}: {f}' for f in faults]
-    raise SageError(f'{folder} would be used in another form than it was trained in: {"; ".join(faults)}. Put back what was there, or pass `ignore_contract=True`')
+    raise SageError(f'{folder} would be used in another form than it was trained in: {"; ".join(faults)}. '
+                    f'Put back what was there, or pass `ignore_contract=True`')

@@ -10,7 +10,8 @@ __all__ = ['dtype_of', 'quantisation_of', 'without_noise', 'takes_images', 'mode
 
 # %% ../../nbs/model/01_loading.ipynb #5d328e9d
 import logging
-for name in ('bitsandbytes.backends.cpu.ops', 'bitsandbytes.autograd._functions'): logging.getLogger(name).setLevel(logging.ERROR)
+for name in ('bitsandbytes.backends.cpu.ops', 'bitsandbytes.autograd._functions'):
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 # %% ../../nbs/model/01_loading.ipynb #ba587791
 import json,os,warnings
@@ -40,8 +41,9 @@ def quantisation_of(
 ): # A `BitsAndBytesConfig`, or None
     "How `from_pretrained` is to quantise"
     if config.load_in_8bit: return BitsAndBytesConfig(load_in_8bit=True)
-    if config.load_in_4bit: return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True,
-                                                      bnb_4bit_compute_dtype=dtype_of(config), **_storage(config))
+    if config.load_in_4bit:
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True,
+                                  bnb_4bit_compute_dtype=dtype_of(config), **_storage(config))
 
 def _storage(config): # what is divided among processes is divided as numbers of one format
     return dict(bnb_4bit_quant_storage=dtype_of(config)) if division() else {}
@@ -84,8 +86,11 @@ def model_class(
 def _sees(place):
     "Whether a model or an adapter comes with a processor of images"
     folder = Path(place)
-    if folder.is_dir() and (not processor_files(folder) or not (folder/'config.json').is_file()): return bool(processor_files(folder)) # an adapter has no config
-    try: return takes_images(AutoConfig.from_pretrained(place, trust_remote_code=False)) and (folder.is_dir() or bool(_files_of_processor(place)))
+    if folder.is_dir() and (not processor_files(folder) or not (folder/'config.json').is_file()):
+        return bool(processor_files(folder)) # an adapter has no config
+    try:
+        return (takes_images(AutoConfig.from_pretrained(place, trust_remote_code=False))
+                and (folder.is_dir() or bool(_files_of_processor(place))))
     except _load_errors: return False # said where it is loaded
 
 def _files_of_processor(place):
@@ -113,7 +118,8 @@ def _processor(place):
     named = [*files, *(f for f in (files[0].parent/'tokenizer_config.json',) if f.is_file())]
     kind = next((k for f in named if (k := json.loads(f.read_text(encoding='utf-8')).get('processor_class'))), None)
     kind = getattr(transformers, kind or '', transformers.AutoProcessor)
-    if not is_torchvision_available() and any('video' in a for a in getattr(kind, 'get_attributes', list)()): kind = _without_videos(kind)
+    if not is_torchvision_available() and any('video' in a for a in getattr(kind, 'get_attributes', list)()):
+        kind = _without_videos(kind)
     made = kind.from_pretrained(place, trust_remote_code=False)
     made._sage_folder = files[0].parent
     return made
@@ -124,8 +130,10 @@ def _tokenizer_that_sees(name):
         with without_noise(): processor = _processor(resolve_model(name))
     except (*_load_errors, AttributeError, TypeError) as e: raise no_model(name, e) from None
     tokenizer = getattr(processor, 'tokenizer', None)
-    if tokenizer is None: raise SageError(f'the processor of {name} has no tokenizer: add the tokenizer files of the model')
-    template = processor.chat_template.get('default') if isinstance(processor.chat_template, dict) else processor.chat_template
+    if tokenizer is None:
+        raise SageError(f'the processor of {name} has no tokenizer: add the tokenizer files of the model')
+    template = (processor.chat_template.get('default') if isinstance(processor.chat_template, dict)
+                else processor.chat_template)
     tokenizer.chat_template = template or tokenizer.chat_template
     return with_processor(ensure_template(tokenizer), processor)
 
@@ -137,17 +145,21 @@ def no_model(
     "Why a model cannot be loaded, in one line"
     text = ' '.join(str(err).split())
     if Path(name).expanduser().is_dir(): return SageError(f'model folder {name} cannot be loaded: {text[:200]}')
-    if 'gated' in text.lower(): return SageError(f'model {name!r} is gated: accept its terms on its page, then log in with `hf auth login`')
+    if 'gated' in text.lower():
+        return SageError(f'model {name!r} is gated: accept its terms on its page, then log in with `hf auth login`')
     offline = any(w in text.lower() for w in ('connect', 'offline', 'cache', 'resolve', 'network'))
     if isinstance(err, ImportError): return SageError(f'model {name!r} needs a package that is missing: {text[:200]}')
-    if offline: return SageError(f'model {name!r} is neither a folder here nor in the cache, and the hub cannot be reached: '
-                                 'connect, give the folder of a model, or use "sage-tiny"')
-    return SageError(f'model {name!r} cannot be loaded: check the name, give the folder of a model, or use "sage-tiny" ({text[:200]})')
+    if offline:
+        return SageError(f'model {name!r} is neither a folder here nor in the cache, and the hub cannot be reached: '
+                         'connect, give the folder of a model, or use "sage-tiny"')
+    return SageError(f'model {name!r} cannot be loaded: check the name, give the folder of a model, or use '
+                     f'"sage-tiny" ({text[:200]})')
 
 def _steady(model):
     "Quantised weights that no forward pass rearranges for good, and whose scales are there to be saved"
     for m in model.modules() if getattr(model, 'is_quantized', False) else ():
-        if hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu = False # else an evaluation repacks 4-bit weights
+        if hasattr(m, 'support_avx512bf16_for_cpu'):
+            m.support_avx512bf16_for_cpu = False # else an evaluation repacks 4-bit weights
         if hasattr(getattr(m, 'weight', None), 'SCB'): m.register_forward_pre_hook(_keep_scales)
     return model
 
@@ -164,7 +176,8 @@ def load_tokenizer(
     try: tokenizer = AutoTokenizer.from_pretrained(resolve_model(name), trust_remote_code=False)
     except _load_errors as e: raise no_model(name, e) from None
     except TypeError: tokenizer = () # what transformers 4 says where there are no files; 5 makes an empty tokenizer
-    if len(tokenizer)<10: raise SageError(f'model {name!r} has no tokenizer files (tokenizer.json): add those of its base')
+    if len(tokenizer)<10:
+        raise SageError(f'model {name!r} has no tokenizer files (tokenizer.json): add those of its base')
     return ensure_template(tokenizer)
 
 def load_model(
@@ -174,7 +187,8 @@ def load_model(
     quantisation=None, # A `BitsAndBytesConfig`, or None
 ): # A causal language model, or one that sees as well
     "A language model, in evaluation mode"
-    how = dict(dtype=dtype, device_map=_place(device, quantisation), quantization_config=quantisation, trust_remote_code=False)
+    how = dict(dtype=dtype, device_map=_place(device, quantisation), quantization_config=quantisation,
+               trust_remote_code=False)
     try:
         with without_noise():
             config = AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False)

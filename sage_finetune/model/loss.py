@@ -72,13 +72,16 @@ class FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_NH, target_N, weight_VH, bias_V, after, learn):
         N,V,dtype = len(hidden_NH),len(weight_VH),weight_VH.dtype
-        rows = min(max(N, 1), head_rows(V, hidden_NH.device.type, 8 + 2*(dtype!=torch.float32) + 8*(after!=LogitTransform())))
+        rows = min(max(N, 1),
+                   head_rows(V, hidden_NH.device.type, 8 + 2*(dtype!=torch.float32) + 8*(after!=LogitTransform())))
         logits_CV,logp_CV = weight_VH.new_empty(rows, V),weight_VH.new_empty(rows, V, dtype=torch.float32)
         grad_NH = torch.empty_like(hidden_NH, dtype=dtype) if learn else None
-        total,ctx.lift,ctx.dtype = torch.zeros((), device=hidden_NH.device),1024 if dtype==torch.float16 else 1,hidden_NH.dtype
+        total,ctx.lift,ctx.dtype = (torch.zeros((), device=hidden_NH.device),1024 if dtype==torch.float16
+                                    else 1,hidden_NH.dtype)
         for i in range(0, N, rows):
             h = hidden_NH[i:i+rows].to(dtype)
-            total += _slice_loss(h, target_N[i:i+rows, None], weight_VH, bias_V, after, logits_CV[:len(h)], logp_CV[:len(h)],
+            total += _slice_loss(h, target_N[i:i+rows, None], weight_VH, bias_V, after, logits_CV[:len(h)],
+                                 logp_CV[:len(h)],
                                  grad_NH[i:i+rows] if learn else None, ctx.lift)
         if learn: ctx.save_for_backward(grad_NH)
         return total
@@ -99,7 +102,8 @@ def _recomputed(forward, hidden_NH, target_N, after, vocabulary):
 
 def _is_plain(head, forward):
     "Is it a linear layer as torch has it, whose weights stand still and are where they seem to be?"
-    return (getattr(forward, '__func__', None) is torch.nn.Linear.forward and type(head.weight.data) is torch.Tensor and head.weight.is_floating_point()
+    return (getattr(forward, '__func__', None) is torch.nn.Linear.forward and type(head.weight.data) is torch.Tensor
+            and head.weight.is_floating_point()
             and not head.weight.is_meta and not any(p.requires_grad for p in head.parameters()))
 
 def head_loss(
@@ -171,7 +175,8 @@ def _observe(model, head, ids):
     logits = _run(model, head, ids, look)
     if len(seen)!=1: return None,f'it calls its head {len(seen)} times'
     hidden,forward,z = seen[0]
-    if z.shape[:-1]!=ids.shape or hidden.shape[:-1]!=ids.shape: return None,f'its head sees {tuple(hidden.shape)} for {tuple(ids.shape)} tokens'
+    if z.shape[:-1]!=ids.shape or hidden.shape[:-1]!=ids.shape:
+        return None,f'its head sees {tuple(hidden.shape)} for {tuple(ids.shape)} tokens'
     given = _numbers.to(z.device).repeat(z.shape[-1]//8+1)[:z.shape[-1]].expand(z.shape)
     after = _after_of(given, _run(model, head, ids, lambda *_: given))
     if after is None: return None,'it changes the output of its head by more than a factor and a bound'
@@ -184,7 +189,8 @@ def _observe(model, head, ids):
     _run(model, head, ids, in_slices)
     ours = found[0]
     exact = z.dtype==torch.float32 and torch.get_float32_matmul_precision()=='highest'
-    if math.isfinite(truth) and not math.isclose(ours, truth, rel_tol=1e-4 if exact else 1e-2): return None,f'in slices its loss is {ours:.5g}, and by its own logits {truth:.5g}'
+    if math.isfinite(truth) and not math.isclose(ours, truth, rel_tol=1e-4 if exact else 1e-2):
+        return None,f'in slices its loss is {ours:.5g}, and by its own logits {truth:.5g}'
     return after,None
 
 # %% ../../nbs/model/03_loss.ipynb #9c65b2d7
@@ -204,7 +210,9 @@ def evaluating(
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     for m,_ in modes:
-        if type(m).__module__.startswith('bitsandbytes'): m.training = True # in evaluation its 4-bit layers repack their weights on some CPUs, and have no gradients from then on
+        if type(m).__module__.startswith('bitsandbytes'):
+            # in evaluation its 4-bit layers repack their weights on some CPUs, and have no gradients from then on
+            m.training = True
     try:
         with torch.no_grad(): yield
     finally:
@@ -220,8 +228,11 @@ def head_and_after(
     if inner not in _known or _known[inner][0] is not head:
         if head is None: after,why = None,'it does not name its head'
         else:
-            with evaluating(model), torch.compiler.set_stance('force_eager'): after,why = _observe(model, head, input_ids[:1, :16])
-        if why: warnings.warn(f'{type(inner).__name__}: {why}, so its logits are computed at every position where a row of the batch has a target', stacklevel=3)
+            with evaluating(model), torch.compiler.set_stance('force_eager'):
+                after,why = _observe(model, head, input_ids[:1, :16])
+        if why:
+            warnings.warn(f'{type(inner).__name__}: {why}, so its logits are computed at every position where a '
+                          f'row of the batch has a target', stacklevel=3)
         _known[inner] = head,after
     return _known[inner]
 
@@ -236,16 +247,19 @@ def loss_sum(
     "Summed cross-entropy of the learned tokens"
     target = F.pad(labels[:, 1:], (0, 1), value=ignored).flatten() # what comes after each token, (batch·time,)
     at_N = (target!=ignored).nonzero().squeeze(1)
-    where = more if position_ids is None else dict(more, position_ids=position_ids) # with a mask or a cache packed documents would see each other
+    # with a mask or a cache packed documents would see each other
+    where = more if position_ids is None else dict(more, position_ids=position_ids)
     head,after = head_and_after(model, input_ids)
     if after is None:
         with documents(position_ids): return _from_logits(model, input_ids, labels, where),(target!=ignored).sum()
     found = []
     def answer(hidden_BTH, forward):
         at = at_N.to(hidden_BTH.device)
-        found.append(head_loss(hidden_BTH.flatten(0, 1).index_select(0, at), target[at_N].to(at.device), head, after, forward))
+        found.append(head_loss(hidden_BTH.flatten(0, 1).index_select(0, at), target[at_N].to(at.device), head,
+                               after, forward))
         return (found[0]*0).expand(*hidden_BTH.shape[:-1], 1).clone() # FSDP wants no view
-    with documents(position_ids), head_replaced(head, answer): zeros = model(input_ids=input_ids, **where, use_cache=False).logits
+    with documents(position_ids), head_replaced(head, answer):
+        zeros = model(input_ids=input_ids, **where, use_cache=False).logits
     return found[0] + zeros.sum().to(found[0])*0, (target!=ignored).sum()
 
 def _from_logits(model, input_ids, labels, where):
@@ -255,7 +269,8 @@ def _from_logits(model, input_ids, labels, where):
     if not len(at_K): at_K = torch.zeros(1, dtype=torch.long, device=labels.device)
     logits_BKV = model(input_ids=input_ids, **where, logits_to_keep=at_K, use_cache=False).logits
     if logits_BKV.shape[1]!=len(at_K): logits_BKV = logits_BKV[:, at_K] # a model that computes its head everywhere
-    return F.cross_entropy(logits_BKV.float().flatten(0, 1), target_BT[:, at_K].flatten(), ignore_index=ignored, reduction='sum')
+    return F.cross_entropy(logits_BKV.float().flatten(0, 1), target_BT[:, at_K].flatten(), ignore_index=ignored,
+                           reduction='sum')
 
 # %% ../../nbs/model/03_loss.ipynb #919fdc4e
 def mean_loss(

@@ -78,7 +78,8 @@ def _packed_layer():
             return grad.to(dtype) @ grad.new_empty(ctx.layer.out_features, ctx.layer.in_features, dtype=dtype), None
 
     class Packed(torch.nn.Linear):
-        def forward(self, x): return Product.apply(x, self) if self.bias is None else Product.apply(x, self) + self.bias.to(x.dtype)
+        def forward(self, x):
+            return Product.apply(x, self) if self.bias is None else Product.apply(x, self) + self.bias.to(x.dtype)
     return Packed
 
 # %% ../../nbs/model/06_memory.ipynb #61ff2f5a
@@ -90,7 +91,8 @@ def _pack(model, bits, computes):
         if not isinstance(layer, torch.nn.Linear) or layer is head: continue
         layer.__class__,layer.bits,layer.computes = packed,bits,computes
         layer.packed = packed_bytes(layer.out_features, layer.in_features, bits)
-        layer.weight = torch.nn.Parameter(torch.empty(layer.out_features, layer.in_features, dtype=torch.int8, device='meta'), requires_grad=False)
+        layer.weight = torch.nn.Parameter(torch.empty(
+            layer.out_features, layer.in_features, dtype=torch.int8, device='meta'), requires_grad=False)
     model.is_quantized = True
     return model
 
@@ -152,11 +154,14 @@ def _attention(machine, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False,
     kernel = attention_kernel(machine, q.dtype, k.shape[1]!=q.shape[1], mask is not None, q.shape[-1])
     if mask is not None and mask.dtype==torch.bool and kernel!='math': mask = mask.to(q.dtype)
     if kernel=='flash': return ops._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
-    if kernel=='cpu': return ops._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout_p, is_causal, attn_mask=mask, scale=scale)[0]
+    if kernel=='cpu':
+        return ops._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, dropout_p, is_causal, attn_mask=mask, scale=scale)[0]
     if kernel=='efficient':
         if mask is not None: mask = mask.expand(*q.shape[:3], k.shape[2])
         return ops._scaled_dot_product_efficient_attention(q, k, v, mask, True, dropout_p, is_causal, scale=scale)[0]
-    return ops._scaled_dot_product_attention_math(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)[0]
+    return ops._scaled_dot_product_attention_math(q, k, v, mask, dropout_p, is_causal, scale=scale,
+                                                  enable_gqa=enable_gqa)[0]
 
 # %% ../../nbs/model/06_memory.ipynb #e66d038d
 def _rules(machine, half, packed):
@@ -175,8 +180,9 @@ def _rules(machine, half, packed):
     def picked(func, x, i): # by a mask: everything
         return x.flatten(0, i.dim()-1) if isinstance(i, torch.Tensor) and i.dtype==torch.bool else func(x, i)
     T = torch.Tensor
-    return {F.scaled_dot_product_attention: attention, F.dropout: dropout, F.linear: product, torch.matmul: product, T.matmul: product,
-            T.__matmul__: product, torch.bmm: product, F.layer_norm: wide, T.nonzero: all_places, torch.nonzero: all_places,
+    return {F.scaled_dot_product_attention: attention, F.dropout: dropout, F.linear: product, torch.matmul: product,
+            T.matmul: product, T.__matmul__: product, torch.bmm: product, F.layer_norm: wide, T.nonzero: all_places,
+            torch.nonzero: all_places,
             T.__getitem__: picked, T.__bool__: lambda func, x: not packed}
 
 def _as_on(machine, half=None, packed=False):
@@ -212,7 +218,9 @@ def _decoder(model):
 def _marks(model, live):
     "Read `live` when the layers are done, and when the head is"
     at = {}
-    def head_done(grad): at['head'] = live.peak; live.peak = live.now
+    def head_done(grad):
+        at['head'] = live.peak
+        live.peak = live.now
     def layers_done(module, args, out):
         at['activations'] = live.peak = live.now
         hidden = out[0]
@@ -226,9 +234,11 @@ def _one_pass(model, batch, loss):
     "`PassBytes` of the forward pass, `loss(model, **batch)` and its backward pass; gradients stay"
     import torch
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    with live_bytes([*model.parameters(), *model.buffers(), *batch.values(), *grads]) as live, _marks(model, live) as at:
+    with (live_bytes([*model.parameters(), *model.buffers(), *batch.values(), *grads]) as live,
+          _marks(model, live) as at):
         total = loss(model, **batch)
-        torch.autograd.Variable._execution_engine.run_backward((total,), (torch.ones_like(total),), False, False, (), # `backward` would leave `_as_on`
+        # `backward` would leave `_as_on`
+        torch.autograd.Variable._execution_engine.run_backward((total,), (torch.ones_like(total),), False, False, (),
                                                                allow_unreachable=True, accumulate_grad=True)
     kept = at['activations']
     return PassBytes(kept, max(0, at.get('head', kept)-kept), max(0, live.peak-kept))
@@ -237,11 +247,14 @@ def _loss_on_meta(model, input_ids, half, learned=None, **where):
     "The loss by the head of `loss`; all tokens are learned, or as many as `learned` says"
     import torch
     from sage_finetune.model.loss import LogitTransform, FrozenHead
-    every = _decoder(model)(input_ids=input_ids, use_cache=False, **where)[0].flatten(0, 1) # it lives until the loss is known
+    # it lives until the loss is known
+    every = _decoder(model)(input_ids=input_ids, use_cache=False, **where)[0].flatten(0, 1)
     hidden = every.index_select(0, torch.empty(learned or len(every), dtype=torch.long, device='meta'))
     head = model.get_output_embeddings()
-    weight,bias = (None if p is None else p.detach().to(half or p.dtype) for p in (head.weight, getattr(head, 'bias', None)))
-    return FrozenHead.apply(hidden, torch.empty(len(hidden), dtype=torch.long, device='meta'), weight, bias, LogitTransform(), True)
+    weight,bias = (None if p is None else p.detach().to(half or p.dtype)
+                   for p in (head.weight, getattr(head, 'bias', None)))
+    return FrozenHead.apply(hidden, torch.empty(len(hidden), dtype=torch.long, device='meta'), weight, bias,
+                            LogitTransform(), True)
 
 # %% ../../nbs/model/06_memory.ipynb #ea366895
 def _layer_list(model):
@@ -249,9 +262,11 @@ def _layer_list(model):
     import torch
     config = model.config.get_text_config()
     n = getattr(config, 'num_hidden_layers', None)
-    lists = [(owner, name, m) for owner in model.modules() for name,m in owner.named_children() if isinstance(m, torch.nn.ModuleList) and len(m)==n]
+    lists = [(owner, name, m) for owner in model.modules() for name,m in owner.named_children()
+             if isinstance(m, torch.nn.ModuleList) and len(m)==n]
     if not lists: return None,False
-    shape = lambda layer: [(k, type(m), [(p.shape, p.dtype) for p in m.parameters(recurse=False)]) for k,m in layer.named_modules()]
+    shape = lambda layer: [(k, type(m), [(p.shape, p.dtype) for p in m.parameters(recurse=False)])
+                           for k,m in layer.named_modules()]
     first,kinds = shape(lists[0][2][0]),getattr(config, 'layer_types', None) or []
     return lists[0],len(set(kinds))<=1 and all(shape(l)==first for l in lists[0][2])
 
@@ -295,8 +310,10 @@ def _pass_bytes(model, config, machine, exact=False, learned=None):
     half = torch.float16 if config.fp16 else torch.bfloat16 if config.bf16 else None
     room = head_bytes.get(machine.device, head_bytes['cpu'])
     autocast = torch.autocast
-    def real_only(device_type, *args, **kw): return nullcontext() if device_type=='meta' else autocast(device_type, *args, **kw)
-    with _as_on(machine, half, config.packing), patch.dict(head_bytes, meta=room), patch.object(torch, 'autocast', real_only):
+    def real_only(device_type, *args, **kw):
+        return nullcontext() if device_type=='meta' else autocast(device_type, *args, **kw)
+    with (_as_on(machine, half, config.packing), patch.dict(head_bytes, meta=room),
+          patch.object(torch, 'autocast', real_only)):
         return _count_pass(_prepared(model, config), batch, partial(_loss_on_meta, half=half, learned=learned), exact)
 
 # %% ../../nbs/model/06_memory.ipynb #fb074ca7
@@ -385,7 +402,8 @@ class Remedy:
     enough:bool # Whether it fits with this change alone
 
     def __str__(self):
-        return f"{', '.join(f'{k}={v}' for k,v in self.changes.items())}: saves {gb_text(self.saves)}{', enough' if self.enough else ''}"
+        return (f"{', '.join(f'{k}={v}' for k,v in self.changes.items())}: "
+                f"saves {gb_text(self.saves)}{', enough' if self.enough else ''}")
 
 def _smaller(config, machine):
     "Changes of settings that make a step smaller"
@@ -405,7 +423,8 @@ def _remedies(e):
         if other.peak<e.peak: yield Remedy(changes, e.peak-other.peak, other.fits(e.card))
 
 # %% ../../nbs/model/06_memory.ipynb #25045c0e
-_tile,_copies = (4096, 32_768),7.3 # TRL 1.16: tokens and entries of the vocabulary in one tile; what its head makes of a tile without Triton, in 32 bits
+# TRL 1.16: tokens and entries of the vocabulary in one tile; what its head makes of a tile without Triton, in 32 bits
+_tile,_copies = (4096, 32_768),7.3
 
 def _head_of_trl(config, machine, shape):
     "The most that the head needs where TRL computes the loss: a whole tile, and the gradient of the hidden states in 32 bits"
@@ -423,7 +442,8 @@ def estimate_memory(
     machine = machine or Machine.here()
     fitted,_ = fit_config(config, machine)
     shape = _config_of(fitted.model_name) if model_config is None else model_config
-    if not hasattr(shape, 'get_text_config'): raise ValueError(f'`model_config` must be a transformers config, got {type(shape).__name__}')
+    if not hasattr(shape, 'get_text_config'):
+        raise ValueError(f'`model_config` must be a transformers config, got {type(shape).__name__}')
     try:
         model,weights = _build(fitted, shape)
         one = _pass_bytes(model, fitted, machine)
@@ -431,10 +451,12 @@ def estimate_memory(
     except SageError: raise
     except ValueError as e: raise ValueError(' '.join(str(e).split())[:300]) from None
     except Exception as e:
-        raise SageError(f'{type(shape).__name__} cannot be counted without its weights ({" ".join(str(e).split())[:150]}); train, and look at the probe') from None
+        raise SageError(f'{type(shape).__name__} cannot be counted without its weights '
+                        f'({" ".join(str(e).split())[:150]}); train, and look at the probe') from None
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
     state,paged = optimizer_bytes(fitted.optim, sizes)
-    return MemoryEstimate(fitted, machine, weights, 4*sum(sizes), 4*sum(sizes), state, paged, one.activations, one.head, one.layer, shape)
+    return MemoryEstimate(fitted, machine, weights, 4*sum(sizes), 4*sum(sizes), state, paged, one.activations,
+                          one.head, one.layer, shape)
 
 # %% ../../nbs/model/06_memory.ipynb #d4713e47
 def memory_parts(
@@ -456,8 +478,10 @@ def memory_parts(
 def _title(e):
     c = e.config
     bits = ', 8 bits' if c.load_in_8bit else ', 4 bits' if c.load_in_4bit else ''
-    return (f"{c.model_name}: {c.sequences_per_pass} × {c.max_length:,} tokens, {'fp16' if c.fp16 else 'bf16' if c.bf16 else 'fp32'}{bits}, "
-            f"{'with' if c.gradient_checkpointing else 'without'} checkpointing" + (', but not the pass of pictures through the part that sees' if _pictures(e) else ''))
+    return (f"{c.model_name}: {c.sequences_per_pass} × {c.max_length:,} tokens, "
+            f"{'fp16' if c.fp16 else 'bf16' if c.bf16 else 'fp32'}{bits}, "
+            f"{'with' if c.gradient_checkpointing else 'without'} checkpointing"
+            + (', but not the pass of pictures through the part that sees' if _pictures(e) else ''))
 
 def _pictures(e):
     from sage_finetune.model.loading import takes_images
@@ -489,7 +513,8 @@ def _advice(e):
 
 # %% ../../nbs/model/06_memory.ipynb #bcf6460b
 def _as_text(e, width=60):
-    lines = [_title(e), *(f'{name:<15}{amount:>11}  {note}' for name,amount,note in _table(e)), ''.join(s*n for s,_,n in _cells(e, width))]
+    lines = [_title(e), *(f'{name:<15}{amount:>11}  {note}' for name,amount,note in _table(e)),
+             ''.join(s*n for s,_,n in _cells(e, width))]
     return '\n'.join([*lines, *_advice(e)])
 
 def _as_rich(e):
@@ -505,11 +530,14 @@ def _as_rich(e):
 def _as_html(e):
     t = html.escape
     colours = {name: colour for name,_,_,_,colour in memory_parts(e)}
-    rows = ''.join(f'<tr><td style="text-align:left"><span style="color:{colours.get(name, "transparent")}">■</span> {t(name)}</td>'
-                   f'<td>{t(amount)}</td><td style="text-align:left">{t(note)}</td></tr>' for name,amount,note in _table(e))
+    rows = ''.join(f'<tr><td style="text-align:left"><span '
+                   f'style="color:{colours.get(name, "transparent")}">■</span> {t(name)}</td>'
+                   f'<td>{t(amount)}</td><td style="text-align:left">{t(note)}</td></tr>'
+                   for name,amount,note in _table(e))
     bar = ''.join(f'<div style="width:{n}%;background:{colour}"></div>' for _,colour,n in _cells(e, 100) if n)
     advice = ''.join(f'<li>{t(a)}</li>' for a in _advice(e))
-    return (f'<b>{t(_title(e))}</b><table>{rows}</table><div style="display:flex;height:14px;max-width:600px">{bar}</div>' + (f'<ul>{advice}</ul>' if advice else ''))
+    return (f'<b>{t(_title(e))}</b><table>{rows}</table><div '
+            f'style="display:flex;height:14px;max-width:600px">{bar}</div>' + (f'<ul>{advice}</ul>' if advice else ''))
 
 # %% ../../nbs/model/06_memory.ipynb #b3478191
 @dataclass(frozen=True, repr=False)
@@ -526,8 +554,10 @@ class Probe(Shown):
         return None if self.predicted is None else round(self.predicted/self.measured - 1, 4)
     def shown(self):
         from sage_finetune.core.display import Table
-        told = '' if self.predicted is None else f', {gb_text(self.predicted)} predicted ({round(self.error, 3)+0:+.1%})'
-        return Table([], [], f'Longest batch ({self.rows} × {self.tokens:,} tokens): {gb_text(self.measured)} for one pass{told}')
+        told = ('' if self.predicted is None
+                else f', {gb_text(self.predicted)} predicted ({round(self.error, 3)+0:+.1%})')
+        return Table([], [], f'Longest batch ({self.rows} × {self.tokens:,} tokens): '
+                     f'{gb_text(self.measured)} for one pass{told}')
 
 # %% ../../nbs/model/06_memory.ipynb #e5f8252f
 @contextmanager
@@ -555,18 +585,23 @@ def probe_step(
     "Take a batch forward and backward, and compare what it took with the prediction"
     import torch
     machine,rows,tokens = machine or Machine.here(),*batch['input_ids'].shape
-    same = config.adapted(per_device_train_batch_size=rows, tokens_per_step=None, max_length=max(8, tokens), packing='position_ids' in batch)
+    same = config.adapted(per_device_train_batch_size=rows, tokens_per_step=None, max_length=max(8, tokens),
+                          packing='position_ids' in batch)
     device,fitted = next(model.parameters()).device,fit_config(same, machine)[0]
     batch = {k: v.to(device) for k,v in batch.items()}
     half = torch.float16 if fitted.fp16 else torch.bfloat16
-    first = {k: v[:1, :16] for k,v in batch.items() if k in ('input_ids', 'labels', 'position_ids') or k.endswith('token_type_ids')}
+    first = {k: v[:1, :16] for k,v in batch.items() if k in ('input_ids', 'labels', 'position_ids')
+             or k.endswith('token_type_ids')}
     held = 4*sum(p.numel() for p in model.parameters() if p.requires_grad)
     with undisturbed(model), torch.autocast(device.type, half) if fitted.fp16 or fitted.bf16 else nullcontext():
-        with torch.no_grad(): _real_loss(model, **first) # what is made once and kept, such as the libraries' own work space
+        with torch.no_grad():
+            _real_loss(model, **first) # what is made once and kept, such as the libraries' own work space
         measured = _cuda_pass(model, batch) if device.type=='cuda' else _one_pass(model, batch, _real_loss).peak
     predicted = None
     with suppress(Exception): # a run does not end because it cannot be counted
-        if 'pixel_values' not in batch: predicted = held + _pass_bytes(_build(fitted, model.config)[0], fitted, machine, learned=(batch['labels'][:, 1:]!=-100).sum().item()).peak
+        if 'pixel_values' not in batch:
+            predicted = held + _pass_bytes(_build(fitted, model.config)[0], fitted, machine,
+                                           learned=(batch['labels'][:, 1:]!=-100).sum().item()).peak
     return Probe(rows, tokens, predicted, held+measured)
 
 # %% ../../nbs/model/06_memory.ipynb #3c8baa26
@@ -577,7 +612,8 @@ def _real_loss(model, **batch):
 def _cuda_pass(model, batch):
     "What a pass adds to what the allocator has given out"
     import torch
-    torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     _real_loss(model, **batch).backward()
     return torch.cuda.max_memory_allocated()-before

@@ -22,8 +22,10 @@ from ..config import resolve_model
 from .loading import no_model
 
 # %% ../../nbs/model/04_shards.ipynb #adcead12
-tensor_types = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64, I32=torch.int32, I16=torch.int16,
-                    I8=torch.int8, U8=torch.uint8, BOOL=torch.bool, F8_E4M3=torch.float8_e4m3fn, F8_E5M2=torch.float8_e5m2)
+tensor_types = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
+                    I32=torch.int32, I16=torch.int16,
+                    I8=torch.int8, U8=torch.uint8, BOOL=torch.bool, F8_E4M3=torch.float8_e4m3fn,
+                    F8_E5M2=torch.float8_e5m2)
 
 @dataclass(frozen=True)
 class Stored:
@@ -42,13 +44,16 @@ class Stored:
         "The tensor, in memory of its own"
         numbers = bytearray(self.size)
         if not numbers: return torch.empty(self.shape, dtype=self.dtype)
-        with open(self.file, 'rb') as f: f.seek(self.start); got = f.readinto(numbers)
+        with open(self.file, 'rb') as f:
+            f.seek(self.start)
+            got = f.readinto(numbers)
         if got!=self.size: raise _cut_short(self.file, self.start+self.size)
         return torch.frombuffer(numbers, dtype=self.dtype).reshape(self.shape)
 
 # %% ../../nbs/model/04_shards.ipynb #58e1249b
 def _cut_short(file, whole):
-    return SageError(f'{file} is cut short: it has {file.stat().st_size:,} of {whole:,} bytes; copy or download it again')
+    return SageError(f'{file} is cut short: it has {file.stat().st_size:,} of {whole:,} bytes; '
+                     f'copy or download it again')
 
 def read_header(
     file, # Of the safetensors format
@@ -60,8 +65,10 @@ def read_header(
             n = int.from_bytes(f.read(8), 'little')
             if n>file.stat().st_size: raise _cut_short(file, 8+n)
             header = json.loads(f.read(n))
-        found = {k: Stored(file, tensor_types[v['dtype']], tuple(v['shape']), 8+n+v['data_offsets'][0]) for k,v in header.items() if k!='__metadata__'}
-    except (ValueError, KeyError, TypeError, AttributeError): raise SageError(f'{file} is not a safetensors file: copy or download it again') from None
+        found = {k: Stored(file, tensor_types[v['dtype']], tuple(v['shape']), 8+n+v['data_offsets'][0])
+                 for k,v in header.items() if k!='__metadata__'}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise SageError(f'{file} is not a safetensors file: copy or download it again') from None
     except OSError as e: raise SageError(f'cannot read {file}: {(e.strerror or str(e)).lower()}') from None
     whole = max((t.start+t.size for t in found.values()), default=0)
     if file.stat().st_size<whole: raise _cut_short(file, whole)
@@ -84,7 +91,9 @@ def fetched_folder(
     "The folder of a model, downloaded first where it was never used here"
     from huggingface_hub import snapshot_download
     if place := local_folder(name): return place
-    try: return Path(snapshot_download(str(name), allow_patterns=['*.safetensors', '*.json', '*.jinja', '*.model', '*.txt']))
+    try:
+        return Path(snapshot_download(str(name),
+                                      allow_patterns=['*.safetensors', '*.json', '*.jinja', '*.model', '*.txt']))
     except (OSError, ValueError) as e: raise no_model(str(name), e) from None
 
 _index,_single = 'model.safetensors.index.json','model.safetensors'
@@ -97,7 +106,8 @@ def stored_tensors(
     if not folder.is_dir(): raise SageError(f'{folder} is not a folder: give that of a model')
     if (folder/_index).is_file(): files = sorted(set(read_json(folder/_index).get('weight_map', {}).values()))
     else: files = [_single] if (folder/_single).is_file() else []
-    if missing := [f for f in files if not (folder/f).is_file()]: raise SageError(f'{folder/missing[0]} is missing: copy or download it again')
+    if missing := [f for f in files if not (folder/f).is_file()]:
+        raise SageError(f'{folder/missing[0]} is missing: copy or download it again')
     return {k: t for f in files for k,t in read_header(folder/f).items()}
 
 # %% ../../nbs/model/04_shards.ipynb #4c9f469a
@@ -111,7 +121,8 @@ def weights_digest(
         for name,t in sorted(tensors.items()):
             sums.update(f'{name} {t.dtype} {t.shape}'.encode())
             for at in sorted({0, max(0, t.size//2-32), max(0, t.size-64)}):
-                opened[t.file].seek(t.start+at); sums.update(opened[t.file].read(min(64, t.size)))
+                opened[t.file].seek(t.start+at)
+                sums.update(opened[t.file].read(min(64, t.size)))
     return sums.hexdigest()[:16] if tensors else None
 
 # %% ../../nbs/model/04_shards.ipynb #14322d26
@@ -147,11 +158,16 @@ def write_model(
     size = {k: prod(shape)*dtype.itemsize for k,(dtype,shape) in planned.items()}
     groups,held = [[]],0
     for name in planned:
-        if groups[-1] and held+size[name]>most: groups.append([]); held = 0
-        groups[-1].append(name); held += size[name]
-    files = [_single] if len(groups)==1 else [f'model-{i:05d}-of-{len(groups):05d}.safetensors' for i in range(1, len(groups)+1)]
+        if groups[-1] and held+size[name]>most:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += size[name]
+    files = ([_single] if len(groups)==1
+             else [f'model-{i:05d}-of-{len(groups):05d}.safetensors' for i in range(1, len(groups)+1)])
     for file,names in zip(files, groups): write_tensors(Path(folder)/file, {n: planned[n] for n in names}, make)
     if len(files)>1:
-        index = dict(metadata=dict(total_size=sum(size.values())), weight_map={n: f for f,names in zip(files, groups) for n in names})
+        index = dict(metadata=dict(total_size=sum(size.values())),
+                     weight_map={n: f for f,names in zip(files, groups) for n in names})
         (Path(folder)/_index).write_text(json.dumps(index, indent=2), encoding='utf-8')
     return files

@@ -13,8 +13,10 @@ from pathlib import Path
 from .loading import load_model, without_noise
 
 # %% ../../nbs/model/07_tiny_vision.ipynb #3309eb31
-_chat = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
-         "{% if c['type']=='image' %}<image>{{ '\n' }}{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+_chat = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['content'] is string %}{{ "
+         "m['content'] }}{% else %}{% for c in m['content'] %}"
+         "{% if c['type']=='image' %}<image>{{ '\n' }}{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif "
+         "%}{{ '<|im_end|>\n' }}{% endfor %}"
          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 def _eyes(tokenizer, size, patch):
@@ -22,7 +24,8 @@ def _eyes(tokenizer, size, patch):
     from transformers import CLIPImageProcessorPil, LlavaProcessor
     tokenizer.add_tokens(['<image>'], special_tokens=True)
     sight = CLIPImageProcessorPil(size=dict(shortest_edge=size), crop_size=dict(height=size, width=size))
-    return LlavaProcessor(sight, tokenizer, patch_size=patch, vision_feature_select_strategy='default', num_additional_image_tokens=1, chat_template=_chat)
+    return LlavaProcessor(sight, tokenizer, patch_size=patch, vision_feature_select_strategy='default',
+                          num_additional_image_tokens=1, chat_template=_chat)
 
 def tiny_vision_model(
     folder, # To write the model into
@@ -33,14 +36,20 @@ def tiny_vision_model(
     import torch
     from transformers import AutoTokenizer, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
     from sage_finetune.config import resolve_model
-    processor,language = _eyes(AutoTokenizer.from_pretrained(resolve_model('sage-tiny')), size, patch),load_model('sage-tiny')
+    processor,language = (_eyes(AutoTokenizer.from_pretrained(resolve_model('sage-tiny')), size,
+                                patch),load_model('sage-tiny'))
     language.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
-    eyes = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=size, patch_size=patch, projection_dim=32)
-    config = LlavaConfig(vision_config=eyes.to_dict(), text_config=language.config.to_dict(), image_token_index=processor.image_token_id, vision_feature_layer=-1,
-                         vision_feature_select_strategy='default', image_seq_length=(size//patch)**2, tie_word_embeddings=True)
+    eyes = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                            image_size=size, patch_size=patch, projection_dim=32)
+    config = LlavaConfig(vision_config=eyes.to_dict(), text_config=language.config.to_dict(),
+                         image_token_index=processor.image_token_id, vision_feature_layer=-1,
+                         vision_feature_select_strategy='default', image_seq_length=(size//patch)**2,
+                         tie_word_embeddings=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlavaForConditionalGeneration(config)
     model.model.language_model.load_state_dict(language.model.state_dict())
-    with without_noise(): model.save_pretrained(folder); processor.save_pretrained(folder)
+    with without_noise():
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
     return Path(folder)

@@ -70,10 +70,13 @@ def _facts_of(name, node, file):
     yield Fact('location', name, f'`{name}` is a {kind} in `{file}`.', src)
     if doc := ast.get_docstring(node): yield Fact('purpose', name, first_sentence(doc), src)
     if isinstance(node, _function):
-        if kind!='property': yield Fact('arguments', name, f'`{name}` takes {_names(_arguments(node)) or "no arguments"}.', src)
+        if kind!='property':
+            yield Fact('arguments', name, f'`{name}` takes {_names(_arguments(node)) or "no arguments"}.', src)
         return
-    if bases := [ast.unparse(b) for b in node.bases]: yield Fact('bases', name, f'`{name}` inherits from {_names(bases)}.', src)
-    methods = [m.name for m in node.body if isinstance(m, _function) and not m.name.startswith('_') and _kind(m, '.')=='method']
+    if bases := [ast.unparse(b) for b in node.bases]:
+        yield Fact('bases', name, f'`{name}` inherits from {_names(bases)}.', src)
+    methods = [m.name for m in node.body if isinstance(m, _function) and not m.name.startswith('_')
+               and _kind(m, '.')=='method']
     if methods: yield Fact('methods', name, f'`{name}` has {_names(methods)}.', src)
 
 def python_facts(
@@ -110,9 +113,11 @@ def markdown_facts(
 def _cells(text):
     "Number, type and source of each cell of a notebook, and the language of its code"
     book = json.loads(text)
-    if not isinstance(book, dict) or not isinstance(book.get('cells'), list): raise ValueError('not a notebook: it has no list of `cells`')
+    if not isinstance(book, dict) or not isinstance(book.get('cells'), list):
+        raise ValueError('not a notebook: it has no list of `cells`')
     meta = book.get('metadata') if isinstance(book.get('metadata'), dict) else {}
-    named = [m.get(k) for k,m in (('language', meta.get('kernelspec')), ('name', meta.get('language_info'))) if isinstance(m, dict)]
+    named = [m.get(k) for k,m in (('language', meta.get('kernelspec')), ('name', meta.get('language_info')))
+             if isinstance(m, dict)]
     cells = [(i, c.get('cell_type'), c.get('source')) for i,c in enumerate(book['cells'], 1) if isinstance(c, dict)]
     cells = [(i, t, ''.join(map(str, src)) if isinstance(src, list) else str(src or '')) for i,t,src in cells]
     return cells, next((str(n).lower() for n in named if n), 'python')
@@ -133,7 +138,8 @@ def notebook_facts(
     at = lambda facts,i: [replace(f, source=f'{file}:cell {i}') for f in facts]
     facts = [f for i,t,src in cells if t=='markdown' for f in at(markdown_facts(src, file), i)]
     tops = {n.name: (i, n) for i,t,src in cells if t=='code' and language=='python' for n in _cell_definitions(src)}
-    return facts + [f for i,n in tops.values() for name,node in _definitions([n]) for f in at(_facts_of(name, node, file), i)]
+    return facts + [f for i,n in tops.values() for name,node in _definitions([n])
+                    for f in at(_facts_of(name, node, file), i)]
 
 # %% ../../nbs/rows/05_codebase.ipynb #7f4caa27
 @dataclass(frozen=True)
@@ -207,7 +213,7 @@ _c = rf"""
 (enum_specifier name: (type_identifier) @name body: (_)) @enum
 (type_definition type: (struct_specifier !name body: (_)) declarator: (type_identifier) @name) @struct
 """
-_cpp = _c + f"""
+_cpp = (_c + f"""
 ((function_definition declarator: (reference_declarator (function_declarator declarator: (identifier) @name parameters: (_) @args))) @function)
 (field_declaration declarator: {_declared('(field_identifier) @name')}) @method
 (function_definition declarator: {_declared('(field_identifier) @name')}) @method
@@ -215,10 +221,11 @@ _cpp = _c + f"""
 (class_specifier name: (type_identifier) @name body: (_)) @class
 (class_specifier (base_class_clause [(type_identifier) (template_type) (qualified_identifier)] @base)) @heir
 (struct_specifier (base_class_clause [(type_identifier) (template_type) (qualified_identifier)] @base)) @heir
-"""
+""")
 
 LANGUAGES = {suffix: language for suffixes,language in {
-    '.js .mjs .cjs .jsx': Language('JavaScript', 'tree_sitter_javascript.language', _javascript + '(class_declaration (class_heritage (_) @base)) @heir'),
+    '.js .mjs .cjs .jsx': Language('JavaScript', 'tree_sitter_javascript.language',
+                                   _javascript + '(class_declaration (class_heritage (_) @base)) @heir'),
     '.ts .mts .cts': Language('TypeScript', 'tree_sitter_typescript.language_typescript', _typescript),
     '.tsx': Language('TypeScript', 'tree_sitter_typescript.language_tsx', _typescript),
     '.go': Language('Go', 'tree_sitter_go.language', _go, comment=r'//(?=\s)|/\*', private='[a-z_]'),
@@ -232,13 +239,16 @@ LANGUAGES = {suffix: language for suffixes,language in {
 def _parser(language):
     "Parser and query of a language"
     module,function = language.grammar.split('.')
-    try: import tree_sitter; grammar = import_module(module)
+    try:
+        import tree_sitter
+        grammar = import_module(module)
     except ImportError: raise PassedOver('needs `pip install sage-finetune[code]`') from None
     lang = tree_sitter.Language(getattr(grammar, function)())
     return tree_sitter.Parser(lang), tree_sitter.Query(lang, language.query)
 
 # %% ../../nbs/rows/05_codebase.ipynb #1be09858
-_type_node = re.compile(r'(?:abstract_)?(?:class|interface|struct|trait|enum|record|union|impl|object)(?:_declaration|_specifier|_item|_creation_expression)?')
+_type_node = re.compile(
+    r'(?:abstract_)?(?:class|interface|struct|trait|enum|record|union|impl|object)(?:_declaration|_specifier|_item|_creation_expression)?')
 
 def _text(node): return ' '.join(node.text.decode(errors='replace').split())
 
@@ -274,7 +284,9 @@ def _named(found, language):
     names = {}
     for node,kind,caught in found:
         name,holder = _text(caught['name'][0]),_around(node)
-        if re.match(language.private, name) or node.has_error or not _is_shown(node) or holder is not None and holder.id==node.id: continue
+        if (re.match(language.private, name) or node.has_error or not _is_shown(node) or holder is not None
+            and holder.id==node.id):
+            continue
         owner = _text(caught['owner'][0]) if 'owner' in caught else names.get(holder.id) if holder is not None else ''
         if owner is None or owner and not language.joint or kind=='method' and not owner: continue
         if kind=='function' and owner and 'owner' not in caught: continue
@@ -282,7 +294,8 @@ def _named(found, language):
         yield node, kind, caught, names[node.id], '' if 'owner' in caught else owner
 
 # %% ../../nbs/rows/05_codebase.ipynb #5fe07bcc
-_shells = {'reference_declarator', 'rest_pattern', 'spread_parameter', 'parenthesized_declarator', 'variadic_declarator', 'mut_pattern', 'ref_pattern'}
+_shells = {'reference_declarator', 'rest_pattern', 'spread_parameter', 'parenthesized_declarator',
+           'variadic_declarator', 'mut_pattern', 'ref_pattern'}
 
 def _identifier(node):
     "The identifier inside one parameter, `None` if it has none"
@@ -295,8 +308,12 @@ def _parameters(args):
     "Names of the parameters in a list of them, `None` if one has no name"
     found = []
     for p in args.children:
-        if p.type in ('...', 'variadic_parameter'): found.append('...'); continue
-        if not p.is_named or re.search('comment|attribute', p.type) or p.type in ('self_parameter', 'receiver_parameter') or p.text==b'void': continue
+        if p.type in ('...', 'variadic_parameter'):
+            found.append('...')
+            continue
+        if (not p.is_named or re.search('comment|attribute', p.type)
+            or p.type in ('self_parameter', 'receiver_parameter') or p.text==b'void'):
+            continue
         ids = p.children_by_field_name('name') or [_identifier(p)]
         if None in ids: return None
         dots = '...' if p.text.startswith(b'...') or re.match('variadic|spread', p.type) else ''
@@ -304,17 +321,22 @@ def _parameters(args):
     return found
 
 # %% ../../nbs/rows/05_codebase.ipynb #e0d491d2
-_wrappers = {'export_statement', 'lexical_declaration', 'variable_declaration', 'ambient_declaration', 'type_declaration', 'template_declaration'}
+_wrappers = {'export_statement', 'lexical_declaration', 'variable_declaration', 'ambient_declaration',
+             'type_declaration', 'template_declaration'}
 
 def _comments_above(node, begins):
     "The comments that document `node`, top to bottom"
-    while node.parent is not None and node.parent.type in _wrappers and sum(c.type==node.type for c in node.parent.children)==1: node = node.parent
+    while (node.parent is not None and node.parent.type in _wrappers
+           and sum(c.type==node.type for c in node.parent.children)==1):
+        node = node.parent
     row,found,above = node.start_point[0],[],node.prev_named_sibling
     while above is not None and (above.type in ('attribute_item', 'decorator') or 'comment' in above.type):
         text,first = above.text.decode(errors='replace').rstrip(),above.start_point[0]
         if first+text.count('\n')<row-1: break
         if 'comment' in above.type:
-            if not re.match(begins, text) or (before := above.prev_sibling) is not None and before.text.strip() and before.end_point[0]==first: break
+            if (not re.match(begins, text) or (before := above.prev_sibling) is not None and before.text.strip()
+                and before.end_point[0]==first):
+                break
             found.insert(0, text)
         row,above = first,above.prev_named_sibling
         if text.startswith('/*'): break
@@ -322,10 +344,12 @@ def _comments_above(node, begins):
 
 def _doc(node, begins):
     "The words of the comment above `node`, without tags and marks"
-    lines = [re.sub(r'^\s*(?:/\*[*!]*|//[/!]*|\*)<?\s?', '', l) for c in _comments_above(node, begins) for l in re.sub(r'\s*\*+/$', '', c).split('\n')]
+    lines = [re.sub(r'^\s*(?:/\*[*!]*|//[/!]*|\*)<?\s?', '', l) for c in _comments_above(node, begins)
+             for l in re.sub(r'\s*\*+/$', '', c).split('\n')]
     text = re.sub(r'^\s*[@\\](?:brief|summary|description|desc)\s+', '', '\n'.join(lines).strip())
     text = re.split(r'(?m)^\s*[@\\]\w+', text)[0]
-    text = re.sub(r'\{@\w+\s+([^{}]*)\}|<(?:code|tt)>([^<]*)</(?:code|tt)>', lambda m: f'`{(m[1] or m[2] or "").strip()}`', text)
+    text = re.sub(r'\{@\w+\s+([^{}]*)\}|<(?:code|tt)>([^<]*)</(?:code|tt)>',
+                  lambda m: f'`{(m[1] or m[2] or "").strip()}`', text)
     text = re.sub(r'(?i)</?(?:p|br|pre|ul|ol|li)\s*/?>', '\n\n', re.sub(r'(?i)</?(?:b|i|em|strong)>', '', text))
     return '' if re.match(r'(?i)\W*(?:copyright|licen[sc]e|spdx|eslint|istanbul|todo|fixme|region)', text) else text
 
@@ -353,7 +377,8 @@ def code_facts(
     for _,kind,caught,_,owner in known:
         if owner and kind=='method': methods.setdefault(owner, {})[_text(caught['name'][0])] = True
     facts = [f for node,kind,caught,name,_ in known
-             for f in _definition_facts(node, kind, caught, name, list(methods.get(name, ())), bases.get(node.id), language, file)]
+             for f in _definition_facts(node, kind, caught, name, list(methods.get(name, ())), bases.get(node.id),
+                                        language, file)]
     return [f for f in facts if counts[f.subject]==1 or f.kind in ('location', 'methods', 'bases')]
 
 # %% ../../nbs/rows/05_codebase.ipynb #ff8d4426
@@ -367,7 +392,8 @@ def code_files(
     "Files of a codebase that people wrote"
     root = Path(root).expanduser()
     if root.is_file(): return [root]
-    if not root.is_dir(): raise FileNotFoundError(f'codebase not found: {root}. Give an existing folder, or one source file')
+    if not root.is_dir():
+        raise FileNotFoundError(f'codebase not found: {root}. Give an existing folder, or one source file')
     return [root/n for n in find_files(root, suffixes).names]
 
 # %% ../../nbs/rows/05_codebase.ipynb #d0e629d0
@@ -386,8 +412,10 @@ class Codebase(Shown):
 
     def parts(self): # Heading → line, for people
         "The record in a few lines"
-        return {'facts': _counted(f.kind for f in self.facts), 'files read': _counted(_languages[Path(n).suffix.lower()] for n in self.files),
-                'passed over': _counted(map(_sort_of, self.skipped.values())), 'of other kinds': _counted(self.other), 'facts left out': _counted(self.left_out)}
+        return {'facts': _counted(f.kind for f in self.facts),
+                'files read': _counted(_languages[Path(n).suffix.lower()] for n in self.files),
+                'passed over': _counted(map(_sort_of, self.skipped.values())),
+                'of other kinds': _counted(self.other), 'facts left out': _counted(self.left_out)}
 
     def named(self, most=10): # Lines about single files
         "The files passed over, those with the rarest reasons first, at most `most` of them and a count"
@@ -398,13 +426,15 @@ class Codebase(Shown):
     def shown(self):
         from sage_finetune.core.display import Panel, Table
         parts = Table(['', ''], [[k, v] for k,v in self.parts().items()])
-        names = [Table(['file', 'passed over'], [[*l.partition(': ')[::2]] for l in self.named()])] if self.skipped else []
+        names = ([Table(['file', 'passed over'], [[*l.partition(': ')[::2]] for l in self.named()])] if self.skipped
+                 else [])
         return Panel(f'{self.root.name}: {len(self.facts):,} facts from {len(self.files):,} files', [parts, *names])
 
     def to_dict(self)->dict: # Ready for JSON; without the facts themselves
         "What was made from what"
         made = Counter(f.source.rpartition(':')[0] for f in self.facts)
-        return dict(root=str(self.root), files={n: made[n] for n in self.files}, kinds=dict(Counter(f.kind for f in self.facts)),
+        return dict(root=str(self.root), files={n: made[n] for n in self.files},
+                    kinds=dict(Counter(f.kind for f in self.facts)),
                     skipped=dict(self.skipped), other=dict(self.other), left_out=dict(self.left_out))
 
 # %% ../../nbs/rows/05_codebase.ipynb #03be1585
@@ -415,8 +445,12 @@ def _read_file(path, name, book):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore') # what Python thinks of somebody's escapes is not our reader's concern
             found = _readers[path.suffix.lower()](text, name)
-    except PassedOver as e: book.skipped[name] = str(e); return []
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as e: book.skipped[name] = f'cannot be parsed: {e}'; return []
+    except PassedOver as e:
+        book.skipped[name] = str(e)
+        return []
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+        book.skipped[name] = f'cannot be parsed: {e}'
+        return []
     book.files.append(name)
     return found
 
@@ -424,9 +458,11 @@ def _listed(root, book):
     "Names of the files to read; those passed over are noted in `book`"
     if root.is_file():
         if root.suffix.lower() in _readers and not is_secret_name(root.name): return [root.name]
-        book.skipped[root.name] = 'looks like a secret: its name' if is_secret_name(root.name) else f'no reader: {root.suffix or "no ending"}'
+        book.skipped[root.name] = ('looks like a secret: its name' if is_secret_name(root.name)
+                                   else f'no reader: {root.suffix or "no ending"}')
         return []
-    if not root.is_dir(): raise FileNotFoundError(f'codebase not found: {root}. Give an existing folder, or one source file')
+    if not root.is_dir():
+        raise FileNotFoundError(f'codebase not found: {root}. Give an existing folder, or one source file')
     found = find_files(root, _readers)
     book.skipped,book.other = found.skipped,found.other
     return found.names
@@ -458,38 +494,55 @@ def read_codebase(
     book,seen = Codebase(root),set()
     home = root.parent if root.is_file() else root
     for f in _qualified([f for n in _listed(root, book) for f in _read_file(home/n, n, book)]):
-        if why := _why_not(f, seen, max_answer): book.left_out[why] += 1; continue
-        seen.add((f.kind, f.subject)); book.facts.append(f)
+        if why := _why_not(f, seen, max_answer):
+            book.left_out[why] += 1
+            continue
+        seen.add((f.kind, f.subject))
+        book.facts.append(f)
     return book
 
 # %% ../../nbs/rows/05_codebase.ipynb #37d11639
 WORDINGS = dict(
-    purpose=['What does `{}` do?', 'What is `{}` for?', 'Explain the purpose of `{}`.', 'Describe `{}` in one sentence.',
+    purpose=['What does `{}` do?', 'What is `{}` for?', 'Explain the purpose of `{}`.',
+             'Describe `{}` in one sentence.',
              'Tell me what `{}` does.', 'Why would I use `{}`?', 'What is the job of `{}`?', 'Can you summarise `{}`?',
              'In one sentence, what does `{}` do?', 'Can you explain what `{}` is for?'],
-    location=['Where is `{}` defined?', 'Which file defines `{}`?', 'In which file do I find `{}`?', 'Where does `{}` live?',
-              'Where can I find `{}`?', 'Tell me which file holds `{}`.', 'Can you tell me where `{}` is?', 'Locate `{}`.',
+    location=['Where is `{}` defined?', 'Which file defines `{}`?', 'In which file do I find `{}`?',
+              'Where does `{}` live?',
+              'Where can I find `{}`?', 'Tell me which file holds `{}`.', 'Can you tell me where `{}` is?',
+              'Locate `{}`.',
               'In which file is `{}` defined?', 'Tell me where I can find `{}`.'],
-    arguments=['Which arguments does `{}` take?', 'What can I pass to `{}`?', 'List the arguments of `{}`.', 'What are the parameters of `{}`?',
-               'Tell me what `{}` takes.', 'How do I call `{}`?', 'Can you list the parameters of `{}`?', 'What is the signature of `{}`?',
+    arguments=['Which arguments does `{}` take?', 'What can I pass to `{}`?', 'List the arguments of `{}`.',
+               'What are the parameters of `{}`?',
+               'Tell me what `{}` takes.', 'How do I call `{}`?', 'Can you list the parameters of `{}`?',
+               'What is the signature of `{}`?',
                'Which parameters does `{}` take?', 'Tell me the arguments of `{}`.'],
-    bases=['What does `{}` inherit from?', 'What is the base class of `{}`?', 'Which class does `{}` extend?', 'Name the parent of `{}`.',
-           'What is `{}` derived from?', 'Can you name the base class of `{}`?', 'Tell me the superclass of `{}`.', 'From what does `{}` inherit?',
+    bases=['What does `{}` inherit from?', 'What is the base class of `{}`?', 'Which class does `{}` extend?',
+           'Name the parent of `{}`.',
+           'What is `{}` derived from?', 'Can you name the base class of `{}`?', 'Tell me the superclass of `{}`.',
+           'From what does `{}` inherit?',
            'Which base class does `{}` have?', 'Tell me what `{}` inherits from.'],
-    methods=['Which methods does `{}` have?', 'List the methods of `{}`.', 'What can `{}` do?', 'Name the methods of `{}`.',
-             'What methods are in `{}`?', 'Which public methods does `{}` offer?', 'Can you list the methods of `{}`?', 'Tell me what I can call on `{}`.',
+    methods=['Which methods does `{}` have?', 'List the methods of `{}`.', 'What can `{}` do?',
+             'Name the methods of `{}`.',
+             'What methods are in `{}`?', 'Which public methods does `{}` offer?',
+             'Can you list the methods of `{}`?', 'Tell me what I can call on `{}`.',
              'Which methods are in `{}`?', 'Tell me the methods of `{}`.'],
-    module=['What is the file `{}` for?', 'What does the file `{}` hold?', 'What is in the file `{}`?', 'Describe the file `{}`.',
-            'Explain the file `{}`.', 'What is the purpose of the file `{}`?', 'Tell me what the file `{}` is for.', 'Why is there a file `{}`?',
+    module=['What is the file `{}` for?', 'What does the file `{}` hold?', 'What is in the file `{}`?',
+            'Describe the file `{}`.',
+            'Explain the file `{}`.', 'What is the purpose of the file `{}`?', 'Tell me what the file `{}` is for.',
+            'Why is there a file `{}`?',
             'In one sentence, what is the file `{}` for?', 'Can you explain what is in the file `{}`?'],
-    section=['What does the section `{}` say?', 'Summarise the section `{}`.', 'What is written under `{}`?', 'What do I learn from `{}`?',
-             'Tell me about the section `{}`.', 'Quote the section `{}`.', 'What does `{}` tell me?', 'How does the section `{}` begin?',
+    section=['What does the section `{}` say?', 'Summarise the section `{}`.', 'What is written under `{}`?',
+             'What do I learn from `{}`?',
+             'Tell me about the section `{}`.', 'Quote the section `{}`.', 'What does `{}` tell me?',
+             'How does the section `{}` begin?',
              'Can you summarise the section `{}`?', 'Tell me what the section `{}` says.'])
 held_out_wordings = 2 # The last ones of each kind, never trained on
 
 # %% ../../nbs/rows/05_codebase.ipynb #0e8f2467
 def _row(fact, wording):
-    return dict(instruction=wording.format(fact.subject), input='', output=fact.answer, kind=fact.kind, source=fact.source)
+    return dict(instruction=wording.format(fact.subject), input='', output=fact.answer, kind=fact.kind,
+                source=fact.source)
 
 def train_rows(
     facts, # Of `Fact`

@@ -19,19 +19,23 @@ from .sources import save_rows
 
 # %% ../../nbs/rows/01_formats.ipynb #aab4ba2b
 shape_keys = dict(
-    preference=('chosen', 'rejected'), messages=('messages',), conversation=('conversations',), alpaca=('instruction', 'output'),
-    qa=('question', 'answer'), prompt_completion=('prompt', 'completion'), text=('text',)) # in the order in which a row is asked
+    preference=('chosen', 'rejected'), messages=('messages',), conversation=('conversations',),
+    alpaca=('instruction', 'output'),
+    # in the order in which a row is asked
+    qa=('question', 'answer'), prompt_completion=('prompt', 'completion'), text=('text',))
 
 def detect_data_format(
     sample:dict, # One row
 )->str: # A key of `shape_keys`, or "unpaired"
     "Shape of a row, by its keys"
-    if isinstance(sample.get('label'), bool) and any(all(sample.get(k) is not None for k in keys) for keys in _judged): return 'unpaired'
+    if isinstance(sample.get('label'), bool) and any(all(sample.get(k) is not None for k in keys) for keys in _judged):
+        return 'unpaired'
     for has in (lambda k: sample.get(k) is not None, sample.__contains__):
         for shape,keys in shape_keys.items():
             if all(map(has, keys)): return shape
     wanted = '; '.join(f"{s}: {', '.join(k)}" for s,k in shape_keys.items())
-    raise ValueError(f"unknown shape with the keys {_some(sample)}; known: {wanted} (`columns` maps other names to these)")
+    raise ValueError(f"unknown shape with the keys {_some(sample)}; known: "
+                     f"{wanted} (`columns` maps other names to these)")
 
 _judged = ('prompt', 'completion'), ('messages',), ('conversations',) # beside a `label` of true or false
 
@@ -40,18 +44,22 @@ def _some(keys, most=12):
     return ', '.join(named+['…']*(len(keys)>most)) or '(none)'
 
 # %% ../../nbs/rows/01_formats.ipynb #3136ded9
-_known = {'system', 'history', 'input', 'context', 'tools', 'label', 'image', 'images', *(k for keys in shape_keys.values() for k in keys)}
+_known = {'system', 'history', 'input', 'context', 'tools', 'label', 'image', 'images',
+          *(k for keys in shape_keys.values() for k in keys)}
 
 def checked_columns(
     columns:dict|None, # {name in the file: known name}
 )->dict: # The same, in that direction
     "Refuse a map of columns that leads to no known name"
-    if not isinstance(columns or {}, dict) or not all(isinstance(x, str) for pair in (columns or {}).items() for x in pair):
+    if (not isinstance(columns or {}, dict)
+        or not all(isinstance(x, str) for pair in (columns or {}).items() for x in pair)):
         raise ValueError(f'`columns` must be a dict of names {{in the file: known}}, got {columns!r}')
     columns = dict(columns or {})
-    if columns and not _known.issuperset(columns.values()) and _known.issuperset(columns): columns = {v: k for k,v in columns.items()}
+    if columns and not _known.issuperset(columns.values()) and _known.issuperset(columns):
+        columns = {v: k for k,v in columns.items()}
     for theirs,ours in columns.items():
-        if ours not in _known: raise ValueError(f"`columns` maps {theirs!r} to {ours!r}, which is none of {', '.join(sorted(_known))}")
+        if ours not in _known:
+            raise ValueError(f"`columns` maps {theirs!r} to {ours!r}, which is none of {', '.join(sorted(_known))}")
     if len(set(columns.values()))<len(columns): raise ValueError(f'`columns` maps two names to one: {columns}')
     return columns
 
@@ -80,7 +88,8 @@ def _string(value, name, empty=False):
     if value is None: raise ValueError(f'{name} is missing')
     if not isinstance(value, str): raise ValueError(f'{name} must be a string, got {type(value).__name__}')
     if not empty and not value.strip(): raise ValueError(f'{name} is empty')
-    if not value.isascii() and _surrogate.search(value): raise ValueError(f'{name} holds half a character (a lone surrogate)')
+    if not value.isascii() and _surrogate.search(value):
+        raise ValueError(f'{name} holds half a character (a lone surrogate)')
     return value
 
 def _part(row, key, optional=False):
@@ -97,38 +106,47 @@ def _history(row):
     "Earlier exchanges of an Alpaca row"
     past = row.get('history')
     past = [] if past is None else past
-    if not isinstance(past, (list, tuple)): raise ValueError(f'`history` must be a list of [question, answer], got {type(past).__name__}')
+    if not isinstance(past, (list, tuple)):
+        raise ValueError(f'`history` must be a list of [question, answer], got {type(past).__name__}')
     for i,pair in enumerate(past, 1):
-        if not isinstance(pair, (list, tuple)) or len(pair)!=2: raise ValueError(f'`history` {i} must be [question, answer]')
+        if not isinstance(pair, (list, tuple)) or len(pair)!=2:
+            raise ValueError(f'`history` {i} must be [question, answer]')
         yield 'user',_string(pair[0], f'`history` {i}, the question,')
         yield 'assistant',_string(pair[1], f'`history` {i}, the answer,')
 
 def _alpaca(row):
     asked = _asked(_part(row, 'instruction'), _part(row, 'input', optional=True))
-    return _turns(('system', _part(row, 'system', optional=True)), *_history(row), ('user', asked), ('assistant', _part(row, 'output')))
+    return _turns(('system', _part(row, 'system', optional=True)), *_history(row), ('user', asked),
+                  ('assistant', _part(row, 'output')))
 
 def _qa(row):
     asked = _asked(_part(row, 'context', optional=True), _part(row, 'question'))
     return _turns(('system', _part(row, 'system', optional=True)), ('user', asked), ('assistant', _part(row, 'answer')))
 
 # %% ../../nbs/rows/01_formats.ipynb #a397adf4
-_roles = dict(system='system', developer='system', user='user', human='user', assistant='assistant', gpt='assistant', bot='assistant', model='assistant',
-              chatgpt='assistant', function_call='assistant', tool_call='assistant', tool='tool', observation='tool', tool_response='tool', function='tool')
+_roles = dict(system='system', developer='system', user='user', human='user', assistant='assistant',
+              gpt='assistant', bot='assistant', model='assistant',
+              chatgpt='assistant', function_call='assistant', tool_call='assistant', tool='tool',
+              observation='tool', tool_response='tool', function='tool')
 
 def _turn(turn, i, said=True):
     "Turn `i` in the one form"
-    if not isinstance(turn, dict): raise ValueError(f'turn {i} must be an object with `role` and `content`, got {type(turn).__name__}')
+    if not isinstance(turn, dict):
+        raise ValueError(f'turn {i} must be an object with `role` and `content`, got {type(turn).__name__}')
     who,what = ('role', 'content') if turn.get('role') is not None or turn.get('from') is None else ('from', 'value')
     role = turn.get(who)
-    if not isinstance(role, str) or role.lower() not in _roles: raise ValueError(f"turn {i}: `{who}` must be one of {', '.join(_roles)}, got {repr(role)[:60]}")
+    if not isinstance(role, str) or role.lower() not in _roles:
+        raise ValueError(f"turn {i}: `{who}` must be one of {', '.join(_roles)}, got {repr(role)[:60]}")
     try: return _turn_of(turn, role.lower(), what) | _train_flag(turn)
     except ValueError as e: raise ValueError(f'turn {i}: {e}') from None
 
 def _turn_of(turn, role, what):
-    if role in ('function_call', 'tool_call'): return dict(role='assistant', content='', tool_calls=_calls_of_text(turn.get(what), f'`{what}`'))
+    if role in ('function_call', 'tool_call'):
+        return dict(role='assistant', content='', tool_calls=_calls_of_text(turn.get(what), f'`{what}`'))
     out,calls = dict(role=_roles[role]), _calls(turn)
     may_be_empty = out['role'] in ('system', 'tool') or bool(calls)
-    out['content'],images = ('', []) if turn.get(what) is None and calls else _content(turn.get(what), f'`{what}`', may_be_empty)
+    out['content'],images = (('', []) if turn.get(what) is None and calls
+                             else _content(turn.get(what), f'`{what}`', may_be_empty))
     if not images and turn.get('images'): out['content'],images = _shown_first(out['content'], turn['images'])
     if images: out['images'] = images
     thought = next((turn[k] for k in ('reasoning_content', 'thinking', 'reasoning') if turn.get(k)), None)
@@ -146,7 +164,9 @@ def _content(value, name, empty):
     texts,images = [],[]
     for p in value:
         kind = p.get('type', 'text') if isinstance(p, dict) else type(p).__name__
-        if kind in _image_parts: texts.append(image_mark); images.append(_image_of(p, kind, name))
+        if kind in _image_parts:
+            texts.append(image_mark)
+            images.append(_image_of(p, kind, name))
         elif kind in ('text', 'input_text'): texts.append(_string(p.get('text'), f'{name}, a part of it,', True))
         else: raise ValueError(f'{name} has a part of the type {str(kind)[:40]!r}; known are text and image')
     return _string(''.join(texts), name, empty),images
@@ -156,7 +176,8 @@ def _train_flag(turn):
     for name,asked in (('train', 'true or false'), ('weight', '0 or 1')):
         value = turn.get(name)
         if value is None: continue
-        if not isinstance(value, (bool, int, float)) or value not in (0, 1): raise ValueError(f'`{name}` must be {asked}, got {repr(value)[:60]}')
+        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+            raise ValueError(f'`{name}` must be {asked}, got {repr(value)[:60]}')
         if not value: return dict(train=False)
     return {}
 
@@ -180,7 +201,8 @@ def _shown_first(text, images):
 def _beside(row):
     "The images beside the text of a row; None where it has no column of them"
     if row.get('videos'): raise ValueError('`videos` holds something; only images can be looked at')
-    found = [row[k] for k in ('images', 'image') if row.get(k) is not None and not isinstance(row[k], str) or row.get(k)]
+    found = [row[k] for k in ('images', 'image') if row.get(k) is not None and not isinstance(row[k], str)
+             or row.get(k)]
     if len(found)>1: raise ValueError('`image` and `images` both hold something: keep one of them')
     return None if not found else list(found[0]) if isinstance(found[0], (list, tuple)) else found
 
@@ -189,7 +211,8 @@ def _with_images(messages, given):
     "Turns with an image for each mark, and notes; `given` are those beside the text"
     if given is None and not any(m.get('images') for m in messages): return messages,()
     marks,rest,notes = '\ufffc|<image>' if given is not None else image_mark,list(given or ()),()
-    if rest and not any(m.get('images') or '<image>' in m['content'] for m in messages): messages,notes = _images_first(messages, len(rest)),('images put before the first question',)
+    if rest and not any(m.get('images') or '<image>' in m['content'] for m in messages):
+        messages,notes = _images_first(messages, len(rest)),('images put before the first question',)
     places = sum((given is not None)*m['content'].count('<image>') + m.get('images', []).count(None) for m in messages)
     if places!=len(rest): raise ValueError(f'{places} places for images (`<image>`) and {len(rest)} images')
     return [_placed(m, i, marks, rest) for i,m in enumerate(messages, 1)],notes
@@ -197,13 +220,15 @@ def _with_images(messages, given):
 def _images_first(messages, n):
     first = next((i for i,m in enumerate(messages) if m['role']=='user'), None)
     if first is None: raise ValueError('images, and no question to show them with')
-    return [m | dict(content=image_mark*n+m['content'], images=[None]*n) if i==first else m for i,m in enumerate(messages)]
+    return [m | dict(content=image_mark*n+m['content'], images=[None]*n) if i==first else m
+            for i,m in enumerate(messages)]
 
 def _placed(m, i, marks, rest):
     "Turn `i` with its images, those it does not hold itself taken from `rest`"
     own,pieces = m.get('images', []),re.split(f'({marks})', m['content'])
     found = pieces[1::2]
-    if found.count(image_mark)!=len(own): raise ValueError(f'turn {i} holds the character U+FFFC, which stands for an image')
+    if found.count(image_mark)!=len(own):
+        raise ValueError(f'turn {i} holds the character U+FFFC, which stands for an image')
     if not found: return m
     if m['role']!='user': raise ValueError(f'turn {i} (role {m["role"]}) holds an image; only a question may')
     own = iter(own)
@@ -222,7 +247,8 @@ def content_parts(
     message:dict, # {role, content, images?}
 )->list: # Of {type: text, text: …} and {type: image, image: …}
     "The content of a turn in parts, as templates take it"
-    texts,images = message['content'].split(image_mark) if message.get('images') else [message['content']],message.get('images', ())
+    texts,images = (message['content'].split(image_mark) if message.get('images')
+                    else [message['content']],message.get('images', ()))
     parts = [dict(type='text', text=texts[0])]
     for image,text in zip(images, texts[1:]): parts += [dict(type='image', image=image), dict(type='text', text=text)]
     return [p for p in parts if p['type']=='image' or p['text']]
@@ -238,10 +264,14 @@ def _call(call, name):
     function = call.get('function', call) if isinstance(call, dict) else None
     if not isinstance(function, dict): raise ValueError(f'{name} must be an object with `name` and `arguments`')
     args = function.get('arguments', function.get('parameters'))
-    args = {} if args is None or args=='' else _object(args, f'`arguments` of {name}') if isinstance(args, str) else args
-    if not isinstance(args, dict): raise ValueError(f'`arguments` of {name} must be an object, got {type(args).__name__}')
-    return dict(type='function', function=dict(name=_string(function.get('name'), f'`name` of {name}'), arguments=_clean(args, name))) | (
-        dict(id=_string(call['id'], f'`id` of {name}')) if call.get('id') else {})
+    args = ({} if args is None or args=='' else _object(args, f'`arguments` of {name}') if isinstance(args, str)
+            else args)
+    if not isinstance(args, dict):
+        raise ValueError(f'`arguments` of {name} must be an object, got {type(args).__name__}')
+    return dict(type='function', function=dict(name=_string(function.get('name'), f'`name` of {name}'),
+                                               arguments=_clean(args, name))) | (
+                                                   dict(id=_string(call['id'], f'`id` of {name}')) if call.get('id')
+                                                   else {})
 
 def _calls(turn):
     calls = turn.get('tool_calls')
@@ -252,14 +282,16 @@ def _calls(turn):
 
 def _calls_of_text(value, name):
     found = _object(_string(value, name), name) if not isinstance(value, (dict, list)) else value
-    return [_call(c, f'call {i}') for i,c in enumerate(found if isinstance(found, list) else [found], 1)] or _no_calls(name)
+    return ([_call(c, f'call {i}') for i,c in enumerate(found if isinstance(found, list) else [found], 1)]
+            or _no_calls(name))
 
 def _no_calls(name): raise ValueError(f'{name} holds no call')
 
 def _clean(value, name):
     "`value` if it can be written as JSON text"
     try: _string(json.dumps(value, ensure_ascii=False), name, True)
-    except (TypeError, ValueError, RecursionError) as e: raise ValueError(f'{name} cannot be written as JSON: {e}') from None
+    except (TypeError, ValueError, RecursionError) as e:
+        raise ValueError(f'{name} cannot be written as JSON: {e}') from None
     return value
 
 def _tools(row):
@@ -267,14 +299,16 @@ def _tools(row):
     tools = row.get('tools')
     if tools is None or tools=='': return None
     if isinstance(tools, str): tools = _object(tools, '`tools`')
-    if not isinstance(tools, list) or not all(isinstance(t, dict) for t in tools): raise ValueError('`tools` must be a list of JSON schemas')
+    if not isinstance(tools, list) or not all(isinstance(t, dict) for t in tools):
+        raise ValueError('`tools` must be a list of JSON schemas')
     whole = [t if isinstance(t.get('function'), dict) else dict(type='function', function=t) for t in tools]
     for t in whole: _string(t['function'].get('name'), '`name` of a tool')
     return _clean(whole, '`tools`') or None
 
 # %% ../../nbs/rows/01_formats.ipynb #24e88ffc
 def _talk(turns, name):
-    if not isinstance(turns, (list, tuple)) or not len(turns): raise ValueError(f'`{name}` must be a list of turns with at least one')
+    if not isinstance(turns, (list, tuple)) or not len(turns):
+        raise ValueError(f'`{name}` must be a list of turns with at least one')
     return [_turn(t, i) for i,t in enumerate(turns, 1)]
 
 def _system_first(row, messages):
@@ -284,15 +318,18 @@ def _system_first(row, messages):
 def _prompt_completion(row):
     asked,said = row.get('prompt'),row.get('completion')
     asked = _talk(asked, 'prompt') if isinstance(asked, (list, tuple)) else _turns(('user', _part(row, 'prompt')))
-    said = _talk(said, 'completion') if isinstance(said, (list, tuple)) else _turns(('assistant', _part(row, 'completion')))
+    said = (_talk(said, 'completion') if isinstance(said, (list, tuple))
+            else _turns(('assistant', _part(row, 'completion'))))
     return _system_first(row, [*(t | dict(train=False) if t['role']=='assistant' else t for t in asked), *said])
 
 def _preference(row):
-    raise ValueError('a preference row (`chosen` and `rejected`) is for preference tuning, not for learning answers: `sage-finetune run` or `PreferenceTrainer(PreferenceConfig(…))`; '
+    raise ValueError('a preference row (`chosen` and `rejected`) is for preference tuning, not for learning '
+                     'answers: `sage-finetune run` or `PreferenceTrainer(PreferenceConfig(…))`; '
                      'to learn the chosen ones, keep `chosen` alone as the answer')
 
 def _unpaired(row):
-    raise ValueError('a row with a `label` of true or false is for preference tuning (KTO), not for learning answers: `sage-finetune run` or `PreferenceTrainer(PreferenceConfig(method="kto", …))`; '
+    raise ValueError('a row with a `label` of true or false is for preference tuning (KTO), not for learning '
+                     'answers: `sage-finetune run` or `PreferenceTrainer(PreferenceConfig(method="kto", …))`; '
                      'to learn every answer, name the shape (`format_type`)')
 
 _to_messages = dict(
@@ -307,10 +344,13 @@ def to_conversation(
     "The conversation that a row holds"
     if not isinstance(row, dict): raise ValueError(f'a row must be an object {{…}}, got {type(row).__name__}')
     shape = format_type or detect_data_format(row)
-    if shape not in _to_messages: raise ValueError(f"`format_type` must be one of {', '.join(s for s in _to_messages if s!='unpaired')}, got {shape!r}")
+    if shape not in _to_messages:
+        raise ValueError(f"`format_type` must be one of {', '.join(s for s in _to_messages if s!='unpaired')}, "
+                         f"got {shape!r}")
     messages,notes = _with_images(_to_messages[shape](row), _beside(row))
     talk = Conversation(messages, _tools(row), notes)
-    if not any(m['role']=='assistant' for m in talk.messages): raise ValueError('nothing to learn: no turn of the assistant')
+    if not any(m['role']=='assistant' for m in talk.messages):
+        raise ValueError('nothing to learn: no turn of the assistant')
     return talk
 
 def to_messages(
@@ -338,21 +378,26 @@ def _asked_of(row):
     "Turns before the answer, from whichever part of the row holds them"
     key = next((k for k in ('prompt', 'messages', 'conversations') if row.get(k) is not None), None)
     if key: asked = _talk(row[key], key) if isinstance(row[key], (list, tuple)) else _turns(('user', _part(row, key)))
-    elif row.get('instruction') is not None: asked = [*_turns(*_history(row)), *_turns(('user', _asked(_part(row, 'instruction'), _part(row, 'input', optional=True))))]
-    elif row.get('question') is not None: asked = _turns(('user', _asked(_part(row, 'context', optional=True), _part(row, 'question'))))
+    elif row.get('instruction') is not None:
+        asked = [*_turns(*_history(row)),
+                 *_turns(('user', _asked(_part(row, 'instruction'), _part(row, 'input', optional=True))))]
+    elif row.get('question') is not None:
+        asked = _turns(('user', _asked(_part(row, 'context', optional=True), _part(row, 'question'))))
     else: return []
     return _system_first(row, asked)
 
 def _said(row, key):
     "Turns of an answer: a text, one turn, or several"
     value = row.get(key)
-    return _talk(value if isinstance(value, (list, tuple)) else [value], key) if isinstance(value, (dict, list, tuple)) else _turns(('assistant', _part(row, key)))
+    return (_talk(value if isinstance(value, (list, tuple)) else [value], key)
+            if isinstance(value, (dict, list, tuple)) else _turns(('assistant', _part(row, key))))
 
 # %% ../../nbs/rows/01_formats.ipynb #9fce0002
 def _pair(row):
     chosen,rejected = _said(row, 'chosen'),_said(row, 'rejected')
     if chosen==rejected: raise ValueError('the same answer twice: `chosen` and `rejected` are equal')
-    if chosen[0]['role']=='assistant' and rejected[0]['role']=='assistant': return _asked_of(row),[(chosen, True), (rejected, False)]
+    if chosen[0]['role']=='assistant' and rejected[0]['role']=='assistant':
+        return _asked_of(row),[(chosen, True), (rejected, False)]
     n = next((i for i,(a,b) in enumerate(zip(chosen, rejected)) if a!=b), min(len(chosen), len(rejected)))
     return _system_first(row, chosen[:n]) if n else [],[(chosen[n:], True), (rejected[n:], False)]
 
@@ -369,13 +414,20 @@ def to_preference(
     "The prompt and the judged answers that a row holds"
     if not isinstance(row, dict): raise ValueError(f'a row must be an object {{…}}, got {type(row).__name__}')
     shape = format_type or detect_data_format(row)
-    if shape not in ('preference', 'unpaired'): raise ValueError(f'no judgement: a row of the shape {shape!r} has neither `chosen` and `rejected` nor a `label` of true or false')
-    if shape=='unpaired' and not isinstance(row.get('label'), bool): raise ValueError(f"`label` must be true or false, got {repr(row.get('label'))[:60]}")
+    if shape not in ('preference', 'unpaired'):
+        raise ValueError(f'no judgement: a row of the shape {shape!r} has neither `chosen` and `rejected` nor a '
+                         f'`label` of true or false')
+    if shape=='unpaired' and not isinstance(row.get('label'), bool):
+        raise ValueError(f"`label` must be true or false, got {repr(row.get('label'))[:60]}")
     prompt,answers = (_pair if shape=='preference' else _one_judged)(row)
-    if _beside(row) or any(t.get('images') for t in (*prompt, *(t for said,_ in answers for t in said))): raise ValueError('a judgement about an image; preference tuning takes text only')
-    if not any(t['role']=='user' for t in prompt): raise ValueError('no question before the answers: give `prompt`, or turns that both answers share')
-    if prompt[-1]['role']=='assistant': raise ValueError('the prompt ends with an answer: it must end with what is answered')
-    if not all(said and said[0]['role']=='assistant' for said,_ in answers): raise ValueError('an answer must begin with a turn of the assistant')
+    if _beside(row) or any(t.get('images') for t in (*prompt, *(t for said,_ in answers for t in said))):
+        raise ValueError('a judgement about an image; preference tuning takes text only')
+    if not any(t['role']=='user' for t in prompt):
+        raise ValueError('no question before the answers: give `prompt`, or turns that both answers share')
+    if prompt[-1]['role']=='assistant':
+        raise ValueError('the prompt ends with an answer: it must end with what is answered')
+    if not all(said and said[0]['role']=='assistant' for said,_ in answers):
+        raise ValueError('an answer must begin with a turn of the assistant')
     return Preference(prompt, answers, _tools(row))
 
 # %% ../../nbs/rows/01_formats.ipynb #82242243
@@ -385,13 +437,15 @@ def format_alpaca_sample(
     sample:dict, # {instruction, input?, output}
 )->dict: # {"text": …}
     "An Alpaca row under plain headings"
-    return _headings(('Instruction', _part(sample, 'instruction')), ('Input', _part(sample, 'input', optional=True)), ('Response', _part(sample, 'output')))
+    return _headings(('Instruction', _part(sample, 'instruction')),
+                     ('Input', _part(sample, 'input', optional=True)), ('Response', _part(sample, 'output')))
 
 def format_qa_sample(
     sample:dict, # {question, answer, context?}
 )->dict: # {"text": …}
     "A question and its answer under plain headings"
-    return _headings(('Question', _part(sample, 'question')), ('Context', _part(sample, 'context', optional=True)), ('Answer', _part(sample, 'answer')))
+    return _headings(('Question', _part(sample, 'question')), ('Context', _part(sample, 'context', optional=True)),
+                     ('Answer', _part(sample, 'answer')))
 
 def format_conversation_sample(
     sample:dict, # {conversations: [{role, content}, …]}
@@ -404,8 +458,10 @@ def _sum(i): return f'What is {i} plus {i*7%10}?',f'{i} plus {i*7%10} is {i+i*7%
 
 _samples = dict(
     alpaca=lambda q,a: dict(instruction=q, input='', output=a), qa=lambda q,a: dict(question=q, answer=a),
-    conversation=lambda q,a: dict(conversations=_turns(('user', q), ('assistant', a))), text=lambda q,a: dict(text=f'{q} {a}'),
-    messages=lambda q,a: dict(messages=_turns(('user', q), ('assistant', a))), prompt_completion=lambda q,a: dict(prompt=q, completion=a))
+    conversation=lambda q,a: dict(conversations=_turns(('user', q), ('assistant', a))),
+    text=lambda q,a: dict(text=f'{q} {a}'),
+    messages=lambda q,a: dict(messages=_turns(('user', q), ('assistant', a))),
+    prompt_completion=lambda q,a: dict(prompt=q, completion=a))
 
 def create_sample_data(
     path, # A .json or .jsonl file to write
@@ -415,7 +471,8 @@ def create_sample_data(
     "Write a data file of small sums"
     path = checked('path', path, Path)
     if num_samples<1: raise ValueError(f'`num_samples` must be at least 1, got {num_samples}')
-    if path.suffix not in ('.json', '.jsonl'): raise ValueError(f'`path` must end in .json or .jsonl, got {path.name!r}')
+    if path.suffix not in ('.json', '.jsonl'):
+        raise ValueError(f'`path` must end in .json or .jsonl, got {path.name!r}')
     return save_rows(path, sample_rows(format_type, num_samples))
 
 def sample_rows(
@@ -423,5 +480,6 @@ def sample_rows(
     num_samples:int, # Rows
 )->list: # Of dicts
     "Small sums as rows"
-    if format_type not in _samples: raise ValueError(f"`format_type` must be one of {', '.join(_samples)}, got {format_type!r}")
+    if format_type not in _samples:
+        raise ValueError(f"`format_type` must be one of {', '.join(_samples)}, got {format_type!r}")
     return [_samples[format_type](*_sum(i)) for i in range(num_samples)]

@@ -35,7 +35,8 @@ class LazyImage:
         "The bytes of the image"
         data = _bytes_of(self.path) if self.data is None else self.data
         if image_digest(data)==self.digest: return data
-        raise SageError(f'the picture {self.path} has changed since the data was prepared: put the old one back, or start anew (`--fresh`)')
+        raise SageError(f'the picture {self.path} has changed since the data was prepared: '
+                        f'put the old one back, or start anew (`--fresh`)')
 
     def open(self): # A PIL image, RGB, upright
         "The image"
@@ -57,12 +58,17 @@ def _decoded(data, name):
         image = Image.open(io.BytesIO(data))
         image.load()
         return load_image(image)
-    except Exception as e: raise ValueError(f'image {name} cannot be opened: {type(e).__name__}, {" ".join(str(e).split())[:100]}') from None # decoders raise anything
+    except Exception as e:
+        # decoders raise anything
+        raise ValueError(f'image {name} cannot be opened: '
+                         f'{type(e).__name__}, {" ".join(str(e).split())[:100]}') from None
 
 # %% ../../nbs/rows/02_images.ipynb #a6d2d019
 class Missing(ValueError):
     "An image that is not where it should be"
-    def __init__(self, path, message): self.path = str(path); super().__init__(message)
+    def __init__(self, path, message):
+        self.path = str(path)
+        super().__init__(message)
 
 def picture(
     ref, # Path, `data:` URL, bytes, {bytes, path}, an image of Pillow, or a `LazyImage`
@@ -75,7 +81,8 @@ def picture(
     if isinstance(ref, str) and ref.startswith('data:'): ref = _data_of_url(ref)
     if isinstance(ref, (bytes, bytearray)): return LazyImage('in the row', image_digest(bytes(ref)), bytes(ref))
     path = _local_path(ref, folder)
-    if not path.is_file(): raise Missing(path, f'image {str(ref)[:200]} does not exist' + ('' if str(path)==str(ref) else f' ({path})'))
+    if not path.is_file():
+        raise Missing(path, f'image {str(ref)[:200]} does not exist' + ('' if str(path)==str(ref) else f' ({path})'))
     return LazyImage(str(path), image_digest(_bytes_of(path)))
 
 def _as_png(image):
@@ -91,9 +98,11 @@ def _data_of_url(url):
     raise ValueError(f'image {url[:40]}… is no `data:` URL in base64')
 
 def _local_path(ref, folder):
-    if not isinstance(ref, (str, Path)) or not str(ref).strip() or '\0' in str(ref): raise ValueError(f'an image must be a path, a `data:` URL or bytes, got {repr(ref)[:60]}')
+    if not isinstance(ref, (str, Path)) or not str(ref).strip() or '\0' in str(ref):
+        raise ValueError(f'an image must be a path, a `data:` URL or bytes, got {repr(ref)[:60]}')
     text = str(ref).removeprefix('file://')
-    if found := re.match(r'([a-zA-Z][a-zA-Z0-9+.-]+)://', text): raise ValueError(f'image {text[:100]}: nothing is fetched by {found[1]}; download it and give the path')
+    if found := re.match(r'([a-zA-Z][a-zA-Z0-9+.-]+)://', text):
+        raise ValueError(f'image {text[:100]}: nothing is fetched by {found[1]}; download it and give the path')
     path = Path(text).expanduser()
     return path if path.is_absolute() else (Path(folder)/path).absolute()
 
@@ -110,7 +119,8 @@ class Album:
         folder='.', # Where relative paths begin
     )->list: # The same with a `LazyImage` for each
         "Find the pictures of a conversation; each can be opened"
-        return [m | dict(images=[self._one(r, folder, i) for r in m['images']]) if m.get('images') else m for i,m in enumerate(messages, 1)]
+        return [m | dict(images=[self._one(r, folder, i) for r in m['images']]) if m.get('images') else m
+                for i,m in enumerate(messages, 1)]
 
     def _one(self, ref, folder, turn):
         try:
@@ -163,7 +173,9 @@ def processor_of(
 # %% ../../nbs/rows/02_images.ipynb #4c14557b
 def _image_token(processor):
     token = getattr(processor, 'image_token', None)
-    if not token: raise ValueError(f'{type(processor).__name__} does not say which token stands for an image, so its rows cannot be prepared')
+    if not token:
+        raise ValueError(f'{type(processor).__name__} does not say which token stands for an image, so its rows '
+                         f'cannot be prepared')
     return token
 
 def _known(processor):
@@ -175,9 +187,14 @@ def _text_of_image(processor, picture, size):
     "What stands for an image of some size in a text"
     texts,_ = _known(processor)
     if size not in texts:
-        made = processor(text=[_image_token(processor)], images=[[picture.open()]], return_text_replacement_offsets=True, add_special_tokens=False)
-        if 'text_replacement_offsets' not in made: raise SageError(f'{type(processor).__name__} does not tell where it puts an image: it needs transformers 5.20 or later, or is not supported')
-        if 'cross_attention_mask' in made: raise SageError(f'{type(processor).__name__} is of a model that looks at images beside the text, which is not supported')
+        made = processor(text=[_image_token(processor)], images=[[picture.open()]],
+                         return_text_replacement_offsets=True, add_special_tokens=False)
+        if 'text_replacement_offsets' not in made:
+            raise SageError(f'{type(processor).__name__} does not tell where it puts an image: '
+                            f'it needs transformers 5.20 or later, or is not supported')
+        if 'cross_attention_mask' in made:
+            raise SageError(f'{type(processor).__name__} is of a model that looks at images beside the text, which '
+                            f'is not supported')
         texts[size] = made['text_replacement_offsets'][0][0]['replacement']
     return texts[size]
 
@@ -187,7 +204,8 @@ def _prove_whole(tokenizer, text, images, sizes, ours):
     _,proved = _known(processor)
     if sizes in proved: return
     theirs = processor(text=[text], images=[[p.open() for p in images]], add_special_tokens=False)['input_ids'][0]
-    if list(theirs)!=tokenizer(ours, add_special_tokens=False)['input_ids']: raise ValueError(f'{type(processor).__name__} makes other tokens of the whole than of its parts')
+    if list(theirs)!=tokenizer(ours, add_special_tokens=False)['input_ids']:
+        raise ValueError(f'{type(processor).__name__} makes other tokens of the whole than of its parts')
     if len(proved)<1000: proved.add(sizes)
 
 # %% ../../nbs/rows/02_images.ipynb #e317f102
@@ -197,15 +215,19 @@ def put_in(
     tokenizer, # Of a vision-language model
 )->tuple: # The text with the tokens of each image, and [(start, end, new start, new end)] of each in characters
     "A text with all places for its pictures"
-    if processor_of(tokenizer) is None: raise ValueError(f'{len(images)} image{"s"*(len(images)!=1)}, and the model takes text only: give a vision-language model as `model_name`')
+    if processor_of(tokenizer) is None:
+        raise ValueError(f'{len(images)} image{"s"*(len(images)!=1)}, and the model takes text only: '
+                         f'give a vision-language model as `model_name`')
     processor = processor_of(tokenizer)
     marks = [m.span() for m in re.finditer(re.escape(_image_token(processor)), text)]
-    if len(marks)!=len(images): raise ValueError(f'the chat template has a place for {len(marks)} of {len(images)} images')
+    if len(marks)!=len(images):
+        raise ValueError(f'the chat template has a place for {len(marks)} of {len(images)} images')
     sizes,out,at,moved = tuple(p.size or p.open().size for p in images),'',0,[]
     for (a,b),shown,size in zip(marks, images, sizes):
         out,at = out+text[at:a],b
         new = out+_text_of_image(processor, shown, size)
-        moved.append((a, b, len(out), len(new))); out = new
+        moved.append((a, b, len(out), len(new)))
+        out = new
     out += text[at:]
     _prove_whole(tokenizer, text, images, sizes, out)
     return out,moved
@@ -242,26 +264,33 @@ def image_inputs(
     processor = processor_of(tokenizer)
     if processor is None: return {}
     import torch
-    types = {n: torch.tensor(processor.create_mm_token_type_ids(input_ids.tolist())).to(input_ids.device) for n in _names_of_types(processor)}
+    types = {n: torch.tensor(processor.create_mm_token_type_ids(input_ids.tolist())).to(input_ids.device)
+             for n in _names_of_types(processor)}
     rows = [i for i,images in enumerate(shown) if images]
     if not rows: return types
     marks = [_image_token(processor)*len(shown[i]) for i in rows]
-    made = processor(text=marks, images=[[p.open() for p in shown[i]] for i in rows], return_tensors='pt', padding=True, padding_side='right', add_special_tokens=False)
+    made = processor(text=marks, images=[[p.open() for p in shown[i]] for i in rows], return_tensors='pt',
+                     padding=True, padding_side='right', add_special_tokens=False)
     _check_places(tokenizer, made['input_ids'], input_ids[rows], [shown[i] for i in rows])
-    return types | {k: v.to(input_ids.device) for k,v in made.items() if k not in ('input_ids', 'attention_mask', *types)}
+    return types | {k: v.to(input_ids.device) for k,v in made.items()
+                    if k not in ('input_ids', 'attention_mask', *types)}
 
 def _names_of_types(processor):
     "Names of the arguments that tell of each token whether it is of an image"
-    if not hasattr(processor, '_sage_types'): processor._sage_types = [k for k in processor(text=['a']) if k.endswith('token_type_ids')]
+    if not hasattr(processor, '_sage_types'):
+        processor._sage_types = [k for k in processor(text=['a']) if k.endswith('token_type_ids')]
     return processor._sage_types
 
 def _check_places(tokenizer, needed, held, shown):
     "Refuse a row whose pictures need other places than it has"
-    special = [i for i,t in tokenizer.added_tokens_decoder.items() if t.special and i not in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)]
+    special = [i for i,t in tokenizer.added_tokens_decoder.items()
+               if t.special and i not in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)]
     for need,have,images in zip(needed, held, shown):
         for i in special:
             n,m = int((need==i).sum()),int((have==i).sum())
-            if n and n!=m: raise SageError(f'{images[0].path} needs {n} places and has {m}: the processor has changed since the data was prepared; start anew (`--fresh`)')
+            if n and n!=m:
+                raise SageError(f'{images[0].path} needs {n} places and has {m}: '
+                                f'the processor has changed since the data was prepared; start anew (`--fresh`)')
 
 # %% ../../nbs/rows/02_images.ipynb #cc2bb997
 processor_names = 'processor_config.json', 'preprocessor_config.json', 'video_preprocessor_config.json'
@@ -280,9 +309,13 @@ def copy_processor(
     processor = processor_of(tokenizer)
     if processor is None: return
     files = processor_files(getattr(processor, '_sage_folder', None))
-    if not files: processor.save_pretrained(folder); return
-    if not any(b'"processor_class"' in f for f in files.values()): # elsewhere the config of the model tells it, which does not lie beside an adapter
-        files[processor_names[0]] = json.dumps(json.loads(files.get(processor_names[0], b'{}')) | dict(processor_class=type(processor).__name__), indent=2).encode()
+    if not files:
+        processor.save_pretrained(folder)
+        return
+    # elsewhere the config of the model tells it, which does not lie beside an adapter
+    if not any(b'"processor_class"' in f for f in files.values()):
+        files[processor_names[0]] = json.dumps(json.loads(files.get(processor_names[0], b'{}')) | dict(
+            processor_class=type(processor).__name__), indent=2).encode()
     for name,data in files.items(): (Path(folder)/name).write_bytes(data)
 
 def processor_digest(

@@ -84,7 +84,8 @@ def ignore_rules(
     return rules + _rules(root/'.gitignore', root)
 
 # %% ../../nbs/rows/04_repo_files.ipynb #d14f06e5
-_secret_names = re.compile(r'''(?ix) (\.env|\.envrc|\.netrc|_netrc|\.pgpass|\.htpasswd|\.npmrc|\.pypirc|\.git-credentials|\.dockercfg|\.vault-token
+_secret_names = re.compile(
+    r'''(?ix) (\.env|\.envrc|\.netrc|_netrc|\.pgpass|\.htpasswd|\.npmrc|\.pypirc|\.git-credentials|\.dockercfg|\.vault-token
     |.*\.(pem|key|p12|pfx|jks|keystore|kdbx|ppk|ovpn|tfvars|tfstate) |id_(rsa|dsa|ecdsa|ed25519) |\.env\.(?!example$|sample$|template$|dist$).*
     |.*(credentials?|secrets?|service[-_]?account.*|client[-_]secret.*)\.(json|ya?ml|toml|ini|cfg|txt|xml|properties|env) |credentials)''')
 
@@ -96,7 +97,8 @@ def is_secret_name(
 
 # %% ../../nbs/rows/04_repo_files.ipynb #71e9f2da
 _tokens = {kind: re.compile(form, re.X) for kind,form in {
-    'private key': r'''-----BEGIN[ ][A-Z0-9 ]*PRIVATE[ ]KEY(?:[ ]BLOCK)?-----(?:\\[nr]|[\s"',+])+(?:[\w-]+:[ ][^\n]*\s+)*
+    'private key':
+    r'''-----BEGIN[ ][A-Z0-9 ]*PRIVATE[ ]KEY(?:[ ]BLOCK)?-----(?:\\[nr]|[\s"',+])+(?:[\w-]+:[ ][^\n]*\s+)*
         (?:[A-Za-z0-9+/=]{16}|[A-Za-z0-9+/=]{4,}(?:\\[nr]|[\s"',+])+-----END)''',
     'AWS key': r'\b(?:AKIA|ASIA)[0-9A-Z]{16}\b',
     'GitHub token': r'\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{22,}',
@@ -108,14 +110,16 @@ _tokens = {kind: re.compile(form, re.X) for kind,form in {
     'Stripe key': r'\b[rs]k_live_[A-Za-z0-9]{16,}',
     'npm or PyPI token': r'\bnpm_[A-Za-z0-9]{36}|\bpypi-AgE[\w-]{50,}',
 }.items()}
-_given = re.compile(r"""(?ix) (pass(?:word|wd|phrase)|pwd|secret(?:_?(?:access_?)?key)?|(?:api|access|auth|private|client)[-_]?(?:key|token|secret)
+_given = re.compile(
+    r"""(?ix) (pass(?:word|wd|phrase)|pwd|secret(?:_?(?:access_?)?key)?|(?:api|access|auth|private|client)[-_]?(?:key|token|secret)
     |(?<!public)(?<!publickey)token) (?!\w)                                                           # what it is called
     \\?["'\]]? [ \t]* (?:\[\d*\][ \t]*)? (?::?[ ]?&?\w[\w.|\[\]]{0,30}[ \t]*)? (?::=|=>|=|:) [ \t]*    # its type, and what gives it a value
     [brfu]{0,2} \\?["'] ([^"'\s\\]{4,200}) \\?["']""")                                                # the literal
 _address = re.compile(r'\b([a-z][a-z0-9+.-]{1,12})://[^][\s:/@]{1,64}:([^][\s:/@]{4,64})@[\w.-]+', re.I)
 
 # %% ../../nbs/rows/04_repo_files.ipynb #1fa337e6
-_stand_ins = set('''pass passwd password pwd secret token key apikey api auth access client private your my the here example sample placeholder
+_stand_ins = set(
+    '''pass passwd password pwd secret token key apikey api auth access client private your my the here example sample placeholder
     dummy fake test changeme change me todo none null true false foo bar baz user username admin string str text hidden value name type field input
     default required optional unknown invalid empty redacted removed basic bearer csrf refresh id mypassword mypass mysecret mytoken yourpassword'''.split())
 
@@ -123,7 +127,8 @@ def _is_stand_in(value, kind):
     "Whether a literal only stands for a secret"
     if re.search(r'[<>{}$*%()]|\.\.\.|…|^https?:|^#[0-9a-fA-F]+$', value) or len(set(value.lower()))<3: return True
     words = [w.lower() for w in re.findall(r'[A-Z]?[a-z]+|[A-Z]+', value)]
-    if re.search(r'\d', value): return bool(re.fullmatch(r'\D+\d', value)) and _stand_ins.issuperset(words) or not words and len(value)<8
+    if re.search(r'\d', value):
+        return bool(re.fullmatch(r'\D+\d', value)) and _stand_ins.issuperset(words) or not words and len(value)<8
     return not kind.lower().startswith('pass') or not words or not _stand_ins.isdisjoint(words)
 
 def find_secret(
@@ -132,13 +137,15 @@ def find_secret(
     "The first thing in a text that looks like a secret, without its value"
     found = [(m.start(), kind) for kind,form in _tokens.items() if (m := form.search(text))]
     found += [(m.start(), 'password or key') for m in _given.finditer(text) if not _is_stand_in(m[2], m[1])][:1]
-    found += [(m.start(), 'password in an address') for m in _address.finditer(text) if not _is_stand_in(m[2], 'password')][:1]
+    found += [(m.start(), 'password in an address') for m in _address.finditer(text)
+              if not _is_stand_in(m[2], 'password')][:1]
     if not found: return ''
     at,kind = min(found)
     return f"{kind}, line {text.count(chr(10), 0, at)+1}"
 
 # %% ../../nbs/rows/04_repo_files.ipynb #0c09eeda
-_marker = re.compile(r"""(?imx) do[ ]not[ ](?:edit|modify) | @generated\b | \bauto[- ]?generated\b | \bautomatically[ ]generated\b
+_marker = re.compile(
+    r"""(?imx) do[ ]not[ ](?:edit|modify) | @generated\b | \bauto[- ]?generated\b | \bautomatically[ ]generated\b
     | \bcode[ ]generated[ ]by\b | ^\W*generated[ ](?:by|from)\b""")
 _origin = re.compile(r'(?:\bfrom|\bedit:)\s+\S+\.(?:ipynb|py)\b', re.I)
 _prose = {'.py', '.md', '.ipynb'} # Endings of files in which long lines are nothing unusual
@@ -180,8 +187,10 @@ def read_source(
 
 # %% ../../nbs/rows/04_repo_files.ipynb #4bbf7a47
 _folders = {name: reason for reason,names in {
-    'vendored': 'node_modules bower_components jspm_packages site-packages vendor vendored _vendor _vendored third_party third-party thirdparty',
-    'made by tools': '__pycache__ build dist', 'virtual environment': 'venv env', 'tests': 'test tests __tests__ testdata',
+    'vendored': 'node_modules bower_components jspm_packages site-packages vendor vendored _vendor _vendored '
+    'third_party third-party thirdparty',
+    'made by tools': '__pycache__ build dist', 'virtual environment': 'venv env',
+    'tests': 'test tests __tests__ testdata',
 }.items() for name in names.split()}
 
 def _folder_reason(path, rules):
@@ -202,7 +211,8 @@ _lock_file = re.compile(r'package-lock\.json|.*[-.]lock\.\w+|.*\.lock')
 def _link_reason(path, root):
     "Where a link leads"
     if not os.path.exists(path): return 'link: to nothing'
-    return 'link: to another place in the folder' if Path(os.path.realpath(path)).is_relative_to(root) else 'link: out of the folder'
+    return ('link: to another place in the folder' if Path(os.path.realpath(path)).is_relative_to(root)
+            else 'link: out of the folder')
 
 def _file_reason(path, rules):
     "Why a file is passed over that could be read by its ending, or nothing"
@@ -227,7 +237,8 @@ def _entries(folder, found):
     "What lies in a folder, by name"
     try: return sorted(os.listdir(folder))
     except OSError as e:
-        found.skipped[f'{folder.relative_to(found.root).as_posix()}/'] = f'cannot be read: {(e.strerror or str(e)).lower()}'
+        found.skipped[f'{folder.relative_to(found.root).as_posix()}/'] = (
+            f'cannot be read: {(e.strerror or str(e)).lower()}')
         return []
 
 def _note(path, folder, rules, suffixes, found):
@@ -236,7 +247,9 @@ def _note(path, folder, rules, suffixes, found):
     suffix = path.suffix.lower()
     if not name.isprintable(): name,reason = ascii(name),'its name cannot be printed'
     elif not folder and is_secret_name(path.name): reason = 'looks like a secret: its name'
-    elif not folder and suffix not in suffixes: found.other[suffix or 'no ending'] += 1; return False
+    elif not folder and suffix not in suffixes:
+        found.other[suffix or 'no ending'] += 1
+        return False
     elif os.path.islink(path): reason = _link_reason(path, found.root)
     elif folder: reason = _folder_reason(path, rules)
     else: reason = _file_reason(path, rules)

@@ -39,7 +39,8 @@ def _opened(path, unpack=True):
         with open(path, 'rb') as f:
             if unpack and path.name.lower().endswith('.gz'): yield io.BufferedReader(gzip.GzipFile(fileobj=f), _block)
             else: yield f
-    except (gzip.BadGzipFile, EOFError, zlib.error): raise ValueError(f'{path} is a broken or cut-off gzip file: make it again') from None
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        raise ValueError(f'{path} is a broken or cut-off gzip file: make it again') from None
     except OSError as e: raise _cannot_read(path, e) from None
 
 def _cannot_read(path, err):
@@ -67,7 +68,8 @@ def _unique(pairs):
     made = dict(pairs)
     if len(made)==len(pairs): return made
     seen = set()
-    raise ValueError(f'the key {next(k for k,_ in pairs if k in seen or seen.add(k))[:60]!r} stands twice in one object')
+    raise ValueError(f'the key {next(k for k,_ in pairs if k in seen or seen.add(k))[:60]!r} stands twice '
+                     f'in one object')
 
 _strict,_lenient = json.JSONDecoder(object_pairs_hook=_unique).raw_decode, json.JSONDecoder(parse_int=len).raw_decode
 
@@ -131,7 +133,8 @@ class _Window:
         self.line_of(self.at)
         newline,rest = self.text.rfind('\n', 0, self.at), self.text[self.at:]
         self.before = self.before+self.at if newline<0 else self.at-newline-1
-        new,self.ended,self.failed = _gather(self.blocks, max(len(rest), 1)) # a failure waits until the rows before it are read
+        # a failure waits until the rows before it are read
+        new,self.ended,self.failed = _gather(self.blocks, max(len(rest), 1))
         self.text,self.at,self.counted = rest+new,0,0
         return True
 
@@ -167,7 +170,8 @@ def _json_rows(f, file):
     window = _Window(_text_blocks(f, file), file)
     first = window.skip()
     if first and first not in '[{':
-        raise ValueError(f'{file}:{window.line_of(window.at)}: must hold a list of rows, [{{…}}, {{…}}], or rows one after the other, {{…}} {{…}}')
+        raise ValueError(f'{file}:{window.line_of(window.at)}: must hold a list of rows, [{{…}}, {{…}}], or rows '
+                         f'one after the other, {{…}} {{…}}')
     if first=='[': yield from _list_rows(window)
     while window.skip():
         if first=='[': raise _broken(window, 'not JSON: text after the list at column', window.at)
@@ -179,7 +183,8 @@ def _list_rows(window):
     more = window.skip()!=']'
     while more:
         yield _window_row(window)
-        if (mark := window.skip()) not in (',', ']'): raise _broken(window, 'not JSON: expected , or ] at column', window.at)
+        if (mark := window.skip()) not in (',', ']'):
+            raise _broken(window, 'not JSON: expected , or ] at column', window.at)
         more = mark==','
         if more:
             window.at += 1
@@ -241,7 +246,8 @@ _batch = 256 # Rows taken out of Arrow at a time
 
 def _present(row):
     "A row of a table without the inner keys that hold nothing"
-    inner = lambda v: ({k: inner(x) for k,x in v.items() if x is not None} if isinstance(v, dict) else [inner(x) for x in v] if isinstance(v, list) else v)
+    inner = lambda v: ({k: inner(x) for k,x in v.items() if x is not None} if isinstance(v, dict)
+                       else [inner(x) for x in v] if isinstance(v, list) else v)
     return {k: inner(v) if isinstance(v, (dict, list)) else v for k,v in row.items()}
 
 def _parquet_rows(f, file):
@@ -366,15 +372,18 @@ def _kind(source):
         return 'hub' if is_id and not os.path.lexists(path.parent) else 'files', path
     for c in type(source).__mro__:
         if kind := _objects.get(f"{c.__module__.partition('.')[0]}.{c.__name__}"): return kind,source
-    raise ValueError('`source` must be a file, folder or pattern, the id of a data set on the Hub ("owner/name"), a list of dicts, '
+    raise ValueError('`source` must be a file, folder or pattern, the id of a data set on the Hub ("owner/name"), '
+                     'a list of dicts, '
                      f'a datasets.Dataset or a pandas.DataFrame; got {type(source).__name__}')
 
 def _only_where_they_act(kind, split, revision, subset):
     "Refuse options that a source of this kind would pass over"
     for name,value in dict(revision=revision, subset=subset).items():
-        if value and kind!='hub': raise ValueError(f'`{name}` is for a data set of the Hub: leave it out, got {value!r}')
+        if value and kind!='hub':
+            raise ValueError(f'`{name}` is for a data set of the Hub: leave it out, got {value!r}')
     if split!='train' and kind in ('files', 'list', 'frame'):
-        raise ValueError(f'`split` is for data sets that have splits: leave it out, or give the file of that split; got {split!r}')
+        raise ValueError(f'`split` is for data sets that have splits: leave it out, or give the file of that '
+                         f'split; got {split!r}')
 
 # %% ../../nbs/rows/00_sources.ipynb #891076f4
 def _hub_dataset(name, split, revision=None, subset=None):
@@ -383,7 +392,8 @@ def _hub_dataset(name, split, revision=None, subset=None):
     try: return load_dataset(str(name), name=subset, split=split, revision=revision)
     except Exception as e:
         why = e.__cause__ if e.__cause__ and 'while generating' in str(e) else e
-        raise SageError(f'no file or folder is called {name}, and the Hub gives no data set of this name: {_one_line(why)}') from None
+        raise SageError(f'no file or folder is called {name}, and the Hub gives no data set of this name: '
+                        f'{_one_line(why)}') from None
 
 def _saved_dataset(folder):
     "What `save_to_disk` wrote"
@@ -435,7 +445,8 @@ def _frame_rows(frame, name):
     _check_columns(columns, 'the frame')
     def known(v):
         if isinstance(v, np.ndarray): return [known(x) for x in v]
-        if isinstance(v, (dict, list)): return {k: known(x) for k,x in v.items()} if isinstance(v, dict) else [known(x) for x in v]
+        if isinstance(v, (dict, list)):
+            return {k: known(x) for k,x in v.items()} if isinstance(v, dict) else [known(x) for x in v]
         if isinstance(v, np.generic): v = v.item()
         return None if v is pd.NA or v is pd.NaT or isinstance(v, float) and v!=v else v
     for i,values in enumerate(zip(*(frame.iloc[:,j] for j in range(len(columns)))), 1):
@@ -471,7 +482,8 @@ def load_training_data(
     rows = []
     for r in read_rows(path):
         if r.error: raise ValueError(f'{r.file}:{r.line}: {r.error}')
-        if not isinstance(r.value, dict): raise ValueError(f'{r.file}:{r.line}: a row must be an object {{…}}, got {type(r.value).__name__}')
+        if not isinstance(r.value, dict):
+            raise ValueError(f'{r.file}:{r.line}: a row must be an object {{…}}, got {type(r.value).__name__}')
         rows.append(r.value)
     return rows
 
@@ -482,11 +494,13 @@ def save_rows(
 )->Path: # The file
     "Write rows as a data file, whole or not at all"
     path = checked('path', path, Path)
-    if path.suffix not in ('.json', '.jsonl'): raise ValueError(f'`path` must end in .json or .jsonl, got {path.name!r}')
+    if path.suffix not in ('.json', '.jsonl'):
+        raise ValueError(f'`path` must end in .json or .jsonl, got {path.name!r}')
     try:
         if path.suffix=='.json': return write_json(path, list(rows))
         return write_text(path, ''.join(json.dumps(r, ensure_ascii=False, default=os.fspath)+'\n' for r in rows))
-    except (TypeError, ValueError, RecursionError) as e: raise ValueError(f'`rows` must hold what JSON can hold: {_one_line(e)}') from None
+    except (TypeError, ValueError, RecursionError) as e:
+        raise ValueError(f'`rows` must hold what JSON can hold: {_one_line(e)}') from None
 
 # %% ../../nbs/rows/00_sources.ipynb #a7a2b0c6
 def source_digest(

@@ -18,7 +18,8 @@ from .formats import content_parts, image_mark
 from .images import moved_by, outside, picture, processor_of, put_in
 
 # %% ../../nbs/rows/03_template.ipynb #4ac11717
-plain_template = ("{{ bos_token or '' }}{% for m in messages %}{{ '### ' + (m['role'] | title) + ':\n' + m['content'] }}"
+plain_template = ("{{ bos_token or '' }}{% for m in messages %}{{ '### ' + (m['role'] | title) + ':\n' + "
+                  "m['content'] }}"
                   "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}"
                   "{% if add_generation_prompt %}{{ '### Assistant:\n' }}{% endif %}")
 
@@ -34,10 +35,13 @@ def _applied(tokenizer, messages, tools=None, add_generation_prompt=False):
     "What the chat template makes of messages in its own form"
     known = tokenizer.special_tokens_map
     absent = {k: '' for k in ('bos_token', 'eos_token') if k not in known}
-    try: text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt,
-                                              date_string='26 Jul 2024', **absent)
+    try:
+        text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False,
+                                             add_generation_prompt=add_generation_prompt,
+                                             date_string='26 Jul 2024', **absent)
     except Exception as e: # a template may raise anything
-        raise ValueError(f'the chat template refuses this conversation: {" ".join(str(e).split())[:300] or type(e).__name__}') from None
+        raise ValueError(f'the chat template refuses this conversation: '
+                         f'{" ".join(str(e).split())[:300] or type(e).__name__}') from None
     return _begun(text, tokenizer) if processor_of(tokenizer) else text
 
 def _begun(text, tokenizer):
@@ -99,7 +103,8 @@ class ChatForm:
     end_ids: frozenset = frozenset() # Ids of tokens that can close a turn
     controls: object = None # Pattern of the control tokens that no text may hold
     skeletons: dict = field(default_factory=dict, compare=False, repr=False) # Cache
-    token_bytes: list|None = field(default=None, compare=False, repr=False) # What each token stands for, where tokens are bytes
+    # What each token stands for, where tokens are bytes
+    token_bytes: list|None = field(default=None, compare=False, repr=False)
 
 def chat_form(
     tokenizer, # With a chat template
@@ -126,19 +131,23 @@ def _find_form(tokenizer):
     bare = ChatForm(parts)
     system = shown(_formed([dict(role='system', content=S), *talk], bare), S, U, A)
     calls,empty = next((f for f in _ways_to_call if _takes_calls(tokenizer, ChatForm(parts, system, *f))), ('text', ''))
-    ends,special = _turn_ends(tokenizer, bare),{i: str(t) for i,t in tokenizer.added_tokens_decoder.items() if t.special}
-    controls = sorted({t for t in (*tokenizer.all_special_tokens, *special.values(), *ends) if t.strip()}, key=len, reverse=True)
+    ends,special = (_turn_ends(tokenizer, bare),{i: str(t) for i,t in tokenizer.added_tokens_decoder.items()
+                                                 if t.special})
+    controls = sorted({t for t in (*tokenizer.all_special_tokens, *special.values(), *ends) if t.strip()}, key=len,
+                      reverse=True)
     closing = {i for i,t in tokenizer.added_tokens_decoder.items() if any(e.endswith(str(t)) for e in ends)}
     end_ids = closing | set(special) | {tokenizer.eos_token_id}
     return ChatForm(parts, system, calls, empty, _header(tokenizer, bare), ends, frozenset(end_ids),
-                    re.compile('|'.join(map(re.escape, controls))) if controls else None, token_bytes=_token_bytes(tokenizer))
+                    re.compile('|'.join(map(re.escape, controls))) if controls else None,
+                    token_bytes=_token_bytes(tokenizer))
 
 _ways_to_call = [(calls, empty) for calls in ('object', 'string') for empty in ('', None)]
 
 def _takes_calls(tokenizer, form):
     "Whether a call, its result and the functions on offer all come out"
     U,A,N,R = (_sign(i) for i in range(4))
-    talk = [_user(U), _assistant('', tool_calls=[_function(N, dict(at='x'))]), dict(role='tool', content=R, name=N), _assistant(A)]
+    talk = [_user(U), _assistant('', tool_calls=[_function(N, dict(at='x'))]), dict(role='tool', content=R, name=N),
+            _assistant(A)]
     text = _tried(tokenizer, _formed(talk, form), tools=[_probe_tool])
     return all(s in text for s in (U, N, R, A, 'look')) and 'None' not in text
 
@@ -150,7 +159,8 @@ def _formed(messages, form):
     return _in_parts(out) if form.parts else out
 
 def _in_parts(messages):
-    return [m | dict(content=[dict(type='text', text=m['content'])]) if isinstance(m.get('content'), str) else m for m in messages]
+    return [m | dict(content=[dict(type='text', text=m['content'])]) if isinstance(m.get('content'), str) else m
+            for m in messages]
 
 def _in_pieces(m):
     "A turn with images as templates take it: which images they are is not their business"
@@ -160,10 +170,12 @@ def _in_pieces(m):
 def _with_calls(m, i, form):
     if not m.get('tool_calls'): return m
     args = (lambda a: json.dumps(a, ensure_ascii=False)) if form.calls=='string' else (lambda a: a)
-    calls = [dict(type='function', id=_id_of(c, i, k), function=c['function'] | dict(arguments=args(c['function']['arguments']))) for k,c in enumerate(m['tool_calls'])]
+    calls = [dict(type='function', id=_id_of(c, i, k), function=c['function'] | dict(
+        arguments=args(c['function']['arguments']))) for k,c in enumerate(m['tool_calls'])]
     return m | dict(tool_calls=calls, content=m['content'] or form.empty)
 
-def _id_of(call, turn, k): return call.get('id') or f'c{turn:04d}{k:04d}' # nine characters, as Mistral's templates insist on
+def _id_of(call, turn, k): # nine characters, as Mistral's templates insist on
+    return call.get('id') or f'c{turn:04d}{k:04d}'
 
 def _with_ids(messages):
     "Results that do not say which call they answer are those of the last calls, in order"
@@ -182,7 +194,8 @@ def _with_ids(messages):
 def _header(tokenizer, form):
     "What opens the assistant's turn in a prompt, as far as the answered conversation has it too"
     talk = [_user(_sign(0)), _assistant(_sign(1))]
-    before,opened,whole = (_tried(tokenizer, _formed(m, form), add_generation_prompt=g) for m,g in ((talk[:1], False), (talk[:1], True), (talk, False)))
+    before,opened,whole = (_tried(tokenizer, _formed(m, form), add_generation_prompt=g)
+                           for m,g in ((talk[:1], False), (talk[:1], True), (talk, False)))
     n = _agree(whole, opened)
     return opened[len(before):n] if opened.startswith(before) and n>len(before) else ''
 
@@ -210,18 +223,22 @@ def _turn_ends(tokenizer, form):
 def _tokens_after(text, sign, token):
     "Control tokens that follow `sign`, up to the first other text"
     rest,found = text.partition(sign)[2].lstrip(),[]
-    while m := token.match(rest): found.append(m[0]); rest = rest[m.end():]
+    while m := token.match(rest):
+        found.append(m[0])
+        rest = rest[m.end():]
     return found
 
 # %% ../../nbs/rows/03_template.ipynb #c3ab03b4
-_offer = 'You can call these functions:\n{}\nTo call one, answer with\n<tool_call>\n{{"name": …, "arguments": {{…}}}}\n</tool_call>'
+_offer = ('You can call these functions:\n{}\nTo call one, answer with\n<tool_call>\n'
+          '{{"name": …, "arguments": {{…}}}}\n</tool_call>')
 
 def _json(x): return json.dumps(x, ensure_ascii=False)
 
 def _adapted(messages, tools, form):
     "Messages, tools and notes, with what the template has no place for written as text"
     notes,calling = [],tools or any(m['role']=='tool' or m.get('tool_calls') for m in messages)
-    if calling and form.calls=='text': messages,tools,notes = _calls_as_text(messages, tools),None,['calls of functions written as text']
+    if calling and form.calls=='text':
+        messages,tools,notes = _calls_as_text(messages, tools),None,['calls of functions written as text']
     if not form.system and messages[0]['role']=='system':
         messages,note = _system_in_question(messages)
         notes = [*notes, note]
@@ -237,16 +254,19 @@ def _calls_as_text(messages, tools):
             if i and messages[i-1]['role']=='tool': out[-1] = out[-1] | dict(content=f"{out[-1]['content']}\n{said}")
             else: out.append(_user(said))
             continue
-        calls = [f"<tool_call>\n{_json(dict(name=c['function']['name'], arguments=c['function']['arguments']))}\n</tool_call>" for c in m.get('tool_calls', ())]
+        calls = [f"<tool_call>\n{_json(dict(name=c['function']['name'], arguments=c['function']['arguments']))}\n"
+                 f"</tool_call>" for c in m.get('tool_calls', ())]
         if m['role']=='system' and not i and offer: said = '\n\n'.join(filter(None, [said, offer]))
-        out.append({k: v for k,v in m.items() if k!='tool_calls'} | dict(content='\n'.join(filter(None, [said, *calls]))))
+        out.append({k: v for k,v in m.items() if k!='tool_calls'}
+                   | dict(content='\n'.join(filter(None, [said, *calls]))))
     return out
 
 def _system_in_question(messages):
     first = next((i for i,m in enumerate(messages) if m['role']=='user'), None)
     if first is None: return messages,'system prompt without a question'
     asked = '\n\n'.join(filter(None, [messages[0]['content'], messages[first]['content']]))
-    return [*messages[1:first], messages[first] | dict(content=asked), *messages[first+1:]],'system prompt put before the first question'
+    return ([*messages[1:first], messages[first] | dict(content=asked), *messages[first+1:]],
+            'system prompt put before the first question')
 
 # %% ../../nbs/rows/03_template.ipynb #ef93d5f2
 def render(
@@ -283,18 +303,23 @@ def _signed(messages):
         bodies[s := _sign(turn, part)] = text,messages[turn]['role']=='assistant'
         return s
     for i,m in enumerate(messages):
-        new,thought = dict(m),_thoughts.fullmatch(m['content']) if m['role']=='assistant' and '</think>' in m['content'] else None
+        new,thought = (dict(m),_thoughts.fullmatch(m['content']) if m['role']=='assistant'
+                       and '</think>' in m['content'] else None)
         if m.get('images'): new |= dict(content=_signed_pieces(m, i, sign), images=[None]*len(m['images']))
-        else: new['content'] = thought[1]+sign(thought[2], i, 0)+thought[3]+sign(thought[4], i, 1) if thought else sign(m['content'], i, 1)
+        else:
+            new['content'] = (thought[1]+sign(thought[2], i, 0)+thought[3]+sign(thought[4], i, 1) if thought
+                              else sign(m['content'], i, 1))
         if m.get('reasoning_content'): new['reasoning_content'] = sign(m['reasoning_content'], i, 0)
-        if m.get('tool_calls'): new['tool_calls'] = [*m['tool_calls'][:-1], _renamed(m['tool_calls'][-1], lambda name: sign(name, i, 2))]
+        if m.get('tool_calls'):
+            new['tool_calls'] = [*m['tool_calls'][:-1], _renamed(m['tool_calls'][-1], lambda name: sign(name, i, 2))]
         out.append(new)
     return out,bodies
 
 def _signed_pieces(m, turn, sign):
     "The content of a turn with images, a sign in the place of each text between them"
     texts,parts = m['content'].split(image_mark),iter([1, *range(3, _signs_each)])
-    if sum(bool(t.strip()) for t in texts)>_signs_each-2: raise ValueError(f'turn {turn+1} has more than {_signs_each-2} texts between images')
+    if sum(bool(t.strip()) for t in texts)>_signs_each-2:
+        raise ValueError(f'turn {turn+1} has more than {_signs_each-2} texts between images')
     return image_mark.join(sign(t, turn, next(parts)) if t.strip() else t for t in texts)
 
 def _renamed(call, new): return call | dict(function=call['function'] | dict(name=new(call['function']['name'])))
@@ -312,7 +337,8 @@ def _skeleton(tokenizer, messages, tools, form):
     if key not in form.skeletons:
         if len(form.skeletons)>=1000: form.skeletons.clear()
         text = _applied(tokenizer, _formed(messages, form), tools)
-        form.skeletons[key] = Skeleton(text, _all_spans(tokenizer, text, _places(text, messages), messages, tools, form))
+        form.skeletons[key] = Skeleton(text,
+                                       _all_spans(tokenizer, text, _places(text, messages), messages, tools, form))
     return form.skeletons[key]
 
 def _places(text, messages):
@@ -321,7 +347,8 @@ def _places(text, messages):
     for m in _sign_pattern.finditer(text):
         turn = _turn_of(m[0])
         if m[0] in seen and m[0]==_sign(turn, 2): continue
-        seen.add(m[0]); out.append((m.start(), m.end(), turn))
+        seen.add(m[0])
+        out.append((m.start(), m.end(), turn))
     return out
 
 # %% ../../nbs/rows/03_template.ipynb #7df0ef6d
@@ -329,7 +356,8 @@ def _start(text, first, before, prompt, header):
     "Where the answer begins whose first own text is at `first` and that follows the text that ends at `before`, and how that is known"
     n = _agree(text, prompt) if prompt else 0
     if prompt and n==len(prompt) and before<=n<=first:
-        again = text.find(header.strip(), n, first) if header.strip() else -1 # a turn that is opened anew after a result
+        # a turn that is opened anew after a result
+        again = text.find(header.strip(), n, first) if header.strip() else -1
         return (n, 'after the prompt') if again<0 else (min(first, again+len(header)), 'after its header')
     if before<n<=first: return n,'where prompt and text part'
     at = text.rfind(header, before, first) if header else -1
@@ -362,7 +390,8 @@ def _spans(text, turn, places, prompt, alone, form):
     out,others = [],[(a, b) for a,b,t in places if t!=turn]
     for run in _runs(places, turn):
         first,last = run[0],run[-1]
-        before,limit = max((b for a,b in others if b<=first[0]), default=0), min((a for a,b in others if a>=last[1]), default=len(text))
+        before,limit = (max((b for a,b in others if b<=first[0]), default=0),
+                        min((a for a,b in others if a>=last[1]), default=len(text)))
         start,how = _start(text, first[0], before, prompt, form.header) if not out else (first[0], 'at its text')
         out.append((start, _end(text, last, limit, alone, form.ends), how))
     return out
@@ -384,7 +413,8 @@ def _overlay(skeleton, text, bodies):
     s = t = len(pieces[0])
     out = [(0, 0)]
     for sign,piece in zip(signs, pieces[1:]):
-        n = next((len(b) for b in _variants(*bodies[sign]) if text.startswith(b, t) and text.startswith(piece, t+len(b))), None)
+        n = next((len(b) for b in _variants(*bodies[sign]) if text.startswith(b, t)
+                  and text.startswith(piece, t+len(b))), None)
         if n is None: return None
         out += [(s, t), (s+1, t+n)]
         s,t = s+1+len(piece),t+n+len(piece)
@@ -407,9 +437,12 @@ def _marked_inside(messages):
     for i,m in enumerate(messages):
         body = m['content']
         middle = [k for k in range(1, len(body)) if body[k-1].isalnum() and body[k].isalnum()] or [*range(1, len(body))]
-        if not middle: raise ValueError(f'the chat template looks into the texts, and one of a single character (turn {i+1}) cannot be located in what it makes of them')
+        if not middle:
+            raise ValueError(f'the chat template looks into the texts, and one of a single character (turn {i+1}) '
+                             f'cannot be located in what it makes of them')
         k = middle[len(middle)//2]
-        bodies.append((_sign(i), body, k)); out.append(m | dict(content=body[:k]+_sign(i)+body[k:]))
+        bodies.append((_sign(i), body, k))
+        out.append(m | dict(content=body[:k]+_sign(i)+body[k:]))
     return out,bodies
 
 _lost = 'the chat template changes the texts, so the answer cannot be located'
@@ -443,9 +476,12 @@ def _chosen(messages, train_on):
     "Messages up to the last learned turn, with `train` set on every turn of the assistant"
     turns = [i for i,m in enumerate(messages) if m['role']=='assistant']
     learned = {i for i in (turns[-1:] if train_on=='last' else turns) if messages[i].get('train', True)}
-    if not learned: raise ValueError('nothing to learn: no turn of the assistant' if not turns else
-                                     f"nothing to learn: {'the last' if train_on=='last' else 'every'} turn of the assistant has `train: false`")
-    return [m | dict(train=i in learned) if m['role']=='assistant' else m for i,m in enumerate(messages[:max(learned)+1])]
+    if not learned:
+        raise ValueError('nothing to learn: no turn of the assistant' if not turns else
+                         f"nothing to learn: {'the last' if train_on=='last' else 'every'} turn of the assistant "
+                         f"has `train: false`")
+    return [m | dict(train=i in learned) if m['role']=='assistant' else m
+            for i,m in enumerate(messages[:max(learned)+1])]
 
 def _texts_of(m):
     yield m['content']
@@ -456,9 +492,12 @@ def _refuse_control(messages, tools, form):
     if len(messages)>_most_turns: raise ValueError(f'{len(messages):,} turns; the most is {_most_turns:,}')
     for i,m in enumerate(messages, 1):
         for text in _texts_of(m):
-            if form.controls and (found := form.controls.search(text)): raise ValueError(f'turn {i} holds the control token {found[0]}')
-            if not text.isascii() and _sign_pattern.search(text): raise ValueError(f'turn {i} holds a character of private use (U+F0000 or above)')
-    if tools and form.controls and (found := form.controls.search(_json(tools))): raise ValueError(f'`tools` holds the control token {found[0]}')
+            if form.controls and (found := form.controls.search(text)):
+                raise ValueError(f'turn {i} holds the control token {found[0]}')
+            if not text.isascii() and _sign_pattern.search(text):
+                raise ValueError(f'turn {i} holds a character of private use (U+F0000 or above)')
+    if tools and form.controls and (found := form.controls.search(_json(tools))):
+        raise ValueError(f'`tools` holds the control token {found[0]}')
 
 # %% ../../nbs/rows/03_template.ipynb #c0188c0d
 def render_learned(
@@ -469,7 +508,8 @@ def render_learned(
     form:ChatForm|None=None, # What `chat_form` gives, where many are rendered
 )->Rendered: # Text and spans, proved
     "A conversation as text, and where in it the answers stand, each with its end of turn"
-    if train_on not in train_choices: raise ValueError(f"`train_on` must be one of {', '.join(train_choices)}, got {train_on!r}")
+    if train_on not in train_choices:
+        raise ValueError(f"`train_on` must be one of {', '.join(train_choices)}, got {train_on!r}")
     form = form or chat_form(tokenizer)
     _refuse_control(messages, tools, form)
     _refuse_images(messages, tokenizer)
@@ -477,12 +517,17 @@ def render_learned(
     messages,tools,notes = _adapted(messages, tools, form)
     text = _applied(tokenizer, _formed(messages, form), tools)
     images = images_of(messages)
-    if train_on=='all': return _with_images(Rendered(text, [(0, len(text.rstrip()))], ('every token',), tuple(notes)), images, tokenizer)
+    if train_on=='all':
+        return _with_images(Rendered(text, [(0, len(text.rstrip()))], ('every token',), tuple(notes)), images,
+                            tokenizer)
     text,spans,missing = _proved_spans(tokenizer, text, messages, tools, form)
     learned = sorted(s for i,m in enumerate(messages) if m['role']=='assistant' and m['train'] for s in spans[i])
-    if any(b>c for (_,b,_),(c,_,_) in zip(learned, learned[1:])): raise ValueError('the chat template mixes the turns, so the answers cannot be told apart')
-    if any(not text[a:b].rstrip().endswith(form.ends or ('\0',)) and text[b:].strip() for a,b,_ in learned[:-1]): missing = [*missing, 'an earlier answer has no end of its own']
-    return _with_images(Rendered(text, [(a, b) for a,b,_ in learned], tuple(h for *_,h in learned), tuple(notes+missing)), images, tokenizer)
+    if any(b>c for (_,b,_),(c,_,_) in zip(learned, learned[1:])):
+        raise ValueError('the chat template mixes the turns, so the answers cannot be told apart')
+    if any(not text[a:b].rstrip().endswith(form.ends or ('\0',)) and text[b:].strip() for a,b,_ in learned[:-1]):
+        missing = [*missing, 'an earlier answer has no end of its own']
+    return _with_images(Rendered(text, [(a, b) for a,b,_ in learned], tuple(h for *_,h in learned),
+                                 tuple(notes+missing)), images, tokenizer)
 
 def _with_images(rendered, images, tokenizer):
     "A rendered conversation with all places for its pictures, none of which is learned"
@@ -497,12 +542,14 @@ def _proved_spans(tokenizer, text, messages, tools, form):
     signed,bodies = _signed([{k: v for k,v in m.items() if k!='train'} for m in messages])
     skeleton = _skeleton(tokenizer, signed, tools, form)
     overlay = _overlay(skeleton.text, text, bodies)
-    if overlay is None and 'strftime_now' in str(tokenizer.chat_template): # its clock may have moved since the skeleton was made
+    # its clock may have moved since the skeleton was made
+    if overlay is None and 'strftime_now' in str(tokenizer.chat_template):
         form.skeletons.clear()
         text,skeleton = _applied(tokenizer, _formed(messages, form), tools),_skeleton(tokenizer, signed, tools, form)
         overlay = _overlay(skeleton.text, text, bodies)
     if overlay:
-        spans = {i: [(_moved(a, overlay), _moved(b, overlay), how) for a,b,how in found] for i,found in skeleton.spans.items()}
+        spans = {i: [(_moved(a, overlay), _moved(b, overlay), how) for a,b,how in found]
+                 for i,found in skeleton.spans.items()}
         missing = _left_out([s for s in bodies if s not in skeleton.text], messages)
     else:
         if any(m.get('tool_calls') or m.get('reasoning_content') for m in messages): raise ValueError(_lost)
@@ -516,16 +563,19 @@ def _left_out(signs, messages):
     out = []
     for s in signs:
         role,part = messages[_turn_of(s)]['role'],(ord(s)-_first_sign)%_signs_each
-        if role in ('user', 'tool'): raise ValueError(f'the chat template leaves out turn {_turn_of(s)+1} (role {role})')
+        if role in ('user', 'tool'):
+            raise ValueError(f'the chat template leaves out turn {_turn_of(s)+1} (role {role})')
         if part==2: raise ValueError(f'the chat template leaves out the last call of turn {_turn_of(s)+1}')
-        out.append('system prompt left out' if role=='system' else 'thoughts left out' if part==0 else 'text beside a call left out')
+        out.append('system prompt left out' if role=='system' else 'thoughts left out' if part==0
+                   else 'text beside a call left out')
     return list(dict.fromkeys(out))
 
 def _check_spans(spans, messages):
     for i,found in spans.items():
         if not messages[i]['train']: continue
         if not found: raise ValueError(f'the chat template leaves out turn {i+1} (role assistant)')
-        if messages[i].get('tool_calls') and not messages[i]['content'].strip() and found[0][2]=='at its text': raise ValueError(_lost)
+        if messages[i].get('tool_calls') and not messages[i]['content'].strip() and found[0][2]=='at its text':
+            raise ValueError(_lost)
 
 # %% ../../nbs/rows/03_template.ipynb #053cb4f4
 ignored = -100 # The label that the loss leaves out, in torch and transformers
@@ -567,7 +617,8 @@ def _by_pieces(rendered, tokenizer):
     for a,b in [*rendered.spans, (len(rendered.text), len(rendered.text))]:
         for piece,learn in ((rendered.text[at:a], False), (rendered.text[a:b], True)):
             new = token_ids([piece], tokenizer)[0].ids if piece else []
-            ids += new; labels += new if learn else [ignored]*len(new)
+            ids += new
+            labels += new if learn else [ignored]*len(new)
         at = b
     return np.array(ids, dtype=np.int32),np.array(labels, dtype=np.int32)
 
@@ -586,7 +637,8 @@ def _better_by_pieces(rendered, whole, wanted, tokenizer):
 # %% ../../nbs/rows/03_template.ipynb #68be58cc
 def _not_written_back(said, wanted):
     n = len(os.path.commonprefix([said, wanted]))
-    return f'the tokenizer cannot write the answer back: {wanted[max(0, n-10):n+20]!r} becomes {said[max(0, n-10):n+20]!r}'
+    return (f'the tokenizer cannot write the answer back: '
+            f'{wanted[max(0, n-10):n+20]!r} becomes {said[max(0, n-10):n+20]!r}')
 
 # %% ../../nbs/rows/03_template.ipynb #3f9e42fb
 def _closed(ids, labels, form, tokenizer):
@@ -594,7 +646,8 @@ def _closed(ids, labels, form, tokenizer):
     import numpy as np
     last = int(np.flatnonzero(labels!=ignored)[-1])
     if int(labels[last]) in form.end_ids: return ids,labels
-    if tokenizer.eos_token_id is None: raise ValueError('neither the chat template nor the tokenizer has a token that ends an answer')
+    if tokenizer.eos_token_id is None:
+        raise ValueError('neither the chat template nor the tokenizer has a token that ends an answer')
     end = np.array([tokenizer.eos_token_id], dtype=np.int32)
     return np.concatenate([ids[:last+1], end]),np.concatenate([labels[:last+1], end])
 
@@ -605,14 +658,16 @@ def encode_rendered(
 )->list: # For each, {input_ids, labels} as int32 arrays, or the `ValueError` that refuses it
     "Token ids and labels of rendered conversations, proved"
     if encodings is None: encodings = token_ids([r.text for r in rendered], tokenizer)
-    form,pairs = chat_form(tokenizer),[_labelled(e, r.spans) or _by_pieces(r, tokenizer) for r,e in zip(rendered, encodings)]
+    form,pairs = (chat_form(tokenizer),[_labelled(e, r.spans) or _by_pieces(r, tokenizer)
+                                        for r,e in zip(rendered, encodings)])
     return [_finished(r, *p, form, tokenizer) for r,p in zip(rendered, pairs)]
 
 def _finished(rendered, ids, labels, form, tokenizer):
     "The example of a conversation whose learned tokens say what they should"
     wanted,learned = ''.join(rendered.text[a:b] for a,b in rendered.spans),labels[labels!=ignored].tolist()
     try:
-        if not (form.token_bytes and _says(learned, wanted, form.token_bytes)) and (said := tokenizer.backend_tokenizer.decode(learned, skip_special_tokens=False))!=wanted:
+        if (not (form.token_bytes and _says(learned, wanted, form.token_bytes))
+            and (said := tokenizer.backend_tokenizer.decode(learned, skip_special_tokens=False))!=wanted):
             better = _better_by_pieces(rendered, token_ids([rendered.text], tokenizer)[0].ids, wanted, tokenizer)
             if better is not None: ids,labels = better
             elif not _same_text(said, wanted): raise ValueError(_not_written_back(said, wanted))

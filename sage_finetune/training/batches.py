@@ -33,7 +33,8 @@ def flat_chunks(
         if hasattr(dataset, 'with_format'):
             part = dataset.with_format('arrow')[i:i+step].column(column).combine_chunks()
             starts = part.offsets.to_numpy()
-            flat,starts = part.values.to_numpy(zero_copy_only=False)[starts[0]:starts[-1]].astype(np.int32, copy=False),starts-starts[0]
+            flat,starts = (part.values.to_numpy(zero_copy_only=False)[starts[0]:starts[-1]].astype(
+                np.int32, copy=False),starts-starts[0])
         else:
             rows = [np.asarray(dataset[j][column], dtype=np.int32).ravel() for j in range(i, min(i+step, len(dataset)))]
             flat,starts = np.concatenate(rows),np.cumsum([0, *map(len, rows)])
@@ -46,7 +47,8 @@ def example_lengths(
 ): # Array of numbers of tokens, (rows,)
     "Tokens of each example"
     import numpy as np
-    return np.concatenate([np.zeros(0, dtype=np.int64), *(np.diff(starts) for _,starts in flat_chunks(dataset))]).astype(np.int64)
+    return np.concatenate([np.zeros(0, dtype=np.int64),
+                           *(np.diff(starts) for _,starts in flat_chunks(dataset))]).astype(np.int64)
 
 # %% ../../nbs/training/00_batches.ipynb #ce08ed0b
 @dataclass
@@ -60,7 +62,8 @@ class Collator:
         "Tensors `input_ids` and `labels`, and `position_ids` where rows have them, (batch, time)"
         import torch
         shown = [images_of_row(r) for r in rows]
-        rows = [_without_padding(r) for r in rows] or [dict(input_ids=[], labels=[])] # a process that has no rows left learns nothing
+        # a process that has no rows left learns nothing
+        rows = [_without_padding(r) for r in rows] or [dict(input_ids=[], labels=[])]
         longest = max(1, *(len(r['input_ids']) for r in rows))
         T = -(-longest//self.multiple)*self.multiple
         fill = lambda xs,v: torch.tensor([[*x, *[v]*(T-len(x))] for x in xs])
@@ -91,7 +94,9 @@ def best_fit(
     "Rows for documents, by best-fit decreasing"
     import numpy as np
     lengths = np.asarray(lengths, dtype=np.int64)
-    if np.any((lengths<1) | (lengths>max_length)): raise ValueError(f'`lengths` must be from 1 to `max_length` {max_length}, got {lengths.min()} to {lengths.max()}')
+    if np.any((lengths<1) | (lengths>max_length)):
+        raise ValueError(f'`lengths` must be from 1 to `max_length` {max_length}, got {lengths.min()} to '
+                         f'{lengths.max()}')
     row_of,rows,room,waiting = np.empty(len(lengths), np.int64), 0, 0, [[] for _ in range(max_length)]
     for i in np.argsort(-lengths, kind='stable').tolist():
         n = int(lengths[i])
@@ -101,7 +106,9 @@ def best_fit(
             if not waiting[left]: room ^= 1<<left
         else: row,rows,left = rows, rows+1, max_length
         row_of[i] = row
-        if left := left-n: waiting[left].append(row); room |= 1<<left
+        if left := left-n:
+            waiting[left].append(row)
+            room |= 1<<left
     return row_of
 
 # %% ../../nbs/training/00_batches.ipynb #383a2aae
@@ -125,21 +132,26 @@ class PackingReport(Shown):
     @property
     def padding(self)->dict: # Way of making batches → places without a token
         "Places without a token: packed, with each document in a row of `max_length`, and in batches of eight filled up to the longest"
-        places = dict(packed=self.rows*self.max_length, full_length=self.documents*self.max_length, filled_up=self.filled_up)
+        places = dict(packed=self.rows*self.max_length, full_length=self.documents*self.max_length,
+                      filled_up=self.filled_up)
         return {way: n-self.tokens for way,n in places.items()}
 
-    def to_dict(self): return asdict(self) | dict(fill=round(self.fill, 4), least_rows=self.least_rows, padding=self.padding)
+    def to_dict(self):
+        return asdict(self) | dict(fill=round(self.fill, 4), least_rows=self.least_rows, padding=self.padding)
     def shown(self): return _packing_table(self)
 
 # %% ../../nbs/training/00_batches.ipynb #fc8c9180
-_ways = dict(packed='packed', filled_up='batches of 8, filled up to the longest', full_length='one document in each row')
+_ways = dict(packed='packed', filled_up='batches of 8, filled up to the longest',
+             full_length='one document in each row')
 
 def _packing_table(r):
     "A row for each way to make batches, with a bar for the share of padding"
     from sage_finetune.core.display import Table # of no use before something is shown
     share = {way: n/(r.tokens+n) if r.tokens else 0.0 for way,n in r.padding.items()}
-    title = f'{r.documents:,} documents with {r.tokens:,} tokens packed into {r.rows:,} rows of {r.max_length:,} (at least {r.least_rows:,}), {r.fill:.1%} full'
-    return Table(['', 'padding', 'of all places'], [[_ways[w], r.padding[w], f'{share[w]:.1%}'] for w in _ways], title, bars=[share[w] for w in _ways])
+    title = (f'{r.documents:,} documents with {r.tokens:,} tokens packed into {r.rows:,} rows of {r.max_length:,} '
+             f'(at least {r.least_rows:,}), {r.fill:.1%} full')
+    return Table(['', 'padding', 'of all places'], [[_ways[w], r.padding[w], f'{share[w]:.1%}'] for w in _ways],
+                 title, bars=[share[w] for w in _ways])
 
 # %% ../../nbs/training/00_batches.ipynb #e42f656c
 def _flat(table):
@@ -154,7 +166,8 @@ def _flat(table):
     if not same.all(): raise _Unusable(int(np.argmin(same)), '`input_ids` and `labels` of different lengths')
     if 'keep' in flat:
         keep = flat['keep'].astype(bool)
-        lengths = np.bincount(np.repeat(np.arange(len(lengths)), lengths), weights=keep, minlength=len(lengths)).astype(np.int64)
+        lengths = np.bincount(np.repeat(np.arange(len(lengths)), lengths), weights=keep,
+                              minlength=len(lengths)).astype(np.int64)
         flat = {k: v[keep] for k,v in flat.items()}
     return flat['input_ids'].astype(np.int32),flat['labels'].astype(np.int32),lengths
 
@@ -167,10 +180,12 @@ def _survey(dataset, max_length):
     lengths,digest,at = [],hashlib.blake2b(f'1 {max_length}'.encode(), digest_size=12),0
     for table in dataset.with_format('arrow').iter(batch_size=10_000):
         try: ids,labels,n = _flat(table)
-        except _Unusable as e: raise ValueError(f'row {at+e.args[0]:,} of `dataset` has {e.args[1]}: prepare the data again') from None
+        except _Unusable as e:
+            raise ValueError(f'row {at+e.args[0]:,} of `dataset` has {e.args[1]}: prepare the data again') from None
         _refuse_length(n, at, max_length)
         for part in (ids, labels, n): digest.update(part.tobytes())
-        lengths.append(n); at += len(n)
+        lengths.append(n)
+        at += len(n)
     return np.concatenate(lengths),digest.hexdigest()
 
 def _refuse_length(lengths, at, max_length):
@@ -245,11 +260,17 @@ def pack_dataset(
 
 def _check_packable(dataset, max_length):
     from datasets import Dataset
-    if not isinstance(dataset, Dataset): raise ValueError(f'`dataset` must be a `datasets.Dataset`, got {type(dataset).__name__}: make it with `prepare_dataset`')
-    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length<1: raise ValueError(f'`max_length` must be a whole number of at least 1, got {max_length!r}')
-    if 'images' in dataset.column_names: raise ValueError('`dataset` may show pictures, whose places cannot be packed: set `packing=False`')
-    if 'position_ids' in dataset.column_names: raise ValueError('`dataset` is packed already: pack the data that `prepare_dataset` returns')
-    if 'input_ids' not in dataset.column_names: raise ValueError(f"`dataset` must have a column `input_ids`, got {', '.join(dataset.column_names)}")
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f'`dataset` must be a `datasets.Dataset`, got {type(dataset).__name__}: '
+                         f'make it with `prepare_dataset`')
+    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length<1:
+        raise ValueError(f'`max_length` must be a whole number of at least 1, got {max_length!r}')
+    if 'images' in dataset.column_names:
+        raise ValueError('`dataset` may show pictures, whose places cannot be packed: set `packing=False`')
+    if 'position_ids' in dataset.column_names:
+        raise ValueError('`dataset` is packed already: pack the data that `prepare_dataset` returns')
+    if 'input_ids' not in dataset.column_names:
+        raise ValueError(f"`dataset` must have a column `input_ids`, got {', '.join(dataset.column_names)}")
     if not len(dataset): raise ValueError('`dataset` is empty: there is nothing to pack')
 
 def _fill_in(report, lengths, rows, max_length):
@@ -272,7 +293,9 @@ def _probe(vocabulary, batch):
 def _watched(model):
     "The input embeddings of the next call, as a list; no dropout meanwhile"
     training,seen = [m for m in model.modules() if m.training],[]
-    def watch(module, args, out): seen.append(out.detach().requires_grad_()); return seen[-1]
+    def watch(module, args, out):
+        seen.append(out.detach().requires_grad_())
+        return seen[-1]
     hook = model.get_input_embeddings().register_forward_hook(watch)
     model.eval()
     try: yield seen
@@ -290,7 +313,8 @@ def packing_leak(
     from sage_finetune.model.attention import documents
     b = {k: v.to(model.device) for k,v in _probe(model.config.get_text_config().vocab_size, batch).items()}
     with _watched(model) as seen, torch.enable_grad():
-        with documents(b['position_ids']): logits_BTV = model(input_ids=b['input_ids'], position_ids=b['position_ids'], use_cache=False).logits.float()
+        with documents(b['position_ids']):
+            logits_BTV = model(input_ids=b['input_ids'], position_ids=b['position_ids'], use_cache=False).logits.float()
         nth_BT,real_BT = (b['position_ids']==0).cumsum(1),b['labels']!=ignored
         last_BT = (nth_BT==3) & real_BT
         sign_V = 1-2*(torch.arange(logits_BTV.shape[-1], device=logits_BTV.device)%2)
@@ -311,9 +335,13 @@ def check_packing(
     except TypeError as e:
         if 'position_ids' not in str(e): raise
         raise ValueError(f'{kind} cannot be packed: it takes no `position_ids`; set `packing=False`') from None
-    if not math.isfinite(leak+shift): raise ValueError(f'{kind} gives numbers that are not finite, so packing cannot be checked: compute in bf16 or fp32, or set `packing=False`')
+    if not math.isfinite(leak+shift):
+        raise ValueError(f'{kind} gives numbers that are not finite, so packing cannot be checked: '
+                         f'compute in bf16 or fp32, or set `packing=False`')
     if leak>1e-6: raise ValueError(_refusal(model, kind, batch))
-    if shift>_rounding(model): raise ValueError(f'{kind} cannot be packed: it counts positions on from one document to the next; set `packing=False`')
+    if shift>_rounding(model):
+        raise ValueError(f'{kind} cannot be packed: it counts positions on from one document to the next; '
+                         f'set `packing=False`')
 
 def _rounding(model):
     "Relative change of the logits that rounding alone may make"
@@ -324,16 +352,19 @@ def _refusal(model, kind, batch):
     "Why, where the config tells it, and what to do"
     kernel,fix = str(getattr(model.config, '_attn_implementation', None)),'set `packing=False`'
     if batch>1 and 'flash' in kernel and packing_leak(model, 1)[0]<=1e-6:
-        return (f'{kind} with {kernel} cannot be packed with several rows in one pass: transformers keeps documents apart there only in a single row; '
+        return (f'{kind} with {kernel} cannot be packed with several rows in one pass: '
+                f'transformers keeps documents apart there only in a single row; '
                 f'set `per_device_train_batch_size=1`, or load the model with `attn_implementation="sdpa"`, or {fix}')
-    return f'{kind} cannot be packed: a document would see those before it in its row{_suspects(model.config.get_text_config())}; {fix}'
+    return (f'{kind} cannot be packed: a document would see those before it in its '
+            f'row{_suspects(model.config.get_text_config())}; {fix}')
 
 # %% ../../nbs/training/00_batches.ipynb #e38fa399
 _by_attention = 'attention', 'full_attention', 'sliding_attention', 'chunked_attention', 'mlp', 'moe', 'dense', 'sparse'
 
 def _suspects(config):
     "The layers that are not attention, in words, where the config lists its layers"
-    kinds = next((k for k in (getattr(config, n, None) for n in ('layer_types', 'layers_block_type', 'block_types')) if k), [])
+    kinds = next((k for k in (getattr(config, n, None) for n in ('layer_types', 'layers_block_type', 'block_types'))
+                  if k), [])
     others = Counter(k for k in kinds if k not in _by_attention)
     return f" ({', '.join(f'{n} of {len(kinds)} layers: {k}' for k,n in others.items())})" if others else ''
 
@@ -361,7 +392,8 @@ def show_batch(
     pad_id:int|None=None, # Id that rows are filled up with; if None that of the tokenizer, else the last id of each row
 )->Table: # A row for each row, with the share of it that is learned
     "The rows of a batch: tokens, learned tokens, filling"
-    if not {'input_ids', 'labels'} <= set(batch): raise ValueError(f"`batch` must have `input_ids` and `labels`, got {', '.join(batch)}")
+    if not {'input_ids', 'labels'} <= set(batch):
+        raise ValueError(f"`batch` must have `input_ids` and `labels`, got {', '.join(batch)}")
     lists = {k: v.tolist() if hasattr(v, 'tolist') else v for k,v in batch.items()}
     pad = pad_id if pad_id is not None else getattr(tokenizer, 'pad_token_id', None)
     rows,positions = [],lists.get('position_ids')
@@ -370,6 +402,8 @@ def show_batch(
         length = next((k for k in range(len(ids), 0, -1) if ids[k-1]!=end or labels[k-1]!=ignored), 0)
         rows.append(_batch_row(i, ids, labels, positions[i] if positions else None, length, tokenizer))
     whole = sum(map(len, lists['input_ids']))
-    told = f"{len(rows)} × {whole//max(1, len(rows))} tokens, {sum(r[2] for r in rows)} learned, {sum(r[3] for r in rows)} of filling ({sum(r[3] for r in rows)/max(1, whole):.1%})"
-    return Table(['row', 'tokens', 'learned', 'filling', 'documents', *(['begins with'] if tokenizer else [])], rows, told, 'The bar is the share that is learned.',
+    told = (f"{len(rows)} × {whole//max(1, len(rows))} tokens, {sum(r[2] for r in rows)} learned, "
+            f"{sum(r[3] for r in rows)} of filling ({sum(r[3] for r in rows)/max(1, whole):.1%})")
+    return Table(['row', 'tokens', 'learned', 'filling', 'documents', *(['begins with'] if tokenizer else [])],
+                 rows, told, 'The bar is the share that is learned.',
                  bars=[r[2]/max(1, r[1]) for r in rows])

@@ -46,12 +46,14 @@ class Metrics(TrainerCallback):
         if not state.is_world_process_zero or not logs: return
         numbers = {k:v for k,v in logs.items() if isinstance(v, (int, float)) and not k.startswith('total_')}
         if hasattr(self, 'began'): numbers['seconds'] = round(time.monotonic()-self.began, 3)
-        with self.path.open('a', encoding='utf-8') as f: f.write(json.dumps(dict(step=state.global_step, **numbers))+'\n')
+        with self.path.open('a', encoding='utf-8') as f:
+            f.write(json.dumps(dict(step=state.global_step, **numbers))+'\n')
 
 class NotFinite(SageError):
     "The loss or its gradient is no number any more"
     def __init__(self, step):
-        super().__init__(f'the loss is not a number at step {step}: training stopped, the last good state is kept; start anew (`train(fresh=True)`, `--fresh`) '
+        super().__init__(f'the loss is not a number at step {step}: training stopped, the last good state is kept; '
+                         f'start anew (`train(fresh=True)`, `--fresh`) '
                          'with a lower `learning_rate`, or compute in bf16 or fp32')
 
 # %% ../../nbs/training/03_callbacks.ipynb #3e8f08f9
@@ -69,7 +71,8 @@ class Checkpoints(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if not state.is_world_process_zero: return
         mark_complete(self.folder/f'checkpoint-{state.global_step}')
-        found = {p: int(p.name.rpartition('-')[2]) for p in self.folder.glob('checkpoint-*') if p.name.rpartition('-')[2].isdigit()}
+        found = {p: int(p.name.rpartition('-')[2]) for p in self.folder.glob('checkpoint-*')
+                 if p.name.rpartition('-')[2].isdigit()}
         whole = sorted((p for p in found if (p/complete_marker).is_file()), key=found.get)
         for p in set(found) - set(whole[-self.keep:] if self.keep else whole): remove_checkpoint(p)
 
@@ -78,7 +81,8 @@ class EvaluateFirst(TrainerCallback):
     at = None # Step of the last such evaluation
 
     def on_step_end(self, args, state, control, **kwargs):
-        if args.eval_strategy!='epoch' or not (float(state.epoch).is_integer() or state.global_step>=state.max_steps): return
+        if args.eval_strategy!='epoch' or not (float(state.epoch).is_integer() or state.global_step>=state.max_steps):
+            return
         control.should_evaluate,self.at = True,state.global_step
 
     def on_epoch_end(self, args, state, control, **kwargs):
@@ -96,7 +100,9 @@ def set_random_state(
 )->None: # The generators go on from there
     "Put back the state of every random number generator"
     import numpy as np
-    random.setstate(state['python']); np.random.set_state(state['numpy']); torch.set_rng_state(state['torch'])
+    random.setstate(state['python'])
+    np.random.set_state(state['numpy'])
+    torch.set_rng_state(state['torch'])
     if 'cuda' in state: torch.cuda.set_rng_state(state['cuda'])
 
 def copy_to_memory(
@@ -108,7 +114,8 @@ def copy_to_memory(
         same = torch.is_tensor(into) and (into.shape, into.dtype)==(value.shape, value.dtype)
         place = into if same else torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
         return place.copy_(value.detach(), non_blocking=value.is_cuda)
-    if isinstance(value, dict): return {k: copy_to_memory(v, into.get(k) if isinstance(into, dict) else None) for k,v in value.items()}
+    if isinstance(value, dict):
+        return {k: copy_to_memory(v, into.get(k) if isinstance(into, dict) else None) for k,v in value.items()}
     if not isinstance(value, (list, tuple)): return copy.deepcopy(value)
     old = into if isinstance(into, (list, tuple)) and len(into)==len(value) else [None]*len(value)
     return type(value)(copy_to_memory(v, o) for v,o in zip(value, old))
@@ -129,8 +136,9 @@ class LastSteps:
         scaler = getattr(t.accelerator, 'scaler', None)
         tensors = dict(weights=_trained(t), optimizer=t.optimizer.state_dict(), scheduler=t.lr_scheduler.state_dict(),
                        scaler=scaler.state_dict() if scaler else {}, window=t.window)
-        self.last,self.before = dict(copy_to_memory(tensors, old.get('tensors')), rng=rng, step=s.global_step, state=copy.copy(s),
-                                     lines=len(s.log_history), flos=s.total_flos+t.current_flos), self.last
+        self.last,self.before = (dict(copy_to_memory(tensors, old.get('tensors')), rng=rng, step=s.global_step,
+                                      state=copy.copy(s),
+                                      lines=len(s.log_history), flos=s.total_flos+t.current_flos), self.last)
         self.last['tensors'] = {k: self.last[k] for k in tensors}
 
     def restore(self,
@@ -140,11 +148,15 @@ class LastSteps:
         "Put a kept step back: weights, optimizer, schedule, random numbers and what was logged"
         k,t = self.before if good and self.before else self.last, trainer
         if torch.cuda.is_available(): torch.cuda.synchronize()
-        for name,p in _trained(t).items(): p.data.copy_(k['weights'][name]); p.grad = None
-        t.optimizer.load_state_dict(copy.deepcopy(k['optimizer'])); t.lr_scheduler.load_state_dict(copy.deepcopy(k['scheduler']))
+        for name,p in _trained(t).items():
+            p.data.copy_(k['weights'][name])
+            p.grad = None
+        t.optimizer.load_state_dict(copy.deepcopy(k['optimizer']))
+        t.lr_scheduler.load_state_dict(copy.deepcopy(k['scheduler']))
         if k['scaler']: t.accelerator.scaler.load_state_dict(k['scaler'])
         t.window.copy_(k['window'])
-        vars(t.state).update(vars(k['state']) | dict(log_history=k['state'].log_history[:k['lines']], global_step=k['step'], total_flos=k['flos']))
+        vars(t.state).update(vars(k['state']) | dict(
+            log_history=k['state'].log_history[:k['lines']], global_step=k['step'], total_flos=k['flos']))
         t.current_flos = 0
         set_random_state(k['rng'])
         return k['step']
@@ -172,7 +184,8 @@ def matmul_peak(
     a = torch.randn(n, n, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     wait = torch.cuda.synchronize if device=='cuda' else torch.mps.synchronize if device=='mps' else lambda: None
     def seconds():
-        wait(); began = time.perf_counter()
+        wait()
+        began = time.perf_counter()
         for _ in range(repeats): a@a
         wait()
         return time.perf_counter()-began
@@ -195,13 +208,15 @@ def plot_losses(
 ): # A matplotlib figure
     "Training and held-out loss over the optimizer steps, and below it the margin of rewards, where preferences are learned from"
     judged = any('rewards/margins' in m for m in metrics)
-    parts = [('loss', 'loss'), ('rewards/margins', 'reward margin')] if judged else [('loss', 'loss (nats per learned token)')]
+    parts = ([('loss', 'loss'), ('rewards/margins', 'reward margin')] if judged
+             else [('loss', 'loss (nats per learned token)')])
     fig = shown_figure(figsize=(6.4, 3.6*len(parts)), layout='constrained')
     for ax,(key,what) in zip(fig.subplots(len(parts), squeeze=False)[:, 0], parts):
         for k,label,style in ((key, 'training', '-'), (f'eval_{key}', 'held out', 'o-')):
             xy = [(m['step'], m[k]) for m in metrics if k in m]
             if xy: ax.plot(*zip(*xy), style, label=label, markersize=4)
-        ax.set(xlabel='optimizer step', ylabel=what); ax.grid(alpha=.3)
+        ax.set(xlabel='optimizer step', ylabel=what)
+        ax.grid(alpha=.3)
         if ax.lines: ax.legend(frameon=False)
     if path: save_figure(fig, path)
     return fig
@@ -242,7 +257,8 @@ class Progress(TrainerCallback):
     def _show(self, state, due, last=False):
         if not state.is_world_process_zero: return
         done = state.global_step-self.first
-        self.show(progress_line(state.global_step, state.max_steps, time.monotonic()-self.began, done, self.loss, self.eval_loss), due, last)
+        self.show(progress_line(state.global_step, state.max_steps, time.monotonic()-self.began, done, self.loss,
+                                self.eval_loss), due, last)
 
 # %% ../../nbs/training/03_callbacks.ipynb #ca82be1f
 def _shower():

@@ -42,7 +42,8 @@ def _adapter_folder(path):
     named = [run_folder(path.name).lora_weights] if len(path.parts)==1 and not path.exists() else []
     for p in (path, RunFolder(path).lora_weights, *named):
         if (p/'adapter_config.json').is_file() and (p/'adapter_model.safetensors').is_file(): return p
-    raise SageError(f'`init_adapter`: {path} is neither an adapter nor a run that has one: train it first, or give the folder with adapter_config.json')
+    raise SageError(f'`init_adapter`: {path} is neither an adapter nor a run that has one: '
+                    f'train it first, or give the folder with adapter_config.json')
 
 def _trained_with(adapter):
     "The settings that stand beside an adapter"
@@ -57,19 +58,25 @@ def parent_adapter(
     "The adapter that a run goes on from"
     if config.init_adapter is None: return None
     adapter = _adapter_folder(config.init_adapter)
-    if (adapter/start_file).is_file(): raise SageError(f'`init_adapter`: {adapter} is a checkpoint that fits a changed base: take the `lora_weights` of its run')
+    if (adapter/start_file).is_file():
+        raise SageError(f'`init_adapter`: {adapter} is a checkpoint that fits a changed base: '
+                        f'take the `lora_weights` of its run')
     return Earlier(adapter, read_json(adapter/'adapter_config.json'), _trained_with(adapter))
 
 # %% ../../nbs/training/07_incremental.ipynb #4785fe75
 _shape = 'r', 'lora_alpha', 'target_modules', 'bias', 'use_rslora', 'use_dora'
-_no_plain = 'rank_pattern', 'alpha_pattern', 'modules_to_save', 'layers_to_transform', 'trainable_token_indices', 'target_parameters', 'layer_replication'
+_no_plain = ('rank_pattern', 'alpha_pattern', 'modules_to_save', 'layers_to_transform', 'trainable_token_indices',
+             'target_parameters', 'layer_replication')
 
 def _check_plain(e, more=()):
     "Refuse an adapter that `LoRAConfig` has no words for"
     kind = e.settings.get('peft_type')
-    if kind!='LORA': raise SageError(f'`init_adapter`: {e.adapter} is of the kind {kind}, and only LORA can be gone on from')
+    if kind!='LORA':
+        raise SageError(f'`init_adapter`: {e.adapter} is of the kind {kind}, and only LORA can be gone on from')
     other = [n for n in (*_no_plain, *more) if e.settings.get(n) not in (None, False, 'none', [], {})]
-    if other: raise SageError(f'`init_adapter`: {e.adapter} has `{other[0]}`, which cannot be gone on with here: merge it first (`sage-finetune merge`), and train on the merged model')
+    if other:
+        raise SageError(f'`init_adapter`: {e.adapter} has `{other[0]}`, which cannot be gone on with here: '
+                        f'merge it first (`sage-finetune merge`), and train on the merged model')
 
 def _same_shape(config, e):
     "Refuse settings by hand that the adapter does not have"
@@ -77,31 +84,41 @@ def _same_shape(config, e):
         asked,there = getattr(config.lora, n),e.settings[n]
         if isinstance(asked, list) and isinstance(there, list): asked,there = sorted(asked),sorted(there)
         if asked!=there and not (n=='target_modules' and isinstance(asked, str)):
-            raise ValueError(f'`lora.{n}={asked!r}`, but the adapter to go on from has {there!r}: leave it out, or set `stack_adapter=True` for a second adapter')
-    if config.lora.init_lora_weights is not True: raise ValueError(f'`lora.init_lora_weights={config.lora.init_lora_weights!r}` has no meaning together with `init_adapter`: leave it out')
+            raise ValueError(f'`lora.{n}={asked!r}`, but the adapter to go on from has {there!r}: '
+                             f'leave it out, or set `stack_adapter=True` for a second adapter')
+    if config.lora.init_lora_weights is not True:
+        raise ValueError(f'`lora.init_lora_weights={config.lora.init_lora_weights!r}` has no meaning together with '
+                         f'`init_adapter`: leave it out')
 
 def with_adapter(
     config:TrainingConfig, # As asked
 )->TrainingConfig: # Its `lora` has the shape of the adapter that is gone on from
     "The config with what `init_adapter` decides; settings that contradict it are refused"
     if config.init_adapter is None:
-        if config.stack_adapter: raise ValueError('`stack_adapter=True` needs `init_adapter`: give the adapter that is to lie below')
-        if config.replay_share and config.replay_path is None: raise ValueError(f'`replay_share={config.replay_share:g}` needs `replay_path` or `init_adapter`: no earlier rows are known')
+        if config.stack_adapter:
+            raise ValueError('`stack_adapter=True` needs `init_adapter`: give the adapter that is to lie below')
+        if config.replay_share and config.replay_path is None:
+            raise ValueError(f'`replay_share={config.replay_share:g}` needs `replay_path` or `init_adapter`: '
+                             f'no earlier rows are known')
         return config
     e = parent_adapter(config)
     _check_plain(e, ('use_dora', 'bias') if config.stack_adapter else ())
     if config.stack_adapter:
-        if config.lora.use_dora or config.lora.bias!='none': raise ValueError('`stack_adapter=True` adds products of matrices, which `lora.use_dora` and `lora.bias` are not: leave them out')
+        if config.lora.use_dora or config.lora.bias!='none':
+            raise ValueError('`stack_adapter=True` adds products of matrices, which `lora.use_dora` and '
+                             '`lora.bias` are not: leave them out')
         return config
     _same_shape(config, e)
-    theirs = {n: sorted(v) if isinstance(v := e.settings[n], list) else v for n in (*_shape, 'lora_dropout') if n not in config.lora.given}
+    theirs = {n: sorted(v) if isinstance(v := e.settings[n], list) else v for n in (*_shape, 'lora_dropout')
+              if n not in config.lora.given}
     return config.adapted(lora=config.lora.adapted(**theirs))
 
 # %% ../../nbs/training/07_incremental.ipynb #e14e7ee1
 def _saved(e):
     from safetensors.torch import load_file
     try: return load_file(e.adapter/'adapter_model.safetensors')
-    except Exception as err: raise SageError(f'`init_adapter`: {e.adapter}/adapter_model.safetensors cannot be read: {err}') from None
+    except Exception as err:
+        raise SageError(f'`init_adapter`: {e.adapter}/adapter_model.safetensors cannot be read: {err}') from None
 
 def load_adapter_weights(
     model, # With a new adapter of the same shape
@@ -113,7 +130,8 @@ def load_adapter_weights(
     wrong = [k for k in sorted({*saved, *now}) if k not in saved or k not in now or saved[k].shape!=now[k].shape]
     if wrong:
         has = lambda t: f'{tuple(t[wrong[0]].shape)}' if wrong[0] in t else 'nothing'
-        raise SageError(f'`init_adapter`: {e.adapter} does not fit this model: {wrong[0]} is {has(saved)} there and {has(now)} here')
+        raise SageError(f'`init_adapter`: {e.adapter} does not fit this model: '
+                        f'{wrong[0]} is {has(saved)} there and {has(now)} here')
     set_peft_model_state_dict(model, saved)
 
 # %% ../../nbs/training/07_incremental.ipynb #ef153c11
@@ -125,12 +143,16 @@ def add_stacked_adapter(
 )->None: # Nothing: both act, and the new one is trained
     "Put an earlier adapter below the new one, as it is"
     tensors = low_rank(saved := _saved(e))
-    if other := [k for k in saved if k not in tensors]: raise SageError(f'`init_adapter`: {e.adapter} holds more than matrices A and B ({other[0]}): merge it first')
+    if other := [k for k in saved if k not in tensors]:
+        raise SageError(f'`init_adapter`: {e.adapter} holds more than matrices A and B ({other[0]}): merge it first')
     try:
         with without_noise(), warnings.catch_warnings():
-            warnings.filterwarnings('ignore', message='PiSSA changes the base weights') # `save_adapter` writes what fits the untouched ones
+            # `save_adapter` writes what fits the untouched ones
+            warnings.filterwarnings('ignore', message='PiSSA changes the base weights')
             model.load_adapter(str(e.adapter), _below, is_trainable=False)
-    except (RuntimeError, ValueError) as err: raise SageError(f'`init_adapter`: {e.adapter} does not fit this model: {" ".join(str(err).split())[:200]}') from None
+    except (RuntimeError, ValueError) as err:
+        raise SageError(f'`init_adapter`: {e.adapter} does not fit this model: '
+                        f'{" ".join(str(err).split())[:200]}') from None
     for m in model.modules():
         if _below not in getattr(m, 'lora_A', ()): continue
         for part in (m.lora_A, m.lora_B): part[_below] = _Frozen(part[_below].weight)
@@ -140,7 +162,9 @@ def add_stacked_adapter(
 
 class _Frozen(torch.nn.Module):
     "A product with a matrix that nobody can train: PEFT lets every acting adapter be trained once it was switched off and on"
-    def __init__(self, weight): super().__init__(); self.register_buffer('weight', weight.detach().clone())
+    def __init__(self, weight):
+        super().__init__()
+        self.register_buffer('weight', weight.detach().clone())
     def forward(self, x): return torch.nn.functional.linear(x, self.weight)
 
 def _both_act(model): model.base_model.set_adapter(['default', _below])
@@ -150,7 +174,9 @@ def only_top_adapter(
     model, # With an adapter, perhaps with one below it
 ): # While the block runs, the upper one is the only one that acts
     "Let a checkpoint be loaded, which knows of one acting adapter"
-    if _below not in getattr(model, 'peft_config', {}): yield; return
+    if _below not in getattr(model, 'peft_config', {}):
+        yield
+        return
     model.base_model.set_adapter('default')
     try: yield
     finally: _both_act(model)
@@ -164,20 +190,25 @@ def earlier_data(
     "Examples of earlier rows: to be mixed in, and to measure with"
     then = (parent_adapter(config) if config.init_adapter else None) or Earlier(None, {}, None)
     own = config.replay_path is None
-    source = then.config if own else config.replace(format_type=None, columns=None, data_path=config.replay_path, eval_data_path=None)
+    source = (then.config if own
+              else config.replace(format_type=None, columns=None, data_path=config.replay_path, eval_data_path=None))
     if source is None or source.data_path is None: return None,None
     if own and not Path(source.data_path).exists() and not config.replay_share: return None,None
-    read = lambda path,book,evaluation: prepare_dataset(path, tokenizer, source.max_length, report=book, **source_of(source, evaluation), **how_of(source))
+    read = (lambda path,book,evaluation: prepare_dataset(
+        path, tokenizer, source.max_length, report=book, **source_of(source, evaluation), **how_of(source)))
     data = read(source.data_path, report, False)
     if source.eval_data_path is None: data,held = split_dataset(data, source.test_size, source.seed, report)
-    else: report.evaluation = DataReport(); held = read(source.eval_data_path, report.evaluation, True)
+    else:
+        report.evaluation = DataReport()
+        held = read(source.eval_data_path, report.evaluation, True)
     return _short(data, config, report),_short(held, config, report)
 
 def _short(data, config, report):
     "Examples that are no longer than this run allows"
     if data is None: return None
     fit = [i for i,n in enumerate(example_lengths(data).tolist()) if n<=config.max_length]
-    if len(fit)<len(data): report.notes[f'earlier examples with more than {config.max_length} tokens, left out'] = len(data)-len(fit)
+    if len(fit)<len(data):
+        report.notes[f'earlier examples with more than {config.max_length} tokens, left out'] = len(data)-len(fit)
     return data.select(fit) if fit else None
 
 # %% ../../nbs/training/07_incremental.ipynb #b014cc36
@@ -191,10 +222,13 @@ def with_replay(
     "Mix a share of earlier examples in"
     from datasets import concatenate_datasets
     if not share: return dataset
-    if earlier is None: raise SageError(f'`replay_share={share:g}`: there are no earlier rows that can be used; give them as `replay_path`')
+    if earlier is None:
+        raise SageError(f'`replay_share={share:g}`: there are no earlier rows that can be used; '
+                        f'give them as `replay_path`')
     wanted = max(1, round(len(dataset)*share/(1-share)))
     drawn = sorted(random.Random(seed).sample(range(len(earlier)), min(wanted, len(earlier))))
     if report is not None:
         report.replayed = len(drawn)
-        if len(drawn)<wanted: report.notes[f'earlier examples wanted for replay_share={share:g}; all there are were taken'] = wanted
+        if len(drawn)<wanted:
+            report.notes[f'earlier examples wanted for replay_share={share:g}; all there are were taken'] = wanted
     return concatenate_datasets([dataset, earlier.select(drawn)])

@@ -19,7 +19,8 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
         seed:int, # Of the order
     ): self.lengths,self.batch,self.seed,self.epoch = lengths,batch,seed,0
 
-    def set_epoch(self, epoch): self.epoch = max(self.epoch, epoch) # accelerate calls it; before 1.15 once more with 0 after a restart
+    def set_epoch(self, epoch): # accelerate calls it; before 1.15 once more with 0 after a restart
+        self.epoch = max(self.epoch, epoch)
     def __len__(self): return len(self.lengths)
     def __iter__(self):
         from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -47,7 +48,8 @@ class TokenBatchSampler(torch.utils.data.Sampler):
         mixed = torch.randperm(len(self.lengths), generator=g)
         steps = mixed[self.lengths[mixed].argsort(descending=True, stable=True)].split(self.sizes)
         first = [0][:len(steps)-1] if not self.epoch else [] # the longest rows; the step that is not full comes last
-        order = [*first, *(i for i in torch.randperm(len(steps)-1, generator=g).tolist() if i not in first), len(steps)-1]
+        order = [*first, *(i for i in torch.randperm(len(steps)-1, generator=g).tolist() if i not in first),
+                 len(steps)-1]
         for i in order: yield from (part for j in range(self.passes) if (part := steps[i][j::self.passes].tolist()))
 
 def _rows_of_steps(lengths, tokens, passes, multiple):
@@ -55,8 +57,10 @@ def _rows_of_steps(lengths, tokens, passes, multiple):
     at,sizes = 0,[]
     while at<len(lengths):
         n = tokens//(-(-lengths[at]//multiple)*multiple)
-        if n<passes: raise ValueError(_no_room.format(tokens, passes, lengths[at], -(-lengths[at]//multiple)*multiple*passes))
-        sizes.append(min(n, len(lengths)-at)); at += n
+        if n<passes:
+            raise ValueError(_no_room.format(tokens, passes, lengths[at], -(-lengths[at]//multiple)*multiple*passes))
+        sizes.append(min(n, len(lengths)-at))
+        at += n
     return sizes
 
 _no_room = ('`tokens_per_step={0}` has no room for {1} row(s) of {2} tokens, one in each pass of each process: '
@@ -72,7 +76,8 @@ class RankBatchSampler(torch.utils.data.Sampler):
     ): self.batch_sampler,self.processes,self.index = passes,processes,index
 
     @property
-    def sampler(self): return getattr(self.batch_sampler, 'sampler', None) # where accelerate puts a random order of its own
+    def sampler(self): # where accelerate puts a random order of its own
+        return getattr(self.batch_sampler, 'sampler', None)
     @sampler.setter
     def sampler(self, sampler): self.batch_sampler.sampler = sampler
     def set_epoch(self, epoch):

@@ -13,14 +13,16 @@ import random
 from .batches import flat_chunks
 
 # %% ../../nbs/training/01_split.ipynb #5bccb85b
-_run,_seeds,_bands,_alike = 5,40,10,0.8 # tokens in a shingle, numbers in a signature, parts of a signature that must agree to look closer, likeness
+# tokens in a shingle, numbers in a signature, parts of a signature that must agree to look closer, likeness
+_run,_seeds,_bands,_alike = 5,40,10,0.8
 
 def _shingles(flat):
     "A 64-bit number for each run of tokens that begins at a place of `flat`"
     import numpy as np
     mixed = (flat.astype(np.uint64)+np.uint64(1))*np.uint64(0x9E3779B97F4A7C15)
     out,n = np.zeros(max(0, len(flat)-_run+1), dtype=np.uint64),len(flat)-_run+1
-    for k in range(_run if n>0 else 0): out = (out ^ mixed[k:k+n])*np.uint64(0xBF58476D1CE4E5B9) ^ (out >> np.uint64(29))
+    for k in range(_run if n>0 else 0):
+        out = (out ^ mixed[k:k+n])*np.uint64(0xBF58476D1CE4E5B9) ^ (out >> np.uint64(29))
     return out
 
 # %% ../../nbs/training/01_split.ipynb #cef6bb1d
@@ -38,7 +40,8 @@ def _common(dataset, copies, most=4000):
     sample,seen = dataset.select(different[::max(1, len(different)//most)]),[]
     for flat,starts in flat_chunks(sample):
         found,row = _shingles_of_rows(flat, starts)
-        order = np.argsort(found, kind='stable'); found,row = found[order],row[order]
+        order = np.argsort(found, kind='stable')
+        found,row = found[order],row[order]
         once = np.diff(found, prepend=found[:1]+np.uint64(1)).astype(bool) | np.diff(row, prepend=-1).astype(bool)
         seen.append(found[once])
     values,n = np.unique(np.concatenate(seen), return_counts=True)
@@ -57,7 +60,8 @@ def _signatures(dataset, common):
         sign = np.full((len(starts)-1, _seeds), 2**32-1, dtype=np.uint32)
         if len(found):
             first = np.flatnonzero(np.diff(row, prepend=-1))
-            for k,m in enumerate(odd): sign[row[first],k] = np.minimum.reduceat(((found*m) >> np.uint64(32)).astype(np.uint32), first)
+            for k,m in enumerate(odd):
+                sign[row[first],k] = np.minimum.reduceat(((found*m) >> np.uint64(32)).astype(np.uint32), first)
         out.append(sign)
     return np.concatenate(out)
 
@@ -66,7 +70,9 @@ def _copies(dataset):
     import numpy as np
     first,out,i = {},np.zeros(len(dataset), dtype=np.int64),0
     for flat,starts in flat_chunks(dataset):
-        for a,b in zip(starts[:-1], starts[1:]): out[i] = first.setdefault(hash(flat[a:b].tobytes()), i); i += 1
+        for a,b in zip(starts[:-1], starts[1:]):
+            out[i] = first.setdefault(hash(flat[a:b].tobytes()), i)
+            i += 1
     return out
 
 # %% ../../nbs/training/01_split.ipynb #d0ca0e22
@@ -91,7 +97,8 @@ def alike_groups(
 )->tuple: # Two arrays: for each example the first that is a copy of it, and the first that is a copy or nearly
     "Which examples are the same, and which nearly"
     copies = _copies(dataset)
-    return tuple(_by_images(leader, dataset) for leader in (copies, _joined(copies.copy(), _signatures(dataset, _common(dataset, copies)))))
+    return tuple(_by_images(leader, dataset)
+                 for leader in (copies, _joined(copies.copy(), _signatures(dataset, _common(dataset, copies)))))
 
 def _by_images(leader, dataset):
     "`leader` with examples that show different pictures apart: the same words about another picture are another example"
@@ -143,6 +150,7 @@ def overlap(
 )->int: # Evaluation examples that are copies of a training example, or nearly
     "How much of the exam is in the lessons"
     from datasets import concatenate_datasets
-    both = concatenate_datasets([d.select_columns([c for c in ('input_ids', 'image_digests') if c in d.column_names]) for d in (train, evaluation)])
+    both = concatenate_datasets([d.select_columns([
+        c for c in ('input_ids', 'image_digests') if c in d.column_names]) for d in (train, evaluation)])
     alike = alike_groups(both)[1]
     return int(sum(g<len(train) for g in alike[len(train):].tolist()))

@@ -65,12 +65,16 @@ def _layer_size(key, layer, adapter, start):
     values = product_values(B, A, scale)
     W = dequantize_module_weight(layer.get_base_layer()).float()
     norm,base = values.norm(),W.norm()
-    if start: base = (W + _like(W, layer, scale*start[f'{key}.lora_B.weight']@start[f'{key}.lora_A.weight'])).norm() # the untouched matrix
+    if start:
+        # the untouched matrix
+        base = (W + _like(W, layer, scale*start[f'{key}.lora_B.weight']@start[f'{key}.lora_A.weight'])).norm()
     if adapter in layer.lora_magnitude_vector: norm = (_dora(W, layer, adapter, scale*B@A)-W).norm()
     name = key.removeprefix('base_model.model.')
-    return LayerSize(name, *_numbered(name), layer.r[adapter], norm.item(), (norm/base).item() if base else None, tuple(values.tolist()))
+    return LayerSize(name, *_numbered(name), layer.r[adapter], norm.item(), (norm/base).item() if base else None,
+                     tuple(values.tolist()))
 
-def _like(W, layer, change): return (change.T if change.shape!=W.shape or getattr(layer, 'fan_in_fan_out', False) else change).to(W)
+def _like(W, layer, change):
+    return (change.T if change.shape!=W.shape or getattr(layer, 'fan_in_fan_out', False) else change).to(W)
 
 def _dora(W, layer, adapter, change):
     "The matrix that DoRA makes"
@@ -97,10 +101,12 @@ class AdapterSizes(Shown):
             some = [l for l in self.layers if l.module==module]
             far = max(some, key=lambda l: l.norm)
             share = [l.relative for l in some if l.relative is not None]
-            return (module, len(some), float(f'{mean([l.norm for l in some]):.3g}'), f'{mean(share):.1%}' if share else '', f'{mean([l.stable_rank for l in some]):.1f} of {some[0].rank}',
+            return (module, len(some), float(f'{mean([l.norm for l in some]):.3g}'), f'{mean(share):.1%}' if share
+                    else '', f'{mean([l.stable_rank for l in some]):.1f} of {some[0].rank}',
                     f'{far.name} ({far.norm:.3g})')
         modules = dict.fromkeys(l.module for l in self.layers)
-        return Table(['module', 'matrices', 'mean ‖ΔW‖', 'of ‖W‖', 'stable rank', 'moved most'], [line(m) for m in modules], title=self.title)
+        return Table(['module', 'matrices', 'mean ‖ΔW‖', 'of ‖W‖', 'stable rank', 'moved most'],
+                     [line(m) for m in modules], title=self.title)
     def plot(self, of='size'): return plot_adapter(self, of)
     def shown(self): return self.table
 
@@ -124,12 +130,16 @@ def _sizes_of_file(run):
     "The sizes from the adapter alone"
     from sage_finetune.core.disk import read_json
     t,c = run.adapter,read_json(run.folder.lora_weights/'adapter_config.json')
-    if c.get('use_dora'): raise ValueError(f'`base=False`: {run.name} was trained with DoRA, whose change depends on the base; take `base=True`')
-    if c.get('alpha_pattern') or c.get('rank_pattern'): raise ValueError(f'`base=False`: {run.name} has ranks of its own in some layers; take `base=True`')
+    if c.get('use_dora'):
+        raise ValueError(f'`base=False`: {run.name} was trained with DoRA, whose change depends on the base; '
+                         f'take `base=True`')
+    if c.get('alpha_pattern') or c.get('rank_pattern'):
+        raise ValueError(f'`base=False`: {run.name} has ranks of its own in some layers; take `base=True`')
     scale,found = c['lora_alpha']/(c['r']**.5 if c.get('use_rslora') else c['r']),[]
     for key,A in t.items():
         if '.lora_A.' not in key and '.lora_embedding_A' not in key: continue
-        values = product_values(t[key.replace('lora_A', 'lora_B').replace('lora_embedding_A', 'lora_embedding_B')], A, scale)
+        values = product_values(t[key.replace('lora_A', 'lora_B').replace('lora_embedding_A', 'lora_embedding_B')],
+                                A, scale)
         name = key.partition('.lora_')[0].removeprefix('base_model.model.')
         found.append(LayerSize(name, *_numbered(name), len(A), values.norm().item(), None, tuple(values.tolist())))
     return AdapterSizes(found, f'adapter of {run.name}')
@@ -142,15 +152,19 @@ def plot_adapter(
 ): # A matplotlib figure
     "Heat maps of an adapter: layers by modules, and layers by singular values"
     sizes = sizes if isinstance(sizes, AdapterSizes) else adapter_sizes(sizes)
-    if of not in ('size', 'relative', 'norm', 'stable rank'): raise ValueError(f'`of` must be "size", "relative", "norm" or "stable rank", got {of!r}')
+    if of not in ('size', 'relative', 'norm', 'stable rank'):
+        raise ValueError(f'`of` must be "size", "relative", "norm" or "stable rank", got {of!r}')
     inside = [l for l in sizes.layers if l.layer is not None]
     if not inside: raise ValueError('`sizes` holds no matrix inside of a decoder layer: there is no map to draw')
     known = all(l.relative is not None for l in inside)
     what = ('relative' if known else 'norm') if of=='size' else of
-    if what=='relative' and not known: raise ValueError('`of="relative"` needs the base: take `adapter_sizes(run, base=True)`')
+    if what=='relative' and not known:
+        raise ValueError('`of="relative"` needs the base: take `adapter_sizes(run, base=True)`')
     modules,numbers = list(dict.fromkeys(l.module for l in inside)),sorted({l.layer for l in inside})
-    if module and module not in modules: raise ValueError(f"`module` must be one of {', '.join(modules)}, got {module!r}")
-    module = module or max(modules, key=lambda m: sum(_measured(l, what) for l in inside if l.module==m)/sum(l.module==m for l in inside))
+    if module and module not in modules:
+        raise ValueError(f"`module` must be one of {', '.join(modules)}, got {module!r}")
+    module = (module or max(modules, key=lambda m: sum(_measured(l, what) for l in inside if l.module==m)/sum(
+        l.module==m for l in inside)))
     height = 1.6+.28*min(len(numbers), 36)
     fig = shown_figure(figsize=(9.5 if of=='size' else 5.5, height), layout='constrained')
     axes = fig.subplots(1, 2, width_ratios=(len(modules)+1, 7)) if of=='size' else [fig.add_subplot()]
@@ -168,12 +182,15 @@ def _map(ax, sizes, modules, numbers, what):
     grid = np.full((len(numbers), len(modules)), np.nan)
     for l in sizes: grid[numbers.index(l.layer), modules.index(l.module)] = _measured(l, what)
     image = ax.imshow(grid, aspect='auto', cmap='viridis', origin='lower', vmin=0)
-    ax.set(xticks=range(len(modules)), yticks=range(len(numbers)), yticklabels=numbers, ylabel='layer', title=_names[what])
+    ax.set(xticks=range(len(modules)), yticks=range(len(numbers)), yticklabels=numbers, ylabel='layer',
+           title=_names[what])
     ax.set_xticklabels(modules, rotation=35, ha='right', fontsize='small')
     if len(numbers)<=16:
         told = (lambda v: f'{v:.0%}') if what=='relative' else (lambda v: f'{v:.2g}')
         for (i,j),v in np.ndenumerate(grid):
-            if v==v: ax.text(j, i, told(v), ha='center', va='center', fontsize=8, color='black' if v>.6*np.nanmax(grid) else 'white')
+            if v==v:
+                ax.text(j, i, told(v), ha='center', va='center', fontsize=8,
+                        color='black' if v>.6*np.nanmax(grid) else 'white')
     else: ax.figure.colorbar(image, ax=ax)
 
 def _spectrum(ax, sizes, module):
@@ -182,6 +199,7 @@ def _spectrum(ax, sizes, module):
     width = max(len(l.values) for l in sizes)
     grid = np.array([[*(v/(l.values[0] or 1) for v in l.values), *[0]*(width-len(l.values))] for l in sizes])
     image = ax.imshow(grid, aspect='auto', cmap='magma', origin='lower', vmin=0, vmax=1)
-    ax.set(xlabel='singular value', yticks=range(len(sizes)), yticklabels=[l.layer for l in sizes], title=f'{module}: σᵢ / σ₁')
+    ax.set(xlabel='singular value', yticks=range(len(sizes)), yticklabels=[l.layer for l in sizes],
+           title=f'{module}: σᵢ / σ₁')
     ax.set_xticks(range(0, width, max(1, width//8)), range(1, width+1, max(1, width//8)))
     ax.figure.colorbar(image, ax=ax)

@@ -21,7 +21,8 @@ class Curve:
     "A line of which a bounded number of points is kept"
     def __init__(self,
         most:int=256, # Points at most, an even number
-    ): self.most,self.each,self.points,self._open = most,1,[],(0, 0.0, 0) # open: values so far, their sum, the last step
+    ): # open: values so far, their sum, the last step
+        self.most,self.each,self.points,self._open = most,1,[],(0, 0.0, 0)
 
     def add(self,
         step:int, # Larger than those before
@@ -73,7 +74,8 @@ def prompt_text(
     "A prompt as one text"
     return prompt if isinstance(prompt, str) else prompt[-1]['content']
 
-phases = dict(preparing='Preparing', training='Training', pausing='Pausing after this pass', paused='Paused', stopping='Stopping after the last whole step',
+phases = dict(preparing='Preparing', training='Training', pausing='Pausing after this pass', paused='Paused',
+              stopping='Stopping after the last whole step',
               stopped='Stopped', done='Done', failed='Failed')
 _over = 'stopped', 'done', 'failed'
 
@@ -95,7 +97,8 @@ class Board(Shown):
 
     def tell(self, **what):
         "Set some of the attributes"
-        vars(self).update(what); self.changes += 1
+        vars(self).update(what)
+        self.changes += 1
 
     def answered(self,
         prompt:str, # One of the prompts, as text
@@ -138,10 +141,14 @@ def _facts(board):
     yield 'step',f'{b.step:,} of {b.steps:,}',b.step/b.steps if b.steps else None
     if not b.over: yield 'time left',duration(b.seconds_left) if b.done else '',None
     if line := b.loss.line: yield 'loss',f'{line[-1][1]:.4f}',None
-    if held := b.held_out.line: yield 'held-out loss',f'{held[-1][1]:.4f}'+(f', {held[0][1]:.4f} at step {held[0][0]:,}' if len(held)>1 else ''),None
+    if held := b.held_out.line:
+        yield ('held-out loss',f'{held[-1][1]:.4f}'+(f', {held[0][1]:.4f} at step {held[0][0]:,}' if len(
+            held)>1 else ''),None)
     if line := b.rate.line: yield 'learning rate',f'{line[-1][1]:.3g}',None
     if 'tokens_per_second' in now: yield 'speed',f"{now['tokens_per_second']:,.0f} tokens/s",None
-    if now.get('memory'): yield 'memory so far',gb_text(now['memory'])+(f' of {gb_text(b.card)}' if b.card else ''),now['memory']/b.card if b.card else None
+    if now.get('memory'):
+        yield ('memory so far',gb_text(now['memory'])+(f' of {gb_text(b.card)}' if b.card else ''),
+               now['memory']/b.card if b.card else None)
 
 def facts_table(
     board:Board, # Of a run
@@ -155,9 +162,12 @@ def said_table(
     most:int=6, # Answers to show for each prompt
 )->Table: # A row for each answer that differs from the one before
     "The answers to the fixed prompts as they changed"
-    rows = [[p if i==0 else '', s.when, s.text+('' if s.stopped else ' … (cut off)')] for p,said in board.said.items() for i,s in enumerate(_shown_of(said, most))]
+    rows = [[p if i==0 else '', s.when, s.text+('' if s.stopped else ' … (cut off)')]
+            for p,said in board.said.items() for i,s in enumerate(_shown_of(said, most))]
     last,n = [],-1
-    for said in board.said.values(): n += len(_shown_of(said, most)); last += [n] if said else []
+    for said in board.said.values():
+        n += len(_shown_of(said, most))
+        last += [n] if said else []
     return Table(['prompt', 'at step', 'answer'], rows, marks=tuple(last))
 
 def _shown_of(said, most): return said if len(said)<=most else [said[0], *said[1-most:]]
@@ -194,16 +204,20 @@ def _scale(limits, box):
 # %% ../../nbs/ui/01_board.ipynb #5d70ae42
 def _path(line, place, colour, dots=False):
     points = [place(*p) for p in line]
-    drawn = f'<polyline fill="none" stroke="{colour}" stroke-width="1.8" points="{" ".join(f"{x:.1f},{y:.1f}" for x,y in points)}"/>'
-    return drawn+''.join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x,y in points) if dots else drawn
+    drawn = (f'<polyline fill="none" stroke="{colour}" stroke-width="1.8" '
+             f'points="{" ".join(f"{x:.1f},{y:.1f}" for x,y in points)}"/>')
+    return (drawn+''.join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x,y in points) if dots
+            else drawn)
 
-def _label(x, y, text, anchor='middle', colour='currentColor'): return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{html.escape(text)}</text>'
+def _label(x, y, text, anchor='middle', colour='currentColor'):
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{html.escape(text)}</text>'
 
 def _grid(limits, place, box):
     left,top,right,bottom = box
     for v in ticks(*limits[2:]):
         y = place(limits[0], v)[1]
-        yield f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="currentColor" opacity=".18"/>'+_label(left-6, y+4, f'{v:g}', 'end')
+        yield (f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="currentColor" opacity=".18"/>'
+               +_label(left-6, y+4, f'{v:g}', 'end'))
     for s in ticks(*limits[:2]):
         if s==int(s): yield _label(place(s, limits[2])[0], bottom+16, f'{int(s):,}')
 
@@ -216,8 +230,11 @@ def curve_svg(
     lines = {k: getattr(board, k).line for k in _names}
     known = {k: l for k,l in lines.items() if l}
     if not known: body = _label(width/2, height/2, 'no step yet')
-    else: body = _losses(board, known, (46, 26, width-12, height-92)) + _rate(board, known, (46, height-56, width-12, height-14))
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" style="width:100%;max-width:{width}px;color:inherit" role="img" '
+    else:
+        body = _losses(board, known,
+                       (46, 26, width-12, height-92)) + _rate(board, known, (46, height-56, width-12, height-14))
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+            f'style="width:100%;max-width:{width}px;color:inherit" role="img" '
             f'font-family="sans-serif" font-size="11" aria-label="loss over the steps">{body}</svg>')
 
 def _loss_label(board): return f'loss ({board.unit})' if board.unit else 'loss'
@@ -225,18 +242,25 @@ def _loss_label(board): return f'loss ({board.unit})' if board.unit else 'loss'
 def _losses(board, known, box):
     limits = _limits(known.values())
     place,legend = _scale(limits, box),''
-    for i,(k,line) in enumerate(known.items()): legend += _label(box[0]+4+i*150, 14, f"{'●' if k=='held_out' else '━'} {_names[k]} {line[-1][1]:.4f}", 'start', _colours[k])
-    return ''.join(_grid(limits, place, box))+''.join(_path(l, place, _colours[k], k=='held_out') for k,l in known.items())+legend+_label(box[2], 14, _loss_label(board), 'end')
+    for i,(k,line) in enumerate(known.items()):
+        legend += _label(box[0]+4+i*150, 14, f"{'●' if k=='held_out' else '━'} {_names[k]} {line[-1][1]:.4f}",
+                         'start', _colours[k])
+    return ''.join(_grid(limits, place, box))+''.join(
+        _path(l, place, _colours[k], k=='held_out') for k,l in known.items())+legend+_label(
+            box[2], 14, _loss_label(board), 'end')
 
 def _rate(board, known, box):
     line = board.rate.line
     if not line: return ''
     steps = _limits(known.values())[:2]
     place = _scale((*steps, 0.0, max(v for _,v in line) or 1.0), box)
-    return _path(line, place, _colours['rate'])+_label(box[0]+4, box[3]+12, f'learning rate {line[-1][1]:.3g}, at most {max(v for _,v in line):.3g}', 'start', _colours['rate'])
+    return _path(line, place, _colours['rate'])+_label(
+        box[0]+4, box[3]+12, f'learning rate {line[-1][1]:.3g}, at most {max(v for _,v in line):.3g}', 'start',
+        _colours['rate'])
 
 # %% ../../nbs/ui/01_board.ipynb #5ced045d
-_dots = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80)) # bits of the dots of a braille character, (row, column)
+# bits of the dots of a braille character, (row, column)
+_dots = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 
 def _dotted(line, place, width, height):
     "A line as rows of braille characters"
@@ -260,17 +284,21 @@ def text_plot(
     limits = _limits(known)
     place = _scale(limits, (0, 0, 2*width-1, 4*height-1))
     rows = _dotted(board.loss.line, place, width, height) if board.loss.line else [[' ']*width for _ in range(height)]
-    for p in board.held_out.line: x,y = place(*p); rows[min(height-1, round(y)//4)][min(width-1, round(x)//2)] = 'o'
+    for p in board.held_out.line:
+        x,y = place(*p)
+        rows[min(height-1, round(y)//4)][min(width-1, round(x)//2)] = 'o'
     sides = [f'{limits[3]:.3g}', *['']*(height-2), f'{limits[2]:.3g}']
     body = [f'{side:>8} │{"".join(row)}'.rstrip() for side,row in zip(sides, rows)]
-    return '\n'.join([*body, f"{'':8} └{'─'*width}", f"{limits[0]:>10,}{f'{limits[1]:,}':>{width}}", f"{'':10}loss over steps: ⣀ training, o held out"])
+    return '\n'.join([*body, f"{'':8} └{'─'*width}", f"{limits[0]:>10,}{f'{limits[1]:,}':>{width}}",
+                      f"{'':10}loss over steps: ⣀ training, o held out"])
 
 # %% ../../nbs/ui/01_board.ipynb #fe08e4fe
 def talk_table(
     board:Board, # Of a run
 )->Table: # A row for each question
     "What was asked while the run trained"
-    return Table(['at step', 'asked', 'answer'], [[q.step, prompt_text(q.messages), q.shown] for q in list(board.talk)], 'Asked in between')
+    return Table(['at step', 'asked', 'answer'],
+                 [[q.step, prompt_text(q.messages), q.shown] for q in list(board.talk)], 'Asked in between')
 
 class _Plot:
     "The curve in the form that each place can show"
@@ -282,7 +310,8 @@ def headline(
     board:Board, # Of a run
 )->str: # One line
     "In which phase a run is, and the last thing that it had to say where it is over"
-    return f'{phases[board.phase]}: {board.message}' if board.phase in ('stopped', 'failed') and board.message else phases[board.phase]
+    return (f'{phases[board.phase]}: {board.message}' if board.phase in ('stopped', 'failed') and board.message
+            else phases[board.phase])
 
 def as_panel(
     board:Board, # Of a run
@@ -290,7 +319,8 @@ def as_panel(
 )->Panel: # Shows itself
     "All that a board knows"
     said = [said_table(board)] if any(board.said.values()) else []
-    return Panel(headline(board), [facts_table(board), *([_Plot(board)] if plot else []), *said, *([talk_table(board)] if board.talk else [])])
+    return Panel(headline(board), [facts_table(board), *([_Plot(board)] if plot else []), *said,
+                                   *([talk_table(board)] if board.talk else [])])
 
 # %% ../../nbs/ui/01_board.ipynb #c713ed1a
 def board_figure(
@@ -300,13 +330,21 @@ def board_figure(
     fig,grey = shown_figure(figsize=(7.2, 4.2), layout='constrained', facecolor='none'),'#808080'
     top,low = fig.subplots(2, 1, sharex=True, gridspec_kw=dict(height_ratios=(4, 1)))
     for k,name in _names.items():
-        if line := getattr(board, k).line: top.plot(*zip(*line), 'o-' if k=='held_out' else '-', color=_colours[k], markersize=4, label=f'{name} {line[-1][1]:.4f}')
+        if line := getattr(board, k).line:
+            top.plot(*zip(*line), 'o-' if k=='held_out' else '-', color=_colours[k], markersize=4,
+                     label=f'{name} {line[-1][1]:.4f}')
     if board.rate.line: low.plot(*zip(*board.rate.line), color=_colours['rate'])
-    top.set_ylabel(_loss_label(board)); low.set_ylabel('learning\nrate'); low.set_xlabel('optimizer step')
-    low.set_ylim(bottom=0); low.ticklabel_format(axis='y', style='sci', scilimits=(-2, 2))
+    top.set_ylabel(_loss_label(board))
+    low.set_ylabel('learning\nrate')
+    low.set_xlabel('optimizer step')
+    low.set_ylim(bottom=0)
+    low.ticklabel_format(axis='y', style='sci', scilimits=(-2, 2))
     for ax in (top, low):
-        ax.set_facecolor('none'); ax.grid(alpha=.3); ax.tick_params(colors=grey)
-        for part in (ax.xaxis.label, ax.yaxis.label, ax.yaxis.get_offset_text(), *ax.spines.values()): part.set_color(grey)
+        ax.set_facecolor('none')
+        ax.grid(alpha=.3)
+        ax.tick_params(colors=grey)
+        for part in (ax.xaxis.label, ax.yaxis.label, ax.yaxis.get_offset_text(), *ax.spines.values()):
+            part.set_color(grey)
     if top.lines: top.legend(frameon=False, labelcolor=grey)
     return fig
 
@@ -316,7 +354,8 @@ class CurveImage:
     def __init__(self,
         board:Board, # Of a run
     ): self.board = board
-    def _repr_mimebundle_(self, include=None, exclude=None): return {'image/png': board_figure(self.board)._repr_png_(), 'text/plain': text_plot(self.board)}
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        return {'image/png': board_figure(self.board)._repr_png_(), 'text/plain': text_plot(self.board)}
 
 _side = 'flex:1 1 300px;min-width:280px;max-height:420px;overflow:auto'
 
@@ -324,27 +363,36 @@ def _answers_html(board):
     "The answers beside the curve, the last one of each prompt on top"
     out = ''
     for prompt,said in board.said.items():
-        lines = ''.join(f'<div style="margin:.15em 0;{"" if i==0 else "opacity:.65"}"><small>step {s.when}</small> &nbsp;<span style="white-space:pre-wrap">{html.escape(s.text)}</span>'
-                        f'{"" if s.stopped else " <small>… (cut off)</small>"}</div>' for i,s in enumerate(reversed(_shown_of(said, 5))))
-        out += f'<div style="margin:0 0 .7em;border-left:3px solid {_colours["loss"]};padding-left:.6em;line-height:1.35"><b>{html.escape(prompt)}</b>{lines or "<div>…</div>"}</div>'
+        lines = ''.join(f'<div style="margin:.15em 0;{"" if i==0 else "opacity:.65"}"><small>step {s.when}</small> '
+                        f'&nbsp;<span style="white-space:pre-wrap">{html.escape(s.text)}</span>'
+                        f'{"" if s.stopped else " <small>… (cut off)</small>"}</div>'
+                        for i,s in enumerate(reversed(_shown_of(said, 5))))
+        out += (f'<div style="margin:0 0 .7em;border-left:3px solid {_colours["loss"]}'
+                f';padding-left:.6em;line-height:1.35"><b>{html.escape(prompt)}</b>{lines or "<div>…</div>"}</div>')
     return out
 
 def _head_html(board):
     share = board.step/board.steps if board.steps else 0
-    bar = f'<div style="height:6px;border-radius:3px;background:rgba(128,128,128,.25);margin:.35em 0"><div style="height:6px;border-radius:3px;width:{share:.1%};background:{_colours["loss"]}"></div></div>'
-    notes = '' if not board.over and board.phase!='preparing' else f'<small style="opacity:.8">{html.escape(board.message)}</small>'
+    bar = (f'<div style="height:6px;border-radius:3px;background:rgba(128,128,128,.25);margin:.35em 0"><div '
+           f'style="height:6px;border-radius:3px;width:{share:.1%};background:{_colours["loss"]}"></div></div>')
+    notes = ('' if not board.over and board.phase!='preparing'
+             else f'<small style="opacity:.8">{html.escape(board.message)}</small>')
     return f'<div style="line-height:1.4"><b>{phases[board.phase]}</b> {notes}{bar}</div>'
 
 def _facts_html(board):
-    cells = ''.join(f'<div style="margin-right:1.6em;line-height:1.35"><small style="opacity:.7">{html.escape(n)}</small><br>{html.escape(text) or "–"}</div>' for n,text,_ in _facts(board))
+    cells = ''.join(f'<div style="margin-right:1.6em;line-height:1.35"><small style="opacity:.7">{html.escape(n)}'
+                    f'</small><br>{html.escape(text) or "–"}</div>' for n,text,_ in _facts(board))
     return f'<div style="display:flex;flex-wrap:wrap;row-gap:.4em">{cells}</div>'
 
 def _middle_html(board):
     answers = f'<div style="{_side}">{_answers_html(board)}</div>' if board.said else ''
-    return f'<div style="display:flex;flex-wrap:wrap;gap:1.2em;align-items:flex-start"><div style="flex:2 1 380px;max-width:600px">{curve_svg(board)}</div>{answers}</div>'
+    return (f'<div style="display:flex;flex-wrap:wrap;gap:1.2em;align-items:flex-start"><div style="flex:2 1 '
+            f'380px;max-width:600px">{curve_svg(board)}</div>{answers}</div>')
 
 def _talk_html(board):
-    return ''.join(f'<div style="margin:.3em 0;line-height:1.35"><b>{html.escape(prompt_text(q.messages))}</b> <small style="opacity:.7">{"waiting" if q.step is None else f"at step {q.step:,}"}</small>'
-                   f'<div style="white-space:pre-wrap">{html.escape(q.shown)}</div></div>' for q in list(board.talk)[-6:])
+    return ''.join(f'<div style="margin:.3em 0;line-height:1.35"><b>{html.escape(prompt_text(q.messages))}</b> '
+                   f'<small style="opacity:.7">{"waiting" if q.step is None else f"at step {q.step:,}"}</small>'
+                   f'<div style="white-space:pre-wrap">{html.escape(q.shown)}</div></div>'
+                   for q in list(board.talk)[-6:])
 
 board_panes = dict(head=_head_html, middle=_middle_html, facts=_facts_html, talk=_talk_html)

@@ -25,23 +25,28 @@ _presets = tuple(PresetConfigs.fits_in)
 
 def _lora_code(lora):
     default = LoRAConfig()
-    own = {f.name: getattr(lora, f.name) for f in fields(lora) if getattr(lora, f.name)!=getattr(default, f.name) or f.name in lora.given}
+    own = {f.name: getattr(lora, f.name) for f in fields(lora) if getattr(lora, f.name)!=getattr(default, f.name)
+           or f.name in lora.given}
     return f"LoRAConfig({', '.join(f'{n}={v!r}' for n,v in own.items())})"
 
-def _value_code(value): return _lora_code(value) if isinstance(value, LoRAConfig) else repr(str(value)) if isinstance(value, Path) else repr(value)
+def _value_code(value):
+    return (_lora_code(value) if isinstance(value, LoRAConfig) else repr(str(value)) if isinstance(value, Path)
+            else repr(value))
 
 def _from(start, config):
     "What has to be said to make `config` from `start`: {setting: value}"
     given = {n: getattr(config, n) for n in (f.name for f in fields(config)) if n in config.given}
     if start.replace(**given)==config: return given
-    return given | {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name)!=getattr(start, f.name)}
+    return given | {f.name: getattr(config, f.name) for f in fields(config)
+                    if getattr(config, f.name)!=getattr(start, f.name)}
 
 def config_code(
     config:TrainingConfig, # A config
     width:int=100, # Characters in a line; a longer call has one setting in each
 )->str: # An expression; it needs the names `TrainingConfig` or `PresetConfigs`, and `LoRAConfig`
     "The Python that makes a config"
-    starts = {'TrainingConfig': TrainingConfig(), **{f'PresetConfigs.{n}': getattr(PresetConfigs, n)() for n in _presets}}
+    starts = {'TrainingConfig': TrainingConfig(),
+              **{f'PresetConfigs.{n}': getattr(PresetConfigs, n)() for n in _presets}}
     said = {name: _from(start, config) for name,start in starts.items()}
     name = min(said, key=lambda n: len(said[n])) # the first of the shortest
     words = [f'{k}={_value_code(v)}' for k,v in said[name].items()]
@@ -68,11 +73,15 @@ class Field:
     hint:str='' # Shown in an empty field
 
 form_fields = (
-    Field('model_name', 'model', hint='hub name, folder or sage-tiny'), Field('data_path', 'data', hint='file, folder or data set'), Field('output_dir', 'run folder'),
-    Field('per_device_train_batch_size', 'rows in a pass'), Field('gradient_accumulation_steps', 'passes in a step'), Field('max_length', 'tokens of a row'),
+    Field('model_name', 'model', hint='hub name, folder or sage-tiny'),
+    Field('data_path', 'data', hint='file, folder or data set'), Field('output_dir', 'run folder'),
+    Field('per_device_train_batch_size', 'rows in a pass'),
+    Field('gradient_accumulation_steps', 'passes in a step'), Field('max_length', 'tokens of a row'),
     Field('learning_rate', 'learning rate'), Field('num_train_epochs', 'epochs'),
-    Field('lora.r', 'rank r'), Field('lora.lora_alpha', 'alpha'), Field('lora.target_modules', 'layers', hint='q_proj, v_proj or all-linear'),
-    Field('precision', 'compute in', 'choice', ('fp16', 'bf16', 'fp32')), Field('weights', 'hold weights', 'choice', ('as stored', '8 bits', '4 bits')),
+    Field('lora.r', 'rank r'), Field('lora.lora_alpha', 'alpha'),
+    Field('lora.target_modules', 'layers', hint='q_proj, v_proj or all-linear'),
+    Field('precision', 'compute in', 'choice', ('fp16', 'bf16', 'fp32')),
+    Field('weights', 'hold weights', 'choice', ('as stored', '8 bits', '4 bits')),
     Field('packing', 'packing', 'tick'), Field('gradient_checkpointing', 'checkpointing', 'tick'))
 
 _by_name = {f.name: f for f in form_fields}
@@ -85,9 +94,11 @@ def form_values(
     "What the form shows for a config"
     def value(f):
         if f.name=='precision': return precision_of(config)
-        if f.name=='weights': return '8 bits' if config.load_in_8bit else '4 bits' if config.load_in_4bit else 'as stored'
+        if f.name=='weights':
+            return '8 bits' if config.load_in_8bit else '4 bits' if config.load_in_4bit else 'as stored'
         v = getattr(config.lora, f.name[5:]) if f.name.startswith('lora.') else getattr(config, f.name)
-        return v if f.kind=='tick' else '' if v is None else ', '.join(v) if isinstance(v, list) else _at_home(v) if isinstance(v, Path) else str(v)
+        return (v if f.kind=='tick' else '' if v is None else ', '.join(v) if isinstance(v, list) else _at_home(v)
+                if isinstance(v, Path) else str(v))
     return {f.name: value(f) for f in form_fields}
 
 # %% ../../nbs/ui/03_form.ipynb #15961a7c
@@ -97,7 +108,8 @@ def _settings_of(name, value):
     if name=='weights': return dict(load_in_8bit=value=='8 bits', load_in_4bit=value=='4 bits')
     if not isinstance(value, str): return {name: value}
     value = value.strip()
-    if name=='lora.target_modules' and value.lower()!='all-linear' and not re.search(r'[*+?()\[\]|\\^$]', value): # else a pattern for whole names
+    # else a pattern for whole names
+    if name=='lora.target_modules' and value.lower()!='all-linear' and not re.search(r'[*+?()\[\]|\\^$]', value):
         value = [v for v in re.split(r'[\s,]+', value) if v]
     return {name.removeprefix('lora.'): None if value=='' and name=='data_path' else value}
 
@@ -134,7 +146,8 @@ def _fault(config):
 
 # %% ../../nbs/ui/03_form.ipynb #fe6ca027
 _counted,_counting = {},threading.Lock()
-_counts = ('model_name', 'per_device_train_batch_size', 'max_length', 'packing', 'gradient_checkpointing', 'load_in_8bit', 'load_in_4bit', 'fp16', 'bf16', 'optim')
+_counts = ('model_name', 'per_device_train_batch_size', 'max_length', 'packing', 'gradient_checkpointing',
+           'load_in_8bit', 'load_in_4bit', 'fp16', 'bf16', 'optim')
 
 def memory_of(
     config:TrainingConfig, # As asked
@@ -142,7 +155,8 @@ def memory_of(
 ): # A `MemoryEstimate`, or the line that says why there is none
     "What a run needs, counted once for the settings that matter"
     fitted = fit_config(config, machine)[0]
-    key = (machine, str(fitted.lora.replace(lora_alpha=1, lora_dropout=0.).to_dict()), *(getattr(fitted, n) for n in _counts))
+    key = (machine, str(fitted.lora.replace(lora_alpha=1, lora_dropout=0.).to_dict()),
+           *(getattr(fitted, n) for n in _counts))
     with _counting: # one count at a time: two would only be slower
         if key not in _counted:
             try: _counted[key] = estimate_memory(config, machine)
@@ -158,19 +172,25 @@ def remedy_words(
     "What a remedy does, in words"
     c = changes
     if 'per_device_train_batch_size' in c:
-        return f"take {c['per_device_train_batch_size']} instead of {config.per_device_train_batch_size} rows in a pass, in {c['gradient_accumulation_steps']} passes: the effective batch stays {config.effective_batch_size}"
-    if 'gradient_checkpointing' in c: return 'compute activations twice instead of keeping them (checkpointing): a third slower, the same result'
+        return (f"take {c['per_device_train_batch_size']} instead of {config.per_device_train_batch_size} "
+                f"rows in a pass, in {c['gradient_accumulation_steps']} passes: "
+                f"the effective batch stays {config.effective_batch_size}")
+    if 'gradient_checkpointing' in c:
+        return 'compute activations twice instead of keeping them (checkpointing): a third slower, the same result'
     if 'load_in_4bit' in c: return 'hold the frozen weights in 4 bits: a little less exact'
     if 'load_in_8bit' in c: return 'hold the frozen weights in 8 bits: nearly as exact'
-    if 'max_length' in c: return f"take rows of {c['max_length']:,} tokens at most: longer ones are dropped or cut, and reported"
+    if 'max_length' in c:
+        return f"take rows of {c['max_length']:,} tokens at most: longer ones are dropped or cut, and reported"
     return ', '.join(f'{k}={v}' for k,v in c.items())
 
 def _verdict(e):
     "One line, and whether it is bad news"
-    batch = f'{e.config.per_device_train_batch_size} × {e.config.max_length:,} tokens in a pass, effective batch {e.config.effective_batch_size}'
+    batch = (f'{e.config.per_device_train_batch_size} × {e.config.max_length:,} tokens in a pass, effective batch '
+             f'{e.config.effective_batch_size}')
     if e.card is None: return f'{gb_text(e.peak)} ({batch})',False
     if e.fits(): return f'fits: {gb_text(e.peak)} of {gb_text(e.card)} ({batch})',False
-    return f'does not fit: {gb_text(e.peak)}, and {e.machine.name or e.machine.device} has {gb_text(e.card)} ({batch})',True
+    return (f'does not fit: {gb_text(e.peak)}, and {e.machine.name or e.machine.device} has '
+            f'{gb_text(e.card)} ({batch})',True)
 
 # %% ../../nbs/ui/03_form.ipynb #153411b1
 def memory_bar(
@@ -180,11 +200,15 @@ def memory_bar(
     if not isinstance(estimate, MemoryEstimate): return f'<div style="{_bad}">{html.escape(estimate)}</div>'
     e,(verdict,bad) = estimate,_verdict(estimate)
     whole = max(e.card or 0, e.peak)
-    parts = ''.join(f'<div title="{html.escape(f"{name}: {gb_text(n)}, {note}")}" style="width:{100*n/whole:.2f}%;background:{colour}"></div>' for name,n,note,_,colour in memory_parts(e) if n)
-    line = f'<div style="position:absolute;left:{100*e.card/whole:.2f}%;top:-4px;bottom:-4px;border-left:3px solid {_red}"></div>' if bad else ''
-    legend = ' '.join(f'<span style="white-space:nowrap;margin-right:.8em"><span style="color:{colour}">■</span> {name} {gb_text(n)}</span>' for name,n,_,_,colour in memory_parts(e) if n>=e.peak/200)
+    parts = ''.join(f'<div title="{html.escape(f"{name}: {gb_text(n)}, {note}")}" style="width:{100*n/whole:.2f}'
+                    f'%;background:{colour}"></div>' for name,n,note,_,colour in memory_parts(e) if n)
+    line = (f'<div style="position:absolute;left:{100*e.card/whole:.2f}%;top:-4px;bottom:-4px;border-left:3px '
+            f'solid {_red}"></div>' if bad else '')
+    legend = ' '.join(f'<span style="white-space:nowrap;margin-right:.8em"><span style="color:{colour}">■</span> '
+                      f'{name} {gb_text(n)}</span>' for name,n,_,_,colour in memory_parts(e) if n>=e.peak/200)
     return (f'<div style="{_bad if bad else _good}">{html.escape(verdict)}</div>'
-            f'<div style="position:relative;display:flex;height:16px;margin:6px 0;border:1px solid rgba(128,128,128,.7)">{parts}{line}</div>'
+            f'<div style="position:relative;display:flex;height:16px;margin:6px 0;border:1px solid '
+            f'rgba(128,128,128,.7)">{parts}{line}</div>'
             f'<div style="font-size:12px;line-height:1.6">{legend}</div>')
 
 _red = '#e03c3c'
@@ -262,21 +286,30 @@ class _Bar:
     def __init__(self, form):
         self.estimate,self.config = form.estimate,form.config
         self.remedies = _remedies(self.estimate)
-    def lines(self): return [remedy_words(r.changes, self.config)+(' (enough)' if r.enough else f' (saves {gb_text(r.saves)})') for r in self.remedies]
-    def __str__(self): return '\n'.join([_verdict(self.estimate)[0] if isinstance(self.estimate, MemoryEstimate) else self.estimate, *(f'- {l}' for l in self.lines())])
-    def _repr_html_(self): return f'<div style="max-width:46em">{memory_bar(self.estimate)}</div>'+(f"<ul>{''.join(f'<li>{html.escape(l)}</li>' for l in self.lines())}</ul>" if self.remedies else '')
+    def lines(self):
+        return [remedy_words(r.changes, self.config)+(' (enough)' if r.enough else f' (saves {gb_text(r.saves)})')
+                for r in self.remedies]
+    def __str__(self):
+        return '\n'.join([_verdict(self.estimate)[0] if isinstance(self.estimate, MemoryEstimate)
+                          else self.estimate, *(f'- {l}' for l in self.lines())])
+    def _repr_html_(self):
+        return f'<div style="max-width:46em">{memory_bar(self.estimate)}</div>'+(
+            f"<ul>{''.join(f'<li>{html.escape(l)}</li>' for l in self.lines())}</ul>" if self.remedies else '')
 
 class _Code:
     "Python, as it stands"
     def __init__(self, text): self.text = text
     def __str__(self): return self.text
-    def _repr_html_(self): return f'<pre style="text-align:left;white-space:pre-wrap;font-size:12.5px;margin:.4em 0">{html.escape(self.text)}</pre>'
+    def _repr_html_(self):
+        return (f'<pre style="text-align:left;white-space:pre-wrap;font-size:12.5px;margin:.4em '
+                f'0">{html.escape(self.text)}</pre>')
 
 def _static(form, memory=True):
     "What stands where no widgets are: the settings that are not simply the default, the memory, the Python"
     if form.errors: return Panel('Settings that cannot be', [f'{n or "together"}: {m}' for n,m in form.errors.items()])
     table = replace(config_table(form.config), note='')
-    return Panel(f"Settings{f', from the preset {form.preset}' if form.preset else ''}", [table, *([_Bar(form)] if memory else []), _Code(config_script(form.config))])
+    return Panel(f"Settings{f', from the preset {form.preset}' if form.preset else ''}",
+                 [table, *([_Bar(form)] if memory else []), _Code(config_script(form.config))])
 
 # %% ../../nbs/ui/03_form.ipynb #a19215ee
 class Later:
@@ -307,14 +340,19 @@ class _View:
     def __init__(self, form):
         import ipywidgets as w
         self.form,self.filling,self.cell = form,False,None
-        self.presets = {n: w.Button(description=n, tooltip=getattr(PresetConfigs, n).__doc__ or '', layout=w.Layout(width='auto')) for n in _presets}
+        self.presets = {n: w.Button(description=n, tooltip=getattr(PresetConfigs, n).__doc__ or '',
+                                    layout=w.Layout(width='auto')) for n in _presets}
         self.inputs = {f.name: self._input(w, f) for f in form_fields}
         self.wrong = {n: w.HTML(layout=w.Layout(margin='0 0 0 9.3em')) for n in (*self.inputs, '')}
         self.memory,self.code = w.HTML(),w.HTML()
-        self.remedies = [w.Button(description='Do it', layout=w.Layout(width='auto', flex='0 0 auto')) for _ in range(6)]
+        self.remedies = [w.Button(description='Do it', layout=w.Layout(width='auto', flex='0 0 auto'))
+                         for _ in range(6)]
         self.helps = [w.HTML() for _ in self.remedies]
-        self.lines = [w.HBox(pair, layout=w.Layout(display='none', align_items='center')) for pair in zip(self.remedies, self.helps)]
-        self.keep = w.Button(description='Keep', tooltip='Close the form and leave the settings and the Python in the cell', layout=w.Layout(width='auto', align_self='flex-start', margin='.6em 0 0'))
+        self.lines = [w.HBox(pair, layout=w.Layout(display='none', align_items='center'))
+                      for pair in zip(self.remedies, self.helps)]
+        self.keep = w.Button(description='Keep',
+                             tooltip='Close the form and leave the settings and the Python in the cell',
+                             layout=w.Layout(width='auto', align_self='flex-start', margin='.6em 0 0'))
         self.later = Later(self.count)
         self._wire()
         self.box = self._arranged(w)
@@ -334,13 +372,17 @@ class _View:
 
     def _arranged(self, w):
         title = lambda text: w.HTML(f'<b>{text}</b>')
-        left = w.VBox([w.VBox([self.inputs[n], self.wrong[n]]) for n in self.inputs]+[self.wrong['']], layout=w.Layout(flex='1 1 24em', min_width='20em'))
-        right = w.VBox([title(f'Memory on {html.escape(self.form.machine.name or self.form.machine.device)}'), self.memory, *self.lines, title('The same in Python'), self.code, self.keep],
+        left = w.VBox([w.VBox([self.inputs[n], self.wrong[n]]) for n in self.inputs]+[self.wrong['']],
+                      layout=w.Layout(flex='1 1 24em', min_width='20em'))
+        right = w.VBox([title(f'Memory on {html.escape(self.form.machine.name or self.form.machine.device)}'),
+                        self.memory, *self.lines, title('The same in Python'), self.code, self.keep],
                        layout=w.Layout(flex='1 1 24em', min_width='20em', padding='0 0 0 1em'))
-        presets = w.HBox([title('Presets&nbsp;'), *self.presets.values()], layout=w.Layout(flex_flow='row wrap', align_items='center'))
+        presets = w.HBox([title('Presets&nbsp;'), *self.presets.values()],
+                         layout=w.Layout(flex_flow='row wrap', align_items='center'))
         return w.VBox([presets, w.HBox([left, right], layout=w.Layout(flex_flow='row wrap', align_items='flex-start'))])
 
-    def show(self): self.cell = Clickable(self.box, _static(self.form, memory=False)) # counting it would hold the cell up
+    def show(self): # counting it would hold the cell up
+        self.cell = Clickable(self.box, _static(self.form, memory=False))
     def close(self): self.cell.close(self.form)
     def renew(self, memory=True):
         "What is there when the notebook is opened again"
@@ -361,12 +403,19 @@ class _View:
     def changed(self):
         "Errors and code at once, the memory in a moment"
         wrong = self.form.errors
-        for n,h in self.wrong.items(): h.value = f'<span role="alert" style="{_bad};font-weight:normal">{html.escape(wrong[n])}</span>' if n in wrong else ''
+        for n,h in self.wrong.items():
+            h.value = (f'<span role="alert" style="{_bad};font-weight:normal">{html.escape(wrong[n])}</span>'
+                       if n in wrong else '')
         for n,b in self.presets.items(): b.button_style = 'info' if n==self.form.preset else ''
-        self._offer([]); self.renew(memory=False)
-        if wrong: self.code.value = self.memory.value = '<i>None yet: see what is red.</i>'; self.later.ask(None); return
+        self._offer([])
+        self.renew(memory=False)
+        if wrong:
+            self.code.value = self.memory.value = '<i>None yet: see what is red.</i>'
+            self.later.ask(None)
+            return
         self.code.value = _Code(config_script(self.form.config, 52))._repr_html_()
-        self.memory.value = f'<div style="opacity:.5">{self.memory.value}</div>' if 'counting' not in self.memory.value else self.memory.value
+        self.memory.value = (f'<div style="opacity:.5">{self.memory.value}</div>'
+                             if 'counting' not in self.memory.value else self.memory.value)
         self.memory.value = self.memory.value or '<i>counting …</i>'
         self.later.ask(self.form.config)
 
@@ -377,7 +426,9 @@ class _View:
         if not wanted(): return
         self.memory.value = memory_bar(estimate)
         found = _remedies(estimate)
-        if wanted(): self._offer(found, config); self.renew()
+        if wanted():
+            self._offer(found, config)
+            self.renew()
 
     def _offer(self, remedies, config=None):
         "Each remedy as a button that takes it"
@@ -396,4 +447,5 @@ class _View:
 def _help_html(remedy, config):
     "A remedy in words, in bold where it is enough by itself"
     words = html.escape(remedy_words(remedy.changes, config))
-    return f'<div style="line-height:1.35;white-space:normal">{f"<b>{words} (enough)</b>" if remedy.enough else f"{words} (saves {gb_text(remedy.saves)})"}</div>'
+    return (f'<div style="line-height:1.35;white-space:normal">'
+            f'{f"<b>{words} (enough)</b>" if remedy.enough else f"{words} (saves {gb_text(remedy.saves)})"}</div>')

@@ -50,9 +50,14 @@ def _stretches(raw, starts):
     "(first, after the last) of the fewest tokens that are whole characters; no stretch reaches over one of `starts`"
     begin,decoder = 0,codecs.getincrementaldecoder('utf-8')('surrogateescape')
     for k,b in enumerate(raw):
-        if k>begin and (b is None or k in starts): yield begin,k; begin = k; decoder.reset()
+        if k>begin and (b is None or k in starts):
+            yield begin,k
+            begin = k
+            decoder.reset()
         if b is not None: decoder.decode(b)
-        if not decoder.getstate()[0]: yield begin,k+1; begin = k+1
+        if not decoder.getstate()[0]:
+            yield begin,k+1
+            begin = k+1
     if begin<len(raw): yield begin,len(raw)
 
 def _text(ids, raw, before, tokenizer, alone):
@@ -67,7 +72,8 @@ def _text(ids, raw, before, tokenizer, alone):
 def _joins(before, text):
     "Whether `text` goes on with the character in which `before` ends: an accent, a skin tone, a joiner"
     if not before or not text or before.isspace(): return False
-    return unicodedata.category(text[0])[0]=='M' or text[0]=='\u200d' or '\U0001f3fb'<=text[0]<='\U0001f3ff' or before[-1]=='\u200d'
+    return (unicodedata.category(text[0])[0]=='M' or text[0]=='\u200d' or '\U0001f3fb'<=text[0]<='\U0001f3ff'
+            or before[-1]=='\u200d')
 
 # %% ../../nbs/ui/00_inspect.ipynb #026bf476
 def pieces_of(
@@ -84,13 +90,15 @@ def pieces_of(
         text = _text(ids[a:b], raw[a:b], ids[max(0, a-1):a], tokenizer, alone)
         if a and a not in number and not out[-1].control and ids[a] not in alone and _joins(out[-1].text, text):
             last = out.pop()
-            out.append(Piece(last.text+text, last.at, (*last.ids, *ids[a:b]), last.learned or any(learned[a:b]), document=last.document))
+            out.append(Piece(last.text+text, last.at, (*last.ids, *ids[a:b]), last.learned or any(learned[a:b]),
+                             document=last.document))
         else: out.append(Piece(text, a, tuple(ids[a:b]), any(learned[a:b]), ids[a] in alone, number.get(a, 0)))
     return out
 
 # %% ../../nbs/ui/00_inspect.ipynb #ae53a255
 _signs = {'\n': '↵\n', '\t': '⇥\t'}
-_unseen = 'Cc', 'Cf', 'Cs', 'Co', 'Zl', 'Zp', 'Zs' # Categories of Unicode: control, format, surrogate, private, separators
+# Categories of Unicode: control, format, surrogate, private, separators
+_unseen = 'Cc', 'Cf', 'Cs', 'Co', 'Zl', 'Zp', 'Zs'
 _seen = ' \u3000\u200c\u200d' # the last two join letters and emojis, or keep letters apart
 
 def _sign(c):
@@ -115,7 +123,8 @@ def parts_shown(
     "The text of each piece, with signs for what cannot be seen"
     dots,at = _dots(pieces),0
     for p in pieces:
-        chars = [('·', True) if i in dots else (s, True) if (s := _sign(c)) else (c, False) for i,c in enumerate(p.text, at)]
+        chars = [('·', True) if i in dots else (s, True) if (s := _sign(c)) else (c, False)
+                 for i,c in enumerate(p.text, at)]
         if ids: chars.insert(len(chars)-p.text.endswith('\n'), (_id_of(p), True))
         yield p,[(''.join(c for c,_ in g), sign) for sign,g in groupby(chars, key=itemgetter(1))]
         at += len(p.text)
@@ -139,7 +148,8 @@ class RowView:
         n = sum(p.document>0 for p in self.pieces)
         share = f' ({self.learned/self.tokens:.1%})' if self.tokens else ''
         more = f', {n} document{"s"[:n>1]} packed' if n else ''
-        return f'example {self.i:,} of {self.of:,}: {self.tokens:,} tokens, {self.learned:,} learned{share}{more}' + (f', {self.padding:,} of padding not shown' if self.padding else '')
+        return (f'example {self.i:,} of {self.of:,}: {self.tokens:,} tokens, {self.learned:,} learned{share}{more}'
+                + (f', {self.padding:,} of padding not shown' if self.padding else ''))
 
     def __str__(self): return f'{self.summary}\n{_plain(self.pieces, self.ids)}'
     def __repr__(self): return str(self)
@@ -147,7 +157,8 @@ class RowView:
     def __rich_console__(self, console, options): yield from _rich_row(self, console)
 
 # %% ../../nbs/ui/00_inspect.ipynb #6ab344d0
-def _rule(document, before): return ('\n' if before and not before.endswith('\n') else '')+f'── document {document} ──\n'
+def _rule(document, before):
+    return ('\n' if before and not before.endswith('\n') else '')+f'── document {document} ──\n'
 
 def _unmarked(text): return re.sub('[⟦⟧]', lambda m: f'\\u{ord(m[0]):x}', text)
 
@@ -164,10 +175,13 @@ def _plain(pieces, ids=False):
 
 # %% ../../nbs/ui/00_inspect.ipynb #36302c5e
 text_styles = dict(
-    learned='background:rgba(255,176,0,.32);text-decoration:underline;text-decoration-thickness:2px;text-underline-offset:3px;text-decoration-color:rgba(214,124,0,.9)',
-    control='border:1px solid rgba(128,128,128,.65);border-radius:3px;padding:0 2px;font:inherit;font-size:.88em;background:none;color:inherit',
+    learned='background:rgba(255,176,0,.32);text-decoration:underline;text-decoration-thickness:2px;'
+    'text-underline-offset:3px;text-decoration-color:rgba(214,124,0,.9)',
+    control='border:1px solid rgba(128,128,128,.65);border-radius:3px;padding:0 '
+    '2px;font:inherit;font-size:.88em;background:none;color:inherit',
     sign='opacity:.5', document='display:block;border-top:1px dashed;margin-top:.5em;opacity:.7;font-size:.85em',
-    box='font-family:monospace;font-size:13px;line-height:1.65;white-space:pre-wrap;overflow-wrap:anywhere;tab-size:4;max-height:32em;overflow:auto;'
+    box='font-family:monospace;font-size:13px;line-height:1.65;white-space:pre-wrap;overflow-wrap:anywhere;'
+    'tab-size:4;max-height:32em;overflow:auto;'
         'border:1px solid rgba(128,128,128,.4);border-radius:4px;padding:.5em .7em;margin:.3em 0 1em;text-align:left',
     head='font-size:13px;line-height:1.65;text-align:left')
 
@@ -182,7 +196,8 @@ def styled(
 def _html_piece(piece, parts):
     "A piece with its place and id on hover"
     ids,last = ', '.join(map(str, piece.ids)),piece.at+len(piece.ids)-1
-    title = f'token {piece.at}: id {ids}' if len(piece.ids)==1 else f'tokens {piece.at} to {last}, one character: ids {ids}'
+    title = (f'token {piece.at}: id {ids}' if len(piece.ids)==1
+             else f'tokens {piece.at} to {last}, one character: ids {ids}')
     inner = ''.join(styled('span', 'sign', html.escape(s)) if sign else html.escape(s) for s,sign in parts)
     rule = styled('span', 'document', f'document {piece.document}') if piece.document else ''
     return rule+f'<span title="{title}">{styled("code", "control", inner) if piece.control else inner}</span>'
@@ -192,11 +207,14 @@ def _html_row(view):
     for learned,group in groupby(parts_shown(view.pieces), key=lambda x: x[0].learned):
         inner = ''.join(_html_piece(p, parts) for p,parts in group)
         body += styled('u', 'learned', inner) if learned else inner
-    legend = f'{styled("u", "learned", "learned")} · ignored · {styled("code", "control", "control token")} · place and id on hover'
-    return f'<div style="{text_styles["head"]}">{view.summary} &nbsp;|&nbsp; {legend}</div><div style="{text_styles["box"]}">{body}</div>'
+    legend = (f'{styled("u", "learned", "learned")} · ignored · {styled("code", "control", "control token")} · '
+              f'place and id on hover')
+    return (f'<div style="{text_styles["head"]}">{view.summary} &nbsp;|&nbsp; '
+            f'{legend}</div><div style="{text_styles["box"]}">{body}</div>')
 
 # %% ../../nbs/ui/00_inspect.ipynb #56b29806
-_styles = dict(learned='underline #000000 on #ffc240', control='bold cyan', both='bold underline #005f87 on #ffc240', sign='dim', legend='dim')
+_styles = dict(learned='underline #000000 on #ffc240', control='bold cyan',
+               both='bold underline #005f87 on #ffc240', sign='dim', legend='dim')
 
 def _window(view):
     "The pieces to show in a terminal, and how many tokens stand before and after them"
@@ -219,7 +237,8 @@ def _rich_row(view, console):
     from rich.text import Text
     colours = console.color_system and not console.no_color
     pieces,before,after = _window(view)
-    learned,control = (('learned', _styles['learned']), ('<control>', _styles['control'])) if colours else ('⟦learned⟧', '')
+    learned,control = ((('learned', _styles['learned']), ('<control>', _styles['control'])) if colours
+                       else ('⟦learned⟧', ''))
     yield Text.assemble((view.summary, 'bold'), '   ', learned, ' ignored ', control)
     if before: yield Text(f'… {before:,} tokens before', _styles['legend'])
     text = _coloured(pieces, view.ids) if colours else Text(_plain(pieces, view.ids), overflow='fold')
@@ -233,8 +252,11 @@ def row_columns(
     names:list, # Its columns, for the message
 )->tuple: # Ids, labels, positions or None, and the number of padded places
     "What a row holds, without its padding"
-    if 'input_ids' not in row: raise ValueError(f"`dataset` must have a column `input_ids`, got {', '.join(map(str, names))}: make it with `prepare_dataset`")
-    whole = {k: [int(x) for x in row[k]] for k in ('input_ids', 'labels', 'position_ids', 'attention_mask') if row.get(k) is not None}
+    if 'input_ids' not in row:
+        raise ValueError(f"`dataset` must have a column `input_ids`, got {', '.join(map(str, names))}: "
+                         f"make it with `prepare_dataset`")
+    whole = {k: [int(x) for x in row[k]] for k in ('input_ids', 'labels', 'position_ids', 'attention_mask')
+             if row.get(k) is not None}
     n = len(whole['input_ids'])
     for k,v in whole.items():
         if len(v)!=n: raise ValueError(f'`{k}` has {len(v):,} values and `input_ids` has {n:,}: prepare the data again')
@@ -247,7 +269,9 @@ def _number(i, n):
     if not n: raise ValueError('`dataset` is empty: there is no row to show')
     try: at = index(i) if not isinstance(i, bool) else None
     except TypeError: at = None
-    if at is None or not -n<=at<n: raise ValueError(f'`i` must be a whole number from {-n:,} to {n-1:,}, for the data set has {n:,} rows; got {i!r}')
+    if at is None or not -n<=at<n:
+        raise ValueError(f'`i` must be a whole number from {-n:,} to {n-1:,}, for the data set has {n:,} '
+                         f'rows; got {i!r}')
     return at%n
 
 # %% ../../nbs/ui/00_inspect.ipynb #41721c00
@@ -259,7 +283,8 @@ def show_row(
     ids:bool=False, # Whether text and terminal show token ids
 )->RowView: # Shows itself in notebook and terminal
     "A training example as the model sees it, with what is learned marked"
-    if not hasattr(dataset, '__len__'): raise ValueError(f'`dataset` must have a length, got {type(dataset).__name__}: give a list of some of its rows')
+    if not hasattr(dataset, '__len__'):
+        raise ValueError(f'`dataset` must have a length, got {type(dataset).__name__}: give a list of some of its rows')
     if most<1: raise ValueError(f'`most` must be at least 1, got {most!r}')
     i = _number(i, len(dataset))
     tokens,labels,positions,padding = row_columns(row := dataset[i], list(row))
@@ -289,8 +314,10 @@ def _lengths_of(table):
     import numpy as np, pyarrow.compute as pc
     flat,names = lambda name: pc.list_flatten(table[name]).to_numpy(),table.column_names
     sizes = pc.fill_null(pc.list_value_length(table['input_ids']), 0).to_numpy()
-    row,learned = np.repeat(np.arange(len(sizes)), sizes),flat('labels' if 'labels' in names else 'input_ids')!=ignored # row of each token, and whether it is learned
-    if len(row)!=len(learned): raise ValueError('`labels` and `input_ids` have different lengths: prepare the data again')
+    # row of each token, and whether it is learned
+    row,learned = np.repeat(np.arange(len(sizes)), sizes),flat('labels' if 'labels' in names else 'input_ids')!=ignored
+    if len(row)!=len(learned):
+        raise ValueError('`labels` and `input_ids` have different lengths: prepare the data again')
     if 'attention_mask' in names:
         real = flat('attention_mask').astype(bool)
         row,learned = row[real],learned[real]
@@ -302,9 +329,13 @@ def token_lengths(
 )->tuple: # Two arrays: tokens and learned tokens of each example
     "How long each example is, and how much of it is learned"
     import numpy as np
-    if not hasattr(dataset, 'with_format'): raise ValueError(f'`dataset` must be a `datasets.Dataset`, got {type(dataset).__name__}: make it with `prepare_dataset`')
+    if not hasattr(dataset, 'with_format'):
+        raise ValueError(f'`dataset` must be a `datasets.Dataset`, got {type(dataset).__name__}: '
+                         f'make it with `prepare_dataset`')
     wanted = [c for c in ('input_ids', 'labels', 'attention_mask') if c in dataset.column_names]
-    if 'input_ids' not in wanted: raise ValueError(f"`dataset` must have a column `input_ids`, got {', '.join(dataset.column_names)}: make it with `prepare_dataset`")
+    if 'input_ids' not in wanted:
+        raise ValueError(f"`dataset` must have a column `input_ids`, got {', '.join(dataset.column_names)}: "
+                         f"make it with `prepare_dataset`")
     parts = [_lengths_of(t) for t in dataset.select_columns(wanted).with_format('arrow').iter(batch_size=10_000)]
     return tuple(np.concatenate([p[k] for p in parts]) if parts else np.zeros(0, np.int64) for k in (0, 1))
 
@@ -328,7 +359,8 @@ def _plot(tokens, learned, max_length=None):
     edges = np.arange(0, longest+2*step, step)-.5*(step==1)
     ax.hist(tokens, edges, color='#4c78a8', alpha=.75, label=f'all tokens: {_told(tokens)}')
     ax.hist(learned, edges, histtype='step', color='#e07b00', linewidth=2, label=f'learned tokens: {_told(learned)}')
-    if max_length and max_length<=2*longest: ax.axvline(max_length, color='#b00020', linestyle='--', label=f'limit: {max_length:,}')
+    if max_length and max_length<=2*longest:
+        ax.axvline(max_length, color='#b00020', linestyle='--', label=f'limit: {max_length:,}')
     elif max_length: ax.plot([], [], ' ', label=f'limit: {max_length:,}, far to the right')
     ax.set(xlabel='tokens of an example', ylabel='examples', xlim=(min(edges[0], 0), None))
     ax.yaxis.get_major_locator().set_params(integer=True)
@@ -389,19 +421,24 @@ class Inspection:
 
     def _repr_html_(self):
         notes = ''.join(f'<p>{html.escape(n)}</p>' for n in self.notes)
-        picture = f'<img alt="{html.escape(self.lengths())}" src="data:image/png;base64,{b64encode(self.plot()._repr_png_()).decode()}">'
+        picture = (f'<img alt="{html.escape(self.lengths())}" '
+                   f'src="data:image/png;base64,{b64encode(self.plot()._repr_png_()).decode()}">')
         return f'{notes}{self.report._repr_html_()}{picture}{self.rows._repr_html_()}'
 
     def __rich_console__(self, console, options):
         from rich.text import Text
         for n in self.notes: yield Text(n, style='italic')
-        yield self.report; yield ''
-        yield Text(self.lengths(max(5, min(50, options.max_width-25))), overflow='fold'); yield ''
+        yield self.report
+        yield ''
+        yield Text(self.lengths(max(5, min(50, options.max_width-25))), overflow='fold')
+        yield ''
         yield self.rows
 
 # %% ../../nbs/ui/00_inspect.ipynb #fc01344e
-_of_run = dict(data='data_path', model='model_name', max_length='max_length', packing='packing', format_type='format_type', columns='columns', split='data_split',
-               subset='data_subset', revision='data_revision', train_on='train_on', overflow='overflow', cut_answers='cut_answers', duplicates='duplicates', strict='strict')
+_of_run = dict(data='data_path', model='model_name', max_length='max_length', packing='packing',
+               format_type='format_type', columns='columns', split='data_split',
+               subset='data_subset', revision='data_revision', train_on='train_on', overflow='overflow',
+               cut_answers='cut_answers', duplicates='duplicates', strict='strict')
 _defaults = dict(model=None, max_length=1024, packing=False)
 
 def run_settings(
@@ -413,12 +450,14 @@ def run_settings(
     if not (run.meta.is_file() or run.config.is_file()): return None
     config = config_from_meta(run.path) if run.meta.is_file() else TrainingConfig.load(run.config)
     if config.data_path is None: raise ValueError(f'the run in {run.path} names no data: give the data itself')
-    notes = [f'settings of the run in {run.path}', *([f'evaluation is on {config.eval_data_path}: inspect that by itself'] if config.eval_data_path else [])]
+    notes = [f'settings of the run in {run.path}',
+             *([f'evaluation is on {config.eval_data_path}: inspect that by itself'] if config.eval_data_path else [])]
     return {name: getattr(config, setting) for name,setting in _of_run.items()} | dict(notes=notes)
 
 # %% ../../nbs/ui/00_inspect.ipynb #7f9935cd
 def _tokenizer_for(model, notes):
-    if model is None: notes.append(f'no model was named, so the tokens are those of {embedded_model}; another model has others')
+    if model is None:
+        notes.append(f'no model was named, so the tokens are those of {embedded_model}; another model has others')
     if model is not None and not isinstance(model, (str, os.PathLike)): return model
     from sage_finetune.model.loading import load_tokenizer # imports torch
     return load_tokenizer(str(model or embedded_model))
@@ -440,6 +479,9 @@ def inspect_data(
     tokenizer,report = _tokenizer_for(model, notes),DataReport()
     dataset = prepare_dataset(data, tokenizer, report=report, **asked)
     tokens,learned = token_lengths(dataset)
-    if packing: dataset = pack_dataset(dataset, asked['max_length'], packed := PackingReport()); report.packing = packed.to_dict()
+    if packing:
+        dataset = pack_dataset(dataset, asked['max_length'], packed := PackingReport())
+        report.packing = packed.to_dict()
     numbers = range(min(rows, len(dataset))) if isinstance(rows, int) else rows
-    return Inspection(report, tokens, learned, asked['max_length'], Views(show_row(dataset, i, tokenizer, most, ids) for i in numbers), dataset, notes)
+    return Inspection(report, tokens, learned, asked['max_length'],
+                      Views(show_row(dataset, i, tokenizer, most, ids) for i in numbers), dataset, notes)

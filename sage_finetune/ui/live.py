@@ -49,10 +49,13 @@ def generate_answer(
     "Answer one prompt"
     messages = [dict(role='user', content=prompt)] if isinstance(prompt, str) else prompt
     ids,stops = torch.tensor([encode_prompt(messages, tokenizer)], device=model.device),stop_ids(model, tokenizer)
-    how = dict(do_sample=True, temperature=temperature) if temperature else dict(do_sample=False, temperature=None, top_p=None, top_k=None)
+    how = (dict(do_sample=True, temperature=temperature) if temperature
+           else dict(do_sample=False, temperature=None, top_p=None, top_k=None))
     halt = lambda ids,scores,**kw: torch.full((ids.shape[0],), enough(), device=ids.device)
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=_streamer(tokenizer, heard), max_new_tokens=max_new_tokens,
-                         eos_token_id=stops, pad_token_id=stops[0], stopping_criteria=[halt], **how)[0, ids.shape[1]:].tolist()
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=_streamer(tokenizer, heard),
+                         max_new_tokens=max_new_tokens,
+                         eos_token_id=stops, pad_token_id=stops[0], stopping_criteria=[halt],
+                         **how)[0, ids.shape[1]:].tolist()
     stopped = bool(out) and out[-1] in stops
     return Answer(tokenizer.decode(out[:-1] if stopped else out, skip_special_tokens=True), stopped, len(out))
 
@@ -62,7 +65,9 @@ def undisturbed(
 ): # In the block it is in evaluation mode
     "Use a model, and leave its modes and all random numbers as they were"
     modes,state = [(m, m.training) for m in model.modules()],random_state()
-    try: model.eval(); yield
+    try:
+        model.eval()
+        yield
     finally:
         for m,training in modes: m.training = training
         set_random_state(state)
@@ -85,7 +90,9 @@ class Question:
         if self.answer: return self.answer.text+('' if self.answer.stopped else ' … (cut off)')
         return self.text+' …'
 
-    def ended(self, answer=None, error=None): self.answer,self.error = answer,error; self.done.set()
+    def ended(self, answer=None, error=None):
+        self.answer,self.error = answer,error
+        self.done.set()
 
 # %% ../../nbs/ui/02_live.ipynb #461de417
 def read_generations(
@@ -94,7 +101,8 @@ def read_generations(
     "What a run answered to the fixed prompts"
     path = Path(path)
     if not path.is_file(): return []
-    return [json.loads(l) for l in path.read_text(encoding='utf-8').split('\n')[:-1]] # what follows the last line end was torn by a kill, or is empty
+    # what follows the last line end was torn by a kill, or is empty
+    return [json.loads(l) for l in path.read_text(encoding='utf-8').split('\n')[:-1]]
 
 def _line(generation): return json.dumps(generation, ensure_ascii=False)+'\n'
 
@@ -128,16 +136,21 @@ class LiveRun:
         max_new_tokens:int=48, # Tokens of one of these answers at most
     ):
         if not isinstance(run, LoRATrainer): run = trainer_for(run)
-        if int(os.environ.get('WORLD_SIZE', 1))>1: raise SageError('a live run is one process: start `torchrun` with `sage-finetune run`, and look at metrics.jsonl')
+        if int(os.environ.get('WORLD_SIZE', 1))>1:
+            raise SageError('a live run is one process: start `torchrun` with `sage-finetune run`, and look at '
+                            'metrics.jsonl')
         if isinstance(prompts, str) or not all(p and (isinstance(p, str) or isinstance(p[-1], dict)) for p in prompts):
             raise ValueError(f'`prompts` must be a list of questions, or of conversations, got {prompts!r}')
         if every is not None and every<1: raise ValueError(f'`every` must be at least 1 step, or None, got {every!r}')
         self.run,self.prompts,self.every,self.share,self.max_new_tokens = run,list(prompts),every,share,max_new_tokens
-        self.board = Board(prompts, run.machine.memory if run.machine.device=='cuda' else run.machine.ram, **dict(unit='') if run.is_preference else {})
+        self.board = Board(prompts, run.machine.memory if run.machine.device=='cuda' else run.machine.ram,
+                           **dict(unit='') if run.is_preference else {})
         self.result = self.error = self._thread = self._view = None
-        self._asked,self._wake,self._using,self._hold,self._ending = deque(),threading.Condition(),threading.Lock(),False,False
+        self._asked,self._wake,self._using,self._hold,self._ending = (
+            deque(),threading.Condition(),threading.Lock(),False,False)
         self._window,self._away,self._started,self._listener = (0.0, 0.0),0.0,None,None
-        self._answered_at,self._answered_when,self._cost = None,0.0,0.0 # step, second of training, and seconds of the last round of answers
+        # step, second of training, and seconds of the last round of answers
+        self._answered_at,self._answered_when,self._cost = None,0.0,0.0
         run.watcher = self
 
     @property
@@ -145,13 +158,16 @@ class LiveRun:
         "Whether the thread is at work"
         return self._thread is not None and self._thread.is_alive()
     def __str__(self): return str(self.board)
-    def __repr__(self): return f'<LiveRun {self.run.folder.path.name}: {headline(self.board)}, step {self.board.step:,} of {self.board.steps:,}>'
+    def __repr__(self):
+        return (f'<LiveRun {self.run.folder.path.name}: {headline(self.board)}, step {self.board.step:,} of '
+                f'{self.board.steps:,}>')
     def _ipython_display_(self): show_live(self)
 
     def start(self, fresh=False):
         "Begin, or go on from the last whole step"
         if self.running: raise SageError('the run trains already: `stop()` it first, or wait')
-        self.result = self.error = None; self._hold = self._ending = False
+        self.result = self.error = None
+        self._hold = self._ending = False
         self.board.tell(phase='preparing')
         self._thread = threading.Thread(target=_work, args=(self, fresh), name='training', daemon=True)
         _leave_well(self)
@@ -161,15 +177,21 @@ class LiveRun:
     def pause(self):
         "Hold the run after the pass that is under way; it still answers"
         if not self.running: raise SageError(f'nothing trains: the run is {self.board.phase}')
-        self._hold = True; self.board.tell(phase='pausing'); self._notify()
+        self._hold = True
+        self.board.tell(phase='pausing')
+        self._notify()
 
     def go_on(self):
         "Go on after a pause; a run that was stopped or has failed goes on from its last whole step"
         self._hold = False
         if self.running:
-            if self.board.phase in ('pausing', 'paused'): self.board.tell(phase='training' if self.board.steps else 'preparing')
-            self._notify(); return self
-        if self.board.phase=='done': raise SageError('all steps are done: raise `max_steps` or `num_train_epochs` for more, in another `output_dir`')
+            if self.board.phase in ('pausing', 'paused'):
+                self.board.tell(phase='training' if self.board.steps else 'preparing')
+            self._notify()
+            return self
+        if self.board.phase=='done':
+            raise SageError('all steps are done: raise `max_steps` or `num_train_epochs` for more, in '
+                            'another `output_dir`')
         self.run.model = self.run.trainer = None # what was in memory may be broken off in the middle of a step
         self.start()
         if in_notebook(): show_live(self)
@@ -177,7 +199,11 @@ class LiveRun:
 
     def stop(self):
         "Save the last whole step and end; `go_on()`, or the same run tomorrow, continues to the same bits"
-        if self.running: self._ending = True; self.board.tell(phase='stopping'); self.run.stop(); self._notify()
+        if self.running:
+            self._ending = True
+            self.board.tell(phase='stopping')
+            self.run.stop()
+            self._notify()
 
     def wait(self,
         timeout:float|None=None, # Seconds; None waits for the end
@@ -198,9 +224,13 @@ class LiveRun:
         "Ask the model as it is now, without waiting"
         if not prompt: raise ValueError('`prompt` is empty: ask something')
         question = Question(prompt, max_new_tokens, temperature)
-        self.board.talk.append(question); self.board.tell()
+        self.board.talk.append(question)
+        self.board.tell()
         with self._wake:
-            if self.running and not self.board.over: self._asked.append(question); self._wake.notify_all(); return question
+            if self.running and not self.board.over:
+                self._asked.append(question)
+                self._wake.notify_all()
+                return question
         _answer_now(self, question)
         return question
 
@@ -210,7 +240,8 @@ class LiveRun:
         temperature:float=0.0, # 0 takes the likeliest token each time
     )->str: # The answer
         "Ask the model as it is now; a run that trains answers after the pass that is under way"
-        if threading.current_thread() is self._thread: raise SageError('the thread that trains cannot wait for itself: use `generate_answer`')
+        if threading.current_thread() is self._thread:
+            raise SageError('the thread that trains cannot wait for itself: use `generate_answer`')
         question = self.ask(prompt, max_new_tokens, temperature)
         question.done.wait()
         if question.error: raise question.error
@@ -222,7 +253,8 @@ class LiveRun:
 
     def heard(self, what):
         "Keep what the run has to say"
-        self.board.notes.append(what); self.board.tell()
+        self.board.notes.append(what)
+        self.board.tell()
         if self._listener: self._listener(what)
 
     def callbacks(self): return [LiveCallback(self)]
@@ -247,7 +279,8 @@ def _work(live, fresh):
     if fresh:
         with suppress(OSError): _generations(live).unlink()
     if run.trainer is not None and not any(isinstance(c, LiveCallback) for c in run.trainer.callback_handler.callbacks):
-        run.trainer.remove_callback(Progress); run.trainer.add_callback(LiveCallback(live)) # it was set up before it was watched
+        run.trainer.remove_callback(Progress)
+        run.trainer.add_callback(LiveCallback(live)) # it was set up before it was watched
     try:
         live.result = run.train(fresh=fresh)
         _conclude(live)
@@ -275,7 +308,9 @@ def _conclude(live):
     "The last figures and answers of a run that has come to its end"
     state = live.run.trainer.state
     live.board.tell(step=state.global_step, steps=state.max_steps)
-    if live._started is None: _fill_curves(live); _take_generations(_generations(live), live.board, state.global_step) # nothing was left to train
+    if live._started is None:
+        _fill_curves(live)
+        _take_generations(_generations(live), live.board, state.global_step) # nothing was left to train
     if live.prompts and not _answered(live.board, state.global_step):
         with undisturbed(live.run.model): _answer_prompts(live, state.global_step)
 
@@ -284,7 +319,9 @@ def _answered(board, step): return any(said and said[-1].last==step for said in 
 def _answer_now(live, question):
     "Answer when nothing trains any more, in the thread that asks"
     model = live.run.model
-    if model is None: return question.ended(error=SageError('the run has ended and its model is no longer in memory: `go_on()` trains on; `load_for_chat` loads what was saved'))
+    if model is None:
+        return question.ended(error=SageError('the run has ended and its model is no longer in memory: '
+                                              '`go_on()` trains on; `load_for_chat` loads what was saved'))
     with live._using, undisturbed(model): _answer(live, question)
 
 def _leave_well(live):
@@ -292,12 +329,16 @@ def _leave_well(live):
     def leave():
         live.stop()
         if live._thread: live._thread.join(60)
-    atexit.unregister(getattr(live, '_leave', None)); live._leave = leave; atexit.register(leave)
+    atexit.unregister(getattr(live, '_leave', None))
+    live._leave = leave
+    atexit.register(leave)
 
 # %% ../../nbs/ui/02_live.ipynb #8e221b31
 def _stand_still(live, step=None):
     "Answer, generate, wait; called by the thread that trains. `step` is given between two optimizer steps"
-    if live._ending and not live.run.asked_to_stop: live.run.stop(); live.run.trainer.raise_if_stopped() # asked before the run began to listen
+    if live._ending and not live.run.asked_to_stop:
+        live.run.stop()
+        live.run.trainer.raise_if_stopped() # asked before the run began to listen
     due = step is not None and _is_due(live, step)
     if not (due or live._asked or live._hold): return
     trainer,began = live.run.trainer,time.monotonic()
@@ -328,8 +369,12 @@ def _answer_waiting(live):
 def _answer(live, question):
     "Answer one question; an error is its own and not the run's"
     run,question.step = live.run,live.board.step
-    def heard(text): question.text += text; live.board.tell()
-    try: question.ended(generate_answer(run.model, run.tokenizer, question.messages, *question.how, heard, lambda: bool(run.asked_to_stop) and live.running))
+    def heard(text):
+        question.text += text
+        live.board.tell()
+    try:
+        question.ended(generate_answer(run.model, run.tokenizer, question.messages, *question.how, heard,
+                                       lambda: bool(run.asked_to_stop) and live.running))
     except Exception as e: question.ended(error=e)
     live.board.tell()
 
@@ -339,10 +384,12 @@ def _answer_prompts(live, step):
     began,run,file = time.monotonic(),live.run,_generations(live)
     try:
         for p in live.prompts:
-            said = generate_answer(run.model, run.tokenizer, p, live.max_new_tokens, enough=lambda: bool(run.asked_to_stop))
+            said = generate_answer(run.model, run.tokenizer, p, live.max_new_tokens,
+                                   enough=lambda: bool(run.asked_to_stop))
             if run.asked_to_stop: return # broken off
             live.board.answered(prompt_text(p), Said(step, step, said.text, said.stopped))
-            with file.open('a', encoding='utf-8') as f: f.write(_line(dict(step=step, prompt=prompt_text(p), text=said.text, stopped=said.stopped)))
+            with file.open('a', encoding='utf-8') as f:
+                f.write(_line(dict(step=step, prompt=prompt_text(p), text=said.text, stopped=said.stopped)))
     except Exception as e:
         live.prompts = []
         live.heard(f'The prompts are no longer answered: {type(e).__name__}: {e}')
@@ -364,7 +411,8 @@ def _take_up(live, state):
 def _fill_curves(live):
     "What a run that goes on had written down before"
     known = read_metrics(live.run.folder.metrics)
-    for curve,key in ((live.board.loss, 'loss'), (live.board.held_out, 'eval_loss'), (live.board.rate, 'learning_rate')):
+    for curve,key in ((live.board.loss, 'loss'), (live.board.held_out, 'eval_loss'),
+                      (live.board.rate, 'learning_rate')):
         if not curve.line:
             for m in known:
                 if key in m: curve.add(m['step'], m[key])
@@ -387,7 +435,8 @@ def _take_step(live, state, scheduler):
 def _take_numbers(live, step, logs):
     "What was logged; the sums begin anew with each loss"
     if 'loss' in logs: live._window = 0.0,0.0
-    if 'eval_loss' in logs and not any(s==step for s,_ in live.board.held_out.line[-1:]): live.board.held_out.add(step, logs['eval_loss'])
+    if 'eval_loss' in logs and not any(s==step for s,_ in live.board.held_out.line[-1:]):
+        live.board.held_out.add(step, logs['eval_loss'])
     live.board.now = live.board.now | {k: logs[k] for k in _numbers if logs.get(k) is not None}
     live.board.tell()
 
@@ -396,11 +445,14 @@ def _buttons(live):
     "The widgets that steer a run, and what keeps them in step with it"
     import ipywidgets as widgets
     hold = widgets.Button(description='Pause', icon='pause', tooltip='Hold after the pass that is under way')
-    stop = widgets.Button(description='Stop and save', icon='stop', tooltip='Save the last whole step and end; it can go on later')
+    stop = widgets.Button(description='Stop and save', icon='stop',
+                          tooltip='Save the last whole step and end; it can go on later')
     box = widgets.Text(placeholder='Ask the model as it is now', layout=widgets.Layout(flex='1 1 auto', width='auto'))
     send = widgets.Button(description='Send', icon='paper-plane')
     def ask(*_):
-        if text := box.value.strip(): box.value = ''; live.ask(text)
+        if text := box.value.strip():
+            box.value = ''
+            live.ask(text)
     hold.on_click(lambda _: live.go_on() if live._hold else live.pause() if live.running else None)
     stop.on_click(lambda _: live.stop())
     send.on_click(ask)
@@ -423,7 +475,9 @@ def _widget_view(live):
 def _plain_view(live):
     "The same without widgets: one page that is replaced as a whole"
     from IPython.display import HTML
-    whole = lambda names=board_panes: None if 'middle' not in names else HTML(''.join(f(live.board) for f in board_panes.values())+'<small>without ipywidgets there are no buttons: use <code>.pause()</code>, <code>.go_on()</code>, <code>.stop()</code>, <code>.chat(…)</code></small>')
+    whole = lambda names=board_panes: None if 'middle' not in names else HTML(
+        ''.join(f(live.board) for f in board_panes.values())+'<small>without ipywidgets there are no buttons: '
+        'use <code>.pause()</code>, <code>.go_on()</code>, <code>.stop()</code>, <code>.chat(…)</code></small>')
     return whole(),whole
 
 def _has_widgets():
@@ -436,15 +490,21 @@ def show_live(
     again:bool=False, # Also where this cell shows it already
 ):
     "Show the dashboard of a run in this cell; what is left when it is over, as plain pictures and tables"
-    if not in_notebook(): print(live); return
+    if not in_notebook():
+        print(live)
+        return
     from IPython import get_ipython
     from IPython.display import HTML, display
     cell = get_ipython().execution_count
     if cell==getattr(live, '_cell', None) and not again and live._view: return
     live._cell = cell
-    if not live.running: display(CurveImage(live.board)); display(as_panel(live.board, plot=False)); return
+    if not live.running:
+        display(CurveImage(live.board))
+        display(as_panel(live.board, plot=False))
+        return
     thing,draw = _widget_view(live) if _has_widgets() else _plain_view(live)
-    places = _places(thing, live.board) if _has_widgets() else (display(thing, display_id=True), display(HTML(''), display_id=True), lambda: None)
+    places = (_places(thing, live.board) if _has_widgets()
+              else (display(thing, display_id=True), display(HTML(''), display_id=True), lambda: None))
     live._view = threading.Thread(target=_follow, args=(live, *places, draw), name='dashboard', daemon=True)
     live._view.start()
 
@@ -463,11 +523,15 @@ def _follow(live, first, second, renew, draw, seconds=1.0):
                 whole = now-drawn>=seconds
                 if whole: drawn,seen = now,live.board.changes
                 _redraw(first, draw, board_panes if whole else ('head', 'talk'))
-            if live.board.changes!=kept and now-renewed>=5*seconds: kept,renewed = live.board.changes,now; renew()
+            if live.board.changes!=kept and now-renewed>=5*seconds:
+                kept,renewed = live.board.changes,now
+                renew()
             thread.join(seconds/4)
         _redraw(first, draw, board_panes)
     except Exception as e: live.heard(f'The dashboard stopped: {type(e).__name__}: {e}') # never the run
-    with suppress(Exception): first.update(CurveImage(live.board)); second.update(as_panel(live.board, plot=False))
+    with suppress(Exception):
+        first.update(CurveImage(live.board))
+        second.update(as_panel(live.board, plot=False))
 
 def _redraw(place, draw, names):
     new = draw(names) # None where widgets were moved
@@ -500,10 +564,18 @@ def train_in_terminal(
     from rich.console import Console
     from rich.live import Live
     live,console = LiveRun(run, prompts, every),console or Console(stderr=True)
-    if not console.is_terminal: live.run.watcher = None; return live.run.train(fresh=fresh)
+    if not console.is_terminal:
+        live.run.watcher = None
+        return live.run.train(fresh=fresh)
     live._listener = lambda what: console.print(what, markup=False, highlight=False)
     with Live(get_renderable=lambda: live.board.__rich__(), console=console, refresh_per_second=2) as shown:
-        try: live.result = live.run.train(fresh=fresh); _conclude(live); live.board.tell(phase='done')
-        except BaseException as e: live.board.notes.append(str(e)); live.board.tell(phase='stopped' if isinstance(e, KeyboardInterrupt) else 'failed'); raise
+        try:
+            live.result = live.run.train(fresh=fresh)
+            _conclude(live)
+            live.board.tell(phase='done')
+        except BaseException as e:
+            live.board.notes.append(str(e))
+            live.board.tell(phase='stopped' if isinstance(e, KeyboardInterrupt) else 'failed')
+            raise
         finally: shown.refresh()
     return live.result

@@ -23,7 +23,8 @@ from .token_losses import check_base
 # %% ../../nbs/ui/06_talk.ipynb #aa1ea15d
 def _checked_strength(value):
     ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value>=0
-    if not ok: raise ValueError(f'`strength` must be a number from 0 on (0 is the base, 1 the tuned model), got {value!r}')
+    if not ok:
+        raise ValueError(f'`strength` must be a number from 0 on (0 is the base, 1 the tuned model), got {value!r}')
     return float(value)
 
 @torch.no_grad()
@@ -46,16 +47,20 @@ class Strength:
         check_base(model)
         self.strength = _checked_strength(strength)
         self.layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
-        if not self.layers: raise ValueError('`model` has an adapter without LoRA layers, and only those have a strength')
+        if not self.layers:
+            raise ValueError('`model` has an adapter without LoRA layers, and only those have a strength')
         self.before = [(m, dict(m.scaling)) for m in self.layers]
         between = self.strength not in (0, 1)
-        self.lengths = [(m.lora_magnitude_vector[a], _lengths(m, a, self.strength)) for m in self.layers for a in m.lora_magnitude_vector] if between else []
+        self.lengths = ([(m.lora_magnitude_vector[a], _lengths(m, a, self.strength)) for m in self.layers
+                         for a in m.lora_magnitude_vector] if between else [])
 
     def on(self):
         "Switch to the strength"
         self.off_before = [m._disable_adapters for m in self.layers]
         if self.strength==0:
-            for m in self.layers: m._disable_adapters = True # what peft's `disable_adapter` does, without looking through all modules at every token
+            for m in self.layers:
+                # what peft's `disable_adapter` does, without looking through all modules at every token
+                m._disable_adapters = True
         elif self.strength!=1:
             for m,scaling in self.before: m.scaling.update({a: s*self.strength for a,s in scaling.items()})
         self.kept = [(v, v.weight.data) for v,_ in self.lengths]
@@ -86,7 +91,8 @@ class _Turns:
         self.waiting,self.side_of,self.alive = threading.Condition(),{},list(range(len(strengths)))
         self.turn,self.busy = 0,False
         inner = model.get_base_model()
-        self.hooks = [inner.register_forward_pre_hook(self.enter), inner.register_forward_hook(self.leave, always_call=True)]
+        self.hooks = [inner.register_forward_pre_hook(self.enter),
+                      inner.register_forward_hook(self.leave, always_call=True)]
 
     def enter(self, module, args):
         side = self.side_of.get(threading.get_ident())
@@ -143,12 +149,15 @@ def side_by_side(
     turns,pieces,enough,failed = _Turns(model, strengths),Queue(),threading.Event(),[]
     def read(side):
         try:
-            with closing(stream_answer(_Side(model, turns, side), tokenizer, messages, max_new_tokens, temperature)) as answer:
+            with closing(stream_answer(_Side(model, turns, side), tokenizer, messages, max_new_tokens,
+                                       temperature)) as answer:
                 for text in answer:
                     pieces.put((side, text))
                     if enough.is_set(): break
         except Exception as e: failed.append(e)
-        finally: turns.over(side); pieces.put((side, None))
+        finally:
+            turns.over(side)
+            pieces.put((side, None))
     threads = [threading.Thread(target=read, args=(k,), daemon=True) for k in range(len(strengths))]
     for t in threads: t.start()
     try:
@@ -176,21 +185,27 @@ class Exchange:
     @property
     def table(self)->Table:
         "The answers beside each other"
-        return Table(['base', _named(self.strength)], [[self.base, self.tuned]], title=self.prompt, note='(stopped)'*self.stopped)
-    def __str__(self): return f"{self.prompt}{' (stopped)'*self.stopped}\n  base: {self.base}\n  {_named(self.strength)}: {self.tuned}"
+        return Table(['base', _named(self.strength)], [[self.base, self.tuned]], title=self.prompt,
+                     note='(stopped)'*self.stopped)
+    def __str__(self):
+        return f"{self.prompt}{' (stopped)'*self.stopped}\n  base: {self.base}\n  {_named(self.strength)}: {self.tuned}"
     def __repr__(self): return str(self)
     def __rich__(self): return self.table.__rich__()
     def _repr_html_(self): return _html_exchange(self)
 
 def _named(strength): return 'tuned' if strength==1 else 'base' if strength==0 else f'tuned × {strength:g}'
 
-_column = 'flex:1 1 18em;min-width:0;border:1px solid rgba(128,128,128,.5);border-radius:4px;padding:.5em .7em;white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.45;text-align:left'
+_column = ('flex:1 1 18em;min-width:0;border:1px solid rgba(128,128,128,.5);border-radius:4px;padding:.5em '
+           '.7em;white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.45;text-align:left')
 
 def _html_exchange(e, writing=False):
     "Two boxes that stand below each other where there is little room"
-    box = lambda name,text: f'<div style="{_column}"><div style="font-size:11px;opacity:.7;margin-bottom:.3em">{name}</div>{html.escape(text)}{"▌" if writing else ""}</div>'
-    return (f'<div style="font-weight:bold;margin:.6em 0 .3em;line-height:1.4;overflow-wrap:anywhere">{html.escape(e.prompt)}{" (stopped)"*e.stopped}</div>'
-            f'<div style="display:flex;flex-wrap:wrap;gap:.6em">{box("base", e.base)}{box(_named(e.strength), e.tuned)}</div>')
+    box = (lambda name,text: f'<div style="{_column}"><div style="font-size:11px;opacity:.7;margin-bottom:.3em">'
+           f'{name}</div>{html.escape(text)}{"▌" if writing else ""}</div>')
+    return (f'<div style="font-weight:bold;margin:.6em 0 '
+            f'.3em;line-height:1.4;overflow-wrap:anywhere">{html.escape(e.prompt)}{" (stopped)"*e.stopped}</div>'
+            f'<div style="display:flex;flex-wrap:wrap;gap:.6em">{box("base", e.base)}'
+            f'{box(_named(e.strength), e.tuned)}</div>')
 
 # %% ../../nbs/ui/06_talk.ipynb #209fc679
 class Talk:
@@ -204,7 +219,8 @@ class Talk:
         temperature:float=0.0, # 0 takes the likeliest token each time
     ):
         check_base(model)
-        self.model,self.tokenizer,self.name,self.system,self.max_new_tokens,self.temperature = model,tokenizer,name,system,max_new_tokens,temperature
+        self.model,self.tokenizer,self.name,self.system,self.max_new_tokens,self.temperature = (
+            model,tokenizer,name,system,max_new_tokens,temperature)
         self.said,self.strength,self._now,self._lock = [],1.0,None,threading.Lock()
 
     def ask(self,
@@ -215,25 +231,33 @@ class Talk:
         "Ask both, and wait for the answers"
         if not prompt.strip(): raise ValueError('`prompt` is empty: ask something')
         strength = self.strength if strength is None else _checked_strength(strength)
-        known = next((e.base for e in reversed(self.said) if e.prompt==prompt and not e.stopped), None) if not self.temperature else None
+        known = (next((e.base for e in reversed(self.said) if e.prompt==prompt and not e.stopped), None)
+                 if not self.temperature else None)
         exchange = Exchange(prompt, strength, known or '')
-        messages = [*([dict(role='system', content=self.system)] if self.system else []), dict(role='user', content=prompt)]
+        messages = [*([dict(role='system', content=self.system)] if self.system else []),
+                    dict(role='user', content=prompt)]
         sides = [('tuned', strength)] if known is not None else [('base', 0), ('tuned', strength)]
-        with self._lock, closing(side_by_side(self.model, self.tokenizer, messages, [s for _,s in sides], self.max_new_tokens, self.temperature)) as pieces:
+        with (self._lock, closing(side_by_side(self.model, self.tokenizer, messages, [s for _,s in sides],
+                                               self.max_new_tokens, self.temperature)) as pieces):
             self._now = exchange
             for side,text in pieces:
                 setattr(exchange, sides[side][0], getattr(exchange, sides[side][0])+text)
-                if heard(exchange) is False: exchange.stopped = True; break
+                if heard(exchange) is False:
+                    exchange.stopped = True
+                    break
         self.said.append(exchange)
         return exchange
 
-    def __str__(self): return '\n\n'.join(map(str, self.said)) or f'Nothing was asked yet: {self.name or "talk"}.ask("…")'
+    def __str__(self):
+        return '\n\n'.join(map(str, self.said)) or f'Nothing was asked yet: {self.name or "talk"}.ask("…")'
     def __repr__(self): return str(self)
     def __rich__(self): return _panel(self).__rich__()
     def _repr_html_(self): return _panel(self)._repr_html_()
     def _ipython_display_(self): _show(self)
 
-def _panel(talk): return Panel(f'{talk.name}: base and tuned' if talk.name else 'Base and tuned', talk.said or ['Nothing was asked yet.'])
+def _panel(talk):
+    return Panel(f'{talk.name}: base and tuned' if talk.name else 'Base and tuned',
+                 talk.said or ['Nothing was asked yet.'])
 
 def talk(
     run, # `Run`, name of a run, path of its folder, or (model, tokenizer)
@@ -259,14 +283,16 @@ class _View:
         import ipywidgets as w
         self.talk,self.thread,self.stopping,self.cell = talk,None,False,None
         auto = lambda **how: w.Layout(width='auto', **how)
-        self.slider = w.FloatSlider(value=talk.strength, min=0, max=2, step=.05, description='strength', continuous_update=False, readout_format='.2f', layout=w.Layout(width='24em'))
+        self.slider = w.FloatSlider(value=talk.strength, min=0, max=2, step=.05, description='strength',
+                                    continuous_update=False, readout_format='.2f', layout=w.Layout(width='24em'))
         self.slider_note = w.HTML('<span style="opacity:.7">0 is the base, 1 the tuned model</span>')
         self.box = w.Text(placeholder='Ask both, and press Enter', layout=w.Layout(flex='1 1 auto', width='auto'))
         self.ask = w.Button(description='Ask', layout=auto())
         self.stop = w.Button(description='Stop', disabled=True, layout=auto())
         self.keep = w.Button(description='Keep', tooltip='Close the box and leave the talk in the cell', layout=auto())
         self.now,self.before = w.HTML(),w.HTML(self._earlier())
-        self.whole = w.VBox([w.HBox([self.slider, self.slider_note], layout=w.Layout(flex_flow='row wrap', align_items='center')),
+        self.whole = w.VBox([w.HBox([self.slider, self.slider_note],
+                                    layout=w.Layout(flex_flow='row wrap', align_items='center')),
                              w.HBox([self.box, self.ask, self.stop, self.keep]), self.now, self.before])
         self.box.on_msg(lambda _,content,buffers: self.asked() if content.get('event')=='submit' else None)
         self.ask.on_click(lambda _: self.asked())
@@ -286,7 +312,8 @@ class _View:
     def begin(self, prompt):
         "Answer in a thread; an answer that is being written is stopped first"
         self.halt()
-        if self.talk.said and self.talk.said[-1].stopped and self.talk.said[-1].prompt==prompt: self.talk.said.pop() # asked once more, and begun anew
+        if self.talk.said and self.talk.said[-1].stopped and self.talk.said[-1].prompt==prompt:
+            self.talk.said.pop() # asked once more, and begun anew
         self.thread = threading.Thread(target=self.work, args=(prompt, self.talk.strength), daemon=True)
         self.thread.start()
 
@@ -302,10 +329,13 @@ class _View:
         self.now.value = _html_exchange(Exchange(prompt, strength), writing=True)
         def heard(exchange):
             nonlocal shown
-            if time.monotonic()-shown>.1: shown = time.monotonic(); self.now.value = _html_exchange(exchange, writing=True)
+            if time.monotonic()-shown>.1:
+                shown = time.monotonic()
+                self.now.value = _html_exchange(exchange, writing=True)
             return not self.stopping
         try: self.now.value = _html_exchange(self.talk.ask(prompt, strength, heard))
-        except Exception as e: self.now.value = f'<div style="color:#e03c3c;font-weight:bold">{html.escape(str(e))}</div>'
+        except Exception as e:
+            self.now.value = f'<div style="color:#e03c3c;font-weight:bold">{html.escape(str(e))}</div>'
         self.stop.disabled = True
         if self.cell: self.cell.renew(self.talk)
 

@@ -35,7 +35,8 @@ def row_losses(
 )->list: # -log p of each token in nats; NaN for the first token of a document
     "The loss of every token of a row"
     ids_BT = torch.tensor([ids], device=model.device)
-    where = {k: v.to(model.device) for k,v in (sight or {}).items()} | ({} if positions is None else dict(position_ids=torch.tensor([positions], device=model.device)))
+    where = ({k: v.to(model.device) for k,v in (sight or {}).items()}
+             | ({} if positions is None else dict(position_ids=torch.tensor([positions], device=model.device))))
     with evaluating(model): losses_T = _sliced(model, ids_BT, where) if len(ids)>1 else torch.zeros(0)
     first = {0, *(k for k,p in enumerate(positions or ()) if p==0)}
     return [math.nan if k in first else x for k,x in enumerate([math.nan, *losses_T.tolist()][:len(ids)])]
@@ -69,10 +70,16 @@ def check_base(
     model, # With an adapter
 )->None: # Nothing: without its adapter it is the base
     "Refuse a model that is not its base when its adapter is switched off"
-    if not hasattr(model, 'disable_adapter'): raise ValueError('`model` has no adapter, so before and after are the same: give the model of a run (`Run(path).model`), or a second model')
-    if getattr(model, 'adapter_start', None): raise ValueError('`model` began with a part of its weights in the adapter (PiSSA, OLoRA): take the saved one, `Run(path).model`, which fits the untouched base')
+    if not hasattr(model, 'disable_adapter'):
+        raise ValueError('`model` has no adapter, so before and after are the same: '
+                         'give the model of a run (`Run(path).model`), or a second model')
+    if getattr(model, 'adapter_start', None):
+        raise ValueError('`model` began with a part of its weights in the adapter (PiSSA, OLoRA): '
+                         'take the saved one, `Run(path).model`, which fits the untouched base')
     bias = next((c.bias for c in model.peft_config.values() if getattr(c, 'bias', 'none')!='none'), None)
-    if bias: raise ValueError(f'`model` was trained with `bias="{bias}"`, so the biases of its base are gone: give the base itself as a second model')
+    if bias:
+        raise ValueError(f'`model` was trained with `bias="{bias}"`, so the biases of its base are gone: '
+                         f'give the base itself as a second model')
 
 def _before_and_after(model, base, measure):
     "`measure` of the base and of the tuned model"
@@ -89,7 +96,8 @@ def _example(row, tokenizer):
         if isinstance(row.get('text'), str): return _example(row['text'], tokenizer)
         talk = to_conversation(row)
         row,shown = encode(talk.messages, tokenizer, talk.tools),images_of(talk.messages)
-    if not isinstance(row, dict): raise ValueError(f'`row` must be a row of a data set or a text, got {type(row).__name__}')
+    if not isinstance(row, dict):
+        raise ValueError(f'`row` must be a row of a data set or a text, got {type(row).__name__}')
     ids,labels,positions,_ = row_columns(row, list(row))
     if len(ids)<2: raise ValueError(f'`row` has {len(ids)} tokens, and only from the second on a token has a loss')
     return ids,labels,positions,image_inputs(tokenizer, [shown or images_of_row(row)], torch.tensor([ids]))
@@ -105,7 +113,8 @@ class TokenLosses:
 
     def of(self, piece): # Nats, of all tokens of the piece
         "Loss of a piece before and after"
-        return tuple(sum(x for x in losses[piece.at:piece.at+len(piece.ids)] if x==x) for losses in (self.before, self.after))
+        return tuple(sum(x for x in losses[piece.at:piece.at+len(piece.ids)] if x==x)
+                     for losses in (self.before, self.after))
     @property
     def learned(self)->list: # Of (piece, before, after)
         "The pieces that training looked at"
@@ -113,7 +122,8 @@ class TokenLosses:
     @property
     def means(self)->tuple: # Nats for each learned token; NaN where there is none
         "Mean loss over the learned tokens, before and after"
-        at = [k for p in self.pieces if p.learned for k in range(p.at, p.at+len(p.ids)) if self.before[k]==self.before[k]]
+        at = [k for p in self.pieces if p.learned for k in range(p.at, p.at+len(p.ids))
+              if self.before[k]==self.before[k]]
         return tuple(sum(x[k] for k in at)/len(at) if at else math.nan for x in (self.before, self.after))
     @property
     def improved(self)->list: # Of (piece, before, after), the largest gain first
@@ -127,7 +137,8 @@ class TokenLosses:
     def summary(self)->str: # One line
         "The counts"
         n = len(self.learned)
-        return f'{self.name}: loss {self.means[0]:.2f} → {self.means[1]:.2f} nats over {n:,} learned; it fell for {len(self.improved):,}; still above {_known:g}: {len(self.unknown):,}'
+        return (f'{self.name}: loss {self.means[0]:.2f} → {self.means[1]:.2f} nats over {n:,} learned; '
+                f'it fell for {len(self.improved):,}; still above {_known:g}: {len(self.unknown):,}')
     def __str__(self): return str(_token_table(self))
     def __repr__(self): return str(self)
     def _repr_html_(self): return _html_losses(self)
@@ -171,30 +182,39 @@ def _html_token(view, piece, parts):
     inner = ''.join(styled('span', 'sign', html.escape(s)) if sign else html.escape(s) for s,sign in parts)
     if piece.control: inner = styled('code', 'control', inner)
     rule = styled('span', 'document', f'document {piece.document}') if piece.document else ''
-    title = f'{_text_of(piece)!r}: {b:.2f} → {a:.2f} nats ({math.exp(-b):.1%} → {math.exp(-a):.1%})' if view.before[piece.at]==view.before[piece.at] else 'nothing stands before it'
+    title = (f'{_text_of(piece)!r}: {b:.2f} → {a:.2f} nats ({math.exp(-b):.1%} → {math.exp(-a):.1%})'
+             if view.before[piece.at]==view.before[piece.at] else 'nothing stands before it')
     style = ''
     if piece.learned:
         alpha = (0, .16, .36, .6)[_level(a-b)]
-        style = f'background:rgba({_blue if a<b else _orange},{alpha})'+(f';border-bottom:2px dotted rgb({_orange})' if a>_known else '')
+        style = f'background:rgba({_blue if a<b else _orange},{alpha})'+(
+            f';border-bottom:2px dotted rgb({_orange})' if a>_known else '')
     return rule+f'<span title="{html.escape(title)}" style="{style or "opacity:.55"}">{inner}</span>'
 
 def _swatch(colour, alpha, text): return f'<span style="background:rgba({colour},{alpha});padding:0 4px">{text}</span>'
 
 def _html_losses(view):
     body = ''.join(_html_token(view, p, parts) for p,parts in parts_shown(view.pieces))
-    legend = ' '.join([_swatch(_blue, .6, 'fell by 3 nats'), _swatch(_blue, .36, '1'), _swatch(_blue, .16, '0.1'), _swatch(_orange, .16, 'rose by 0.1'), _swatch(_orange, .36, '1'),
-                       _swatch(_orange, .6, '3'), f'<span style="border-bottom:2px dotted rgb({_orange})">still above {_known:g}</span>', '<span style="opacity:.55">not learned</span>'])
-    return f'<div style="{text_styles["head"]}">{html.escape(view.summary)}<br>{legend} · figures on hover</div><div style="{text_styles["box"]}">{body}</div>'
+    legend = ' '.join([_swatch(_blue, .6, 'fell by 3 nats'), _swatch(_blue, .36, '1'), _swatch(_blue, .16, '0.1'),
+                       _swatch(_orange, .16, 'rose by 0.1'), _swatch(_orange, .36, '1'),
+                       _swatch(_orange, .6, '3'), f'<span style="border-bottom:2px dotted rgb({_orange})">still '
+                       f'above {_known:g}</span>', '<span style="opacity:.55">not learned</span>'])
+    return (f'<div style="{text_styles["head"]}">{html.escape(view.summary)}<br>{legend} · figures on '
+            f'hover</div><div style="{text_styles["box"]}">{body}</div>')
 
 # %% ../../nbs/ui/05_token_losses.ipynb #7eaf6e97
-_fills = {-3: '#000000 on #4c9be0', -2: '#000000 on #9ecae9', -1: '#000000 on #d6e8f6', 0: '', 1: '#000000 on #fde0c5', 2: '#000000 on #fdb07a', 3: '#000000 on #e8743b'}
+_fills = {-3: '#000000 on #4c9be0', -2: '#000000 on #9ecae9', -1: '#000000 on #d6e8f6', 0: '',
+          1: '#000000 on #fde0c5', 2: '#000000 on #fdb07a', 3: '#000000 on #e8743b'}
 
 def _rich_losses(view, console):
     "Coloured text, or the table where there are no colours"
     from rich.text import Text
-    if not console.color_system or console.no_color: yield _token_table(view); return
+    if not console.color_system or console.no_color:
+        yield _token_table(view)
+        return
     yield Text.assemble((view.summary, 'bold'))
-    yield Text.assemble('loss ', ('fell by 3 nats', _fills[-3]), ' ', ('1', _fills[-2]), ' ', ('0.1', _fills[-1]), ', ', ('rose by 0.1', _fills[1]), ' ', ('1', _fills[2]), ' ', ('3', _fills[3]), ', ',
+    yield Text.assemble('loss ', ('fell by 3 nats', _fills[-3]), ' ', ('1', _fills[-2]), ' ', ('0.1', _fills[-1]),
+                        ', ', ('rose by 0.1', _fills[1]), ' ', ('1', _fills[2]), ' ', ('3', _fills[3]), ', ',
                         (f'still above {_known:g}', 'underline'), ', ', ('not learned', 'dim'))
     out = Text(overflow='fold')
     for p,parts in parts_shown(view.pieces):
@@ -219,9 +239,12 @@ class WorstRows:
     @property
     def table(self)->Table:
         "One line for each"
-        lines = [(n, round(r.means[0], 2), round(r.means[1], 2), ' '.join(_text_of(p) for p,_,_ in r.unknown[:3])) for n,r in zip(self.numbers, self.rows)]
-        told = f'the worst {len(self.rows)} of {len(self.means):,} {self.which} rows' + (f' (evenly taken from {self.of:,})' if len(self.means)<self.of else '')
-        return Table(['row', 'before', 'after', 'worst tokens'], lines, title=f'{told}; half of them are below {sorted(self.means)[len(self.means)//2]:.2f}')
+        lines = [(n, round(r.means[0], 2), round(r.means[1], 2), ' '.join(_text_of(p) for p,_,_ in r.unknown[:3]))
+                 for n,r in zip(self.numbers, self.rows)]
+        told = (f'the worst {len(self.rows)} of {len(self.means):,} {self.which} rows'
+                + (f' (evenly taken from {self.of:,})' if len(self.means)<self.of else ''))
+        return Table(['row', 'before', 'after', 'worst tokens'], lines,
+                     title=f'{told}; half of them are below {sorted(self.means)[len(self.means)//2]:.2f}')
     def __str__(self): return str(self.table)
     def __repr__(self): return str(self)
     def _repr_html_(self): return self.table._repr_html_()+''.join(r._repr_html_() for r in self.rows)
@@ -232,7 +255,9 @@ class WorstRows:
 def worst_rows(
     run, # `Run`, name of a run, or path of its folder
     n:int=3, # Rows to show
-    held_out:bool|None=None, # Whether to look at held-out rows or at those that were trained on; None takes the held-out ones where there are any
+    # Whether to look at held-out rows or at those that were trained on; None takes the held-out ones where there
+    # are any
+    held_out:bool|None=None,
     among:int=200, # Rows to look at; evenly spaced where there are more
 )->WorstRows: # Shows itself
     "The rows that a tuned model does worst"
@@ -245,7 +270,8 @@ def worst_rows(
     means = [_row_mean(run, rows[i]) for i in some]
     worst = sorted(range(len(some)), key=lambda k: -means[k])[:n]
     numbers = [some[k] for k in worst]
-    return WorstRows([token_losses(run.model, run.tokenizer, rows[i], name=f'{which} row {i}') for i in numbers], numbers, means, which, len(rows))
+    return WorstRows([token_losses(run.model, run.tokenizer, rows[i], name=f'{which} row {i}') for i in numbers],
+                     numbers, means, which, len(rows))
 
 def _row_mean(run, row):
     ids,labels,_,sight = _example(row, run.tokenizer)
@@ -254,18 +280,31 @@ def _row_mean(run, row):
 
 # %% ../../nbs/ui/05_token_losses.ipynb #7b1b1341
 reference_texts = {
-    'prose': 'The ferry left the harbour before sunrise, and nobody on the pier waved. Anna counted the lamps along the shore until the fog took the last one. She had packed two shirts, '
-             'a map that her father had drawn, and a loaf of bread that was still warm. By noon the wind had turned. The captain, who had said nothing since the evening before, came down the '
-             'stairs and asked whether anyone could play chess. It was a long way to the islands, and there was time for more than one game.',
-    'explanation': 'A bicycle stays upright because its rider keeps steering into the fall. When it leans to the left, the front wheel is turned a little to the left as well, and the wheels roll '
-                   'back under the weight. At walking speed this takes constant attention; at higher speed the motion of the wheels does most of the work. A child learns it within a few '
-                   'afternoons and rarely forgets it, although hardly anyone can say afterwards what it is that the hands have learned to do.',
-    'instructions': 'Question: How do I boil an egg so that the yolk stays soft?\nAnswer: Bring a small pot of water to the boil, lower the egg into it with a spoon, and wait six minutes. Then put the egg into cold '
-                    'water for one minute, so that it stops cooking.\nQuestion: Which is heavier, a litre of oil or a litre of water?\nAnswer: The litre of water. Oil is lighter, which is why it floats on top.\n',
-    'code': 'def running_mean(values, width):\n    "Mean of the last `width` values at each place"\n    total, out = 0.0, []\n    for i, value in enumerate(values):\n        total += value\n        if i >= width:\n            '
-            'total -= values[i - width]\n        out.append(total / min(i + 1, width))\n    return out\n\n\nclass Counter:\n    def __init__(self, start=0):\n        self.count = start\n\n    def add(self, n=1):\n        self.count += n\n        return self.count\n',
-    'numbers': 'The table has three rows. In March 14 trains were late out of 280, which is 5 percent. In April 21 of 300 were late, 7 percent, and in May 9 of 310, about 3 percent. Together 44 of 890 trains were late, '
-               'a little less than one in twenty. A ticket costs 12.50 euros, so four tickets cost 50 euros and ten cost 125.',
+    'prose': 'The ferry left the harbour before sunrise, and nobody on the pier waved. '
+    'Anna counted the lamps along the shore until the fog took the last one. She had packed two shirts, '
+             'a map that her father had drawn, and a loaf of bread that was still warm. '
+    'By noon the wind had turned. The captain, who had said nothing since the evening before, came down the '
+             'stairs and asked whether anyone could play chess. It was a long way to the islands, and there was '
+    'time for more than one game.',
+    'explanation': 'A bicycle stays upright because its rider keeps steering into the fall. '
+    'When it leans to the left, the front wheel is turned a little to the left as well, and the wheels roll '
+                   'back under the weight. At walking speed this takes constant attention; '
+    'at higher speed the motion of the wheels does most of the work. A child learns it within a few '
+                   'afternoons and rarely forgets it, although hardly anyone can say afterwards what it is that '
+    'the hands have learned to do.',
+    'instructions': 'Question: How do I boil an egg so that the yolk stays soft?\nAnswer: Bring a small pot of '
+    'water to the boil, lower the egg into it with a spoon, and wait six minutes. Then put the egg into cold '
+                    'water for one minute, so that it stops cooking.\nQuestion: Which is heavier, a litre of oil '
+    'or a litre of water?\nAnswer: The litre of water. Oil is lighter, which is why it floats on top.\n',
+    'code': 'def running_mean(values, width):\n    "Mean of the last `width` values at each place"\n    total, out '
+    '= 0.0, []\n    for i, value in enumerate(values):\n        total += value\n        if i >= width:\n            '
+            'total -= values[i - width]\n        out.append(total / min(i + 1, width))\n    return out\n\n\n'
+    'class Counter:\n    def __init__(self, start=0):\n        self.count = start\n\n    def add(self, n=1):\n'
+    '        self.count += n\n        return self.count\n',
+    'numbers': 'The table has three rows. In March 14 trains were late out of 280, which is 5 percent. In April 21 '
+    'of 300 were late, 7 percent, and in May 9 of 310, about 3 percent. Together 44 of 890 trains were late, '
+               'a little less than one in twenty. A ticket costs 12.50 euros, so four tickets cost 50 euros and '
+    'ten cost 125.',
     'Chinese': '早上下了一点小雨，街上的人不多。他打着伞走到车站，等了十分钟，公共汽车才来。车上很安静，有人在看书，有人在看窗外。到了学校以后，他先去图书馆还了两本书，然后去教室上课。下午天晴了，同学们在操场上打球。'}
 
 # %% ../../nbs/ui/05_token_losses.ipynb #2cc077f9
@@ -296,19 +335,22 @@ class Forgetting(Shown):
         line = lambda name,n,b,a: (name, n, round(b, 3), round(a, 3), f'{a-b:+.3f}', f'× {math.exp(a-b):.2f}')
         rows = [line(name, *v) for name,v in self.texts.items()]
         if len(rows)>1: rows.append(line('all tokens', self.tokens, self.before, self.after))
-        return Table(['text', 'tokens', 'before', 'after', 'change', 'perplexity'], rows, title='Loss on text that was not the task, in nats for each token')
+        return Table(['text', 'tokens', 'before', 'after', 'change', 'perplexity'], rows,
+                     title='Loss on text that was not the task, in nats for each token')
     def shown(self): return self.table
 
 def _texts(reference):
     "{name: text} of what was given as a reference"
     if reference is None: return reference_texts
-    if isinstance(reference, Path) or isinstance(reference, str) and len(reference)<300 and '\n' not in reference and Path(reference).expanduser().is_file():
+    if (isinstance(reference, Path) or isinstance(reference, str) and len(reference)<300 and '\n' not in reference
+        and Path(reference).expanduser().is_file()):
         path = Path(reference).expanduser()
         try: return {path.name: path.read_text(encoding='utf-8')}
         except (OSError, UnicodeDecodeError) as e: raise SageError(f'{path} cannot be read as text: {e}') from None
     if isinstance(reference, str): return dict(text=reference)
     texts = reference if isinstance(reference, dict) else {f'text {i}': t for i,t in enumerate(reference, 1)}
-    if not texts or not all(isinstance(t, str) for t in texts.values()): raise ValueError('`reference` must be a text, a text file, a list of texts, or a dict of them by name')
+    if not texts or not all(isinstance(t, str) for t in texts.values()):
+        raise ValueError('`reference` must be a text, a text file, a list of texts, or a dict of them by name')
     return texts
 
 # %% ../../nbs/ui/05_token_losses.ipynb #4adc6be5
@@ -325,7 +367,9 @@ def forgetting(
     for name,text in _texts(reference).items():
         ids = tokenizer(text, add_special_tokens=True)['input_ids']
         parts = [p for i in range(0, len(ids), max_length) if len(p := ids[i:i+max_length])>1]
-        if not parts: raise ValueError(f'`reference`: {name} has {len(ids)} tokens, and only from the second on a token has a loss')
+        if not parts:
+            raise ValueError(f'`reference`: {name} has {len(ids)} tokens, and only from the second on a '
+                             f'token has a loss')
         measure = lambda m: [x for p in parts for x in row_losses(m, p)[1:]]
         before,after = _before_and_after(model, base, measure)
         found[name] = len(before),sum(before)/len(before),sum(after)/len(after)

@@ -34,7 +34,8 @@ def address(root, scratch):
 @pytest.fixture
 def later(root, scratch, tmp_path):
     "The addresses of two that open the notebooks of `root` without a kernel: who made them, and somebody else, who does not trust them"
-    with lab.server(root, scratch, kernels=False) as own, lab.server(root, tmp_path/'other', kernels=False) as others: yield own,others
+    with lab.server(root, scratch, kernels=False) as own, lab.server(root, tmp_path/'other', kernels=False) as others:
+        yield own,others
 
 
 @pytest.fixture(scope='session')
@@ -47,7 +48,9 @@ def opens():
 def visit(address, opens):
     "Open a notebook of `root`: `visit(name)`; its kernel ends with the test"
     pages = []
-    def visit(name, **how): pages.append(opens(address, name, **how)); return pages[-1]
+    def visit(name, **how):
+        pages.append(opens(address, name, **how))
+        return pages[-1]
     yield visit
     for page in pages: page.leave()
 

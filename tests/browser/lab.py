@@ -16,12 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 browser_names = 'chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable'
-browser_flags = ['--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--disable-quic', '--no-first-run', '--disable-background-networking',
+browser_flags = ['--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--disable-quic', '--no-first-run',
+                 '--disable-background-networking',
                  '--disable-component-update', '--disable-sync']
 lab_settings = {
     '@jupyterlab/docmanager-extension/plugin': {'autosave': False},
     '@jupyterlab/apputils-extension/notification': {'fetchNews': 'false', 'checkForUpdates': False},
-    '@jupyterlab/notebook-extension/tracker': {'windowingMode': 'none'}, # every cell is in the page, also one that is out of sight
+    # every cell is in the page, also one that is out of sight
+    '@jupyterlab/notebook-extension/tracker': {'windowingMode': 'none'},
 }
 
 
@@ -30,7 +32,8 @@ def missing()->str|None:
     from importlib.util import find_spec
     lacking = [name for name in ('playwright', 'jupyterlab', 'ipywidgets', 'nbconvert') if find_spec(name) is None]
     if lacking: return f"not installed: {', '.join(lacking)} (make test-browser installs it)"
-    return None if browser() else 'no Chromium: install the package `chromium` of the system (make test-browser says how)'
+    return (None if browser() else 'no Chromium: install the package `chromium` of the system (make '
+            'test-browser says how)')
 
 
 def browser()->str|None:
@@ -45,14 +48,17 @@ def browser()->str|None:
 def notebook(path, *cells):
     "Write a notebook of code cells"
     import nbformat
-    new = nbformat.v4.new_notebook(metadata=dict(kernelspec=dict(display_name='Python 3', language='python', name='python3')))
+    new = nbformat.v4.new_notebook(
+        metadata=dict(kernelspec=dict(display_name='Python 3', language='python', name='python3')))
     new.cells = [nbformat.v4.new_code_cell(c) for c in cells]
     nbformat.write(new, path)
     return path
 
 
 def _free_port():
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
 
 
 @contextmanager
@@ -61,13 +67,19 @@ def server(root, scratch, kernels=True):
     port,scratch,log = _free_port(),Path(scratch),Path(scratch)/'lab.log'
     for name,value in lab_settings.items():
         file = scratch/'settings'/f'{name}.jupyterlab-settings'
-        file.parent.mkdir(parents=True, exist_ok=True); file.write_text(json.dumps(value))
-    command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip', '127.0.0.1', '--port', str(port), '--ServerApp.port_retries=0', '--IdentityProvider.token=',
-               '--ServerApp.password=', '--ServerApp.root_dir', str(root), '--LabApp.expose_app_in_browser=True', '--LabApp.news_url=',
-               '--LabApp.user_settings_dir', str(scratch/'settings'), '--LabApp.workspaces_dir', str(scratch/'workspaces'),
-               *([] if kernels else ['--KernelSpecManager.ensure_native_kernel=False', '--KernelSpecManager.allowed_kernelspecs=none'])]
-    env = {**os.environ, 'JUPYTER_CONFIG_DIR': str(scratch/'config'), 'JUPYTER_RUNTIME_DIR': str(scratch/'runtime'), 'JUPYTER_DATA_DIR': str(scratch/'data'), 'OMP_NUM_THREADS': '1',
-           'PIP_NO_INDEX': '1', 'PIP_DISABLE_PIP_VERSION_CHECK': '1'} # the first cell of a tutorial installs what is installed
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(value))
+    command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip', '127.0.0.1', '--port',
+               str(port), '--ServerApp.port_retries=0', '--IdentityProvider.token=',
+               '--ServerApp.password=', '--ServerApp.root_dir', str(root), '--LabApp.expose_app_in_browser=True',
+               '--LabApp.news_url=', '--LabApp.user_settings_dir', str(scratch/'settings'),
+               '--LabApp.workspaces_dir', str(scratch/'workspaces'),
+               *([] if kernels else ['--KernelSpecManager.ensure_native_kernel=False',
+                                     '--KernelSpecManager.allowed_kernelspecs=none'])]
+    env = {**os.environ, 'JUPYTER_CONFIG_DIR': str(scratch/'config'), 'JUPYTER_RUNTIME_DIR': str(scratch/'runtime'),
+           'JUPYTER_DATA_DIR': str(scratch/'data'), 'OMP_NUM_THREADS': '1',
+           # the first cell of a tutorial installs what is installed
+           'PIP_NO_INDEX': '1', 'PIP_DISABLE_PIP_VERSION_CHECK': '1'}
     process = subprocess.Popen(command, stdout=log.open('w'), stderr=subprocess.STDOUT, start_new_session=True, env=env)
     try:
         _wait_for(f'http://127.0.0.1:{port}', process, log)
@@ -81,7 +93,9 @@ def server(root, scratch, kernels=True):
 def _wait_for(address, process, log, seconds=90):
     end = time.monotonic()+seconds
     while time.monotonic()<end and process.poll() is None:
-        try: urllib.request.urlopen(f'{address}/api/status', timeout=2).read(); return
+        try:
+            urllib.request.urlopen(f'{address}/api/status', timeout=2).read()
+            return
         except OSError: time.sleep(.2)
     raise RuntimeError(f'JupyterLab did not start:\n{log.read_text()[-3000:]}')
 
@@ -101,10 +115,12 @@ def person(size=(1280, 1500)):
 
 _idle = "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
 _begun = r"() => [...document.querySelectorAll('.jp-InputPrompt')].some(e => /\[(\*|\d+)\]/.test(e.textContent))"
-_finished = "() => ![...document.querySelectorAll('.jp-Notebook .jp-InputPrompt')].some(e => e.textContent.includes('*'))"
+_finished = ("() => ![...document.querySelectorAll('.jp-Notebook .jp-InputPrompt')].some(e => "
+             "e.textContent.includes('*'))")
 _faults = """() => window.jupyterapp.shell.currentWidget.content.model.toJSON().cells.flatMap((c, i) =>
   (c.outputs || []).filter(o => o.output_type === 'error').map(o => `cell ${i}: ${o.ename}: ${o.evalue}`))"""
-_where = "(text) => window.jupyterapp.shell.currentWidget.content.model.toJSON().cells.findIndex(c => [c.source].flat().join('').includes(text))"
+_where = ("(text) => window.jupyterapp.shell.currentWidget.content.model.toJSON().cells.findIndex(c => "
+          "[c.source].flat().join('').includes(text))")
 _run_cells = """([first, last]) => { const book = window.jupyterapp.shell.currentWidget.content;
   book.deselectAll(); book.activeCellIndex = first; if (last > first) book.extendContiguousSelectionTo(last);
   return window.jupyterapp.commands.execute('notebook:run-cell') && null }"""
@@ -132,26 +148,37 @@ class Page:
 
     def _gate(self, route):
         url = route.request.url
-        if re.match(r'(https?|wss?)://127\.0\.0\.1[:/]', url) or url.startswith(('data:', 'blob:', 'file:')): return route.continue_()
-        self.strangers.append(url); route.abort()
+        if re.match(r'(https?|wss?)://127\.0\.0\.1[:/]', url) or url.startswith(('data:', 'blob:', 'file:')):
+            return route.continue_()
+        self.strangers.append(url)
+        route.abort()
 
     def no_kernel(self):
         "Answer the question for a kernel, if it is asked, with none"
         self.page.wait_for_timeout(3000)
         for name in ('No Kernel', 'Cancel'):
             button = self.page.locator('.jp-Dialog button', has_text=name)
-            if button.count(): button.first.click(); return
+            if button.count():
+                button.first.click()
+                return
 
-    def theme(self, name): self.page.evaluate(f"() => window.jupyterapp.commands.execute('apputils:change-theme', {{theme: 'JupyterLab {name}'}})"); self.page.wait_for_timeout(1500)
+    def theme(self, name):
+        self.page.evaluate(f"() => window.jupyterapp.commands.execute('apputils:change-theme', {{theme: "
+                           f"'JupyterLab {name}'}})")
+        self.page.wait_for_timeout(1500)
     def faults(self): return self.page.evaluate(_faults)
-    def finished(self, seconds=120): self.page.wait_for_function(_finished, timeout=1000*seconds); return self
+    def finished(self, seconds=120):
+        self.page.wait_for_function(_finished, timeout=1000*seconds)
+        return self
 
     def at(self, text):
         "The place of the first cell whose source holds a text"
         place = self.page.evaluate(_where, text)
         if place<0: raise ValueError(f'no cell holds {text!r}')
         return place
-    def source(self, i): return self.page.evaluate("i => [window.jupyterapp.shell.currentWidget.content.model.toJSON().cells[i].source].flat().join('')", i)
+    def source(self, i):
+        return self.page.evaluate(
+            "i => [window.jupyterapp.shell.currentWidget.content.model.toJSON().cells[i].source].flat().join('')", i)
     def run_cells(self, first, last):
         "Select cells and run them, as somebody with a hand on the shift key does"
         self.page.evaluate(_run_cells, [first, last])
@@ -162,7 +189,8 @@ class Page:
         place = (self.page.locator('.jp-Notebook') if cell is None else self.cell(cell)).locator('.jp-Cell-outputArea')
         end = time.monotonic()+seconds
         while not (found := next(filter(None, (re.search(pattern, text) for text in place.all_inner_texts())), None)):
-            assert time.monotonic()<end, f'{pattern!r} is not to be seen in:\n'+'\n'.join(place.all_inner_texts())[-3000:]
+            assert (time.monotonic()<end), f'{pattern!r} is not to be seen in:\n'+'\n'.join(
+                place.all_inner_texts())[-3000:]
             self.page.wait_for_timeout(100)
         return found
 
@@ -172,12 +200,15 @@ class Page:
         expect(self.cell(cell).locator('.jupyter-widgets')).to_have_count(0, timeout=1000*seconds)
         expect(self.cell(cell).locator('.jp-Cell-outputArea img')).to_have_count(1, timeout=1000*seconds)
 
-    def press(self, name, seconds=30): self.page.locator('.jp-Notebook button.jupyter-button:visible', has_text=name).first.click(timeout=1000*seconds)
+    def press(self, name, seconds=30):
+        self.page.locator('.jp-Notebook button.jupyter-button:visible', has_text=name).first.click(timeout=1000*seconds)
     def button(self, name): return self.page.locator('.jp-Notebook button.jupyter-button:visible', has_text=name).first
     def enter(self, text, hint=''):
         "Type into the box with this hint, and press Enter"
         box = self.page.get_by_placeholder(hint).first
-        box.click(); box.fill(text); box.press('Enter')
+        box.click()
+        box.fill(text)
+        box.press('Enter')
     def run(self, code, at=None):
         "Put a cell at the end (or at a place) and run it; its place"
         at = self.page.locator('.jp-Notebook .jp-Cell').count() if at is None else at
@@ -197,7 +228,9 @@ class Page:
             text = '\n'.join(o.data.get('text/plain', '') for o in outputs)
             if all(w in text for w in words): return outputs
             assert time.monotonic()<end, f'{words} are not all in {text}'
-    def save(self): self.page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')"); self.page.wait_for_timeout(1000)
+    def save(self):
+        self.page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
+        self.page.wait_for_timeout(1000)
 
     def picture(self, path, cell, tallest=None):
         "The outputs of a cell, without the margin, as a PNG of few colours"
@@ -217,7 +250,8 @@ class Page:
 def steps(page, cell, most):
     "The step that the dashboard shows"
     found = re.search(rf'([\d,]+) of {most}', page.shown(cell))
-    return int(found[1].replace(',', '')) if found else -1 # before the first step it does not know how many there will be
+    # before the first step it does not know how many there will be
+    return int(found[1].replace(',', '')) if found else -1
 
 
 def beyond(page, cell, most, step, seconds=90):

@@ -3,18 +3,22 @@ import nbformat
 
 import lab
 
-cells = '''from sage_finetune.ui.form import choose_config
+cells = ('''from sage_finetune.ui.form import choose_config
 from sage_finetune.core.machine import Machine
-card = Machine('cuda', 'RTX 3060', memory=12*10**9, bf16=True)''', '''form = choose_config('sage-tiny', 'rows.jsonl', machine=card)
-form'''
+card = Machine('cuda', 'RTX 3060', memory=12*10**9, bf16=True)''',
+         '''form = choose_config('sage-tiny', 'rows.jsonl', machine=card)
+form''')
 
 
-def field(page, label): return page.page.locator('.jp-Notebook .widget-text, .jp-Notebook .widget-dropdown, .jp-Notebook .widget-checkbox').filter(has_text=label).first
+def field(page, label):
+    return page.page.locator('.jp-Notebook .widget-text, .jp-Notebook .widget-dropdown, .jp-Notebook '
+                             '.widget-checkbox').filter(has_text=label).first
 
 
 def fill(page, label, text):
     box = field(page, label).locator('input')
-    box.click(); box.fill(text)
+    box.click()
+    box.fill(text)
 
 
 def nothing_wrong(page): assert (page.faults(), page.strangers, page.wrong)==([], [], [])
@@ -32,7 +36,9 @@ def test_form(root, visit, opens, later, images):
     fill(page, 'rows in a pass', '512')
     page.see('does not fit: .* and RTX 3060 has 12.00 GB', 1, seconds=90)
     page.see('take 256 instead of 512 rows in a pass, in 32 passes: the effective batch stays 8192', 1, seconds=90)
-    for theme in ('Dark', 'Light'): page.theme(theme); page.picture(images/('form.png' if theme=='Light' else 'form_dark.png'), 1)
+    for theme in ('Dark', 'Light'):
+        page.theme(theme)
+        page.picture(images/('form.png' if theme=='Light' else 'form_dark.png'), 1)
 
     line = page.cell(1).locator('.widget-hbox').filter(has_text='take 256 instead of 512').last
     line.locator('button', has_text='Do it').click()
@@ -51,7 +57,8 @@ def test_form(root, visit, opens, later, images):
     field(page, 'hold weights').locator('select').select_option('4 bits')
     field(page, 'packing').locator('input').check()
     page.see('packing=True', 1)
-    says(page, 'from sage_finetune import LoRAConfig, PresetConfigs, TrainingConfig; eval(form.code)==form.config', 'True')
+    says(page, 'from sage_finetune import LoRAConfig, PresetConfigs, TrainingConfig; eval(form.code)==form.config',
+         'True')
     says(page, 'form.config.load_in_4bit, form.config.packing, form.config.max_length', r'\(True, True, 4096\)')
 
     page.saved(root/'form.ipynb', 1, 'packing=True', 'fits: ')
@@ -65,5 +72,6 @@ def test_form(root, visit, opens, later, images):
     assert page.cell(1).locator('.jupyter-widgets').count()==0
     page.save()
     kept = nbformat.read(root/'form.ipynb', 4).cells[1].outputs
-    assert [sorted(o.data) for o in kept]==[['text/html', 'text/plain'], []] and 'packing=True' in kept[0].data['text/html']
+    assert ([sorted(o.data) for o in kept]==[['text/html', 'text/plain'],
+                                             []] and 'packing=True' in kept[0].data['text/html'])
     nothing_wrong(page)

@@ -37,17 +37,24 @@ def test_without_ipywidgets_one_page_is_replaced_in_place(root, visit):
     assert page.cell(1).locator('.jupyter-button').count()==0
     lab.beyond(page, 1, 60, 3)
     drawn = page.cell(1).locator('polyline').first.get_attribute('points').count(',')
-    at = page.run('live.pause()'); page.see('Paused', 1)
+    at = page.run('live.pause()')
+    page.see('Paused', 1)
     assert page.cell(1).locator('polyline').first.get_attribute('points').count(',')>=drawn>=3
-    page.run('live.go_on()'); page.run('live.wait().steps'); page.see('60', at+2, seconds=120)
-    page.see('Done', 1); page.see('60 of 60', 1); page.settled(1)
+    page.run('live.go_on()')
+    page.run('live.wait().steps')
+    page.see('60', at+2, seconds=120)
+    page.see('Done', 1)
+    page.see('60 of 60', 1)
+    page.settled(1)
     nothing_wrong(page)
 
 
 def test_a_run_that_fails_says_so_in_its_place(root, visit):
     lab.notebook(root/'fails.ipynb', setup.replace('{steps}', '8'),
-                 "class Cut(TrainerCallback):\n    def on_step_end(self, args, state, control, **kwargs):\n        if state.global_step==3: raise RuntimeError('power cut')\n"
-                 "class Unlucky(Slowly):\n    def callbacks(self): return [*super().callbacks(), Cut()]\nlive = train_live(Unlucky(config))")
+                 "class Cut(TrainerCallback):\n    def on_step_end(self, args, state, control, **kwargs):\n"
+                 "        if state.global_step==3: raise RuntimeError('power cut')\n"
+                 "class Unlucky(Slowly):\n    def callbacks(self): return [*super().callbacks(), Cut()]\n"
+                 "live = train_live(Unlucky(config))")
     page = visit('fails.ipynb')
     page.see('Failed: RuntimeError: power cut', 1, seconds=180)
     at = page.run('try: live.wait()\nexcept RuntimeError as e: print(type(e).__name__, e)')

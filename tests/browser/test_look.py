@@ -22,17 +22,22 @@ def nothing_wrong(page): assert (page.faults(), page.strangers, page.wrong)==([]
 
 
 def test_row_and_comparison(root, visit, images):
-    lab.notebook(root/'look.ipynb', train+"\nsmall = train('small', 4, 2e-3)", "token_losses(large.model, large.tokenizer, large.data[1][2], name='held-out row 2')", 'compare(small, large)', 'runs(folder)', 'large')
+    lab.notebook(root/'look.ipynb', train+"\nsmall = train('small', 4, 2e-3)",
+                 "token_losses(large.model, large.tokenizer, large.data[1][2], name='held-out row 2')",
+                 'compare(small, large)', 'runs(folder)', 'large')
     page = visit('look.ipynb').finished(300)
     page.see(r'held-out row 2: loss \d\.\d+ → 0\.\d+ nats over \d+ learned; it fell for \d+; still above 1: \d', 1)
     assert 'before' not in page.shown(1), 'the table is shown and not the text'
     titles = page.cell(1).locator('span[title]')
     assert titles.filter(has_text='plus').count() or titles.count()>20
     assert '→' in titles.last.get_attribute('title')
-    page.see(r'learning_rate\s*0\.002\s*0\.005', 2); page.see(r'steps\s*40\s*40', 2)
+    page.see(r'learning_rate\s*0\.002\s*0\.005', 2)
+    page.see(r'steps\s*40\s*40', 2)
     assert page.cell(2).locator('img').count()==1
-    page.see(r'large\s*custom\s*sage-tiny\s*trained', 3); page.see('large: trained', 4)
+    page.see(r'large\s*custom\s*sage-tiny\s*trained', 3)
+    page.see('large: trained', 4)
     for theme in ('Dark', 'Light'):
         page.theme(theme)
-        for name,cell in (('row', 1), ('compare', 2)): page.picture(images/(f'{name}.png' if theme=='Light' else f'{name}_dark.png'), cell)
+        for name,cell in (('row', 1), ('compare', 2)):
+            page.picture(images/(f'{name}.png' if theme=='Light' else f'{name}_dark.png'), cell)
     nothing_wrong(page)

@@ -10,7 +10,8 @@ import pytest
 
 folder = Path(__file__).parents[2]/'nbs'/'tutorials'
 tutorials = sorted(p.stem for p in folder.glob('*.ipynb'))
-badge = 'https://colab.research.google.com/assets/colab-badge.svg' # in the prose of every tutorial; it is refused here like all other strangers
+# in the prose of every tutorial; it is refused here like all other strangers
+badge = 'https://colab.research.google.com/assets/colab-badge.svg'
 
 
 def nothing_wrong(page): assert (page.faults(), [s for s in page.strangers if s!=badge], page.wrong)==([], [], [])
@@ -25,7 +26,9 @@ def tutorial(root, name, copy=''):
     return f'{copy}{name}.ipynb',stored
 
 
-def drawn(page, i): return page.cell(i).locator('.jp-Cell-outputArea img').evaluate_all('es => es.map(e => e.complete && e.naturalWidth > 300)')
+def drawn(page, i):
+    return page.cell(i).locator('.jp-Cell-outputArea img').evaluate_all(
+        'es => es.map(e => e.complete && e.naturalWidth > 300)')
 
 
 def finding(outputs):
@@ -36,7 +39,8 @@ def finding(outputs):
 
 def test_a_finding_may_have_other_figures():
     said = [dict(data={'text/plain': "'10 of 10 right (all); 6.79 → 0.01'"})]
-    assert re.search(finding(said), "'9 of 10 right (all); 7.1 → 0.002'") and not re.search(finding(said), "'9 of 10 wrong (all); 7.1 → 0.002'")
+    assert (re.search(finding(said), "'9 of 10 right (all); 7.1 → 0.002'")
+            and not re.search(finding(said), "'9 of 10 wrong (all); 7.1 → 0.002'"))
 
 
 @pytest.mark.parametrize('name', tutorials)
@@ -44,14 +48,16 @@ def test_runs_from_top_to_bottom(name, root, visit):
     copy,stored = tutorial(root, name)
     page = visit(copy).finished(300)
     nothing_wrong(page)
-    held = [i for i in stored if 'assert ' in page.source(i) and {*stored[i][0].get('data', {})}=={'text/plain'}] # what the tutorial itself holds is its finding
+    # what the tutorial itself holds is its finding
+    held = [i for i in stored if 'assert ' in page.source(i) and {*stored[i][0].get('data', {})}=={'text/plain'}]
     assert held
     for i in held: page.see(finding(stored[i]), i)
     for i,outputs in stored.items():
         kinds = {kind for o in outputs for kind in o.get('data', {})}
         assert page.shown(i).strip() or drawn(page, i), f'cell {i} shows nothing'
         if 'image/png' in kinds: assert drawn(page, i)==[True], f'the picture of cell {i} is not drawn'
-        if 'text/html' in kinds: assert page.cell(i).locator('.jp-RenderedHTMLCommon').count(), f'cell {i} shows text for HTML'
+        if 'text/html' in kinds:
+            assert page.cell(i).locator('.jp-RenderedHTMLCommon').count(), f'cell {i} shows text for HTML'
 
 
 # First run: choose, train, talk, pause, stop, go on, compare
@@ -62,7 +68,8 @@ def chosen(page):
     page.run_cells(0, form)
     page.see('fits: .* of 15.84 GB', form, seconds=180)
     field = page.cell(form).locator('.widget-text').filter(has_text='epochs').locator('input')
-    field.click(); field.fill('forty')
+    field.click()
+    field.fill('forty')
     page.see("`num_train_epochs` must be a .* number, got 'forty'", form)
     field.fill('40')
     page.see('num_train_epochs=40', form)
@@ -73,23 +80,32 @@ def steered(page, cell, notebook, images):
     "Chat, pause, go on, stop; the step where it stopped"
     page.see('Training', cell, seconds=120)
     first = lab.beyond(page, cell, 200, 0)
-    page.press('Pause'); page.see('Paused', cell)
-    page.see('time left', cell); page.see(r'tokens/s', cell); page.see(r'memory so far\s*[\d.]+ [GM]B of [\d.]+ GB', cell)
+    page.press('Pause')
+    page.see('Paused', cell)
+    page.see('time left', cell)
+    page.see(r'tokens/s', cell)
+    page.see(r'memory so far\s*[\d.]+ [GM]B of [\d.]+ GB', cell)
     page.page.wait_for_timeout(1500)
     still = lab.steps(page, cell, 200)
     page.page.wait_for_timeout(1500)
     assert lab.steps(page, cell, 200)==still>=first
-    left = page.saved(notebook, cell, 'Paused', f'{still} of 200', 'Tell me where the coffee is.') # in the middle of a run
-    assert [sorted(o.data) for o in left]==[['application/vnd.jupyter.widget-view+json', 'text/plain'], ['text/html', 'text/plain']]
+    # in the middle of a run
+    left = page.saved(notebook, cell, 'Paused', f'{still} of 200', 'Tell me where the coffee is.')
+    assert [sorted(o.data) for o in left]==[['application/vnd.jupyter.widget-view+json', 'text/plain'],
+                                            ['text/html', 'text/plain']]
     page.enter('Where is the printer?', hint='Ask the model')
     assert int(page.see(r'Where is the printer\? at step (\d+)\s*\S', cell)[1])==still
-    page.press('Go on'); page.see('Training', cell)
+    page.press('Go on')
+    page.see('Training', cell)
     later = lab.beyond(page, cell, 200, still)
     page.enter('Where is the ladder?', hint='Ask the model') # while it trains
     assert int(page.see(r'Where is the ladder\? at step (\d+)\s*\S', cell)[1])>=later
     lab.beyond(page, cell, 200, 60)
-    page.press('Pause'); page.see('Paused', cell)
-    for theme in ('Dark', 'Light'): page.theme(theme); page.picture(images/f'dashboard_{theme.lower()}.png', cell)
+    page.press('Pause')
+    page.see('Paused', cell)
+    for theme in ('Dark', 'Light'):
+        page.theme(theme)
+        page.picture(images/f'dashboard_{theme.lower()}.png', cell)
     page.press('Stop and save')
     stopped = int(page.see(r'stopped at step (\d+) of 200', cell, seconds=90)[1])
     page.settled(cell)
@@ -110,17 +126,24 @@ def test_first_run_is_steered(root, visit, opens, later, images, tmp_path):
     assert stopped<lab.beyond(page, again, 200, stopped)<200
     waits = page.at('result = await live')
     page.run_cells(waits, waits)
-    page.press('Pause'); page.see('Paused', again) # the buttons work while a cell awaits the run
-    page.press('Go on'); page.see('Done', again, seconds=180); page.see('200 of 200', again)
-    page.settled(again); page.finished()
+    page.press('Pause')
+    page.see('Paused', again) # the buttons work while a cell awaits the run
+    page.press('Go on')
+    page.see('Done', again, seconds=180)
+    page.see('200 of 200', again)
+    page.settled(again)
+    page.finished()
 
     page.run_cells(waits+1, page.page.locator('.jp-Notebook .jp-Cell').count()-1)
-    page.see(r'\d+ of 10 new questions right; held-out loss \d\.\d+ → 0\.\d+', seconds=180); page.finished()
+    page.see(r'\d+ of 10 new questions right; held-out loss \d\.\d+ → 0\.\d+', seconds=180)
+    page.finished()
     page.see(r'Look here: second drawer\.', page.at('comparison = compare_answers('))
-    page.save(); nothing_wrong(page)
+    page.save()
+    nothing_wrong(page)
     for address,who in zip(later, ('own', 'other')):
         copy = opens(address, name, run=False)
-        sees_form(copy.cell(form)); sees_run(copy.cell(again))
+        sees_form(copy.cell(form))
+        sees_run(copy.cell(again))
         if who=='other': copy.picture(images/'dashboard_left_behind.png', again)
         assert {*copy.strangers}<={badge}
     converted(root/name, opens, tmp_path)
@@ -136,14 +159,16 @@ def sees_run(place):
     "A picture that is drawn, a table of figures, the answers"
     assert place.locator('img').first.evaluate('e => [e.complete, e.naturalWidth > 300]')==[True, True]
     text = place.inner_text()
-    assert all(w in text for w in ('200 of 200', 'Tell me where the coffee is.', 'Look here: second drawer.', 'held-out loss')), text
+    assert all(w in text for w in ('200 of 200', 'Tell me where the coffee is.', 'Look here: second drawer.',
+                                   'held-out loss')), text
     assert '█'*16 in text, 'the bar of a finished run is not full'
     assert 'widget' not in text
 
 
 def converted(path, opens, tmp_path):
     "What nbconvert makes of it"
-    subprocess.run([sys.executable, '-m', 'nbconvert', '--to', 'html', '--output-dir', str(tmp_path), '--output', 'page.html', str(path)], check=True, capture_output=True)
+    subprocess.run([sys.executable, '-m', 'nbconvert', '--to', 'html', '--output-dir', str(tmp_path), '--output',
+                    'page.html', str(path)], check=True, capture_output=True)
     page = opens.empty()
     page.route('**/*', lambda r: r.continue_() if r.request.url.startswith(('file:', 'data:')) else r.abort())
     page.goto((tmp_path/'page.html').as_uri(), wait_until='domcontentloaded')
@@ -164,7 +189,8 @@ def slid(page, cell, key, name):
     "Move the slider by a key, and wait until the second answer is that of this strength"
     page.cell(cell).locator('.noUi-handle').first.focus()
     page.page.keyboard.press(key)
-    page.page.wait_for_function(f'''() => [...document.querySelectorAll('.jp-Notebook div[style*="flex:1 1 18em"]')].slice(1, 2).some(e => e.innerText.startsWith({name!r}) && !e.innerText.includes('▌'))''', timeout=60_000)
+    page.page.wait_for_function(
+        f'''() => [...document.querySelectorAll('.jp-Notebook div[style*="flex:1 1 18em"]')].slice(1, 2).some(e => e.innerText.startsWith({name!r}) && !e.innerText.includes('▌'))''', timeout=60_000)
     return boxes(page, cell)
 
 
@@ -178,9 +204,12 @@ def test_what_it_learns_with_the_slider(root, visit, opens, later, images):
 
     page.enter('In which hall is the viola?', hint='Ask both')
     page.see(r'The viola rehearses in the \w+ hall\.', cell)
-    (left,base),(right,tuned) = slid(page, cell, 'ArrowRight', 'tuned × 1.05') # the slider asks anew, and the base keeps its answer
+    # the slider asks anew, and the base keeps its answer
+    (left,base),(right,tuned) = slid(page, cell, 'ArrowRight', 'tuned × 1.05')
     assert (left, right)==('base', 'tuned × 1.05') and base!=tuned and 'rehearses' not in base
-    for theme in ('Dark', 'Light'): page.theme(theme); page.picture(images/('talk.png' if theme=='Light' else 'talk_dark.png'), cell, 900)
+    for theme in ('Dark', 'Light'):
+        page.theme(theme)
+        page.picture(images/('talk.png' if theme=='Light' else 'talk_dark.png'), cell, 900)
     (_,base),(name,tuned) = slid(page, cell, 'Home', 'base')
     assert name=='base' and base==tuned, 'strength 0 is not the base'
     assert slid(page, cell, 'End', 'tuned × 2')[1][1]!=tuned

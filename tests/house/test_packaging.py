@@ -45,14 +45,16 @@ def run(*command, folder, **env):
 def test_versions_agree(settings):
     written = re.search(r'^__version__ = "(.+)"$', (PACKAGE/'__init__.py').read_text(encoding='utf-8'), re.M)[1]
     assert written == settings['version']
-    assert metadata.version(settings['dist_name']) == settings['version'], 'installed before the version changed: make setup'
+    assert metadata.version(settings['dist_name']) == settings['version'], (
+        'installed before the version changed: make setup')
     assert f"## [{settings['version']}]" in (ROOT/'CHANGELOG.md').read_text(encoding='utf-8')
 
 
 def test_installed_metadata_is_what_settings_say(settings):
     required = metadata.requires(settings['dist_name'])
     plain = {line.split(';')[0].strip() for line in required if 'extra ==' not in line}
-    assert {re.split(r'[<>=!~ ]', line)[0] for line in plain} == {re.split(r'[<>=!~ ]', item)[0] for item in settings['requirements'].split()}
+    assert {re.split(r'[<>=!~ ]', line)[0] for line in plain} == {
+        re.split(r'[<>=!~ ]', item)[0] for item in settings['requirements'].split()}
     scripts = {f'{point.name}={point.value}' for point in metadata.distribution(settings['dist_name']).entry_points
                if point.group == 'console_scripts'}
     assert scripts == set(settings['console_scripts'].split())
@@ -63,7 +65,8 @@ def test_every_requirement_is_pinned_for_every_python(settings):
     lines = (ROOT/'constraints.txt').read_text(encoding='utf-8').splitlines()
     pins = [requirement(line) for line in lines if line and line[0] != '#']
     for minor in '3.10','3.11','3.12','3.13':
-        here = {pin.name: pin.specifier for pin in pins if not pin.marker or pin.marker.evaluate({'python_version': minor})}
+        here = {pin.name: pin.specifier for pin in pins if not pin.marker
+                or pin.marker.evaluate({'python_version': minor})}
         for wanted in map(requirement, (settings['requirements'] + ' ' + settings['dev_requirements']).split()):
             version = str(here[wanted.name]).removeprefix('==')
             assert wanted.specifier.contains(version), f'Python {minor}: {wanted} but constraints.txt has {version}'
@@ -114,14 +117,17 @@ def test_public_names_are_listed():
 def test_imports_run_one_way():
     "The map in CONTRIBUTING names every module, and each imports from rows above its own; only what shows itself is asked for later"
     import ast
-    rows = [m for m in re.findall(r'^\| `[^`]+` \| `(\w+)` \|', (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8'), re.M)]
+    rows = [m for m in re.findall(r'^\| `[^`]+` \| `(\w+)` \|',
+                                  (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8'), re.M)]
     place,found = {m: i for i,m in enumerate(rows)},{p.stem for p in (ROOT/'sage_finetune').glob('[a-z]*.py')}
     assert found==set(rows) and len(rows)==len(place)
     down = set()
     for name in found:
         tree = ast.parse((ROOT/'sage_finetune'/f'{name}.py').read_text(encoding='utf-8'))
         for node in ast.walk(tree):
-            if not isinstance(node, ast.ImportFrom) or not (node.level or (node.module or '').startswith('sage_finetune.')): continue
+            if (not isinstance(node, ast.ImportFrom)
+                or not (node.level or (node.module or '').startswith('sage_finetune.'))):
+                continue
             asked = (node.module or '').removeprefix('sage_finetune.')
             if asked in place and place[asked]>place[name]: down.add((name, asked))
     assert down=={('settings', 'show'), ('machine', 'show'), ('config', 'machine')}

@@ -33,22 +33,32 @@ def site_of(folder, sidebar=('00_one.ipynb', 'more/two.ipynb')):
     nbs = folder/'nbs'
     (nbs/'more').mkdir(parents=True)
     (nbs/'here.png').write_bytes(base64.b64decode(PNG))
-    (folder/'_quarto.yml').write_text(json.dumps(dict(website=dict(sidebar=dict(contents=[dict(section='All', contents=[dict(text='x', href=h) for h in sidebar])])))))
-    site = pages.Site(SimpleNamespace(config_path=folder, nbs_path=nbs, git_url='https://github.com/me/it', branch='main', doc_host='https://me.github.io', doc_baseurl='/it'))
-    found = {nbs/'00_one.ipynb': notebook('# One', '## What it *is*, and `why`\n\n<a id="there"></a>', code='#| export\ndef Thing(): pass'), nbs/'more'/'two.ipynb': notebook('# Two')}
+    (folder/'_quarto.yml').write_text(json.dumps(dict(website=dict(
+        sidebar=dict(contents=[dict(section='All', contents=[dict(text='x', href=h) for h in sidebar])])))))
+    site = pages.Site(SimpleNamespace(config_path=folder, nbs_path=nbs, git_url='https://github.com/me/it',
+                                      branch='main', doc_host='https://me.github.io', doc_baseurl='/it'))
+    found = {nbs/'00_one.ipynb': notebook('# One', '## What it *is*, and `why`\n\n<a id="there"></a>',
+                                          code='#| export\ndef Thing(): pass'),
+             nbs/'more'/'two.ipynb': notebook('# Two')}
     for path,nb in found.items():
         path.write_text(json.dumps(nb))
         site.add(path, nb)
     return site,nbs/'more'/'two.ipynb'
 
 
-GOOD = ('[a](../00_one.ipynb)', '[a](../00_one.ipynb#what-it-is-and-why)', '[a](../00_one.ipynb#there)', '[a](../00_one.ipynb#thing)', '![a](../here.png "title")', '[a](#two)',
-        '<img src="../here.png">', '[a](https://example.org/gone)', f'[![a](https://x.org/b.svg)]({COLAB}nbs/more/two.ipynb)', f'[a]({SOURCE}_quarto.yml)', '[a](https://me.github.io/it/one.html#thing)',
+GOOD = ('[a](../00_one.ipynb)', '[a](../00_one.ipynb#what-it-is-and-why)', '[a](../00_one.ipynb#there)',
+        '[a](../00_one.ipynb#thing)', '![a](../here.png "title")', '[a](#two)',
+        '<img src="../here.png">', '[a](https://example.org/gone)',
+        f'[![a](https://x.org/b.svg)]({COLAB}nbs/more/two.ipynb)', f'[a]({SOURCE}_quarto.yml)',
+        '[a](https://me.github.io/it/one.html#thing)',
         '`[a](gone.png)`', '```\n[a](gone.png)\n```', '[a](mailto:me@example.org)')
 
-BAD = {'[a](three.ipynb)': 'three.ipynb does not exist', '[a](../00_one.ipynb#gone)': '00_one.ipynb has no such heading', '[a](#gone)': 'two.ipynb has no such heading', '![a](gone.png)': 'gone.png does not exist',
-       '<img src="gone.png">': 'gone.png does not exist', '![a](attachment:gone.png)': 'is not attached', f'[a]({COLAB}nbs/00_one.ipynb)': 'opens another notebook',
-       f'[a]({SOURCE}gone.md)': 'gone.md does not exist', '[a](https://me.github.io/it/gone.html)': 'gone.html does not exist', '[![a](gone.svg)](https://x.org)': 'gone.svg does not exist'}
+BAD = {'[a](three.ipynb)': 'three.ipynb does not exist', '[a](../00_one.ipynb#gone)': '00_one.ipynb has '
+       'no such heading', '[a](#gone)': 'two.ipynb has no such heading', '![a](gone.png)': 'gone.png does not exist',
+       '<img src="gone.png">': 'gone.png does not exist', '![a](attachment:gone.png)': 'is not attached',
+       f'[a]({COLAB}nbs/00_one.ipynb)': 'opens another notebook',
+       f'[a]({SOURCE}gone.md)': 'gone.md does not exist', '[a](https://me.github.io/it/gone.html)':
+       'gone.html does not exist', '[![a](gone.svg)](https://x.org)': 'gone.svg does not exist'}
 
 
 @pytest.mark.parametrize('text', GOOD)
@@ -71,7 +81,8 @@ def test_a_stored_picture_that_is_none_is_told(tmp_path):
 
 
 @pytest.mark.parametrize('sidebar,told', [
-    (['00_one.ipynb'], 'more/two.ipynb is in no section'), (['00_one.ipynb', 'more/two.ipynb', 'gone.ipynb'], 'gone.ipynb does not exist'),
+    (['00_one.ipynb'], 'more/two.ipynb is in no section'),
+    (['00_one.ipynb', 'more/two.ipynb', 'gone.ipynb'], 'gone.ipynb does not exist'),
     (['00_one.ipynb', '00_one.ipynb', 'more/two.ipynb'], '00_one.ipynb is named twice')])
 def test_the_sidebar_has_every_page_once(sidebar, told, tmp_path):
     assert list(pages.sidebar_faults(site_of(tmp_path/'good')[0])) == []
@@ -102,7 +113,9 @@ def test_every_notebook_makes_a_page():
 TUTORIALS = sorted((ROOT/'nbs/tutorials').glob('*.ipynb'))
 
 
-def test_tutorials_are_numbered(): assert len(TUTORIALS)>=6 and [path.stem[:3] for path in TUTORIALS] == [f'{k:02}_' for k in range(1, len(TUTORIALS)+1)]
+def test_tutorials_are_numbered():
+    assert (len(TUTORIALS)>=6
+            and [path.stem[:3] for path in TUTORIALS] == [f'{k:02}_' for k in range(1, len(TUTORIALS)+1)])
 
 
 @pytest.mark.parametrize('path', TUTORIALS, ids=lambda path: path.stem)
@@ -117,7 +130,8 @@ def test_a_tutorial_is_ready_for_colab_and_holds_its_finding(path):
     outputs = [output for cell in cells for output in cell.get('outputs', [])]
     assert outputs, 'it was saved without its outputs'
     assert not any(output.output_type in ('stream', 'error') for output in outputs)
-    assert not any('widget' in kind for output in outputs for kind in output.get('data', {})) and 'widgets' not in read_nb(path).metadata
+    assert (not any('widget' in kind for output in outputs for kind in output.get('data', {}))
+            and 'widgets' not in read_nb(path).metadata)
     assert not [folder for folder in ('/tmp', str(ROOT), str(Path.home())) if folder in json.dumps(outputs)]
 
 

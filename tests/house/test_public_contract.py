@@ -30,7 +30,8 @@ assert len(trainer.dataset) == 4 and trainer.trainer.state.global_step == 2
 
 def test_the_python_names_work_from_a_plain_file(tmp_path):
     (tmp_path/'mine.py').write_text(script)
-    done = subprocess.run([sys.executable, 'mine.py', str(tmp_path/'run')], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, 'mine.py', str(tmp_path/'run')], cwd=tmp_path, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path/'run'/'lora_weights'/'adapter_model.safetensors').is_file()
     assert (tmp_path/'run'/'lora_weights'/'training_config.json').is_file()
@@ -39,7 +40,8 @@ def test_the_python_names_work_from_a_plain_file(tmp_path):
 def test_a_folder_with_two_keys_trains_by_module_name(tmp_path):
     (tmp_path/'rows.json').write_text(json.dumps([{'instruction': f'Count {i}.', 'output': f'{i}'} for i in range(40)]))
     (tmp_path/'finetune_meta.json').write_text(json.dumps(dict(model='sage-tiny', dataset='rows.json')))
-    done = subprocess.run([sys.executable, '-m', 'sage_finetune.trainer', str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-m', 'sage_finetune.trainer', str(tmp_path)], capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path/'data_report.json').read_text())
     assert (report['read'], report['used'], report['dropped']) == (40, 40, [])
@@ -57,7 +59,8 @@ rows = Path(__file__).resolve().parents[3]/'shared'/'data'
 
 
 @pytest.mark.skipif(not rows.is_dir(), reason='the folder of real rows (../shared/data) is not here')
-@pytest.mark.parametrize('name,number', [('gsm8k_test.jsonl', 1319), ('alpaca_en_demo.json', 999), ('identity.json', 91)])
+@pytest.mark.parametrize('name,number',
+                         [('gsm8k_test.jsonl', 1319), ('alpaca_en_demo.json', 999), ('identity.json', 91)])
 def test_real_rows_learn_exactly_the_answers(name, number):
     from transformers import AutoTokenizer
     from sage_finetune.config import resolve_model

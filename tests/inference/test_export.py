@@ -35,16 +35,20 @@ def run(tmp_path_factory):
     "A run of three steps on the embedded model, merged, with a checkpoint and a log beside it"
     folder = tmp_path_factory.mktemp('export')/'sums'
     data = create_sample_data(folder/'sums.json', 'qa', num_samples=40)
-    config = TrainingConfig(model_name='sage-tiny', data_path=data, output_dir=folder, max_steps=3, per_device_train_batch_size=8, gradient_accumulation_steps=1,
+    config = TrainingConfig(model_name='sage-tiny', data_path=data, output_dir=folder, max_steps=3,
+                            per_device_train_batch_size=8, gradient_accumulation_steps=1,
                             learning_rate=5e-3, lora=LoRAConfig(r=4))
     write_meta(folder, 'sage-tiny', data, task_type='qa', config=config)
     LoRATrainer(config, quiet=True).train()
     merge_run(folder)
-    (folder/'merged_model'/'old.bin').write_bytes(b'pickle'); (folder/'lora_weights'/'notes.txt').write_text('mine')
+    (folder/'merged_model'/'old.bin').write_bytes(b'pickle')
+    (folder/'lora_weights'/'notes.txt').write_text('mine')
     return folder
 
 
-def texts(folder): return {p.name: p.read_text(encoding='utf-8') for p in folder.iterdir() if p.suffix not in ('.safetensors', '.gguf')}
+def texts(folder):
+    return {p.name: p.read_text(encoding='utf-8') for p in folder.iterdir()
+            if p.suffix not in ('.safetensors', '.gguf')}
 
 
 def private_words(run): return [str(run), str(run.parent), str(Path.home())+'/', platform.node(), '_machine']
@@ -57,13 +61,17 @@ def logits(model): return model(torch.arange(5, 40)[None]).logits
 def test_an_exported_model_is_the_merged_one_and_says_nothing_of_this_machine(run, tmp_path):
     out = export_folder(run, tmp_path/'out', license='apache-2.0')
     names = {p.name for p in out.iterdir()}
-    assert {'model.safetensors', 'config.json', 'generation_config.json', 'tokenizer.json', 'chat_template.jinja', 'README.md'} <= names
+    assert {'model.safetensors', 'config.json', 'generation_config.json', 'tokenizer.json', 'chat_template.jinja',
+            'README.md'} <= names
     assert not names & {'old.bin', 'merge_report.json', 'training_config.json'}
     for name,text in texts(out).items(): assert not [w for w in private_words(run) if w in text], name
     assert torch.equal(logits(load_for_chat(out)[0]), logits(load_for_chat(run)[0]))
     card = ModelCard.load(out/'README.md')
-    assert card.data.license == 'apache-2.0' and card.data.library_name == 'transformers' and card.data.base_model is None
-    assert all(part in card.text for part in ('## Data', '| rows read | 40 |', '## Training', '| learning_rate | 0.005 |', '## Figures', 'held-out loss', '## Licence'))
+    assert (card.data.license == 'apache-2.0' and card.data.library_name == 'transformers'
+            and card.data.base_model is None)
+    assert all(part in card.text for part in ('## Data', '| rows read | 40 |', '## Training',
+                                              '| learning_rate | 0.005 |', '## Figures', 'held-out loss',
+                                              '## Licence'))
     again = export_folder(run, out)
     assert again == out and ModelCard.load(out/'README.md').data.license is None
     with pytest.raises(SageError, match='is not empty and not an export'): export_folder(run, run)
@@ -76,12 +84,14 @@ def test_an_adapter_alone_is_taken_by_peft_and_names_a_base_for_others(run, tmp_
     asked = json.loads((out/'adapter_config.json').read_text())
     assert asked['base_model_name_or_path'] == BASE == ModelCard.load(out/'README.md').data.base_model
     for name,text in texts(out).items(): assert not [w for w in private_words(run) if w in text], name
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(resolve_model('sage-tiny'), dtype=torch.float32), out).eval()
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(
+        resolve_model('sage-tiny'), dtype=torch.float32), out).eval()
     assert torch.allclose(logits(model), logits(load_for_chat(run, adapter=True)[0]), atol=1e-5)
     assert AutoTokenizer.from_pretrained(out).chat_template
 
 
-@pytest.mark.parametrize('fault,words', [('template', 'chat template has changed'), ('weights', 'is cut short'), ('secret', 'looks like a secret')])
+@pytest.mark.parametrize('fault,words', [('template', 'chat template has changed'), ('weights', 'is cut short'),
+                                         ('secret', 'looks like a secret')])
 def test_a_planted_fault_stops_an_export(fault, words, run, tmp_path):
     copy = tmp_path/'sums'
     shutil.copytree(run, copy)
@@ -99,7 +109,10 @@ class Hub(BaseHTTPRequestHandler):
 
     def reply(self, body, status=200):
         data = json.dumps(body).encode()
-        self.send_response(status); self.send_header('Content-Type', 'application/json'); self.send_header('Content-Length', str(len(data))); self.end_headers()
+        self.send_response(status)
+        self.send_header('Content-Type', 'application/json')
+        self.send_header('Content-Length', str(len(data)))
+        self.end_headers()
         self.wfile.write(data)
 
     def take(self):
@@ -120,15 +133,20 @@ class Hub(BaseHTTPRequestHandler):
     def do_POST(self):
         body,here = self.take(),f'http://127.0.0.1:{self.server.server_port}'
         if not self.headers.get('Authorization'): return self.reply(dict(error='who are you?'), 401)
-        if self.path.endswith('/repos/create'): return self.reply(dict(url=f'{here}/me/sums', name='me/sums', id='1'), 409 if self.server.public else 200)
+        if self.path.endswith('/repos/create'):
+            return self.reply(dict(url=f'{here}/me/sums', name='me/sums', id='1'), 409 if self.server.public else 200)
         if self.path.endswith('/validate-yaml'): return self.reply(dict(errors=[], warnings=[]))
         if '/preupload/' in self.path:
             mode = lambda f: 'lfs' if f['path'].endswith('.safetensors') else 'regular'
-            return self.reply(dict(files=[dict(path=f['path'], uploadMode=mode(f), shouldIgnore=False, oid=None) for f in json.loads(body)['files']]))
+            return self.reply(dict(files=[dict(path=f['path'], uploadMode=mode(f), shouldIgnore=False, oid=None)
+                                          for f in json.loads(body)['files']]))
         if self.path.endswith('/objects/batch'):
-            found = [o | dict(actions=dict(upload=dict(href=f"{here}/blob/{o['oid']}"))) for o in json.loads(body)['objects']]
+            found = [o | dict(actions=dict(upload=dict(href=f"{here}/blob/{o['oid']}")))
+                     for o in json.loads(body)['objects']]
             return self.reply(dict(transfer='basic', objects=found))
-        if '/commit/' in self.path: return self.reply(dict(commitUrl=f'{here}/me/sums/commit/{"1"*40}', commitOid='1'*40, pullRequestUrl=None, success=True))
+        if '/commit/' in self.path:
+            return self.reply(dict(commitUrl=f'{here}/me/sums/commit/{"1"*40}', commitOid='1'*40,
+                                   pullRequestUrl=None, success=True))
         return self.reply({})
 
 
@@ -149,7 +167,8 @@ def pushed(hub, run, monkeypatch, tmp_path):
     "Push to the hub above; the switch that keeps this suite off the network is open for that"
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', False)
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_DISABLE_XET', True)
-    return lambda **more: push_to_hub(run, 'me/sums', endpoint=f'http://127.0.0.1:{hub.server_port}', **dict(token=TOKEN) | more)
+    return lambda **more: push_to_hub(run, 'me/sums', endpoint=f'http://127.0.0.1:{hub.server_port}',
+                                      **dict(token=TOKEN) | more)
 
 
 def committed(hub):
@@ -171,7 +190,8 @@ def test_a_push_is_private_and_whole_and_holds_no_token(hub, run, pushed, capfd)
     assert files['model.safetensors'] == weights and hashlib.sha256(weights).hexdigest() in hub.blobs
     assert not [n for n in files if n.endswith(('.bin', '.pt', '.pkl', '.ckpt', '.pth'))]
     assert not [1 for _,path,body,_ in hub.seen if TOKEN.encode() in body or TOKEN in path]
-    assert TOKEN not in ''.join(capfd.readouterr()) and not [p for p in run.parent.rglob('*') if p.is_file() and TOKEN.encode() in p.read_bytes()]
+    assert (TOKEN not in ''.join(capfd.readouterr())
+            and not [p for p in run.parent.rglob('*') if p.is_file() and TOKEN.encode() in p.read_bytes()])
     assert b'me/sums' in files['README.md']
 
 
@@ -189,7 +209,8 @@ def test_what_the_hub_refuses_is_one_line(hub, run, pushed, monkeypatch):
     hub.public = False
     with pytest.raises(SageError, match='does not let you write me/sums: log in'): pushed(token=False)
     with pytest.raises(ValueError, match='[Rr]epo'): push_to_hub(run, 'a/b/c', token=TOKEN)
-    hub.shutdown(); hub.server_close()
+    hub.shutdown()
+    hub.server_close()
     with pytest.raises(SageError, match='the Hub cannot be reached'): pushed()
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     with pytest.raises(SageError, match='HF_HUB_OFFLINE=1'): pushed()
@@ -206,15 +227,20 @@ pathlib.Path(a.outfile).write_bytes(b"GGUF" + a.outtype.encode())
 
 def test_a_converter_is_run_and_what_it_says_is_told(run, tmp_path, monkeypatch):
     "A stand-in with the converter's command line: the real one is no package, and refuses the vocabulary of the embedded model"
-    (tmp_path/'llama.cpp').mkdir(); (tmp_path/'llama.cpp'/'convert_hf_to_gguf.py').write_text(converter)
+    (tmp_path/'llama.cpp').mkdir()
+    (tmp_path/'llama.cpp'/'convert_hf_to_gguf.py').write_text(converter)
     monkeypatch.setenv('LLAMA_CPP', str(tmp_path/'llama.cpp'))
-    with pytest.raises(SageError, match='the converter refuses .*pre-tokenizer was not recognized'): export_gguf(run, tmp_path/'out', 'bf16')
+    with pytest.raises(SageError, match='the converter refuses .*pre-tokenizer was not recognized'):
+        export_gguf(run, tmp_path/'out', 'bf16')
     assert not list((tmp_path/'out').iterdir())
     out = export_gguf(run, tmp_path/'out', 'q8_0')
-    assert sorted(p.name for p in out.iterdir()) == ['Modelfile', 'README.md', 'sums.gguf'] and (out/'sums.gguf').read_bytes() == b'GGUFq8_0'
+    assert (sorted(p.name for p in out.iterdir()) == ['Modelfile', 'README.md', 'sums.gguf']
+            and (out/'sums.gguf').read_bytes() == b'GGUFq8_0')
     text = (out/'Modelfile').read_text()
-    assert text.startswith('FROM ./sums.gguf\nTEMPLATE """{{ if .System }}<|im_start|>system\n') and 'PARAMETER stop "<|im_end|>"' in text and 'PARAMETER num_ctx 2048' in text
-    monkeypatch.delenv('LLAMA_CPP'); monkeypatch.setenv('PATH', str(tmp_path))
+    assert (text.startswith('FROM ./sums.gguf\nTEMPLATE """{{ if .System }}<|im_start|>system\n')
+            and 'PARAMETER stop "<|im_end|>"' in text and 'PARAMETER num_ctx 2048' in text)
+    monkeypatch.delenv('LLAMA_CPP')
+    monkeypatch.setenv('PATH', str(tmp_path))
     with pytest.raises(SageError, match='no converter to GGUF here'): export_gguf(run, tmp_path/'out')
 
 
@@ -227,13 +253,21 @@ def executed(template, messages):
         while i<len(tokens):
             t = tokens[i]
             action = t[2:-2].strip() if t.startswith('{{') else None
-            if action is None: out.append(t); i += 1
+            if action is None:
+                out.append(t)
+                i += 1
             elif action=='end' or action.startswith('else'): return ''.join(out),i
-            elif action.startswith('if '): text,i = branch(i, action, dot, system); out.append(text)
+            elif action.startswith('if '):
+                text,i = branch(i, action, dot, system)
+                out.append(text)
             elif action.startswith('range'):
-                for m in messages: text,after = block(i+1, m, system); out.append(text)
+                for m in messages:
+                    text,after = block(i+1, m, system)
+                    out.append(text)
                 i = after+1
-            else: out.append({'.System': system, '.Content': dot and dot['content']}.get(action, action.strip('"'))); i += 1
+            else:
+                out.append({'.System': system, '.Content': dot and dot['content']}.get(action, action.strip('"')))
+                i += 1
         return ''.join(out),i
     def branch(i, action, dot, system):
         "The first of the branches whose condition holds"
@@ -250,23 +284,30 @@ def executed(template, messages):
 
 
 def test_the_small_go_interpreter():
-    assert executed('{{ if .System }}[{{ .System }}]{{ else }}-{{ end }}{{ range .Messages }}{{ if eq .Role "user" }}<{{ .Content }}>{{ end }}{{ end }}{{ "{{" }}',
+    assert executed('{{ if .System }}[{{ .System }}]{{ else }}-{{ end }}{{ range .Messages }}{{ if eq .Role "user" '
+                    '}}<{{ .Content }}>{{ end }}{{ end }}{{ "{{" }}',
                     [dict(role='user', content='a')]) == '-<a>{{'
 
 
 @pytest.mark.skipif(not templates, reason='TRL is not installed')
 def test_templates_of_real_models_become_templates_for_ollama_or_are_refused(capsys):
-    talks = [[('user', 'one')], [('user', 'one'), ('assistant', 'two'), ('user', 'three')], [('system', 'sys'), ('user', 'one')],
-             [('system', 'sys'), ('user', 'one'), ('assistant', 'two'), ('user', 'three'), ('assistant', 'four'), ('user', 'five')]]
+    talks = [[('user', 'one')], [('user', 'one'), ('assistant', 'two'), ('user', 'three')],
+             [('system', 'sys'), ('user', 'one')],
+             [('system', 'sys'), ('user', 'one'), ('assistant', 'two'), ('user', 'three'), ('assistant', 'four'),
+              ('user', 'five')]]
     right,refused,tok = [],{},AutoTokenizer.from_pretrained(resolve_model('sage-tiny'))
     for path in templates:
         tok.chat_template = path.read_text(encoding='utf-8')
         try: text = ollama_template(tok)
-        except ValueError as e: refused[path.stem] = str(e); continue
+        except ValueError as e:
+            refused[path.stem] = str(e)
+            continue
         for talk in talks:
             messages = [dict(role=r, content=c) for r,c in talk]
             assert executed(text, messages) == render(messages, tok, add_generation_prompt=True), path.stem
         right.append(path.stem)
-    with capsys.disabled(): print(f'\n{len(right)} of {len(templates)} templates in the language of Ollama, refused: {", ".join(refused) or "none"}')
+    with capsys.disabled():
+        print(f'\n{len(right)} of {len(templates)} templates in the language of Ollama, refused: '
+              f'{", ".join(refused) or "none"}')
     assert len(right) > len(templates)//2
     assert all('in more than one way' in e or 'refuses this conversation' in e for e in refused.values()), refused

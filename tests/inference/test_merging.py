@@ -23,10 +23,13 @@ from sage_finetune.inference.generate import load_adapter, load_for_chat, load_p
 from sage_finetune.model.loading import load_model, load_tokenizer, quantisation_of
 from sage_finetune.inference.merging import merge_adapters
 
-small = dict(vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+small = dict(vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=512,
              initializer_range=0.15, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-gpt2 = dict(vocab_size=4096, n_embd=64, n_layer=2, n_head=4, n_positions=512, initializer_range=0.15, bos_token_id=1, eos_token_id=2)
-kinds = dict(qwen2=small, qwen3=small | dict(head_dim=16), llama=small, gemma=small | dict(head_dim=16), gemma3_text=small | dict(head_dim=16), phi=small, phi3=small,
+gpt2 = dict(vocab_size=4096, n_embd=64, n_layer=2, n_head=4, n_positions=512, initializer_range=0.15,
+            bos_token_id=1, eos_token_id=2)
+kinds = dict(qwen2=small, qwen3=small | dict(head_dim=16), llama=small, gemma=small | dict(head_dim=16),
+             gemma3_text=small | dict(head_dim=16), phi=small, phi3=small,
              mistral=small, gpt2=gpt2, mixtral=small | dict(num_local_experts=4))
 formats = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 
@@ -34,7 +37,8 @@ formats = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 def base(folder, kind, tied=False, dtype='fp32', **more):
     "A model with random weights, in several files, with the embedded tokenizer"
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **kinds[kind], tie_word_embeddings=tied)).to(formats[dtype])
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        kind, **kinds[kind], tie_word_embeddings=tied)).to(formats[dtype])
     for n,p in model.named_parameters():
         if p.ndim==1: p.data += 0.1*torch.randn_like(p) # biases that are not zero, norms that are not one
     model.save_pretrained(folder, max_shard_size='600KB')
@@ -44,7 +48,8 @@ def base(folder, kind, tied=False, dtype='fp32', **more):
 
 def adapter(folder, where, bits=None, dtype='fp32', by=0.1, seed=1, grow=0, **lora):
     "An adapter as a run leaves it, its numbers random"
-    config = TrainingConfig(model_name=str(where), load_in_8bit=bits==8, load_in_4bit=bits==4, fp16=dtype=='fp16', bf16=dtype=='bf16', report_to='none')
+    config = TrainingConfig(model_name=str(where), load_in_8bit=bits==8, load_in_4bit=bits==4, fp16=dtype=='fp16',
+                            bf16=dtype=='bf16', report_to='none')
     model,tok = load_model(str(where), formats[dtype], 'cpu', quantisation_of(config)),load_tokenizer(str(where))
     if bits: model = ready_for_quantised_training(model)
     if grow:
@@ -53,7 +58,8 @@ def adapter(folder, where, bits=None, dtype='fp32', by=0.1, seed=1, grow=0, **lo
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        model = get_peft_model(model, LoraConfig(**(dict(r=4, lora_alpha=8, target_modules='all-linear', fan_in_fan_out='gpt2' in str(where)) | lora)))
+        model = get_peft_model(model, LoraConfig(
+            **(dict(r=4, lora_alpha=8, target_modules='all-linear', fan_in_fan_out='gpt2' in str(where)) | lora)))
         for n,p in model.named_parameters():
             if p.requires_grad: p.data = p.data.float()+by*torch.randn(p.shape)*(0.1 if p.numel()>50_000 else 1)
         model.save_pretrained(folder)
@@ -68,8 +74,10 @@ def table():
     yield rows
     print(f'\n{"merge":44}{"difference":>12}{"divergence":>12}{"effect":>9}{"answers":>9}{"memory":>9}')
     for name,r,memory in rows:
-        print(f'{name:44}{r.difference:12.2g}{r.divergence:12.2g}{r.effect_divergence:9.2g}{f"{r.same} of {r.asked}":>9}{memory:>9}')
-        for w in r.ways[1:] if len(r.ways)>1 else (): print(f'{"    not kept: "+w["onto"]:44}{w["difference"]:12.2g}{w["divergence"]:12.2g}')
+        print(f'{name:44}{r.difference:12.2g}{r.divergence:12.2g}{r.effect_divergence:9.2g}'
+              f'{f"{r.same} of {r.asked}":>9}{memory:>9}')
+        for w in r.ways[1:] if len(r.ways)>1 else ():
+            print(f'{"    not kept: "+w["onto"]:44}{w["difference"]:12.2g}{w["divergence"]:12.2g}')
 
 
 def high_water(reset=False):
@@ -89,7 +97,8 @@ def proved(table, name, *args, **kwargs):
     return report
 
 
-cases = [(kind, kind in ('gemma', 'gemma3_text', 'gpt2'), 'fp32') for kind in kinds] + [('qwen2', True, 'fp32'), ('llama', True, 'fp32'), ('gemma', False, 'fp32')]
+cases = ([(kind, kind in ('gemma', 'gemma3_text', 'gpt2'), 'fp32') for kind in kinds]
+         + [('qwen2', True, 'fp32'), ('llama', True, 'fp32'), ('gemma', False, 'fp32')])
 cases += [(kind, kind in ('gemma', 'qwen2'), 'bf16') for kind in ('qwen2', 'qwen3', 'llama', 'gemma', 'phi', 'mistral')]
 
 
@@ -97,53 +106,69 @@ cases += [(kind, kind in ('gemma', 'qwen2'), 'bf16') for kind in ('qwen2', 'qwen
 def test_every_architecture(tmp_path, table, monkeypatch, kind, tied, dtype):
     where = base(tmp_path/f'{kind}_base', kind, tied, dtype)
     kept = ('q_proj', 'k_proj', 'v_proj', 'o_proj') if kind=='mixtral' else 'all-linear'
-    report = proved(table, f'{kind} {"tied" if tied else "untied"} {dtype}', adapter(tmp_path/'a', where, dtype=dtype, target_modules=list(kept) if kept!='all-linear' else kept), tmp_path/'m')
+    report = proved(table, f'{kind} {"tied" if tied else "untied"} {dtype}', adapter(
+        tmp_path/'a', where, dtype=dtype, target_modules=list(kept) if kept!='all-linear' else kept), tmp_path/'m')
     assert report.how=='weight by weight' and report.dtype==str(formats[dtype])[6:]
     assert report.effect_divergence>0.1 and report.divergence < (1e-6 if dtype=='fp32' else 2e-2)
     if dtype=='fp32': assert report.same==report.asked and report.difference<1e-3
     if dtype=='fp32' and kind in ('qwen3', 'gemma', 'gemma3_text', 'phi', 'gpt2'):
         monkeypatch.setattr(merging, 'stream_above', 0)
         streamed = merge_adapters(tmp_path/'a', tmp_path/'s', rows=4)
-        assert streamed.compared=='next tokens' and streamed.divergence<1e-6 and streamed.same==streamed.asked>20 and abs(streamed.effect_divergence/report.effect_divergence-1)<0.5
+        assert (streamed.compared=='next tokens' and streamed.divergence<1e-6 and streamed.same==streamed.asked>20
+                and abs(streamed.effect_divergence/report.effect_divergence-1)<0.5)
     a,b = read_json(where/'config.json'),read_json(tmp_path/'m'/'config.json')
     assert a==b and len(list((tmp_path/'m').glob('*.safetensors')))==1
 
 
 variants = dict(
-    dora=dict(use_dora=True), rslora=dict(use_rslora=True), both=dict(use_dora=True, use_rslora=True), patterns=dict(rank_pattern={'q_proj': 8}, alpha_pattern={'v_proj': 2}),
-    head=dict(modules_to_save=['lm_head']), embedding=dict(modules_to_save=['embed_tokens']), ends=dict(modules_to_save=['lm_head', 'embed_tokens']),
-    kept_tie=dict(modules_to_save=['embed_tokens'], ensure_weight_tying=True), head_lora=dict(target_modules=['q_proj', 'lm_head']),
-    embedding_lora=dict(target_modules=['q_proj', 'embed_tokens']), norms=dict(modules_to_save=['norm']), bias=dict(bias='all'), bias_of_its_own=dict(bias='lora_only'),
-    lora_bias=dict(lora_bias=True, target_modules=['q_proj', 'v_proj']), vocabulary=dict(grow=3, modules_to_save=['lm_head', 'embed_tokens']), vocabulary_alone=dict(grow=3),
+    dora=dict(use_dora=True), rslora=dict(use_rslora=True), both=dict(use_dora=True, use_rslora=True),
+    patterns=dict(rank_pattern={'q_proj': 8}, alpha_pattern={'v_proj': 2}),
+    head=dict(modules_to_save=['lm_head']), embedding=dict(modules_to_save=['embed_tokens']),
+    ends=dict(modules_to_save=['lm_head', 'embed_tokens']),
+    kept_tie=dict(modules_to_save=['embed_tokens'], ensure_weight_tying=True),
+    head_lora=dict(target_modules=['q_proj', 'lm_head']),
+    embedding_lora=dict(target_modules=['q_proj', 'embed_tokens']), norms=dict(modules_to_save=['norm']),
+    bias=dict(bias='all'), bias_of_its_own=dict(bias='lora_only'),
+    lora_bias=dict(lora_bias=True, target_modules=['q_proj', 'v_proj']),
+    vocabulary=dict(grow=3, modules_to_save=['lm_head', 'embed_tokens']), vocabulary_alone=dict(grow=3),
     tokens=dict(trainable_token_indices=[5, 6]))
 
 
-of_the_ends = [n for n in variants if any(w in str(variants[n]) for w in ('lm_head', 'embed_tokens', 'grow', 'token'))] # where it matters whether they are tied
+# where it matters whether they are tied
+of_the_ends = [n for n in variants if any(w in str(variants[n]) for w in ('lm_head', 'embed_tokens', 'grow', 'token'))]
 
 
-@pytest.mark.parametrize('name,tied', [*((n, False) for n in variants if n!='kept_tie'), *((n, True) for n in of_the_ends)])
+@pytest.mark.parametrize('name,tied',
+                         [*((n, False) for n in variants if n!='kept_tie'), *((n, True) for n in of_the_ends)])
 def test_every_kind_of_adapter(tmp_path, table, monkeypatch, name, tied):
     where = base(tmp_path/'base', 'qwen2', tied)
-    report = proved(table, f'{name.replace("_", " ")} {"tied" if tied else "untied"}', adapter(tmp_path/'a', where, **variants[name]), tmp_path/'m')
+    report = proved(table, f'{name.replace("_", " ")} {"tied" if tied else "untied"}',
+                    adapter(tmp_path/'a', where, **variants[name]), tmp_path/'m')
     assert report.effect_divergence>0.05 and report.divergence<1e-6 and report.same==report.asked
     assert report.how==('in memory' if name=='tokens' else 'weight by weight')
     unties = tied and name in ('head', 'embedding', 'ends', 'head_lora', 'embedding_lora', 'vocabulary', 'tokens')
-    assert read_json(tmp_path/'m'/'config.json')['tie_word_embeddings']==(tied and not unties) or name in ('tokens', 'vocabulary_alone')
+    assert (read_json(tmp_path/'m'/'config.json')['tie_word_embeddings']==(tied and not unties)
+            or name in ('tokens', 'vocabulary_alone'))
     if name in ('dora', 'ends', 'kept_tie', 'vocabulary', 'embedding_lora') and tied==(name!='dora'):
         monkeypatch.setattr(merging, 'stream_above', 0)
         streamed = merge_adapters(tmp_path/'a', tmp_path/'s', rows=4)
-        assert streamed.compared=='next tokens' and streamed.divergence<1e-6 and streamed.same==streamed.asked and streamed.effect_divergence>0.05
-    if 'vocabulary' in name: assert AutoModelForCausalLM.from_pretrained(tmp_path/'m').get_input_embeddings().weight.shape[0]==4099
+        assert (streamed.compared=='next tokens' and streamed.divergence<1e-6 and streamed.same==streamed.asked
+                and streamed.effect_divergence>0.05)
+    if 'vocabulary' in name:
+        assert AutoModelForCausalLM.from_pretrained(tmp_path/'m').get_input_embeddings().weight.shape[0]==4099
 
 
 @pytest.mark.parametrize('bits', [8, 4])
-@pytest.mark.parametrize('kind,tied,dora', [('qwen2', True, False), ('llama', False, False), ('mistral', False, True), ('gemma', True, False), ('phi', False, False), ('qwen3', False, False)])
+@pytest.mark.parametrize('kind,tied,dora', [('qwen2', True, False), ('llama', False, False), (
+    'mistral', False, True), ('gemma', True, False), ('phi', False, False), ('qwen3', False, False)])
 def test_a_rounded_base(tmp_path, table, kind, tied, dora, bits):
     pytest.importorskip('bitsandbytes')
     where = base(tmp_path/'base', kind, tied)
-    report = proved(table, f'{kind} {bits}-bit{" dora" if dora else ""}', adapter(tmp_path/'a', where, bits, use_dora=dora), tmp_path/'m')
+    report = proved(table, f'{kind} {bits}-bit{" dora" if dora else ""}',
+                    adapter(tmp_path/'a', where, bits, use_dora=dora), tmp_path/'m')
     full,written_out = (next(w for w in report.ways if part in w['onto']) for part in ('as it is stored', 'as rounded'))
-    assert report.ways[0]['divergence']==report.divergence<=report.ways[1]['divergence'] and report.divergence<report.bound
+    assert (report.ways[0]['divergence']==report.divergence<=report.ways[1]['divergence']
+            and report.divergence<report.bound)
     if bits==4: assert written_out['divergence']<1e-6 < full['divergence'] and report.same==report.asked
     else: assert report.divergence<2e-3 # 8 bits round what goes in as well, which no plain model does
 
@@ -155,14 +180,17 @@ def test_rounding_is_that_of_the_loaded_model(tmp_path):
     where = base(tmp_path/'base', 'llama')
     weight = load_model(str(where)).model.layers[0].mlp.up_proj.weight.data
     for bits in (8, 4):
-        model = load_model(str(where), torch.float32, 'cpu', quantisation_of(TrainingConfig(load_in_8bit=bits==8, load_in_4bit=bits==4)))
-        assert (dequantize_module_weight(model.model.layers[0].mlp.up_proj)-merging.rounded(weight, bits)).abs().max()<1e-6
+        model = load_model(str(where), torch.float32, 'cpu',
+                           quantisation_of(TrainingConfig(load_in_8bit=bits==8, load_in_4bit=bits==4)))
+        assert ((dequantize_module_weight(model.model.layers[0].mlp.up_proj)-merging.rounded(weight, bits)).abs()
+                .max()<1e-6)
 
 
 def test_a_proof_without_room_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
     a = adapter(tmp_path/'a', base(tmp_path/'base', 'llama'))
     monkeypatch.setattr(merging, '_free_memory', lambda: 10**6)
-    with pytest.raises(SageError, match=r'about 0.0 GB, and 0.0 GB are free: merge without it \(`rows=0`\)'): merge_adapters(a, tmp_path/'m')
+    with pytest.raises(SageError, match=r'about 0.0 GB, and 0.0 GB are free: merge without it \(`rows=0`\)'):
+        merge_adapters(a, tmp_path/'m')
     assert merge_adapters(a, tmp_path/'m', rows=0).difference is None
 
 
@@ -171,14 +199,17 @@ def test_several_adapters_add_up(tmp_path, table):
     one,two = (adapter(tmp_path/f'a{s}', where, seed=s, use_rslora=s==2) for s in (1, 2))
     report = proved(table, 'two adapters, 0.7 and -0.3', [(one, 0.7), (two, -0.3)], tmp_path/'m')
     assert report.divergence<1e-6 < report.effect_divergence and report.same==report.asked
-    key,lora = 'model.layers.1.self_attn.q_proj.weight','base_model.model.model.layers.1.self_attn.q_proj.lora_{}.weight'
+    key,lora = ('model.layers.1.self_attn.q_proj.weight',
+                'base_model.model.model.layers.1.self_attn.q_proj.lora_{}.weight')
     stored = lambda f: {k: v for file in Path(f).glob('*.safetensors') for k,v in load_file(file).items()}
     W,A = stored(where)[key],[load_file(a/'adapter_model.safetensors') for a in (one, two)]
-    by_hand = W + 0.7*(8/4)*A[0][lora.format('B')]@A[0][lora.format('A')] - 0.3*(8/2)*A[1][lora.format('B')]@A[1][lora.format('A')]
+    by_hand = (W + 0.7*(8/4)*A[0][lora.format('B')]@A[0][lora.format('A')]
+               - 0.3*(8/2)*A[1][lora.format('B')]@A[1][lora.format('A')])
     assert torch.allclose(stored(tmp_path/'m')[key], by_hand, atol=1e-6)
     dora = adapter(tmp_path/'dora', where, use_dora=True)
     with pytest.raises(SageError, match='cannot be weighed or added'): merge_adapters([one, dora], tmp_path/'x')
-    with pytest.raises(SageError, match='give `base`'): merge_adapters([one, adapter(tmp_path/'b', base(tmp_path/'other', 'llama', dtype='bf16'))], tmp_path/'x')
+    with pytest.raises(SageError, match='give `base`'):
+        merge_adapters([one, adapter(tmp_path/'b', base(tmp_path/'other', 'llama', dtype='bf16'))], tmp_path/'x')
 
 
 def test_untouched_weights_are_the_same_bytes_under_the_same_names(tmp_path):
@@ -212,14 +243,16 @@ def test_anybody_else_says_the_same(tmp_path):
     model,tok = load_adapter(a)
     asked = [[dict(role='user', content=q)] for q in ('What is 2 plus 3?', '你好')]
     ours = [t.text for t in answers(model, tok, asked, max_new_tokens=12)]
-    theirs = [o[0]['generated_text'][-1]['content'] for o in pipeline('text-generation', str(tmp_path/'m'))(asked, do_sample=False, max_new_tokens=12)]
+    theirs = [o[0]['generated_text'][-1]['content']
+              for o in pipeline('text-generation', str(tmp_path/'m'))(asked, do_sample=False, max_new_tokens=12)]
     assert theirs==ours
     assert 2 in read_json(tmp_path/'m'/'generation_config.json')['eos_token_id']
 
 
 # --- planted faults: each is caught by merge and by chat, by its name
 
-def changed_template(a, where): (a/'chat_template.jinja').write_text((a/'chat_template.jinja').read_text().replace('assistant', 'model'))
+def changed_template(a, where):
+    (a/'chat_template.jinja').write_text((a/'chat_template.jinja').read_text().replace('assistant', 'model'))
 
 def other_tokenizer(a, where):
     t = read_json(a/'tokenizer.json')
@@ -228,7 +261,9 @@ def other_tokenizer(a, where):
     t['model']['merges'] = [m for m in t['model']['merges'] if ''.join(m)!=word]
     (a/'tokenizer.json').write_text(json.dumps(t))
 
-def other_end(a, where): (a/'tokenizer_config.json').write_text((a/'tokenizer_config.json').read_text().replace('"eos_token": "<|im_end|>"', '"eos_token": "<|im_start|>"'))
+def other_end(a, where):
+    (a/'tokenizer_config.json').write_text((a/'tokenizer_config.json').read_text().replace(
+        '"eos_token": "<|im_end|>"', '"eos_token": "<|im_start|>"'))
 
 def other_weights(a, where):
     file = sorted(where.glob('*.safetensors'))[0]
@@ -240,7 +275,8 @@ def fewer_layers(a, where): base_again(where, num_hidden_layers=1)
 def base_again(where, **more):
     shutil.rmtree(where)
     torch.manual_seed(3)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model('llama', **(small | more))).save_pretrained(where, max_shard_size='600KB')
+    AutoModelForCausalLM.from_config(AutoConfig.for_model('llama', **(small | more))).save_pretrained(
+        where, max_shard_size='600KB')
     load_tokenizer('sage-tiny').save_pretrained(where)
 
 def cut(file): file.write_bytes(file.read_bytes()[:-100])
@@ -248,8 +284,10 @@ def cut_shard(a, where): cut(sorted(where.glob('*.safetensors'))[-1])
 def cut_adapter(a, where): cut(a/'adapter_model.safetensors')
 def lost_shard(a, where): sorted(where.glob('*.safetensors'))[0].unlink()
 
-faults = {changed_template: 'the chat template has changed', other_tokenizer: r'another tokenizer \(4,095 tokens, was 4,096\)', other_end: 'special tokens: eos_token',
-          other_weights: 'is not the base it was trained on', other_shape: 'is not the base it was trained on', cut_shard: r'model-.*is cut short', cut_adapter: r'adapter_model.*is cut short',
+faults = {changed_template: 'the chat template has changed',
+          other_tokenizer: r'another tokenizer \(4,095 tokens, was 4,096\)', other_end: 'special tokens: eos_token',
+          other_weights: 'is not the base it was trained on', other_shape: 'is not the base it was trained on',
+          cut_shard: r'model-.*is cut short', cut_adapter: r'adapter_model.*is cut short',
           lost_shard: r'model-00001.*is missing'}
 
 
@@ -264,7 +302,8 @@ def test_a_fault_is_caught_by_name(tmp_path, fault):
     assert not (tmp_path/'m').exists() and sorted(p.name for p in tmp_path.iterdir())==['a', 'base']
 
 
-@pytest.mark.parametrize('fault,told', [(other_shape, 'does not fit the base|another base'), (fewer_layers, 'is that of another base: .*layers.1')])
+@pytest.mark.parametrize('fault,told', [(other_shape, 'does not fit the base|another base'),
+                                        (fewer_layers, 'is that of another base: .*layers.1')])
 def test_the_adapter_of_another_base_is_caught_without_a_contract(tmp_path, fault, told):
     where = base(tmp_path/'base', 'llama')
     a = adapter(tmp_path/'a', where)
@@ -276,7 +315,8 @@ def test_the_adapter_of_another_base_is_caught_without_a_contract(tmp_path, faul
             with pytest.raises(SageError, match=told): use(a)
 
 
-@pytest.mark.parametrize('name,told', [('template', 'the chat template has changed'), ('stops', 'no longer ends an answer'), ('shard', 'is cut short')])
+@pytest.mark.parametrize('name,told', [('template', 'the chat template has changed'),
+                                       ('stops', 'no longer ends an answer'), ('shard', 'is cut short')])
 def test_a_merged_model_is_looked_at_as_well(tmp_path, name, told):
     where = base(tmp_path/'base', 'llama')
     merge_adapters(adapter(tmp_path/'a', where), tmp_path/'m', rows=0)
@@ -304,14 +344,17 @@ def test_numbers_that_are_none_are_refused(tmp_path):
     name = next(k for k in tensors if 'layers.1.mlp.up_proj.lora_B' in k)
     tensors[name][0, 0] = float('nan')
     save_file(tensors, a/'adapter_model.safetensors', metadata=dict(format='pt'))
-    with pytest.raises(SageError, match='layers.1.mlp.up_proj.weight holds a number that is none'): merge_adapters(a, tmp_path/'m', rows=0)
+    with pytest.raises(SageError, match='layers.1.mlp.up_proj.weight holds a number that is none'):
+        merge_adapters(a, tmp_path/'m', rows=0)
     tensors[name][0, 0] = 1e30
     save_file(tensors, a/'adapter_model.safetensors', metadata=dict(format='pt'))
     with pytest.raises(SageError, match='float16 cannot hold'): merge_adapters(a, tmp_path/'m', rows=0, dtype='float16')
     assert not (tmp_path/'m').exists()
 
 
-@pytest.mark.parametrize('broken', [lambda layer,weight,tensors,names: weight.float(), lambda layer,weight,tensors,names: weight.float()*1.05], ids=['adapter lost', 'base changed'])
+@pytest.mark.parametrize('broken', [lambda layer,weight,tensors,names: weight.float(),
+                                    lambda layer,weight,tensors,names: weight.float()*1.05],
+                         ids=['adapter lost', 'base changed'])
 def test_a_wrong_merge_is_refused(tmp_path, monkeypatch, broken):
     where = base(tmp_path/'base', 'qwen2')
     a = adapter(tmp_path/'a', where)
@@ -367,7 +410,8 @@ _merge_alone = '''
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='/proc says how much memory was held')
 def test_memory_for_a_few_copies_of_one_weight(tmp_path, capsys):
     "A model of twelve files: what a merge needs is a small part of it"
-    wide = dict(vocab_size=4096, hidden_size=256, intermediate_size=1024, num_hidden_layers=28, num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=512)
+    wide = dict(vocab_size=4096, hidden_size=256, intermediate_size=1024, num_hidden_layers=28,
+                num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=512)
     for name,config,shard in (('small', small, '600KB'), ('large', wide, '12MB')):
         where = tmp_path/name/'base'
         with torch.device('meta'): model = AutoModelForCausalLM.from_config(AutoConfig.for_model('llama', **config))
@@ -378,21 +422,26 @@ def test_memory_for_a_few_copies_of_one_weight(tmp_path, capsys):
         lora = get_peft_model(model, LoraConfig(r=4, target_modules='all-linear'))
         lora.save_pretrained(tmp_path/name/'a')
         save_contract(tmp_path/name/'a', load_tokenizer('sage-tiny'), model, str(where))
-        TrainingConfig(model_name=str(where), load_in_8bit=False, fp16=False).save(tmp_path/name/'a'/'training_config.json')
+        TrainingConfig(model_name=str(where), load_in_8bit=False,
+                       fp16=False).save(tmp_path/name/'a'/'training_config.json')
         del model, lora
     files = [f.stat().st_size for f in (tmp_path/'large'/'base').glob('*.safetensors')]
     cache = tmp_path/'hf'/'hub'/'models--somebody--small'
     shutil.copytree(tmp_path/'small'/'base', cache/'snapshots'/'0123')
-    (cache/'refs').mkdir(); (cache/'refs'/'main').write_text('0123')
+    (cache/'refs').mkdir()
+    (cache/'refs'/'main').write_text('0123')
     env = os.environ | dict(OMP_NUM_THREADS='1', MALLOC_ARENA_MAX='2', HF_HOME=str(tmp_path/'hf'), HF_HUB_OFFLINE='1')
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', textwrap.dedent(_merge_alone), str(tmp_path/'small'), str(tmp_path/'large')], capture_output=True, text=True, env=env)
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', textwrap.dedent(_merge_alone),
+                           str(tmp_path/'small'), str(tmp_path/'large')], capture_output=True, text=True, env=env)
     assert done.returncode==0, done.stderr
     *_,peak,proved,hub = done.stdout.splitlines()
     peak,largest,(with_proof,*proved) = int(peak),max(files),proved.split(maxsplit=2)
     with_proof = int(with_proof)
     assert proved==['True', 'next tokens']
     assert hub=='weight by weight True True'
-    with capsys.disabled(): print(f'\nmerging {sum(files)/2**20:.0f} MB in {len(files)} files of at most {largest/2**20:.0f} MB took {peak/2**20:.0f} MB more than before, with its proof {with_proof/2**20:.0f} MB')
+    with capsys.disabled():
+        print(f'\nmerging {sum(files)/2**20:.0f} MB in {len(files)} files of at most {largest/2**20:.0f} MB took '
+              f'{peak/2**20:.0f} MB more than before, with its proof {with_proof/2**20:.0f} MB')
     assert len(files)>=8 and sum(files)>8*largest
     assert peak<=3*largest < sum(files)/2 # the promise allows one GB more
     assert with_proof<sum(files)*0.7 # three sets of logits among it

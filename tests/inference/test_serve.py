@@ -25,12 +25,15 @@ from sage_finetune.trainer import LoRATrainer
 
 needs_posix = pytest.mark.skipif(os.name!='posix', reason='needs signals and processes as POSIX has them')
 
-# What a server may spoil: white space at the ends, a blank line, marks that stand for a call or a thought, characters of several tokens
+# What a server may spoil: white space at the ends, a blank line, marks that stand for a call or a thought,
+# characters of several tokens
 LEARNED = {'Complete: def add(a, b):': '    return a + b', 'Two lines, please.': 'one\n\n  two',
-           'How is a call written?': 'Like this: <tool_call>\n{"name": "f"}\n</tool_call> and so on.', 'Think and say three.': '<think>\none two\n</think>\n\nthree',
+           'How is a call written?': 'Like this: <tool_call>\n{"name": "f"}\n</tool_call> and so on.',
+           'Think and say three.': '<think>\none two\n</think>\n\nthree',
            'Greet me.': '你好 🐟!'}
 TALKS = [[dict(role='user', content=q)] for q in (*LEARNED, 'What is Python?')]
-TALKS += [[dict(role='system', content='Be brief.'), *TALKS[0]], [*TALKS[1], dict(role='assistant', content='one'), *TALKS[3]]]
+TALKS += [[dict(role='system', content='Be brief.'), *TALKS[0]],
+          [*TALKS[1], dict(role='assistant', content='one'), *TALKS[3]]]
 
 
 @pytest.fixture(scope='module')
@@ -38,9 +41,12 @@ def run(tmp_path_factory):
     "A run on a copy of the embedded model, merged"
     folder = tmp_path_factory.mktemp('serve')
     shutil.copytree(resolve_model('sage-tiny'), folder/'base')
-    (folder/'rows.json').write_text(json.dumps([dict(question=q, answer=a) for q,a in LEARNED.items()]*20), encoding='utf-8')
-    config = TrainingConfig(model_name=str(folder/'base'), data_path=folder/'rows.json', output_dir=folder/'code', max_steps=60, per_device_train_batch_size=5,
-                            gradient_accumulation_steps=1, learning_rate=5e-3, test_size=0, report_to='none', lora=LoRAConfig(r=16, lora_alpha=32, target_modules='all-linear'))
+    (folder/'rows.json').write_text(json.dumps([dict(question=q, answer=a) for q,a in LEARNED.items()]*20),
+                                    encoding='utf-8')
+    config = TrainingConfig(model_name=str(folder/'base'), data_path=folder/'rows.json', output_dir=folder/'code',
+                            max_steps=60, per_device_train_batch_size=5,
+                            gradient_accumulation_steps=1, learning_rate=5e-3, test_size=0, report_to='none',
+                            lora=LoRAConfig(r=16, lora_alpha=32, target_modules='all-linear'))
     LoRATrainer(config, quiet=True).train()
     merge_run(folder/'code')
     return folder/'code'
@@ -61,11 +67,13 @@ def server(run):
     with serving(run) as server: yield server
 
 
-def client(server, key='none'): return openai.OpenAI(base_url=f'{server.url}/v1', api_key=key, max_retries=0, timeout=60)
+def client(server, key='none'):
+    return openai.OpenAI(base_url=f'{server.url}/v1', api_key=key, max_retries=0, timeout=60)
 
 
 def ask(server, messages, key='none', **more):
-    return client(server, key).chat.completions.create(model=server.model, messages=messages, **dict(max_tokens=48, temperature=0) | more)
+    return client(server, key).chat.completions.create(
+        model=server.model, messages=messages, **dict(max_tokens=48, temperature=0) | more)
 
 
 def said(server, messages, **more): return ask(server, messages, **more).choices[0].message.content
@@ -80,7 +88,8 @@ def test_answers_are_those_of_chat(server, expected):
     assert [streamed(server, t) for t in TALKS] == expected
     assert [''.join(stream_from(server.url, t, 48)) for t in TALKS] == expected
     without = client(server).chat.completions.create(model=server.model, messages=TALKS[5], max_tokens=48)
-    assert without.choices[0].message.content == expected[5], 'where no temperature is named, the likeliest token is taken'
+    assert without.choices[0].message.content == expected[5], (
+        'where no temperature is named, the likeliest token is taken')
 
 
 def test_twenty_clients_at_once_get_right_answers(server, expected):
@@ -91,11 +100,13 @@ def test_twenty_clients_at_once_get_right_answers(server, expected):
 
 def test_what_comes_beside_the_text(server, expected):
     whole = ask(server, TALKS[0])
-    assert whole.choices[0].finish_reason == 'stop' and whole.usage.total_tokens == whole.usage.prompt_tokens+whole.usage.completion_tokens
+    assert (whole.choices[0].finish_reason == 'stop'
+            and whole.usage.total_tokens == whole.usage.prompt_tokens+whole.usage.completion_tokens)
     short = ask(server, TALKS[0], max_tokens=2)
     assert short.choices[0].finish_reason == 'length' and short.usage.completion_tokens == 2
     cut = ask(server, TALKS[2], stop=[' and', 'never'])
-    assert cut.choices[0].message.content == expected[2].partition(' and')[0] == streamed(server, TALKS[2], stop=[' and', 'never'])
+    assert cut.choices[0].message.content == expected[2].partition(' and')[0] == streamed(
+        server, TALKS[2], stop=[' and', 'never'])
     assert cut.choices[0].finish_reason == 'stop'
     chunks = list(ask(server, TALKS[0], stream=True, stream_options=dict(include_usage=True)))
     assert chunks[0].choices[0].delta.role == 'assistant' and chunks[-2].choices[0].finish_reason == 'stop'
@@ -116,14 +127,16 @@ def test_what_comes_beside_the_text(server, expected):
 ])
 def test_a_bad_request_is_refused_by_name(server, change, error, words):
     for stream in (False, True):
-        with pytest.raises(error, match=words.replace('`', '.')): ask(server, **dict(messages=TALKS[0], stream=stream) | change) if 'model' not in change else \
-            client(server).chat.completions.create(**dict(messages=TALKS[0], stream=stream) | change)
+        with pytest.raises(error, match=words.replace('`', '.')):
+            ask(server, **dict(messages=TALKS[0], stream=stream) | change) if 'model' not in change else \
+                client(server).chat.completions.create(**dict(messages=TALKS[0], stream=stream) | change)
 
 
 def test_a_body_that_is_no_json_and_an_unknown_address(server):
     from urllib.error import HTTPError
     from urllib.request import Request, urlopen
-    for path,body,status in (('/v1/chat/completions', b'{', 400), ('/v1/chat/completions', b'[]', 400), ('/v1/nothing', None, 404), ('/v1/chat/completions', None, 405)):
+    for path,body,status in (('/v1/chat/completions', b'{', 400), ('/v1/chat/completions', b'[]', 400),
+                             ('/v1/nothing', None, 404), ('/v1/chat/completions', None, 405)):
         with pytest.raises(HTTPError) as refused: urlopen(Request(server.url+path, body))
         assert refused.value.code == status
 
@@ -136,16 +149,21 @@ def test_a_client_that_goes_away_halts_its_answer(run, monkeypatch):
     monkeypatch.setattr(module, 'write_answer', lambda *a: written.append(write(*a)) or written[-1])
     desk,port = module.Engine(*load_for_chat(run)),module.free_port('127.0.0.1', 0)
     server = uvicorn.Server(uvicorn.Config(module.chat_app(desk, 'code'), port=port, log_level='error'))
-    thread = threading.Thread(target=server.run); thread.start()
+    thread = threading.Thread(target=server.run)
+    thread.start()
     while not server.started: time.sleep(0.01)
     here = openai.OpenAI(base_url=f'http://127.0.0.1:{port}/v1', api_key='none', max_retries=0)
-    ask = lambda client,most,**more: client.chat.completions.create(model='code', messages=TALKS[5], max_tokens=most, **more)
+    ask = (lambda client,most,**more: client.chat.completions.create(
+        model='code', messages=TALKS[5], max_tokens=most, **more))
     try:
         assert ask(here, 60).choices[0].finish_reason == 'length'
         with ask(here, 1900, stream=True) as talk: next(iter(talk))
         with pytest.raises(openai.APITimeoutError): ask(here.with_options(timeout=0.3), 1900)
         assert ask(here, 3).usage.completion_tokens == 3
-    finally: server.should_exit = True; thread.join(); desk.close()
+    finally:
+        server.should_exit = True
+        thread.join()
+        desk.close()
     assert [w.tokens for w in written[::len(written)-1]] == [60, 3] and all(w.tokens<1900 for w in written)
 
 
@@ -156,13 +174,15 @@ def test_the_log_lies_in_the_run_folder_and_holds_no_conversation(server, run):
 
 
 def test_a_second_server_on_the_port_is_refused(server, run):
-    with pytest.raises(SageError, match='is in use: stop the program that has it, or give another port'): start_server(run, port=int(server.url.rpartition(':')[2]))
+    with pytest.raises(SageError, match='is in use: stop the program that has it, or give another port'):
+        start_server(run, port=int(server.url.rpartition(':')[2]))
     assert said(server, TALKS[0]) == LEARNED[TALKS[0][0]['content']]
 
 
 def children_of(pid):
     "Processes that a process started"
-    return [int(p.name) for p in Path('/proc').iterdir() if p.name.isdigit() and f'PPid:\t{pid}\n' in (read(p/'status') or '')]
+    return [int(p.name) for p in Path('/proc').iterdir() if p.name.isdigit()
+            and f'PPid:\t{pid}\n' in (read(p/'status') or '')]
 
 
 def read(path):
@@ -172,20 +192,25 @@ def read(path):
 
 @needs_posix
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='needs /proc')
-def test_killed_and_started_again_on_the_same_port_with_a_key_that_is_shown_nowhere_and_the_adapter(run, expected, tmp_path):
+def test_killed_and_started_again_on_the_same_port_with_a_key_that_is_shown_nowhere_and_the_adapter(
+        run, expected, tmp_path):
     first,key = start_server(run, port=0, log=tmp_path/'log'),'key-4711-secret'
     port = int(first.url.rpartition(':')[2])
-    first.process.kill(); first.process.wait()
+    first.process.kill()
+    first.process.wait()
     with pytest.raises(SageError, match='nothing answers at'): list(stream_from(first.url, TALKS[0]))
     assert first.stop() == -signal.SIGKILL
     with serving(run, port=port, api_key=key, adapter=True, log=tmp_path/'log') as again:
-        assert said(again, TALKS[0], key=key) == expected[0] == ''.join(stream_from(again.url, TALKS[0], 48, api_key=key))
+        assert said(again, TALKS[0],
+                    key=key) == expected[0] == ''.join(stream_from(again.url, TALKS[0], 48, api_key=key))
         for wrong in ('none', key[:-1]):
-            with pytest.raises(openai.AuthenticationError, match='the key is missing or wrong'): said(again, TALKS[0], key=wrong)
+            with pytest.raises(openai.AuthenticationError, match='the key is missing or wrong'):
+                said(again, TALKS[0], key=wrong)
         with pytest.raises(SageError, match='refuses .401.'): models_at(again.url)
         pid = again.process.pid
         assert key not in ''.join(read(Path(f'/proc/{p}/cmdline')) for p in (pid, *children_of(pid)))
-    assert not [p for p in (*run.parent.rglob('*'), *tmp_path.rglob('*')) if p.is_file() and key.encode() in p.read_bytes()]
+    assert not [p for p in (*run.parent.rglob('*'), *tmp_path.rglob('*'))
+                if p.is_file() and key.encode() in p.read_bytes()]
 
 
 script = '''
@@ -199,14 +224,17 @@ serve(sys.argv[1], port=0, log=sys.argv[2], say=lambda line: print(line, flush=T
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='needs /proc')
 def test_ctrl_c_an_end_and_a_kill_leave_no_server_behind(run, tmp_path):
     signals = signal.SIGINT,signal.SIGTERM,signal.SIGKILL
-    started = [subprocess.Popen([sys.executable, '-c', script, run, tmp_path/s.name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for s in signals]
+    started = [subprocess.Popen([sys.executable, '-c', script, run, tmp_path/s.name], stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, text=True) for s in signals]
     addresses = [p.stdout.readline().split()[4].removesuffix('/v1') for p in started]
     servers = [children_of(p.pid) for p in started]
     assert all(len(s)==1 for s in servers) and [models_at(a) for a in addresses] == [['code']]*3
     for p,s in zip(started, signals): p.send_signal(s)
     assert [p.wait(30) for p in started] == [0, 0, -signal.SIGKILL]
     give_up = time.monotonic()+30
-    while (left := [s for s, in servers if Path(f'/proc/{s}').exists() and 'zombie' not in read(Path(f'/proc/{s}/status'))]) and time.monotonic()<give_up: time.sleep(0.1)
+    while ((left := [s for s, in servers if Path(f'/proc/{s}').exists()
+                     and 'zombie' not in read(Path(f'/proc/{s}/status'))]) and time.monotonic()<give_up):
+        time.sleep(0.1)
     assert not left
     said = [p.stdout.read() for p in started]
     assert said[0].endswith('stopped\n') and said[1].endswith('stopped\n') and 'Traceback' not in ''.join(said)
@@ -214,16 +242,20 @@ def test_ctrl_c_an_end_and_a_kill_leave_no_server_behind(run, tmp_path):
 
 def follow(folder, base=None, **more):
     "What the process of a server does, in this one"
-    module._follow(dict(name='code', folder=str(folder), base=base, log='', host='127.0.0.1', port=0, api_key=None, max_new_tokens=8, ignore_contract=False) | more)
+    module._follow(dict(name='code', folder=str(folder), base=base, log='', host='127.0.0.1', port=0, api_key=None,
+                        max_new_tokens=8, ignore_contract=False) | more)
 
 
 FAULTS = {
-    'a changed template': ('merged_model', lambda d: (d/'chat_template.jinja').write_text((d/'chat_template.jinja').read_text().replace('<|im_start|>', '<|im_start|> ')),
+    'a changed template': ('merged_model', lambda d: (d/'chat_template.jinja').write_text(
+        (d/'chat_template.jinja').read_text().replace('<|im_start|>', '<|im_start|> ')),
                            'the chat template has changed'),
     'another tokenizer': ('merged_model', lambda d: swap_words(d/'tokenizer.json'), 'another tokenizer'),
     'a shard cut short': ('merged_model', lambda d: cut(d/'model.safetensors'), 'model.safetensors is cut short'),
-    'an adapter cut short': ('lora_weights', lambda d: cut(d/'adapter_model.safetensors'), 'adapter_model.safetensors is cut short'),
-    'another base': ('lora_weights', lambda d: other_weights(d.parent/'base'/'model.safetensors'), 'is not the base it was trained on'),
+    'an adapter cut short': ('lora_weights', lambda d: cut(d/'adapter_model.safetensors'),
+                             'adapter_model.safetensors is cut short'),
+    'another base': ('lora_weights', lambda d: other_weights(d.parent/'base'/'model.safetensors'),
+                     'is not the base it was trained on'),
 }
 
 
@@ -246,7 +278,8 @@ def other_weights(file):
 @pytest.mark.parametrize('fault', FAULTS)
 def test_a_planted_fault_is_caught_by_name_before_anything_is_served(fault, run, tmp_path):
     kind,plant,words = FAULTS[fault]
-    shutil.copytree(run.parent/'base', tmp_path/'base'); shutil.copytree(run/kind, tmp_path/kind)
+    shutil.copytree(run.parent/'base', tmp_path/'base')
+    shutil.copytree(run/kind, tmp_path/kind)
     base = None
     if kind=='lora_weights':
         base = str(tmp_path/'base')
@@ -262,26 +295,32 @@ def test_a_server_that_cannot_start_says_why_in_one_line(run, tmp_path):
     shutil.copytree(run/'merged_model', tmp_path/'broken')
     cut(tmp_path/'broken'/'model.safetensors')
     with pytest.raises(SageError) as told: start_server(tmp_path/'broken', port=0, log=tmp_path/'log')
-    assert 'the server did not start: ' in str(told.value) and 'model.safetensors is cut short' in str(told.value) and '\n' not in str(told.value)
-    with pytest.raises(SageError, match='did not answer within 0.01 s'): start_server(run, port=0, log=tmp_path/'log', timeout=0.01)
+    assert ('the server did not start: ' in str(told.value) and 'model.safetensors is cut short' in str(told.value)
+            and '\n' not in str(told.value))
+    with pytest.raises(SageError, match='did not answer within 0.01 s'):
+        start_server(run, port=0, log=tmp_path/'log', timeout=0.01)
 
 
 def test_transformers_serve_can_be_asked_for(run, tmp_path):
     pytest.importorskip('fastapi')
-    with pytest.raises(SageError, match='takes no adapter'): start_server(run, port=0, engine='transformers', adapter=True, log=tmp_path/'log')
+    with pytest.raises(SageError, match='takes no adapter'):
+        start_server(run, port=0, engine='transformers', adapter=True, log=tmp_path/'log')
     with serving(run, engine='transformers', log=tmp_path/'log') as other:
         assert said(other, TALKS[1]) == LEARNED[TALKS[1][0]['content']]
         assert isinstance(models_at(other.url), list)
         below = children_of(other.process.pid) if Path('/proc/self/status').exists() else []
-    assert not other.running and not [p for p in below if Path(f'/proc/{p}').exists()], 'the program that was started ends with the one that watches it'
+    assert not other.running and not [p for p in below if Path(f'/proc/{p}').exists()], (
+        'the program that was started ends with the one that watches it')
 
 
 class Scripted(BaseHTTPRequestHandler):
     "A server that says what its address asks for"
     replies = {
         'cut': b'data: {"choices": [{"delta": {"content": "half"}}]}\n\n',
-        'error': b'data: {"choices": [{"delta": {"content": "half"}}]}\n\ndata: {"error": {"message": "out of memory"}}\n\n',
-        'odd': ': hello\r\n\r\nevent: x\r\ndata: {"choices": []}\r\n\r\ndata: {"choices": [{"delta": {"content": "鱼"}, "finish_reason": "stop"}]}\r\n\r\n'.encode(),
+        'error': b'data: {"choices": [{"delta": {"content": "half"}}]}\n\n'
+        b'data: {"error": {"message": "out of memory"}}\n\n',
+        'odd': ': hello\r\n\r\nevent: x\r\ndata: {"choices": []}\r\n\r\ndata: {"choices": [{"delta": {"content": '
+        '"鱼"}, "finish_reason": "stop"}]}\r\n\r\n'.encode(),
     }
 
     def do_GET(self): self.reply(b'{"data": [{"id": "one"}, {"id": "two"}]}')
@@ -289,8 +328,11 @@ class Scripted(BaseHTTPRequestHandler):
     def log_message(self, *args): pass
 
     def reply(self, body):
-        self.send_response(200); self.end_headers()
-        for i in range(len(body)): self.wfile.write(body[i:i+1]); self.wfile.flush()
+        self.send_response(200)
+        self.end_headers()
+        for i in range(len(body)):
+            self.wfile.write(body[i:i+1])
+            self.wfile.flush()
 
 
 def test_the_client_takes_any_stream_and_notices_one_that_breaks_off():

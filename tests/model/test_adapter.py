@@ -22,7 +22,8 @@ from sage_finetune.rows.formats import create_sample_data, to_messages
 from sage_finetune.rows.template import encode
 from sage_finetune.trainer import CausalLMTrainer, LoRATrainer
 
-small = dict(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+small = dict(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2,
              max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 gpt2 = dict(vocab_size=128, n_embd=32, n_layer=2, n_head=4, n_positions=256)
 kinds = dict(qwen2=small, llama=small, gemma=small | dict(head_dim=8), phi=small, phi3=small, mistral=small, gpt2=gpt2)
@@ -54,7 +55,8 @@ def gap(a, b): return (a-b).abs().max().item()
 @pytest.mark.parametrize('kind', kinds)
 def test_all_linear_reaches_every_layer_but_the_head(kind):
     model = tiny(kind)
-    wanted = sum(m.weight.ndim==2 and type(m).__name__ in ('Linear', 'Conv1D') for n,m in model.named_modules() if hasattr(m, 'weight') and n!='lm_head')
+    wanted = sum(m.weight.ndim==2 and type(m).__name__ in ('Linear', 'Conv1D') for n,m in model.named_modules()
+                 if hasattr(m, 'weight') and n!='lm_head')
     before = logits(model)
     model = add_lora(model, LoRAConfig(target_modules='all-linear', lora_dropout=0.0))
     layers = [n for n,m in model.named_modules() if isinstance(m, LoraLayer)]
@@ -73,7 +75,8 @@ forms = [dict(), dict(use_rslora=True), dict(use_dora=True), dict(use_rslora=Tru
 def test_saved_adapter_fits_the_published_base(tmp_path, kind, init, form):
     lora = LoRAConfig(r=4, target_modules='all-linear', lora_dropout=0.0, init_lora_weights=init, **form)
     if (kind, init)==('gpt2', 'olora'):
-        with pytest.raises(ValueError, match='wrong in peft for layers that keep their matrix transposed'): add_lora(tiny(kind), lora)
+        with pytest.raises(ValueError, match='wrong in peft for layers that keep their matrix transposed'):
+            add_lora(tiny(kind), lora)
         return
     base = logits(tiny(kind))
     model = add_lora(tiny(kind), lora)
@@ -99,13 +102,16 @@ def test_in_16_bits_the_saved_adapter_is_as_near_as_16_bits_are(tmp_path, init):
 # --- runs
 
 @pytest.fixture(scope='session')
-def rows(tmp_path_factory): return create_sample_data(tmp_path_factory.mktemp('rows')/'sums.jsonl', 'qa', num_samples=60)
+def rows(tmp_path_factory):
+    return create_sample_data(tmp_path_factory.mktemp('rows')/'sums.jsonl', 'qa', num_samples=60)
 
 
 @pytest.fixture
 def config(tmp_path, rows):
-    return TrainingConfig(model_name='sage-tiny', data_path=rows, output_dir=tmp_path/'run', test_size=0.1, max_steps=6, save_steps=2, warmup_ratio=0.0,
-                          per_device_train_batch_size=8, gradient_accumulation_steps=1, learning_rate=5e-3, logging_steps=1, report_to='none')
+    return TrainingConfig(model_name='sage-tiny', data_path=rows, output_dir=tmp_path/'run', test_size=0.1,
+                          max_steps=6, save_steps=2, warmup_ratio=0.0,
+                          per_device_train_batch_size=8, gradient_accumulation_steps=1, learning_rate=5e-3,
+                          logging_steps=1, report_to='none')
 
 
 class Cut(TrainerCallback):
@@ -142,8 +148,10 @@ def same_after_a_kill(config, step, kind=LoRATrainer, within=0.0):
 def reloaded(config): return PeftModel.from_pretrained(load_model('sage-tiny'), config.lora_dir).eval()
 
 
-loras = dict(plain=dict(), rslora=dict(use_rslora=True, r=16), dora=dict(use_dora=True), gaussian=dict(init_lora_weights='gaussian'), orthogonal=dict(init_lora_weights='orthogonal'),
-             pissa=dict(init_lora_weights='pissa'), niter=dict(init_lora_weights='pissa_niter_4'), olora=dict(init_lora_weights='olora'),
+loras = dict(plain=dict(), rslora=dict(use_rslora=True, r=16), dora=dict(use_dora=True),
+             gaussian=dict(init_lora_weights='gaussian'), orthogonal=dict(init_lora_weights='orthogonal'),
+             pissa=dict(init_lora_weights='pissa'), niter=dict(init_lora_weights='pissa_niter_4'),
+             olora=dict(init_lora_weights='olora'),
              all=dict(use_rslora=True, use_dora=True, init_lora_weights='pissa_niter_2', target_modules='all-linear'))
 
 
@@ -160,7 +168,8 @@ def test_a_run_learns_and_merges(config, name):
 
 
 def test_every_knob_at_once_goes_on_to_the_bit(config):
-    c = config.replace(lora=LoRAConfig(**loras['all']), loraplus_lr_ratio=4, neftune_noise_alpha=5, weight_decay=0.01, eval_steps=3, early_stopping_patience=5,
+    c = config.replace(lora=LoRAConfig(**loras['all']), loraplus_lr_ratio=4, neftune_noise_alpha=5,
+                       weight_decay=0.01, eval_steps=3, early_stopping_patience=5,
                        load_best_model_at_end=True)
     run,result = same_after_a_kill(c, step=5)
     rates = {g['lr'] for g in run.trainer.optimizer.param_groups}
@@ -182,11 +191,13 @@ def test_a_resumed_base_follows_its_checkpoint(config, monkeypatch):
 
 # --- the optimizer
 
-@pytest.mark.parametrize('optim', ['adamw_torch', 'adamw_torch_fused', 'adafactor', 'sgd', 'rmsprop', 'adagrad', 'adamw_bnb_8bit', 'paged_adamw_8bit', 'paged_adamw_32bit', 'lion_8bit'])
+@pytest.mark.parametrize('optim', ['adamw_torch', 'adamw_torch_fused', 'adafactor', 'sgd', 'rmsprop', 'adagrad',
+                                   'adamw_bnb_8bit', 'paged_adamw_8bit', 'paged_adamw_32bit', 'lion_8bit'])
 def test_loraplus_fits_the_optimizers(tmp_path, optim):
     if 'bit' in optim: pytest.importorskip('bitsandbytes')
     model = add_lora(tiny('qwen2'), LoRAConfig(use_dora=True, bias='all'))
-    args = TrainingArguments(output_dir=str(tmp_path), optim=optim, learning_rate=1e-3, weight_decay=0.1, report_to=[], use_cpu=True)
+    args = TrainingArguments(output_dir=str(tmp_path), optim=optim, learning_rate=1e-3, weight_decay=0.1,
+                             report_to=[], use_cpu=True)
     trainer = CausalLMTrainer(model=model, args=args)
     trainer.loraplus_lr_ratio = 16
     groups = trainer.create_optimizer().param_groups
@@ -200,8 +211,11 @@ def test_loraplus_fits_the_optimizers(tmp_path, optim):
 
 def test_loraplus_moves_b_faster_from_the_first_step(config):
     "Adam's first step is the learning rate for every number: A moves by it, B by sixteen times it"
-    c = config.replace(max_steps=1, learning_rate=1e-3, loraplus_lr_ratio=16, lr_scheduler_type='constant', optim='adamw_torch')
-    run = LoRATrainer(c, quiet=True); run.load_model_and_tokenizer(); run.apply_lora()
+    c = config.replace(max_steps=1, learning_rate=1e-3, loraplus_lr_ratio=16, lr_scheduler_type='constant',
+                       optim='adamw_torch')
+    run = LoRATrainer(c, quiet=True)
+    run.load_model_and_tokenizer()
+    run.apply_lora()
     before = {n: p.detach().clone() for n,p in run.model.named_parameters() if p.requires_grad}
     run.train()
     moves = {x: max(gap(p, before[n]) for n,p in run.model.named_parameters() if f'.lora_{x}.' in n) for x in 'AB'}
@@ -258,22 +272,26 @@ class Turning(LoRATrainer):
     "Held-out answers that begin like those of training and then contradict them: the loss falls, then rises"
     def prepare_data(self):
         talk = lambda i,a: encode(to_messages(dict(question=f'{i}?', answer=a)), self.tokenizer)
-        self.dataset,self.eval_dataset = [talk(i, 'yes it is') for i in range(32)],[talk(i, 'yes it was not') for i in range(8)]
+        self.dataset,self.eval_dataset = ([talk(i, 'yes it is') for i in range(32)],
+                                          [talk(i, 'yes it was not') for i in range(8)])
 
 
-def evaluations(config): return [(m['step'], m['eval_loss']) for m in read_metrics(config.output_dir/'metrics.jsonl') if 'eval_loss' in m]
+def evaluations(config):
+    return [(m['step'], m['eval_loss']) for m in read_metrics(config.output_dir/'metrics.jsonl') if 'eval_loss' in m]
 
 
 def test_evaluation_every_n_steps_or_each_epoch(config):
     trained(config.replace(eval_steps=4))
     assert [s for s,_ in evaluations(config)]==[0, 4, 6]
-    c = config.replace(output_dir=config.output_dir.with_name('epochs'), per_device_train_batch_size=16, max_steps=10) # 54 rows: four steps an epoch
+    # 54 rows: four steps an epoch
+    c = config.replace(output_dir=config.output_dir.with_name('epochs'), per_device_train_batch_size=16, max_steps=10)
     trained(c)
     assert [s for s,_ in evaluations(c)]==[0, 4, 8, 10]
 
 
 def test_the_best_adapter_is_kept_and_a_stop_stays_a_stop(config):
-    c = config.replace(data_path=None, max_steps=40, learning_rate=2e-2, eval_steps=3, early_stopping_patience=2, load_best_model_at_end=True,
+    c = config.replace(data_path=None, max_steps=40, learning_rate=2e-2, eval_steps=3, early_stopping_patience=2,
+                       load_best_model_at_end=True,
                        save_steps=2, save_total_limit=1)
     run,result = same_after_a_kill(c, step=5, kind=Turning)
     step,loss,since = best_evaluation(read_metrics(run.folder.metrics))
@@ -282,18 +300,22 @@ def test_the_best_adapter_is_kept_and_a_stop_stays_a_stop(config):
     assert mean_loss(run.model, run.trainer.get_eval_dataloader())==pytest.approx(loss, abs=1e-6)
     assert mean_loss(reloaded(c), run.trainer.get_eval_dataloader())==pytest.approx(loss, abs=1e-5)
     kept = [p.name for p in c.checkpoint_dir.iterdir()]
-    assert kept==[f'checkpoint-{result.steps}'] and best_file in read_json(c.checkpoint_dir/kept[0]/complete_marker) # written before it is marked as whole
+    # written before it is marked as whole
+    assert kept==[f'checkpoint-{result.steps}'] and best_file in read_json(c.checkpoint_dir/kept[0]/complete_marker)
     _,again = trained(c, Turning)
     assert (again.steps, again.best_step, again.loss_after)==(result.steps, step, loss)
     assert read_json(c.output_dir/'results.json')['best_step']==step
 
 
 def test_the_best_of_epochs_is_in_the_checkpoint_of_its_step(config):
-    c = config.replace(data_path=None, max_steps=12, learning_rate=2e-2, load_best_model_at_end=True, save_steps=4, save_total_limit=1) # four steps an epoch
+    # four steps an epoch
+    c = config.replace(data_path=None, max_steps=12, learning_rate=2e-2, load_best_model_at_end=True, save_steps=4,
+                       save_total_limit=1)
     run,result = same_after_a_kill(c, step=9, kind=Turning)
     assert [s for s,_ in evaluations(c)]==[0, 4, 8, 12]
     assert (result.best_step, result.loss_after)==best_evaluation(read_metrics(run.folder.metrics))[:2]
-    c = c.replace(output_dir=c.output_dir.with_name('uneven'), max_steps=3, save_steps=500) # the only evaluation is that of the last step
+    # the only evaluation is that of the last step
+    c = c.replace(output_dir=c.output_dir.with_name('uneven'), max_steps=3, save_steps=500)
     assert trained(c, Turning)[1].best_step==3
 
 
@@ -305,19 +327,25 @@ def test_patience_alone_stops_and_keeps_the_last(config):
     assert not list(c.checkpoint_dir.rglob(best_file))
 
 
-@pytest.mark.parametrize('knob', [dict(eval_steps=2), dict(early_stopping_patience=1), dict(load_best_model_at_end=True)], ids=lambda k: next(iter(k)))
+@pytest.mark.parametrize('knob', [dict(eval_steps=2), dict(early_stopping_patience=1),
+                                  dict(load_best_model_at_end=True)], ids=lambda k: next(iter(k)))
 def test_without_held_out_rows_they_are_refused_before_anything_is_loaded(config, knob):
     run = LoRATrainer(config.replace(test_size=0, **knob), quiet=True)
     with pytest.raises(ValueError, match=f'`{next(iter(knob))}=.*needs held-out rows'): run.train()
     assert run.model is None
     class Own(Turning):
-        def prepare_data(self): super().prepare_data(); self.eval_dataset = None
-    with pytest.raises(ValueError, match='needs held-out rows'): Own(config.replace(data_path=None, **knob), quiet=True).train()
+        def prepare_data(self):
+            super().prepare_data()
+            self.eval_dataset = None
+    with pytest.raises(ValueError, match='needs held-out rows'):
+        Own(config.replace(data_path=None, **knob), quiet=True).train()
 
 
 @pytest.mark.parametrize('given, said', [
-    (dict(load_in_8bit=True, lora=LoRAConfig(init_lora_weights='pissa')), 'set `load_in_8bit=False` and `load_in_4bit=False`'),
-    (dict(load_in_4bit=True, lora=LoRAConfig(init_lora_weights='olora')), 'set `load_in_8bit=False` and `load_in_4bit=False`'),
+    (dict(load_in_8bit=True, lora=LoRAConfig(init_lora_weights='pissa')),
+     'set `load_in_8bit=False` and `load_in_4bit=False`'),
+    (dict(load_in_4bit=True, lora=LoRAConfig(init_lora_weights='olora')),
+     'set `load_in_8bit=False` and `load_in_4bit=False`'),
     (dict(lora=LoRAConfig(r=5, init_lora_weights='orthogonal')), 'needs an even rank'),
     (dict(neftune_noise_alpha=5, packing=True), 'cannot both be set'),
     (dict(loraplus_lr_ratio=4, optim='galore_adamw_layerwise'), 'does not step by groups')])
@@ -333,7 +361,8 @@ def test_a_stop_by_hand_keeps_the_best_too(config):
             if state.global_step==5 and run.config.output_dir.name=='stopped': run.stop(signal.SIGINT)
     class Stopping(Turning):
         def callbacks(self): return [Stop(), *super().callbacks()]
-    c = config.replace(data_path=None, max_steps=8, learning_rate=2e-2, eval_steps=2, load_best_model_at_end=True, save_steps=100)
+    c = config.replace(data_path=None, max_steps=8, learning_rate=2e-2, eval_steps=2, load_best_model_at_end=True,
+                       save_steps=100)
     whole,result = trained(c, Turning)
     run = Stopping(c.replace(output_dir=c.output_dir.with_name('stopped')), quiet=True)
     with pytest.raises(KeyboardInterrupt): run.train()
@@ -347,7 +376,8 @@ def test_a_stop_by_hand_keeps_the_best_too(config):
 @pytest.mark.parametrize('bits', [8, 4])
 @pytest.mark.parametrize('dora', [False, True], ids=['lora', 'dora'])
 def test_quantised_runs_go_on_and_reload(config, bits, dora):
-    old = pytest.importorskip('bitsandbytes').__version__ < '0.50' # rounds activations to 8 bits on a CPU too, and not to the last bit the same each time
+    # rounds activations to 8 bits on a CPU too, and not to the last bit the same each time
+    old = pytest.importorskip('bitsandbytes').__version__ < '0.50'
     c = config.replace(**{f'load_in_{bits}bit': True}, max_steps=4, lora=LoRAConfig(use_dora=dora, lora_dropout=0.0))
     run,result = same_after_a_kill(c, step=3, within=1e-5 if old and bits==8 else 0.0)
     assert result.loss_after < result.loss_before
@@ -369,7 +399,8 @@ def test_tensorboard_gets_every_evaluation(config):
     pytest.importorskip('tensorboard')
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     run,_ = trained(config.replace(report_to='tensorboard', eval_steps=2))
-    events = EventAccumulator(str(run.config.log_dir)); events.Reload()
+    events = EventAccumulator(str(run.config.log_dir))
+    events.Reload()
     seen = {e.step: e.value for e in events.Scalars('eval/loss')}
     assert seen==pytest.approx(dict(evaluations(run.config)))
     assert [e.step for e in events.Scalars('train/loss')]==[1, 2, 3, 4, 5, 6]
@@ -378,7 +409,9 @@ def test_tensorboard_gets_every_evaluation(config):
 @pytest.mark.skipif(find_spec('wandb') is None, reason='wandb is not installed')
 def test_wandb_offline_writes_into_the_run_folder_one_run_each(config, monkeypatch, tmp_path):
     import wandb
-    monkeypatch.setenv('WANDB_MODE', 'offline'); monkeypatch.setenv('WANDB_SILENT', 'true'); monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    monkeypatch.setenv('WANDB_SILENT', 'true')
+    monkeypatch.chdir(tmp_path)
     for name in ('one', 'two'):
         c = config.replace(report_to='wandb', output_dir=tmp_path/name, max_steps=2, eval_steps=1)
         trained(c)

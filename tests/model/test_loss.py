@@ -12,19 +12,28 @@ from sage_finetune.model.adapter import linear_names, ready_for_quantised_traini
 from sage_finetune.model.loading import load_model
 from sage_finetune.model.loss import LogitTransform, head_loss, head_rows, loss_sum, mean_loss
 
-small = dict(vocab_size=331, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+small = dict(vocab_size=331, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2,
              max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 gpt = dict(vocab_size=331, n_embd=32, n_layer=2, n_head=4, n_positions=256, rotary_dim=8)
 experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 kinds = dict(
-    qwen2=small, llama=small, qwen3=small | dict(head_dim=8), qwen3_moe=small | experts | dict(head_dim=8), mistral=small, mixtral=small | dict(num_local_experts=4), phi=small, phi3=small,
-    gemma=small | dict(head_dim=8), gemma2=small | dict(head_dim=8, final_logit_softcapping=5.), gemma3_text=small | dict(head_dim=8, num_hidden_layers=6), cohere=small | dict(logit_scale=.25),
-    cohere2=small | dict(logit_scale=.25), granite=small | dict(logits_scaling=8.), granitemoe=small | dict(logits_scaling=8., num_local_experts=4), gpt2=gpt, gptj=gpt, gpt_neox=small, opt=small | dict(ffn_dim=64, word_embed_proj_dim=32),
-    bloom=dict(vocab_size=331, hidden_size=32, n_layer=2, n_head=4), falcon=small, starcoder2=small, stablelm=small, olmo2=small, smollm3=small, glm4=small | dict(head_dim=8),
-    gpt_oss=small | dict(head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=6), mamba=dict(vocab_size=331, hidden_size=32, num_hidden_layers=2, state_size=8),
-    falcon_h1=small | dict(mamba_d_ssm=32, mamba_n_heads=4, head_dim=8, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8, mamba_chunk_size=8, lm_head_multiplier=.5))
+    qwen2=small, llama=small, qwen3=small | dict(head_dim=8), qwen3_moe=small | experts | dict(head_dim=8),
+    mistral=small, mixtral=small | dict(num_local_experts=4), phi=small, phi3=small,
+    gemma=small | dict(head_dim=8), gemma2=small | dict(head_dim=8, final_logit_softcapping=5.),
+    gemma3_text=small | dict(head_dim=8, num_hidden_layers=6), cohere=small | dict(logit_scale=.25),
+    cohere2=small | dict(logit_scale=.25), granite=small | dict(logits_scaling=8.),
+    granitemoe=small | dict(logits_scaling=8., num_local_experts=4), gpt2=gpt, gptj=gpt, gpt_neox=small,
+    opt=small | dict(ffn_dim=64, word_embed_proj_dim=32),
+    bloom=dict(vocab_size=331, hidden_size=32, n_layer=2, n_head=4), falcon=small, starcoder2=small, stablelm=small,
+    olmo2=small, smollm3=small, glm4=small | dict(head_dim=8),
+    gpt_oss=small | dict(head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=6),
+    mamba=dict(vocab_size=331, hidden_size=32, num_hidden_layers=2, state_size=8),
+    falcon_h1=small | dict(mamba_d_ssm=32, mamba_n_heads=4, head_dim=8, mamba_d_head=8, mamba_n_groups=1,
+                           mamba_d_state=8, mamba_chunk_size=8, lm_head_multiplier=.5))
 layers = dict(gpt2=['c_attn'], mamba=['in_proj'], falcon_h1=['q_proj', 'v_proj'], gpt_oss=['q_proj', 'v_proj'])
-after = dict(gemma2=LogitTransform(cap=5.), cohere=LogitTransform(.25), cohere2=LogitTransform(.25), granite=LogitTransform(1/8), granitemoe=LogitTransform(1/8), falcon_h1=LogitTransform(.5))
+after = dict(gemma2=LogitTransform(cap=5.), cohere=LogitTransform(.25), cohere2=LogitTransform(.25),
+             granite=LogitTransform(1/8), granitemoe=LogitTransform(1/8), falcon_h1=LogitTransform(.5))
 
 
 def tiny(kind='qwen2', **settings):
@@ -38,7 +47,8 @@ def tiny(kind='qwen2', **settings):
 
 def adapted(model, **settings):
     "With an adapter that changes something"
-    model = get_peft_model(model, LoraConfig(**dict(r=4, lora_dropout=0., target_modules=linear_names(model), task_type='CAUSAL_LM') | settings))
+    model = get_peft_model(model, LoraConfig(**dict(
+        r=4, lora_dropout=0., target_modules=linear_names(model), task_type='CAUSAL_LM') | settings))
     for n,p in model.named_parameters():
         if 'lora_B' in n: torch.nn.init.normal_(p, std=.05)
     return model
@@ -52,12 +62,14 @@ def batch(rows=2, time=40, seed=1):
 
 def plain(model, ids, labels):
     "Cross-entropy over all logits"
-    return F.cross_entropy(model(input_ids=ids).logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), reduction='sum')
+    return F.cross_entropy(model(input_ids=ids).logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(),
+                           reduction='sum')
 
 def gap(model, ids, labels):
     "Largest relative difference to plain cross-entropy, of the loss and of the gradients"
     learned = [p for p in model.parameters() if p.requires_grad]
-    ours,theirs = ((x.detach(), *torch.autograd.grad(x, learned)) for x in (loss_sum(model, ids, labels)[0], plain(model, ids, labels)))
+    ours,theirs = ((x.detach(), *torch.autograd.grad(x, learned))
+                   for x in (loss_sum(model, ids, labels)[0], plain(model, ids, labels)))
     most = max(g.abs().max() for g in theirs[1:])
     return max(((a-b).abs().max()/(b.abs().max() if i==0 else most)).item() for i,(a,b) in enumerate(zip(ours, theirs)))
 
@@ -74,7 +86,8 @@ def test_every_kind_of_model_has_the_loss_and_gradients_of_plain_cross_entropy(k
     assert way(model)==after.get(kind, LogitTransform())
 
 
-@pytest.mark.parametrize('how', [dict(modules_to_save=['lm_head']), dict(target_modules=['q_proj', 'lm_head']), dict(target_modules=['q_proj', 'lm_head'], use_dora=True)])
+@pytest.mark.parametrize('how', [dict(modules_to_save=['lm_head']), dict(target_modules=['q_proj', 'lm_head']),
+                                 dict(target_modules=['q_proj', 'lm_head'], use_dora=True)])
 @pytest.mark.parametrize('kind', ['qwen2', 'gemma2'])
 def test_a_head_that_is_trained_gets_its_gradients_slice_by_slice(kind, how, monkeypatch):
     monkeypatch.setattr(rooms, 'head_bytes', dict(cpu=0)) # slices of 16 tokens
@@ -92,20 +105,24 @@ def test_all_weights_trained_and_the_head_tied_to_the_embedding():
 def test_slices_of_any_length(tokens, monkeypatch):
     monkeypatch.setattr(rooms, 'head_bytes', dict(cpu=0))
     torch.manual_seed(0)
-    head,h,t = torch.nn.Linear(8, 50).requires_grad_(False),torch.randn(tokens, 8, requires_grad=True),torch.randint(50, (tokens,))
-    (a,), (b,) = (torch.autograd.grad(x*3, h) for x in (head_loss(h, t, head), F.cross_entropy(head(h), t, reduction='sum')))
+    head,h,t = (torch.nn.Linear(8, 50).requires_grad_(False),torch.randn(tokens, 8, requires_grad=True),
+                torch.randint(50, (tokens,)))
+    (a,), (b,) = (torch.autograd.grad(x*3, h)
+                  for x in (head_loss(h, t, head), F.cross_entropy(head(h), t, reduction='sum')))
     assert head_rows(50)==16 and torch.allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize('trained', [False, True])
 @pytest.mark.parametrize('kind', ['qwen2', 'gemma2'])
 def test_nothing_of_the_size_of_the_vocabulary_is_kept(kind, trained):
-    model,shapes = adapted(tiny(kind, tie_word_embeddings=False), **dict(modules_to_save=['lm_head']) if trained else {}),set()
+    model,shapes = (adapted(tiny(kind, tie_word_embeddings=False),
+                            **dict(modules_to_save=['lm_head']) if trained else {}),set())
     loss_sum(model, *batch())
     with torch.autograd.graph.saved_tensors_hooks(lambda x: shapes.add(tuple(x.shape)) or x, lambda x: x):
         loss_sum(model, *batch())
         assert shapes and not [s for s in shapes if 331 in s]
-        shapes.clear(); plain(model, *batch())
+        shapes.clear()
+        plain(model, *batch())
         assert [s for s in shapes if 331 in s]
 
 
@@ -115,7 +132,8 @@ def test_any_split_of_the_batch_gives_the_same_gradients(split):
     learned = [p for p in model.parameters() if p.requires_grad]
     n = (labels[:, 1:]!=-100).sum()
     whole = torch.autograd.grad(loss_sum(model, ids, labels)[0]/n, learned)
-    parts = [torch.autograd.grad(loss_sum(model, i, l)[0]/n, learned) for i,l in zip(ids.split(split), labels.split(split))]
+    parts = [torch.autograd.grad(loss_sum(model, i, l)[0]/n, learned)
+             for i,l in zip(ids.split(split), labels.split(split))]
     for w,*p in zip(whole, *parts): assert torch.allclose(w, sum(p), atol=1e-5)
 
 
@@ -124,7 +142,8 @@ def test_nothing_to_learn_gives_zeros(how):
     model,(ids,labels) = adapted(tiny(tie_word_embeddings=False), **how),batch()
     total,n = loss_sum(model, ids, torch.full_like(labels, -100))
     total.backward()
-    assert total==0 and n==0 and all(p.grad is not None and not p.grad.any() for p in model.parameters() if p.requires_grad)
+    assert (total==0 and n==0 and all(p.grad is not None and not p.grad.any() for p in model.parameters()
+                                      if p.requires_grad))
     assert math.isnan(mean_loss(model, [dict(input_ids=ids, labels=torch.full_like(labels, -100))]))
 
 
@@ -157,7 +176,8 @@ def test_automatic_precision(dtype):
     with torch.autocast('cpu', dtype=dtype): ours,theirs = loss_sum(model, ids, labels)[0],plain(model, ids, labels)
     ours.backward()
     assert abs(ours-theirs)/theirs < 3e-3 and ours.dtype==torch.float32
-    assert way(model)==LogitTransform() and all(p.grad.dtype==torch.float32 for p in model.parameters() if p.requires_grad)
+    assert (way(model)==LogitTransform() and all(p.grad.dtype==torch.float32 for p in model.parameters()
+                                                 if p.requires_grad))
 
 
 @pytest.mark.parametrize('reentrant', [False, True])
@@ -166,7 +186,8 @@ def test_recomputed_activations(reentrant):
     whole = gap(model, *batch())
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=reentrant))
-    total = loss_sum(model, *batch())[0]; total.backward()
+    total = loss_sum(model, *batch())[0]
+    total.backward()
     mine = [p.grad.clone() for p in model.parameters() if p.requires_grad]
     model.gradient_checkpointing_disable()
     theirs = torch.autograd.grad(plain(model, *batch()), [p for p in model.parameters() if p.requires_grad])
@@ -187,7 +208,8 @@ def test_the_model_is_as_before():
     assert 'forward' not in head.__dict__ and not rooms._answers
     twin = copy.deepcopy(model).eval()
     twin.base_model.model.lm_head.weight.data.zero_()
-    assert loss_sum(twin, ids, labels)[0].item()==pytest.approx((labels[:, 1:]!=-100).sum().item()*math.log(331), rel=1e-5)
+    assert loss_sum(twin, ids,
+                    labels)[0].item()==pytest.approx((labels[:, 1:]!=-100).sum().item()*math.log(331), rel=1e-5)
 
 
 def test_a_head_that_another_library_has_hooked():
@@ -216,15 +238,18 @@ def test_a_compiled_model_is_compiled_once_for_each_shape():
     assert counter.frame_count==before and way(compiled)==LogitTransform()
     first.backward()
     theirs = torch.autograd.grad(plain(model, *batch()), [p for p in model.parameters() if p.requires_grad])
-    assert all(torch.allclose(p.grad, g, atol=1e-4) for p,g in zip([p for p in model.parameters() if p.requires_grad], theirs))
+    assert all(torch.allclose(p.grad, g, atol=1e-4)
+               for p,g in zip([p for p in model.parameters() if p.requires_grad], theirs))
     assert compiled(input_ids=batch()[0]).logits.shape==(2, 40, 331)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec('bitsandbytes'), reason='bitsandbytes is not installed')
 def test_quantised_weights():
     "An evaluation before and between changes no gradient (bitsandbytes repacks weights in evaluation, on CPUs with bfloat16 instructions)"
-    model = load_model('sage-tiny', torch.float32, 'cpu', BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=torch.float32))
-    model,(ids,labels) = adapted(ready_for_quantised_training(model), target_modules=['q_proj', 'v_proj']).train(),batch()
+    model = load_model('sage-tiny', torch.float32, 'cpu', BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=torch.float32))
+    model,(ids,labels) = (adapted(ready_for_quantised_training(model), target_modules=['q_proj', 'v_proj']).train(),
+                          batch())
     assert gap(model, ids, labels) < 1e-5
     learned = [p for p in model.parameters() if p.requires_grad]
     before = torch.autograd.grad(loss_sum(model, ids, labels)[0], learned)
@@ -260,7 +285,8 @@ def test_two_processes_average_their_gradients():
     "With a frozen and a trained head, with both ways in which torch looks for unused weights, and where one process has nothing to learn"
     import socket, torch.multiprocessing as mp
     with socket.socket() as s:
-        s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
     queue = mp.get_context('spawn').SimpleQueue()
     mp.spawn(_worker, (port, queue), nprocs=2)
     found = [queue.get() for _ in range(10)]

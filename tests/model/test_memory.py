@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import (Gemma2Config, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig, OPTConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig)
+from transformers import (Gemma2Config, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig, OPTConfig,
+                          Qwen2Config, Qwen3Config, Qwen3MoeConfig)
 
 from sage_finetune.config import LoRAConfig, PresetConfigs, SageError, TrainingConfig
 from sage_finetune.core.machine import Machine
@@ -16,13 +17,16 @@ from sage_finetune.model.memory import (
 )
 from sage_finetune.training.batches import longest_batch
 
-H200,A100,T4 = Machine('cuda', 'H200', memory=141*10**9, bf16=True),Machine('cuda', 'A100', memory=40*2**30, bf16=True),Machine('cuda', 'T4', memory=15*2**30)
-CODER = Qwen2Config(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, intermediate_size=8960, vocab_size=151_936,
+H200,A100,T4 = (Machine('cuda', 'H200', memory=141*10**9, bf16=True),
+                Machine('cuda', 'A100', memory=40*2**30, bf16=True),Machine('cuda', 'T4', memory=15*2**30))
+CODER = Qwen2Config(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
+                    intermediate_size=8960, vocab_size=151_936,
                     tie_word_embeddings=True)
 DENSE = dict(load_in_8bit=False, bf16=True, optim='adamw_torch')
 
 def shape(kind, hidden, layers, heads, kv, ffn, vocabulary, tied, **more):
-    return kind(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv, intermediate_size=ffn,
+    return kind(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv,
+                intermediate_size=ffn,
                 vocab_size=vocabulary, tie_word_embeddings=tied, **more)
 
 # name → shape, billions of parameters as its makers give them
@@ -66,21 +70,26 @@ def test_the_largest_needs_little_time_and_memory():
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, timeout=300)
     assert done.returncode==0, done.stderr
     peak,seconds,host = map(float, done.stdout.split())
-    print(f'72B: {peak/1e9:.1f} GB counted in {seconds:.1f} s with {host/1e9:.2f} GB of main memory, libraries included')
+    print(f'72B: {peak/1e9:.1f} GB counted in {seconds:.1f} s with {host/1e9:.2f} GB of main memory, '
+          f'libraries included')
     assert host<1e9 and seconds<60 # 5 on a quiet machine
 
-SMALL = dict(hidden_size=64, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, intermediate_size=160, vocab_size=512)
+SMALL = dict(hidden_size=64, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
+             intermediate_size=160, vocab_size=512)
 
-@pytest.mark.parametrize('kind', [LlamaConfig, Qwen3Config, Gemma2Config, Gemma3TextConfig, MistralConfig, Qwen3MoeConfig, OPTConfig, GPT2Config])
+@pytest.mark.parametrize('kind', [LlamaConfig, Qwen3Config, Gemma2Config, Gemma3TextConfig, MistralConfig,
+                                  Qwen3MoeConfig, OPTConfig, GPT2Config])
 def test_few_layers_give_all(kind):
     "A line through few layers is the count of all layers"
-    small = dict(n_embd=64, n_layer=6, n_head=4, vocab_size=512) if kind is GPT2Config else \
-            dict(hidden_size=64, num_hidden_layers=6, num_attention_heads=4, ffn_dim=160, vocab_size=512, word_embed_proj_dim=64) if kind is OPTConfig else SMALL
+    small = (dict(n_embd=64, n_layer=6, n_head=4, vocab_size=512) if kind is GPT2Config else \
+            dict(hidden_size=64, num_hidden_layers=6, num_attention_heads=4, ffn_dim=160, vocab_size=512,
+                 word_embed_proj_dim=64) if kind is OPTConfig else SMALL)
     lora = LoRAConfig() if kind is Qwen3MoeConfig else LoRAConfig(target_modules='all-linear')
     machines = [H200] if kind is Qwen3MoeConfig else [T4, Machine()] # experts are multiplied in bf16 only
     for settings in (dict(), dict(gradient_checkpointing=False), dict(packing=True))[:3 if kind is LlamaConfig else 2]:
         for machine in machines:
-            c = fit_config(TrainingConfig(load_in_8bit=False, bf16=True, max_length=64, per_device_train_batch_size=2, lora=lora, **settings), machine)[0]
+            c = fit_config(TrainingConfig(load_in_8bit=False, bf16=True, max_length=64,
+                                          per_device_train_batch_size=2, lora=lora, **settings), machine)[0]
             line,full = (_pass_bytes(_build(c, kind(**small))[0], c, machine, exact=exact) for exact in (False, True))
             assert line==full and min(full.activations, full.head, full.layer)>0
 
@@ -88,7 +97,8 @@ def test_less_of_anything_is_less():
     base = dict(max_length=512, per_device_train_batch_size=4, gradient_checkpointing=False, **DENSE)
     def peak(machine=H200, **changes): return estimate_memory(TrainingConfig(**(base|changes)), machine, CODER).peak
     whole = peak()
-    smaller = dict(batch=dict(per_device_train_batch_size=2), length=dict(max_length=256), checkpointing=dict(gradient_checkpointing=True),
+    smaller = dict(batch=dict(per_device_train_batch_size=2), length=dict(max_length=256),
+                   checkpointing=dict(gradient_checkpointing=True),
                    rank=dict(lora=LoRAConfig(r=2)))
     for name,changes in smaller.items(): assert peak(**changes)<whole, name
     assert peak(load_in_4bit=True, gradient_checkpointing=True)<peak(gradient_checkpointing=True)
@@ -97,7 +107,8 @@ def test_less_of_anything_is_less():
 def test_every_preset_keeps_its_promise_and_the_table_says_so():
     "What the notebook of presets prints is what is counted"
     cells = json.loads((Path(__file__).parents[2]/'nbs'/'00_config.ipynb').read_text(encoding='utf-8'))['cells']
-    table = re.findall(r'^\| `(\w+)` \|.*\| ([\d.]+) GB \| (\d+) GB \|$', '\n'.join(''.join(c['source']) for c in cells), re.M)
+    table = re.findall(r'^\| `(\w+)` \|.*\| ([\d.]+) GB \| (\d+) GB \|$',
+                       '\n'.join(''.join(c['source']) for c in cells), re.M)
     assert {n for n,*_ in table}==set(PresetConfigs.fits_in)
     for name,counted,promised in table:
         machine = dict(cpu=Machine(), colab_t4=T4).get(name, H200)
@@ -107,7 +118,9 @@ def test_every_preset_keeps_its_promise_and_the_table_says_so():
 
 def test_remedies_save_what_they_say():
     small,card = Qwen2Config(**SMALL),Machine('cuda', memory=700*10**6, bf16=True)
-    e = estimate_memory(TrainingConfig(max_length=1024, per_device_train_batch_size=6, gradient_accumulation_steps=2, gradient_checkpointing=False, **DENSE), card, small)
+    e = estimate_memory(TrainingConfig(max_length=1024, per_device_train_batch_size=6,
+                                       gradient_accumulation_steps=2, gradient_checkpointing=False, **DENSE), card,
+                        small)
     assert not e.fits() and e.remedies
     for r in e.remedies:
         other = estimate_memory(e.config.replace(**r.changes), card, small)
@@ -117,9 +130,11 @@ def test_remedies_save_what_they_say():
 def test_three_forms_say_the_same():
     from rich.console import Console
     for card in (10**10, 6*10**8): # it fits, and it does not
-        config = TrainingConfig(model_name='a/<b>', max_length=1024, per_device_train_batch_size=4, gradient_checkpointing=False, **DENSE)
+        config = TrainingConfig(model_name='a/<b>', max_length=1024, per_device_train_batch_size=4,
+                                gradient_checkpointing=False, **DENSE)
         e = estimate_memory(config, Machine('cuda', memory=card, bf16=True), Qwen2Config(**SMALL))
-        out = StringIO(); Console(file=out, width=200).print(e)
+        out = StringIO()
+        Console(file=out, width=200).print(e)
         amounts = re.findall(r'[\d.]+ [GM]B', str(e).partition('\n')[2])
         assert len(amounts)>=9 and re.findall(r'[\d.]+ [GM]B', out.getvalue())==amounts
         assert re.findall(r'[\d.]+ [GM]B', e._repr_html_())==amounts and '<b>a/<b>' not in e._repr_html_()
@@ -130,8 +145,10 @@ def test_unknown_memory_fits():
     assert e.card is None and e.fits() and not e.fits(1000)
 
 def test_what_cannot_be_had_or_counted_is_one_line():
-    with pytest.raises(SageError, match='neither a folder here nor in the cache'): estimate_memory(TrainingConfig(model_name='nobody/nothing'))
-    with pytest.raises(ValueError, match='`model_config` must be a transformers config'): estimate_memory(TrainingConfig(), T4, dict(hidden_size=8))
+    with pytest.raises(SageError, match='neither a folder here nor in the cache'):
+        estimate_memory(TrainingConfig(model_name='nobody/nothing'))
+    with pytest.raises(ValueError, match='`model_config` must be a transformers config'):
+        estimate_memory(TrainingConfig(), T4, dict(hidden_size=8))
     from transformers import CLIPConfig
     with pytest.raises((SageError, ValueError)) as said: estimate_memory(TrainingConfig(), T4, CLIPConfig())
     assert '\n' not in str(said.value)
@@ -144,7 +161,10 @@ def test_a_config_is_not_written_into():
 
 def test_live_bytes_of_views_and_copies():
     with live_bytes() as live:
-        x = torch.zeros(10, 100); y = x.t(); z = y.contiguous(); del x
+        x = torch.zeros(10, 100)
+        y = x.t()
+        z = y.contiguous()
+        del x
         assert live.now==8000 # `y` still looks at the first
         del y
         assert (live.now, live.peak)==(4000, 8000)
@@ -159,9 +179,11 @@ def tiny_model(**settings):
 def batch_of(rows, tokens): return dict(input_ids=torch.full((rows, tokens), 7), labels=torch.full((rows, tokens), 7))
 
 @pytest.mark.parametrize('rows,tokens', [(1, 64), (3, 128), (8, 32)])
-@pytest.mark.parametrize('settings', [dict(), dict(target_modules='all-linear', r=32), dict(lora_dropout=0.0), dict(use_dora=True)])
+@pytest.mark.parametrize('settings', [dict(), dict(target_modules='all-linear', r=32), dict(lora_dropout=0.0),
+                                      dict(use_dora=True)])
 def test_counted_is_what_a_real_pass_takes(rows, tokens, settings):
-    config = TrainingConfig(model_name='sage-tiny', fp16=False, load_in_8bit=False, optim='adamw_torch', gradient_checkpointing=False, lora=LoRAConfig(**settings))
+    config = TrainingConfig(model_name='sage-tiny', fp16=False, load_in_8bit=False, optim='adamw_torch',
+                            gradient_checkpointing=False, lora=LoRAConfig(**settings))
     probe = probe_step(tiny_model(**settings), batch_of(rows, tokens), config, Machine())
     assert abs(probe.error)<0.02, str(probe)
 
@@ -176,7 +198,9 @@ def test_the_probe_changes_nothing():
     kept = {n: p.detach().clone() for n,p in model.named_parameters()}
     grads = [p for p in model.parameters() if p.requires_grad]
     for p in grads: p.grad = torch.ones_like(p)
-    model.eval(); torch.manual_seed(5); state = torch.get_rng_state()
+    model.eval()
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
     probe_step(model, batch_of(1, 16), config, Machine())
     assert torch.equal(torch.get_rng_state(), state) and not model.training
     assert all(torch.equal(p, kept[n]) for n,p in model.named_parameters())
@@ -187,15 +211,19 @@ def test_the_longest_rows_are_probed():
     rows = [dict(input_ids=[1]*n, labels=[1]*n) for n in (5, 40, 8, 33)]
     assert longest_batch(rows, 2, Collator(0))['input_ids'].shape==(2, 40)
 
-@pytest.mark.parametrize('name', ['adamw_torch', 'adamw_torch_fused', 'lion_32bit', 'sgd', 'paged_adamw_8bit', 'adamw_8bit', 'paged_lion_8bit'])
+@pytest.mark.parametrize('name', ['adamw_torch', 'adamw_torch_fused', 'lion_32bit', 'sgd', 'paged_adamw_8bit',
+                                  'adamw_8bit', 'paged_lion_8bit'])
 def test_optimizer_state_grows_with_what_is_trained(name):
-    one,paged = optimizer_bytes(name, [5000]); two,_ = optimizer_bytes(name, [5000, 5000])
+    one,paged = optimizer_bytes(name, [5000])
+    two,_ = optimizer_bytes(name, [5000, 5000])
     assert 0<=paged<=one<=two<=2*one and optimizer_bytes(name, [])==(0, 0)
-    assert optimizer_bytes(name, [200_000])[1]==(optimizer_bytes(name, [200_000])[0] - 1024*(1 if 'lion' in name else 2) if 'paged' in name else 0)
+    assert optimizer_bytes(name, [200_000])[1]==(optimizer_bytes(name, [200_000])[0]
+                                                 - 1024*(1 if 'lion' in name else 2) if 'paged' in name else 0)
 
 def test_kernels():
     half = torch.bfloat16
-    assert attention_kernel(H200, half, True, False, 256)=='flash' and attention_kernel(H200, half, True, False, 512)=='math'
+    assert (attention_kernel(H200, half, True, False, 256)=='flash'
+            and attention_kernel(H200, half, True, False, 512)=='math')
     assert attention_kernel(H200, half, True, True)=='math' and attention_kernel(H200, half, False, True)=='efficient'
     assert attention_kernel(Machine('mps'), half, False, False)=='math'
     assert [packed_bytes(64, 64, b) for b in (4, 8)]==[2048+64+4+1092, 4096+256]

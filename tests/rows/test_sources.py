@@ -61,7 +61,8 @@ def test_a_gzip_that_is_cut_off_or_none_is_named(ending, tmp_path):
     file = tmp_path/f'rows{ending}.gz'
     rows = [dict(question=os.urandom(50).hex(), answer='a') for _ in range(2000)]
     data = as_bytes(ending, rows) if ending not in ('.txt', '.md') else os.urandom(100_000).hex().encode()
-    for content in (gzip.compress(data)[:-30000], gzip.compress(data)[:-4], b'no gzip at all', gzip.compress(data)+b'more'):
+    for content in (gzip.compress(data)[:-30000], gzip.compress(data)[:-4], b'no gzip at all',
+                    gzip.compress(data)+b'more'):
         file.write_bytes(content)
         assert f'{file} is a broken or cut-off gzip file' in refused(ValueError, file)
 
@@ -86,13 +87,15 @@ def test_an_empty_file_has_no_rows(ending, tmp_path):
 
 def test_lines_of_json_and_what_damages_them(tmp_path):
     file = tmp_path/'x.jsonl'
-    file.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n \t\n{"a": "\xff"}\n{"a": 1} {"a": 2}\n[1]\n{"a": NaN, "b": -Infinity}\n  {"a" 1}\n{"a": "b\rc"}\n{"a": "\xe2\x80\xa8"}')
+    file.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n \t\n{"a": "\xff"}\n{"a": 1} {"a": 2}\n[1]\n'
+                     b'{"a": NaN, "b": -Infinity}\n  {"a" 1}\n{"a": "b\rc"}\n{"a": "\xe2\x80\xa8"}')
     rows = list(read_rows(file))
     assert [r.line for r in rows] == [1, 3, 4, 5, 6, 7, 8, 9]
     assert rows[0].value == {'a': 1} and rows[3].value == [1] and rows[4].value['b'] == float('-inf')
     assert rows[7].value == {'a': '\u2028'}
     assert [r.error for r in rows if r.error] == [
-        'not UTF-8 at byte 8', 'not JSON: more after the row at column 10', "not JSON: Expecting ':' delimiter at column 8",
+        'not UTF-8 at byte 8', 'not JSON: more after the row at column 10',
+        "not JSON: Expecting ':' delimiter at column 8",
         'not JSON: Invalid control character at column 9']
 
 
@@ -103,7 +106,8 @@ def test_a_row_that_python_cannot_hold_or_that_says_two_things_is_an_error_of_th
     (tmp_path/f'x{ending}').write_text(text)
     got = list(read_rows(tmp_path/f'x{ending}'))
     assert [(r.line, r.value) for r in got] == [(1, {'a': 1}), (2, None), (3, None), (4, {'a': 2})]
-    assert got[1].error == 'a whole number has too many digits' and got[2].error == "the key 'a' stands twice in one object"
+    assert (got[1].error == 'a whole number has too many digits'
+            and got[2].error == "the key 'a' stands twice in one object")
 
 
 def test_rows_before_a_bad_byte_are_given_and_the_byte_is_counted_in_the_file(tmp_path):
@@ -119,23 +123,27 @@ def test_rows_before_a_bad_byte_are_given_and_the_byte_is_counted_in_the_file(tm
 def test_damage_in_a_list_without_line_breaks_has_its_column(tmp_path):
     rows = '[' + '{"text": "one"}, '*100_000
     (tmp_path/'x.json').write_text(rows + '{"text" "two"}]')
-    assert f"x.json:1: not JSON: Expecting ':' delimiter at column {len(rows)+9}" in refused(ValueError, tmp_path/'x.json')
+    assert f"x.json:1: not JSON: Expecting ':' delimiter at column {len(rows)+9}" in refused(
+        ValueError, tmp_path/'x.json')
     (tmp_path/'x.json').write_text('\n' + rows + '{"text" "two"}]')
-    assert f'x.json:2: not JSON: Expecting \':\' delimiter at column {len(rows)+9}' in refused(ValueError, tmp_path/'x.json')
+    assert f'x.json:2: not JSON: Expecting \':\' delimiter at column {len(rows)+9}' in refused(
+        ValueError, tmp_path/'x.json')
 
 
 def test_csv_with_everything_that_a_cell_may_hold(tmp_path):
     file = tmp_path/'x.csv'
-    file.write_bytes(b'\xef\xbb\xbfq, a\r\n"1\r\n2","3"\r\n\r\n4,5,6\r\n7\r\n\x00,8\r\n\xff,9\r\n"a"b,1\r\n,\r\n' + b'x'*200_000 + b',1\n"open,2\n3,4')
+    file.write_bytes(b'\xef\xbb\xbfq, a\r\n"1\r\n2","3"\r\n\r\n4,5,6\r\n7\r\n\x00,8\r\n\xff,9\r\n"a"b,1\r\n,\r\n'
+                     + b'x'*200_000 + b',1\n"open,2\n3,4')
     assert [(r.line, r.error[:12] or [v[:4] for v in r.value.values()]) for r in read_rows(file)] == [
-        (2, ['1\r\n2', '3']), (5, '3 cells wher'), (6, '1 cells wher'), (7, 'NUL byte at '), (8, 'not UTF-8 at'), (9, 'not CSV: \',\''),
+        (2, ['1\r\n2', '3']), (5, '3 cells wher'), (6, '1 cells wher'), (7, 'NUL byte at '), (8, 'not UTF-8 at'),
+        (9, 'not CSV: \',\''),
         (10, ['', '']), (11, ['xxxx', '1']), (12, 'not CSV: a q')]
     assert list(next(read_rows(file)).value) == ['q', 'a']
 
 
 @pytest.mark.parametrize('content,expected', [
-    (b'a,a\n1,2', 'two columns have the name'), (b'a,,b\n', 'column 2 has no name'), ('a,b\n'.encode('utf-16'), 'NUL byte'),
-    (b'\xff,b\n', 'not UTF-8 at byte 1'), (b'"a,b\n', 'never closed'),
+    (b'a,a\n1,2', 'two columns have the name'), (b'a,,b\n', 'column 2 has no name'),
+    ('a,b\n'.encode('utf-16'), 'NUL byte'), (b'\xff,b\n', 'not UTF-8 at byte 1'), (b'"a,b\n', 'never closed'),
 ])
 def test_a_csv_header_that_names_no_columns_is_refused(content, expected, tmp_path):
     (tmp_path/'x.csv').write_bytes(content)
@@ -158,7 +166,8 @@ def test_a_parquet_file_keeps_types_and_counts_rows_over_batches(tmp_path):
     import datetime
     import pyarrow as pa
     import pyarrow.parquet as pq
-    rows = [dict(text=str(i), day=datetime.date(2026, 1, 1), raw=b'\xff', chat=[dict(role='user', content=None)]) for i in range(1000)]
+    rows = [dict(text=str(i), day=datetime.date(2026, 1, 1), raw=b'\xff', chat=[dict(role='user', content=None)])
+            for i in range(1000)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path/'x.parquet')
     assert [r.value for r in read_rows(tmp_path/'x.parquet')] == [r | dict(chat=[dict(role='user')]) for r in rows]
     assert [r.line for r in read_rows(tmp_path/'x.parquet')] == list(range(1, 1001))
@@ -171,7 +180,8 @@ def test_a_parquet_file_keeps_types_and_counts_rows_over_batches(tmp_path):
 # --- paths ---
 
 def test_a_folder_is_walked_in_order_and_what_is_passed_over_is_told(tmp_path):
-    for name in ('b.jsonl', 'a/z.json', 'a/b/c.csv', 'README.md', '.git/x.json', '.hidden.json', 'notes.xlsx', 'LICENSE', 'dataset_info.json'):
+    for name in ('b.jsonl', 'a/z.json', 'a/b/c.csv', 'README.md', '.git/x.json', '.hidden.json', 'notes.xlsx',
+                 'LICENSE', 'dataset_info.json'):
         (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path/name).write_text('')
     (tmp_path/'link').symlink_to(tmp_path/'a')
@@ -180,8 +190,10 @@ def test_a_folder_is_walked_in_order_and_what_is_passed_over_is_told(tmp_path):
     files,passed = source_files(tmp_path)
     assert [str(f.relative_to(tmp_path)) for f in files] == ['a/b/c.csv', 'a/z.json', 'b.jsonl']
     assert {p.name: why for p,why in passed} == {
-        'README.md': 'a text beside files of rows', '.git': 'hidden', '.hidden.json': 'hidden', 'notes.xlsx': "unknown ending '.xlsx'",
-        'LICENSE': 'no ending', 'dataset_info.json': 'describes a data set, holds no rows', 'link': 'a link to a folder',
+        'README.md': 'a text beside files of rows', '.git': 'hidden', '.hidden.json': 'hidden',
+        'notes.xlsx': "unknown ending '.xlsx'",
+        'LICENSE': 'no ending', 'dataset_info.json': 'describes a data set, holds no rows',
+        'link': 'a link to a folder',
         'gone.json': 'not a plain file', 'pipe.json': 'not a plain file'}
 
 
@@ -207,9 +219,11 @@ def test_patterns(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('source,kind,expected', [
     ('missing.json', FileNotFoundError, 'data file not found'), ('missing', FileNotFoundError, 'data file not found'),
-    ('*.jsonl', FileNotFoundError, 'no file matches'), ('empty', ValueError, 'no file in'), ('rows.xlsx', ValueError, 'must end in .json'),
-    ('there.pdf', ValueError, 'must end in .json'), ('empty/x', FileNotFoundError, 'data file not found'), ('', ValueError, '`source`'),
-    ('x\0.json', ValueError, '`source`'), ('a'*5000 + '.json', SageError, 'cannot read'), ('folder.json', ValueError, 'no file in'),
+    ('*.jsonl', FileNotFoundError, 'no file matches'), ('empty', ValueError, 'no file in'),
+    ('rows.xlsx', ValueError, 'must end in .json'),
+    ('there.pdf', ValueError, 'must end in .json'), ('empty/x', FileNotFoundError, 'data file not found'),
+    ('', ValueError, '`source`'), ('x\0.json', ValueError, '`source`'),
+    ('a'*5000 + '.json', SageError, 'cannot read'), ('folder.json', ValueError, 'no file in'),
     ('there.pdf/x.json', SageError, 'cannot read'), (7, ValueError, 'got int'), (None, ValueError, 'got NoneType'),
     ({'a': 1}, ValueError, 'got dict'), ((r for r in ()), ValueError, 'got generator'),
 ])
@@ -258,10 +272,12 @@ def test_saved_datasets(quiet, tmp_path):
     quiet.DatasetDict(train=data, test=data.select([1])).save_to_disk(tmp_path/'two')
     assert [r.value for r in read_rows(tmp_path/'one')] == pair
     assert [r.value for r in read_rows(str(tmp_path/'two'), split='test')] == pair[1:]
-    assert next(read_rows(tmp_path/'one')).file == str(tmp_path/'one') and source_files(tmp_path/'one') == ([tmp_path/'one'], [])
+    assert (next(read_rows(tmp_path/'one')).file == str(tmp_path/'one')
+            and source_files(tmp_path/'one') == ([tmp_path/'one'], []))
     assert 'it has: train, test' in refused(SageError, tmp_path/'two', split='validation')
     assert 'leave `split` out' in refused(SageError, tmp_path/'one', split='test')
-    assert source_digest(tmp_path/'one') == source_digest(data) == source_digest(tmp_path/'two') != source_digest(tmp_path/'two', split='test')
+    assert source_digest(tmp_path/'one') == source_digest(data) == source_digest(tmp_path/'two') != source_digest(
+        tmp_path/'two', split='test')
     (tmp_path/'rows.json').write_text('[]')
     assert dict(source_files(tmp_path)[1])[tmp_path/'one'] == 'a saved dataset: give its own path'
     for arrow in (tmp_path/'one').glob('*.arrow'): arrow.write_bytes(b'broken')
@@ -277,7 +293,8 @@ def test_datasets_in_memory(quiet):
     assert 'it has: train, test' in refused(SageError, both, split='dev')
     louder = data.with_transform(lambda rows: {k: [v.upper() for v in vs] for k,vs in rows.items()})
     assert seen(louder)[0][1]['question'] == 'A, "B"?'
-    digests = [source_digest(d) for d in (data, data.select([1, 0]), data.select([0]), louder, quiet.Dataset.from_list([*pair[:1], dict(question='2', answer=None)]))]
+    digests = [source_digest(d) for d in (data, data.select([1, 0]), data.select([0]), louder,
+                                          quiet.Dataset.from_list([*pair[:1], dict(question='2', answer=None)]))]
     assert len(set(digests)) == 5
     assert source_digest(data.select([0, 1])) == source_digest(data) == source_digest(pickle.loads(pickle.dumps(data)))
     assert source_digest(data.to_iterable_dataset()) == source_digest(data.to_iterable_dataset())
@@ -286,7 +303,8 @@ def test_datasets_in_memory(quiet):
 def test_a_data_set_of_the_hub_is_loaded_by_split_and_a_folder_stands_in_for_it(quiet, tmp_path, monkeypatch):
     hub = tmp_path/'hub'
     hub.mkdir()
-    for split in ('train', 'test'): (hub/f'{split}.jsonl').write_text(''.join(json.dumps(dict(text=f'{split} {i}'))+'\n' for i in range(3)))
+    for split in ('train', 'test'):
+        (hub/f'{split}.jsonl').write_text(''.join(json.dumps(dict(text=f'{split} {i}'))+'\n' for i in range(3)))
     real = quiet.load_dataset
     asked = []
     def stand_in(path, **options):
@@ -299,7 +317,8 @@ def test_a_data_set_of_the_hub_is_loaded_by_split_and_a_folder_stands_in_for_it(
     assert len(seen('owner/name', split='train[:2]')) == 2
     assert "Should be one of ['train', 'test']" in refused(SageError, 'owner/name', split='validation')
     assert "Available: ['default']" in refused(SageError, 'owner/name', subset='other')
-    assert source_digest('owner/name') != source_digest('owner/name', split='test') == source_digest('owner/name', split='test')
+    assert source_digest('owner/name') != source_digest('owner/name', split='test') == source_digest(
+        'owner/name', split='test')
     (hub/'train.jsonl').write_text('{"text": "train"}\n{"text": \n')
     assert 'JSON' in refused(SageError, 'owner/name')
 
@@ -324,9 +343,11 @@ def test_an_option_that_would_be_passed_over_is_refused(option, tmp_path):
 def test_frames():
     import datetime
     pd = pytest.importorskip('pandas')
-    frame = pd.DataFrame(dict(text=['a', None], n=[1.5, float('nan')], k=[1, 2], day=[pd.Timestamp(2026, 1, 1), pd.NaT], chat=[[{'role': 'user'}], None]), index=[7, 9])
+    frame = pd.DataFrame(dict(text=['a', None], n=[1.5, float('nan')], k=[1, 2],
+                              day=[pd.Timestamp(2026, 1, 1), pd.NaT], chat=[[{'role': 'user'}], None]), index=[7, 9])
     assert [r.value for r in read_rows(frame)] == [
-        dict(text='a', n=1.5, k=1, day=datetime.datetime(2026, 1, 1), chat=[{'role': 'user'}]), dict(text=None, n=None, k=2, day=None, chat=None)]
+        dict(text='a', n=1.5, k=1, day=datetime.datetime(2026, 1, 1), chat=[{'role': 'user'}]),
+        dict(text=None, n=None, k=2, day=None, chat=None)]
     assert [(r.file, r.line) for r in read_rows(frame)] == [('frame', 1), ('frame', 2)]
     assert type(next(read_rows(frame)).value['k']) is int
     assert "two columns have the name 'a'" in refused(ValueError, pd.DataFrame([[1, 2]], columns=['a', 'a']))
@@ -350,12 +371,15 @@ def test_a_checksum_sees_every_change_in_memory():
     import numpy as np
     deep = []
     for _ in range(5000): deep = [deep]
-    rows = [[], [{}], [[]], [None], [0], [1], [True], ['1'], [1.0], [b'1'], ['ab'], ['a', 'b'], [['a', 'b']], [dict(a='b')], [dict(a=['b'])],
-            [dict(b='a')], [np.zeros(2000)], [np.ones(2000)], [np.zeros(2000, dtype='float32')], [datetime.date(2026, 1, 1)], [{1: 'a'}],
-            [{'1': 'a'}], ['\ud800'], [10**6000], [-10**6000], [deep], [[deep]], [float('nan')], [dict(a=1, b=2)], [dict(a=1), dict(b=2)]]
+    rows = [[], [{}], [[]], [None], [0], [1], [True], ['1'], [1.0], [b'1'], ['ab'], ['a', 'b'],
+            [['a', 'b']], [dict(a='b')], [dict(a=['b'])], [dict(b='a')], [np.zeros(2000)], [np.ones(2000)],
+            [np.zeros(2000, dtype='float32')], [datetime.date(2026, 1, 1)], [{1: 'a'}],
+            [{'1': 'a'}], ['\ud800'], [10**6000], [-10**6000], [deep], [[deep]], [float('nan')], [dict(a=1, b=2)],
+            [dict(a=1), dict(b=2)]]
     assert len({source_digest(r) for r in rows}) == len(rows)
     assert source_digest([deep]) == source_digest([deep])
-    for r in (r for r in rows if len(pickle_of(r))): assert source_digest(r) == source_digest(pickle.loads(pickle_of(r)))
+    for r in (r for r in rows if len(pickle_of(r))):
+        assert source_digest(r) == source_digest(pickle.loads(pickle_of(r)))
     shared = dict(a=1)
     assert source_digest([[shared, shared]]) == source_digest([[dict(a=1), dict(a=1)]])
     shared['self'] = shared
@@ -445,14 +469,17 @@ except ImportError: given = None
 if given:
     examples = int(os.environ.get('SAGE_EXAMPLES', 100))
     often = settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-    scraps = [b'{"text": "a"}', b'{', b'}', b'[', b']', b',', b'"', b'\n', b'\r\n', b'\\u', b'\\ud800', b'\xff', b'\xc3', b'\0', b'\xef\xbb\xbf', b'1e5', b'NaN',
+    scraps = [b'{"text": "a"}', b'{', b'}', b'[', b']', b',', b'"', b'\n', b'\r\n', b'\\u', b'\\ud800', b'\xff',
+              b'\xc3', b'\0', b'\xef\xbb\xbf', b'1e5', b'NaN',
               b'a,b', b'\t', b'PAR1', b'\x1f\x8b\x08', b'"a": 1', b'9'*30, b'\x1a', b' ']
     anything = st.one_of(st.binary(max_size=300), st.lists(st.sampled_from(scraps), max_size=20).map(b''.join))
     values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-                          lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4), max_leaves=12)
+                          lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+                          max_leaves=12)
 
     @often
-    @given(data=anything, ending=st.sampled_from(endings), packed=st.sampled_from(['', 'broken', 'whole']), size=st.sampled_from([1, 2, 7, 2**18]))
+    @given(data=anything, ending=st.sampled_from(endings), packed=st.sampled_from(['', 'broken', 'whole']),
+           size=st.sampled_from([1, 2, 7, 2**18]))
     def test_any_bytes_as_any_file_are_rows_or_one_refusal(data, ending, packed, size, tmp_path):
         file = tmp_path/f'x{ending}{".gz" if packed else ""}'
         file.write_bytes(gzip.compress(data) if packed == 'whole' else data)
@@ -462,9 +489,11 @@ if given:
         assert len(source_digest(file)) == 32
 
     @often
-    @given(rows=st.lists(values, max_size=5), size=st.sampled_from([1, 3, 50, 2**18]), indent=st.sampled_from([None, 0, 2]))
+    @given(rows=st.lists(values, max_size=5), size=st.sampled_from([1, 3, 50, 2**18]),
+           indent=st.sampled_from([None, 0, 2]))
     def test_any_json_values_come_back_whatever_the_block(rows, size, indent, tmp_path):
-        (tmp_path/'x.json').write_text(json.dumps(rows, indent=indent, ensure_ascii=bool(indent)), encoding='utf-8', errors='surrogatepass')
+        (tmp_path/'x.json').write_text(json.dumps(rows, indent=indent, ensure_ascii=bool(indent)), encoding='utf-8',
+                                       errors='surrogatepass')
         (tmp_path/'x.jsonl').write_text(''.join(json.dumps(r)+'\n' for r in rows), encoding='utf-8')
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sources, '_block', size)
@@ -473,9 +502,11 @@ if given:
         assert source_digest(rows) == source_digest(pickle.loads(pickle.dumps(rows)))
 
     @often
-    @given(cells=st.lists(st.tuples(st.text(st.characters(exclude_characters='\0', exclude_categories=['Cs'])), st.text('a"\n\r,\t ')), max_size=6))
+    @given(cells=st.lists(st.tuples(st.text(st.characters(exclude_characters='\0', exclude_categories=['Cs'])),
+                                    st.text('a"\n\r,\t ')), max_size=6))
     def test_any_cells_written_by_the_standard_library_come_back(cells, tmp_path):
         import csv
         for ending,dialect in (('.csv', 'excel'), ('.tsv', 'excel-tab')):
-            with open(tmp_path/f'x{ending}', 'w', newline='', encoding='utf-8') as f: csv.writer(f, dialect, quoting=csv.QUOTE_ALL).writerows([('a', 'b'), *cells])
+            with open(tmp_path/f'x{ending}', 'w', newline='', encoding='utf-8') as f:
+                csv.writer(f, dialect, quoting=csv.QUOTE_ALL).writerows([('a', 'b'), *cells])
             assert [tuple(r.value.values()) for r in read_rows(tmp_path/f'x{ending}')] == cells

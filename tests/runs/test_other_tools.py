@@ -9,34 +9,44 @@ from sage_finetune.runs.other_tools import translated
 from sage_finetune.runs.tasks import trainer_of
 from sage_finetune.rows.sources import save_rows
 
-common = dict(stage='sft', do_train=True, finetuning_type='lora', lora_target='all', template='llama3', cutoff_len=2048, max_samples=1000, preprocessing_num_workers=16, logging_steps=10,
-              save_steps=500, plot_loss=True, overwrite_output_dir=True, per_device_train_batch_size=1, gradient_accumulation_steps=8, learning_rate='1.0e-4', num_train_epochs=3.0,
-              lr_scheduler_type='cosine', warmup_ratio=0.1, bf16=True, ddp_timeout=180000000, dataset='identity,alpaca_en_demo')
+common = dict(stage='sft', do_train=True, finetuning_type='lora', lora_target='all', template='llama3',
+              cutoff_len=2048, max_samples=1000, preprocessing_num_workers=16, logging_steps=10,
+              save_steps=500, plot_loss=True, overwrite_output_dir=True, per_device_train_batch_size=1,
+              gradient_accumulation_steps=8, learning_rate='1.0e-4', num_train_epochs=3.0,
+              lr_scheduler_type='cosine', warmup_ratio=0.1, bf16=True, ddp_timeout=180000000,
+              dataset='identity,alpaca_en_demo')
 held_out = dict(val_size=0.1, per_device_eval_batch_size=1, eval_strategy='steps', eval_steps=500)
-newer = dict(trust_remote_code=True, lora_rank=8, dataloader_num_workers=4, save_only_model=False, report_to='none', resume_from_checkpoint=None)
+newer = dict(trust_remote_code=True, lora_rank=8, dataloader_num_workers=4, save_only_model=False, report_to='none',
+             resume_from_checkpoint=None)
 examples = {
     'train_lora/llama3_lora_sft': common | dict(trust_remote_code=True, lora_rank=8, overwrite_cache=True),
     'train_lora/qwen3_lora_sft': common | newer | dict(dataset='identity', template='qwen3_nothink'),
     'train_lora/qwen2.5_lora_sft': common | newer | dict(template='qwen', overwrite_cache=True),
     'train_lora/gpt_lora_sft': common | newer | dict(template='gpt', overwrite_cache=True),
     'train_lora/nanbeige42_lora_sft': common | newer | dict(template='nanbeige_nothink', use_fast_tokenizer=False),
-    'train_qlora/llama3_lora_sft_otfq': common | held_out | dict(quantization_bit=4, quantization_method='bitsandbytes', overwrite_cache=True),
+    'train_qlora/llama3_lora_sft_otfq': common | held_out | dict(
+        quantization_bit=4, quantization_method='bitsandbytes', overwrite_cache=True),
     'train_qlora/llama3.2_lora_sft': common | held_out | dict(cutoff_len=1024, overwrite_cache=True),
     'extras/loraplus/llama3_lora_sft': common | held_out | dict(loraplus_lr_ratio=16.0, overwrite_cache=True),
-    'extras/pissa/llama3_lora_sft': common | newer | dict(pissa_init=True, pissa_iter=16, pissa_convert=True, overwrite_cache=True),
-    'extras/fsdp_qlora/llama3_lora_sft': {k: v for k,v in (common | held_out).items() if k!='bf16'} | dict(quantization_bit=4, lora_target='q_proj,v_proj', cutoff_len=1024, fp16=True, overwrite_cache=True),
+    'extras/pissa/llama3_lora_sft': common | newer | dict(
+        pissa_init=True, pissa_iter=16, pissa_convert=True, overwrite_cache=True),
+    'extras/fsdp_qlora/llama3_lora_sft': {k: v for k,v in (common | held_out).items() if k!='bf16'} | dict(
+        quantization_bit=4, lora_target='q_proj,v_proj', cutoff_len=1024, fp16=True, overwrite_cache=True),
 }
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     "Small data sets under the names that the examples use"
     data = tmp_path_factory.mktemp('data')
-    for name,n in dict(identity=5, alpaca_en_demo=6).items(): save_rows(data/f'{name}.json', [dict(instruction=f'{name} {i}?', input='', output=f'{i}!') for i in range(n)])
-    (data/'dataset_info.json').write_text(json.dumps({n: dict(file_name=f'{n}.json') for n in ('identity', 'alpaca_en_demo')}))
+    for name,n in dict(identity=5, alpaca_en_demo=6).items():
+        save_rows(data/f'{name}.json', [dict(instruction=f'{name} {i}?', input='', output=f'{i}!') for i in range(n)])
+    (data/'dataset_info.json').write_text(json.dumps(
+        {n: dict(file_name=f'{n}.json') for n in ('identity', 'alpaca_en_demo')}))
     return data
 
 def written(folder, path, settings):
-    path.write_text(yaml.safe_dump(settings | dict(model_name_or_path='sage-tiny', dataset_dir=str(folder), output_dir=str(path.with_suffix('')))))
+    path.write_text(yaml.safe_dump(settings | dict(
+        model_name_or_path='sage-tiny', dataset_dir=str(folder), output_dir=str(path.with_suffix('')))))
     return path
 
 def steps(run): return run.train(), run.trainer
@@ -49,46 +59,61 @@ def test_an_example_of_llama_factory_runs_with_its_hyperparameters(name, folder,
     run = trainer_of(written(folder, tmp_path/'config.yaml', asked), quiet=True)
     result,trainer = steps(run)
     args,adapter,rows = trainer.args,run.model.peft_config['default'],5+6*('alpaca' in asked['dataset'])
-    assert (args.learning_rate, args.per_device_train_batch_size, args.gradient_accumulation_steps, args.num_train_epochs)==(1e-4, 1, 8, 3.0)
-    assert (str(getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)), args.logging_steps, args.save_steps, args.max_grad_norm, args.weight_decay, args.seed, args.optim)==(
-        'cosine', 10, 500, 1.0, 0.0, 42, 'adamw_torch')
+    assert (args.learning_rate, args.per_device_train_batch_size, args.gradient_accumulation_steps,
+            args.num_train_epochs)==(1e-4, 1, 8, 3.0)
+    assert (str(getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)), args.logging_steps,
+            args.save_steps, args.max_grad_norm, args.weight_decay, args.seed, args.optim)==(
+                'cosine', 10, 500, 1.0, 0.0, 42, 'adamw_torch')
     assert .1 in (getattr(args, 'warmup_ratio', None), args.warmup_steps)
     assert args.bf16==asked.get('bf16', False) and args.dataloader_num_workers==asked.get('dataloader_num_workers', 0)
     assert (adapter.r, adapter.lora_alpha, adapter.lora_dropout)==(8, 16, 0.0)
-    assert set(adapter.target_modules)==({'q_proj', 'v_proj'} if 'q_proj' in asked['lora_target'] else {'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'})
+    assert set(adapter.target_modules)==({'q_proj', 'v_proj'} if 'q_proj' in asked['lora_target'] else {
+        'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'})
     assert adapter.init_lora_weights==('pissa_niter_16' if asked.get('pissa_init') else True)
-    assert run.fitted.max_length==asked['cutoff_len'] and run.fitted.load_in_4bit==(asked.get('quantization_bit')==4)==getattr(run.model.get_base_model(), 'is_loaded_in_4bit', False)
+    assert (run.fitted.max_length==asked['cutoff_len'] and run.fitted.load_in_4bit
+            ==(asked.get('quantization_bit')==4)==getattr(run.model.get_base_model(), 'is_loaded_in_4bit', False))
     assert trainer.loraplus_lr_ratio==asked.get('loraplus_lr_ratio')
-    if 'loraplus_lr_ratio' in asked: assert sorted({g['initial_lr'] for g in trainer.optimizer.param_groups})==pytest.approx([1e-4, 16e-4])
+    if 'loraplus_lr_ratio' in asked:
+        assert sorted({g['initial_lr'] for g in trainer.optimizer.param_groups})==pytest.approx([1e-4, 16e-4])
     held = len(run.eval_dataset) if run.eval_dataset is not None else 0
     assert (held>0)==('val_size' in asked) and len(run.dataset)+held==rows==run.data_report.read==run.data_report.used
     assert args.eval_steps==(500 if held else None) and result.steps==3*-(-(rows-held)//8)
 
 def test_what_is_not_here_is_refused_by_name(folder, tmp_path):
     "The one that needs several cards, and settings for other methods"
-    for more,says in (dict(deepspeed='examples/deepspeed/ds_z3_config.json'), "deepspeed='examples/deepspeed/ds_z3_config.json'"),(dict(stage='ppo'), "stage='ppo'"),(dict(use_galore=True), 'use_galore=True'),(
-            dict(finetuning_type='full'), "finetuning_type='full'"),(dict(adapter_name_or_path='a,b'), "adapter_name_or_path='a,b'"),(dict(hf_hub_token='hf_secret'), 'hf_hub_token'):
+    for more,says in (dict(deepspeed='examples/deepspeed/ds_z3_config.json'),
+                      "deepspeed='examples/deepspeed/ds_z3_config.json'"),(dict(stage='ppo'), "stage='ppo'"),(
+                              dict(use_galore=True), 'use_galore=True'),(
+                                      dict(finetuning_type='full'), "finetuning_type='full'"),(
+                                              dict(adapter_name_or_path='a,b'), "adapter_name_or_path='a,b'"),(
+                                                      dict(hf_hub_token='hf_secret'), 'hf_hub_token'):
         with pytest.raises(SageError) as e: translated(written(folder, tmp_path/'config.yaml', common | more))
         assert says in str(e.value) or 'hub_token' in says
 
 def test_a_token_is_not_repeated(folder, tmp_path):
-    with pytest.raises(SageError) as e: translated(written(folder, tmp_path/'config.yaml', common | dict(hf_hub_token='hf_secret')))
+    with pytest.raises(SageError) as e:
+        translated(written(folder, tmp_path/'config.yaml', common | dict(hf_hub_token='hf_secret')))
     assert 'hf_hub_token' in str(e.value) and 'hf_secret' not in str(e.value)
 
 def test_json_is_taken_too(folder, tmp_path):
     path = tmp_path/'config.json'
-    path.write_text(json.dumps(examples['train_lora/llama3_lora_sft'] | dict(model_name_or_path='sage-tiny', dataset_dir=str(folder), output_dir=str(tmp_path/'run'))))
+    path.write_text(json.dumps(examples['train_lora/llama3_lora_sft'] | dict(
+        model_name_or_path='sage-tiny', dataset_dir=str(folder), output_dir=str(tmp_path/'run'))))
     run = trainer_of(path, quiet=True)
     assert run.config.learning_rate==1e-4 and run.config.lora.target_modules=='all-linear'
 
 def test_a_file_for_trl_runs_with_its_hyperparameters(folder, tmp_path):
-    asked = dict(model_name_or_path='sage-tiny', dataset_name=str(folder/'identity.json'), output_dir=str(tmp_path/'trl'), use_peft=True, lora_target_modules='all-linear', lora_r=4, lora_alpha=8, max_length=128,
-                 assistant_only_loss=True, learning_rate='2e-3', num_train_epochs=1, per_device_train_batch_size=4, bf16=False, gradient_checkpointing=False, eval_strategy='no', report_to='none')
+    asked = dict(model_name_or_path='sage-tiny', dataset_name=str(folder/'identity.json'), output_dir=str(
+        tmp_path/'trl'), use_peft=True, lora_target_modules='all-linear', lora_r=4, lora_alpha=8, max_length=128,
+                 assistant_only_loss=True, learning_rate='2e-3', num_train_epochs=1, per_device_train_batch_size=4,
+                 bf16=False, gradient_checkpointing=False, eval_strategy='no', report_to='none')
     path = tmp_path/'sft.yaml'
     path.write_text(yaml.safe_dump(asked))
     run = trainer_of(path, quiet=True)
     result,trainer = steps(run)
-    assert (trainer.args.learning_rate, trainer.args.per_device_train_batch_size, trainer.args.lr_scheduler_type, trainer.args.logging_steps, trainer.args.optim, result.steps)==(2e-3, 4, 'linear', 10, 'adamw_torch_fused', 2)
+    assert (trainer.args.learning_rate, trainer.args.per_device_train_batch_size,
+            trainer.args.lr_scheduler_type, trainer.args.logging_steps, trainer.args.optim,
+            result.steps)==(2e-3, 4, 'linear', 10, 'adamw_torch_fused', 2)
     assert (run.model.peft_config['default'].r, run.config.train_on)==(4, 'assistant')
 
 def test_every_name_of_trl_has_a_place():
@@ -97,7 +122,9 @@ def test_every_name_of_trl_has_a_place():
     trl = pytest.importorskip('trl')
     from transformers import TrainingArguments
     from sage_finetune.runs import other_tools as foreign
-    known = {*foreign._trl['places'], *foreign._trl['told'], *foreign._trl['off'], 'bf16', 'gradient_checkpointing', 'assistant_only_loss', 'completion_only_loss', 'dataset_config', 'dataset_train_split',
+    known = {*foreign._trl['places'], *foreign._trl['told'], *foreign._trl['off'], 'bf16', 'gradient_checkpointing',
+             'assistant_only_loss', 'completion_only_loss', 'dataset_config', 'dataset_train_split',
              'dataset_test_split', 'dataset_name', 'eval_strategy', 'eval_steps', 'report_to'}
-    own = {f.name for c in (trl.SFTConfig, trl.ModelConfig, trl.ScriptArguments) for f in dataclasses.fields(c)} - {f.name for f in dataclasses.fields(TrainingArguments)}
+    own = ({f.name for c in (trl.SFTConfig, trl.ModelConfig, trl.ScriptArguments) for f in dataclasses.fields(c)}
+           - {f.name for f in dataclasses.fields(TrainingArguments)})
     assert not own-known

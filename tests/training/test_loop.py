@@ -14,13 +14,15 @@ from sage_finetune.rows.formats import to_messages
 from sage_finetune.rows.template import encode
 from sage_finetune.trainer import CausalLMTrainer, LoRATrainer, Stopped
 
-lengths = [1, 19, 3, 7, 12, 2, 5, 16, 9, 4, 11, 6, 1, 14, 8, 3] # words of the answers, so that no two passes learn equally many tokens
+# words of the answers, so that no two passes learn equally many tokens
+lengths = [1, 19, 3, 7, 12, 2, 5, 16, 9, 4, 11, 6, 1, 14, 8, 3]
 
 
 class Words(LoRATrainer):
     "Rows whose answers have 1 to 19 words"
     def prepare_data(self):
-        talks = [to_messages(dict(question=f'{n} words, number {i}?', answer=' '.join(['word']*n))) for i,n in enumerate(lengths)]
+        talks = [to_messages(dict(question=f'{n} words, number {i}?', answer=' '.join(['word']*n)))
+                 for i,n in enumerate(lengths)]
         self.dataset = Dataset.from_list([encode(t, self.tokenizer) for t in talks])
 
     def setup_trainer(self):
@@ -29,25 +31,35 @@ class Words(LoRATrainer):
 
 
 def config(folder, batch=4, accum=1, **more):
-    settings = dict(model_name='sage-tiny', output_dir=folder, max_steps=1, per_device_train_batch_size=batch, gradient_accumulation_steps=accum,
-                    learning_rate=1e-3, warmup_ratio=0.0, logging_steps=1, report_to='none', max_length=256, lora=LoRAConfig(r=4, lora_dropout=0.0))
+    settings = dict(model_name='sage-tiny', output_dir=folder, max_steps=1, per_device_train_batch_size=batch,
+                    gradient_accumulation_steps=accum,
+                    learning_rate=1e-3, warmup_ratio=0.0, logging_steps=1, report_to='none', max_length=256,
+                    lora=LoRAConfig(r=4, lora_dropout=0.0))
     return TrainingConfig(**(settings | more))
 
 
 def after(*args, **more):
     "A run, and its trained weights as one vector"
-    run = Words(config(*args, **more), quiet=True); run.train()
+    run = Words(config(*args, **more), quiet=True)
+    run.train()
     return run,torch.cat([p.detach().flatten() for p in run.model.parameters() if p.requires_grad])
 
 def gradients(*args, **more):
     "The gradient of the first step, before it is clipped, as one vector"
     run,held = Words(config(*args, **more), quiet=True), []
-    run.load_model_and_tokenizer(); run.apply_lora(); run.prepare_data(); run.setup_trainer()
+    run.load_model_and_tokenizer()
+    run.apply_lora()
+    run.prepare_data()
+    run.setup_trainer()
     with torch.no_grad():
         for n,p in run.model.named_parameters():
-            if 'lora_B' in n: p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(n)))*.02) # with B = 0, A would have no gradient
+            if 'lora_B' in n:
+                # with B = 0, A would have no gradient
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(n)))*.02)
     step = run.trainer.finite
-    def keep(): held.append(torch.cat([p.grad.flatten() for p in run.model.parameters() if p.requires_grad]).clone()); return step()
+    def keep():
+        held.append(torch.cat([p.grad.flatten() for p in run.model.parameters() if p.requires_grad]).clone())
+        return step()
     run.trainer.finite = keep
     run.train()
     return held[0]
@@ -66,7 +78,8 @@ def test_any_split_of_the_batch_gives_the_same_loss_gradient_and_adapter(batch, 
 
 def test_packed_or_not_gives_the_same_loss_gradient_and_adapter(tmp_path):
     rows = len(lengths)
-    g,packed = gradients(tmp_path/'g', rows, max_grad_norm=0), gradients(tmp_path/'gp', rows, packing=True, max_grad_norm=0)
+    g,packed = (gradients(tmp_path/'g', rows, max_grad_norm=0),
+                gradients(tmp_path/'gp', rows, packing=True, max_grad_norm=0))
     assert (g-packed).abs().max()<=1e-5*max(1, g.abs().max())
     (alone,w),(full,wp) = after(tmp_path/'alone', rows), after(tmp_path/'full', rows, packing=True)
     assert len(full.trainer.train_dataset)<rows/2
@@ -76,7 +89,9 @@ def test_packed_or_not_gives_the_same_loss_gradient_and_adapter(tmp_path):
 def test_by_document_or_with_a_mask_a_packed_row_gives_the_same(tmp_path, monkeypatch):
     from sage_finetune.model import attention, trainer
     calls,by_document = [],attention._by_document
-    def counted(*args): calls.append(1); return by_document(*args)
+    def counted(*args):
+        calls.append(1)
+        return by_document(*args)
     with monkeypatch.context() as m:
         m.setattr(attention, '_by_document', counted)
         g = gradients(tmp_path/'documents', 4, packing=True, max_grad_norm=0)
@@ -101,7 +116,9 @@ def test_memory_that_runs_out_under_a_budget_of_tokens_makes_more_passes_of_the_
     whole,w = after(tmp_path/'whole', tokens_per_step=256, max_steps=3)
     compute,left = CausalLMTrainer.compute_loss,[1]
     def full(self, model, inputs, **kw):
-        if self.state.global_step==1 and left: left.pop(); raise torch.OutOfMemoryError('simulated')
+        if self.state.global_step==1 and left:
+            left.pop()
+            raise torch.OutOfMemoryError('simulated')
         return compute(self, model, inputs, **kw)
     monkeypatch.setattr(CausalLMTrainer, 'compute_loss', full)
     run,v = after(tmp_path/'full', tokens_per_step=256, max_steps=3)
@@ -109,7 +126,8 @@ def test_memory_that_runs_out_under_a_budget_of_tokens_makes_more_passes_of_the_
 
 
 def test_a_budget_that_the_longest_row_does_not_fit_in_is_refused(tmp_path):
-    with pytest.raises(ValueError, match='`tokens_per_step=32` has no room for 1 row.s. of'): after(tmp_path, tokens_per_step=32)
+    with pytest.raises(ValueError, match='`tokens_per_step=32` has no room for 1 row.s. of'):
+        after(tmp_path, tokens_per_step=32)
 
 
 @torch.no_grad()
@@ -125,12 +143,14 @@ def mean_by_hand(model, rows):
 
 
 def test_the_reported_loss_is_the_mean_over_learned_tokens(tmp_path):
-    still = dict(learning_rate=1e-12, num_train_epochs=1, max_steps=-1) # the weights stand still, so the loss of any step can be computed afterwards
+    # the weights stand still, so the loss of any step can be computed afterwards
+    still = dict(learning_rate=1e-12, num_train_epochs=1, max_steps=-1)
     run,_ = after(tmp_path/'steps', 2, 2, logging_steps=3, **still)
     losses = mean_by_hand(run.model, run.dataset)
     order = list(run.trainer._get_train_sampler())
     each = {i: mean_by_hand(run.model, [run.dataset[i]]) for i in order}
-    first = torch.cat([each[i] for i in order[:4]]); two_three = torch.cat([each[i] for i in order[4:12]])
+    first = torch.cat([each[i] for i in order[:4]])
+    two_three = torch.cat([each[i] for i in order[4:12]])
     lines = logged(run)
     assert [m['step'] for m in lines]==[1, 3]
     assert abs(lines[0]['loss']-first.mean().item())<1e-5
@@ -142,7 +162,9 @@ def test_the_reported_loss_is_the_mean_over_learned_tokens(tmp_path):
 
 def test_the_loss_of_held_out_rows_is_the_mean_over_learned_tokens(tmp_path):
     run = Words(config(tmp_path/'run', 4), quiet=True)
-    run.load_model_and_tokenizer(); run.apply_lora(); run.prepare_data()
+    run.load_model_and_tokenizer()
+    run.apply_lora()
+    run.prepare_data()
     run.eval_dataset = run.dataset
     run.setup_trainer()
     assert abs(run.trainer.evaluate()['eval_loss']-mean_by_hand(run.model, run.dataset).mean().item())<1e-5
@@ -150,18 +172,24 @@ def test_the_loss_of_held_out_rows_is_the_mean_over_learned_tokens(tmp_path):
 
 def test_the_same_seed_gives_the_same_run(tmp_path):
     with_dropout = dict(max_steps=6, lora=LoRAConfig(r=4, lora_dropout=0.2))
-    (a,wa),(b,wb),(_,wc) = after(tmp_path/'a', 2, 2, **with_dropout), after(tmp_path/'b', 2, 2, **with_dropout), after(tmp_path/'c', 2, 2, seed=43, **with_dropout)
+    (a,wa),(b,wb),(_,wc) = (after(tmp_path/'a', 2, 2, **with_dropout), after(tmp_path/'b', 2, 2, **with_dropout),
+                            after(tmp_path/'c', 2, 2, seed=43, **with_dropout))
     assert torch.equal(wa, wb) and not torch.equal(wa, wc)
-    assert [(m['loss'], m['grad_norm'], m['learning_rate']) for m in logged(a)]==[(m['loss'], m['grad_norm'], m['learning_rate']) for m in logged(b)]
+    assert [(m['loss'], m['grad_norm'], m['learning_rate']) for m in logged(a)]==[
+        (m['loss'], m['grad_norm'], m['learning_rate']) for m in logged(b)]
 
 
-@pytest.mark.parametrize('rows', [{}, dict(packing=True, max_length=64), dict(tokens_per_step=192)], ids=['filled up', 'packed', 'by tokens'])
+@pytest.mark.parametrize('rows', [{}, dict(packing=True, max_length=64), dict(tokens_per_step=192)],
+                         ids=['filled up', 'packed', 'by tokens'])
 def test_a_run_that_goes_on_is_the_same_to_the_bit(rows, tmp_path):
     how = dict(max_steps=7, save_steps=100, lora=LoRAConfig(r=4, lora_dropout=0.2), learning_rate=5e-3) | rows
     whole,w = after(tmp_path/'whole', 2, 2, **how)
     for stop in (3,) if rows else range(1, 7): # at each step, in and between the passes over the rows
         run = Words(config(tmp_path/f'stop{stop}', 2, 2, **how), quiet=True)
-        run.load_model_and_tokenizer(); run.apply_lora(); run.prepare_data(); run.setup_trainer()
+        run.load_model_and_tokenizer()
+        run.apply_lora()
+        run.prepare_data()
+        run.setup_trainer()
         run.trainer.asked = lambda: 2 if run.trainer.state.global_step==stop else None
         with pytest.raises(Stopped): run.train()
         again,v = after(tmp_path/f'stop{stop}', 2, 2, **how)
@@ -172,13 +200,17 @@ def test_a_run_that_goes_on_is_the_same_to_the_bit(rows, tmp_path):
 def test_what_is_measured_beside_the_loss(tmp_path):
     run,_ = after(tmp_path/'run', 2, 2, max_steps=4)
     line = logged(run)[-1]
-    assert {'loss', 'grad_norm', 'learning_rate', 'learned_tokens_per_second', 'tokens_per_second', 'memory', 'matmul_share'} <= set(line)
-    assert 0<line['learned_tokens_per_second']<line['tokens_per_second'] and line['memory']>2**26 and line['matmul_share']>0
+    assert {'loss', 'grad_norm', 'learning_rate', 'learned_tokens_per_second', 'tokens_per_second', 'memory',
+            'matmul_share'} <= set(line)
+    assert (0<line['learned_tokens_per_second']<line['tokens_per_second'] and line['memory']>2**26
+            and line['matmul_share']>0)
     # all tokens over learned tokens, of the whole data set: 4 steps of 4 rows are the 16 rows once
-    learned = sum(sum(x!=-100 for x in r['labels'][1:]) for r in run.dataset); every = sum(len(r['input_ids']) for r in run.dataset)
+    learned = sum(sum(x!=-100 for x in r['labels'][1:]) for r in run.dataset)
+    every = sum(len(r['input_ids']) for r in run.dataset)
     whole,_ = after(tmp_path/'whole', 16)
     line = logged(whole)[-1]
-    assert math.isclose(line['tokens_per_second']/line['learned_tokens_per_second'], every/learned, rel_tol=1e-2) # filling is not counted
+    # filling is not counted
+    assert math.isclose(line['tokens_per_second']/line['learned_tokens_per_second'], every/learned, rel_tol=1e-2)
 
 
 def test_measuring_changes_no_bit(tmp_path, monkeypatch):
@@ -191,7 +223,9 @@ def test_measuring_changes_no_bit(tmp_path, monkeypatch):
     assert torch.equal(v, w)
 
 
-def compiled(run): return sum(type(m).__name__=='OptimizedModule' and 'Layer' in type(m._orig_mod).__name__ for m in run.trainer.model_wrapped.modules())
+def compiled(run):
+    return sum(type(m).__name__=='OptimizedModule' and 'Layer' in type(m._orig_mod).__name__
+               for m in run.trainer.model_wrapped.modules())
 
 def test_a_compiled_run_is_the_same_but_for_rounding(tmp_path, monkeypatch):
     from sage_finetune import trainer

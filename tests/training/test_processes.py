@@ -29,21 +29,27 @@ pytestmark = pytest.mark.skipif(os.name!='posix', reason='needs signals and proc
 forked = multiprocessing.get_context('forkserver') if os.name=='posix' else None
 if forked: forked.set_forkserver_preload(['sage_finetune.trainer', 'sage_finetune.runs.launch'])
 
-fsdp2 = dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2', FSDP_AUTO_WRAP_POLICY='TRANSFORMER_BASED_WRAP', FSDP_STATE_DICT_TYPE='FULL_STATE_DICT',
-             FSDP_RESHARD_AFTER_FORWARD='true', FSDP_CPU_RAM_EFFICIENT_LOADING='true') # what accelerate makes of `launch.ways['fsdp2']`
+fsdp2 = dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2', FSDP_AUTO_WRAP_POLICY='TRANSFORMER_BASED_WRAP',
+             FSDP_STATE_DICT_TYPE='FULL_STATE_DICT',
+             # what accelerate makes of `launch.ways['fsdp2']`
+             FSDP_RESHARD_AFTER_FORWARD='true', FSDP_CPU_RAM_EFFICIENT_LOADING='true')
 
 
 # What is trained: 23 counted words, 21 of them to learn from, so that neither rows nor passes come out even
 
 def config(folder, data, **more):
-    settings = dict(model_name='sage-tiny', data_path=data, output_dir=folder, test_size=0.1, num_train_epochs=2, save_steps=3, per_device_train_batch_size=2,
-                    gradient_accumulation_steps=2, learning_rate=1e-3, logging_steps=1, report_to='none', lora=LoRAConfig(r=4, lora_dropout=0.0))
+    settings = dict(model_name='sage-tiny', data_path=data, output_dir=folder, test_size=0.1, num_train_epochs=2,
+                    save_steps=3, per_device_train_batch_size=2,
+                    gradient_accumulation_steps=2, learning_rate=1e-3, logging_steps=1, report_to='none',
+                    lora=LoRAConfig(r=4, lora_dropout=0.0))
     return TrainingConfig(**(settings | more))
 
 
 class Noted(LoRATrainer):
     "Notes each row that is trained on, and does something at the end of a step"
-    def __init__(self, *args, at=None, do=None, **kwargs): super().__init__(*args, **kwargs); self.at,self.do,self.rows = at,do,[]
+    def __init__(self, *args, at=None, do=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.at,self.do,self.rows = at,do,[]
 
     def setup_trainer(self):
         super().setup_trainer()
@@ -68,7 +74,9 @@ def apart(one, two):
     a,b = adapter(one),adapter(two)
     assert a.keys()==b.keys()
     return max((a[k]-b[k]).abs().max().item() for k in a)
-def losses(folder): return [(m['step'], k, m[k]) for m in read_metrics(RunFolder(folder).metrics) for k in ('loss', 'eval_loss') if k in m]
+def losses(folder):
+    return [(m['step'], k, m[k]) for m in read_metrics(RunFolder(folder).metrics) for k in ('loss', 'eval_loss')
+            if k in m]
 def near(one, two):
     "How far the adapters of two runs are apart; their losses must agree"
     assert [l[:2] for l in losses(one)]==[l[:2] for l in losses(two)]
@@ -84,22 +92,31 @@ def _child(place, rank, work, args, more, env):
     os.environ.update(env)
     sys.stderr = sys.stdout = open(place/f'said_{rank}', 'w', buffering=1)
     torch.set_num_threads(1)
-    try: work(*args, **more); code = 0
+    try:
+        work(*args, **more)
+        code = 0
     except (KeyboardInterrupt, SageError, ValueError, OSError) as e:
-        print(f'{type(e).__name__}: {e}'); code = 128+getattr(e, 'signal', 2) if isinstance(e, KeyboardInterrupt) else 1
-    sys.stderr.flush(); os._exit(code)
+        print(f'{type(e).__name__}: {e}')
+        code = 128+getattr(e, 'signal', 2) if isinstance(e, KeyboardInterrupt) else 1
+    sys.stderr.flush()
+    os._exit(code)
 
 def together(place, work, *args, n=2, within=120, env={}, **more):
     "`work` in `n` processes that a launcher might have started; their exit statuses, and what they said"
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
     place.mkdir(parents=True, exist_ok=True)
-    of = lambda r: dict(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), OMP_NUM_THREADS='1', **env)
+    of = lambda r: dict(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n),
+                        MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), OMP_NUM_THREADS='1', **env)
     crew = [forked.Process(target=_child, args=(place, r, work, args, more, of(r))) for r in range(n)]
     for p in crew: p.start()
     end = time.monotonic()+within
     for p in crew: p.join(max(0, end-time.monotonic()))
     hung = [p.pid for p in crew if p.is_alive()]
-    for p in crew: p.kill(); p.join()
+    for p in crew:
+        p.kill()
+        p.join()
     assert not hung, 'a process waits for ever'
     return [p.exitcode for p in crew],[(place/f'said_{r}').read_text() for r in range(n)]
 
@@ -111,11 +128,16 @@ def train(folder, data, note=None, at=None, who=None, do=None, **more):
     written = []
     watch = [True]
     def opened(event, args):
-        if watch and event=='open' and isinstance(args[0], (str, bytes)) and isinstance(args[1], str) and set(args[1])&set('wax+') and os.fsdecode(args[0]).startswith(str(folder)):
+        if (watch and event=='open' and isinstance(args[0], (str, bytes)) and isinstance(args[1], str)
+            and set(args[1])&set('wax+') and os.fsdecode(args[0]).startswith(str(folder))):
             written.append(os.path.relpath(os.fsdecode(args[0]), folder))
     sys.addaudithook(opened)
-    run.train(); watch.clear()
-    if note: write_json(f'{note}_{rank()}', dict(rows=run.rows, cached=run.data_report.cached, every=[list(r['input_ids']) for r in run.trainer.train_dataset], written=written, pad=run.trainer.data_collator.pad_id))
+    run.train()
+    watch.clear()
+    if note:
+        write_json(f'{note}_{rank()}', dict(rows=run.rows, cached=run.data_report.cached,
+                                            every=[list(r['input_ids']) for r in run.trainer.train_dataset],
+                                            written=written, pad=run.trainer.data_collator.pad_id))
 
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 def term(): os.kill(os.getpid(), signal.SIGTERM)
@@ -132,7 +154,8 @@ def data(base):
 
 def alone(folder, data, **more):
     "One process with as many passes as two have together"
-    threads = torch.get_num_threads(); torch.set_num_threads(1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     LoRATrainer(config(folder, data, **(dict(gradient_accumulation_steps=4) | more)), quiet=True).train()
     torch.set_num_threads(threads)
     return folder
@@ -141,7 +164,8 @@ def alone(folder, data, **more):
 def one(base, data): return alone(base/'one', data)
 @pytest.fixture(scope='module')
 def two(base, data):
-    codes,said = together(base/'crew_two', train, base/'two', data, note=base/'two_note', env=dict(SAGE_CACHE=str(base/'cache')))
+    codes,said = together(base/'crew_two', train, base/'two', data, note=base/'two_note',
+                          env=dict(SAGE_CACHE=str(base/'cache')))
     assert codes==[0, 0], said
     return base/'two'
 
@@ -155,14 +179,17 @@ def seen_once(note, epochs):
     bare = lambda row: tuple(t for t in row if t!=pad)
     rows = [bare(r) for n in notes for r in n['rows']]
     assert Counter(r for r in rows if r)==Counter(bare(r) for r in every for _ in range(epochs))
-    assert not {bare(r) for r in notes[0]['rows'] if bare(r)} & {bare(r) for r in notes[1]['rows'] if bare(r)} or epochs>1
+    assert (not {bare(r) for r in notes[0]['rows'] if bare(r)} & {bare(r) for r in notes[1]['rows'] if bare(r)}
+            or epochs>1)
     return rows.count(())
 
 def test_two_processes_are_one(one, two, base):
     assert near(one, two)<=1e-5
-    assert seen_once(base/'two_note', 2)==2 # 21 rows, 2 in a pass: 11 passes for two, so one comes away empty-handed each time
+    # 21 rows, 2 in a pass: 11 passes for two, so one comes away empty-handed each time
+    assert seen_once(base/'two_note', 2)==2
     assert read_json(RunFolder(two).config)['_processes']==2
-    assert read_json(RunFolder(two).results)['loss_after']==pytest.approx(read_json(RunFolder(one).results)['loss_after'], abs=1e-5)
+    assert read_json(RunFolder(two).results)['loss_after']==pytest.approx(
+        read_json(RunFolder(one).results)['loss_after'], abs=1e-5)
 
 def test_only_the_first_writes(two, base):
     written = [read_json(base/f'two_note_{r}')['written'] for r in range(2)]
@@ -174,8 +201,9 @@ def test_only_the_first_writes(two, base):
 def test_the_first_prepares_the_data_and_the_others_find_it(two, base):
     assert [read_json(base/f'two_note_{r}')['cached'] for r in range(2)]==[False, True]
 
-@pytest.mark.parametrize('name,how', [('tokens', dict(tokens_per_step=240)), ('packed', dict(packing=True, max_length=64)),
-                                      pytest.param('single', dict(per_device_train_batch_size=1), marks=pytest.mark.slow)])
+@pytest.mark.parametrize('name,how',
+                         [('tokens', dict(tokens_per_step=240)), ('packed', dict(packing=True, max_length=64)),
+                          pytest.param('single', dict(per_device_train_batch_size=1), marks=pytest.mark.slow)])
 def test_in_every_order(name, how, base, data):
     codes,said = together(base/f'crew_{name}', train, base/name, data, note=base/f'{name}_note', **how)
     assert codes==[0, 0], said
@@ -189,11 +217,16 @@ def test_rows_with_and_without_pictures(base):
     from sage_finetune.model.tiny_vision import tiny_vision_model
     tiny_vision_model(base/'sees')
     for c in ('red', 'blue'): image.new('RGB', (28, 28), c).save(base/f'{c}.png')
-    seen = lambda c,i: dict(messages=[dict(role='user', content=[dict(type='image', image=f'{c}.png'), dict(type='text', text=f'{i}. Which colour?')]), dict(role='assistant', content=f'It is {c}.')])
-    rows = [seen(('red', 'blue')[i%2], i) for i in range(4)] + [dict(question=f'{i} words?', answer='word '*i+'.') for i in range(5)] # two passes have no picture
+    seen = (lambda c,i: dict(messages=[dict(role='user', content=[dict(type='image', image=f'{c}.png'), dict(
+        type='text', text=f'{i}. Which colour?')]), dict(role='assistant', content=f'It is {c}.')]))
+    # two passes have no picture
+    rows = ([seen(('red', 'blue')[i%2], i) for i in range(4)]
+            + [dict(question=f'{i} words?', answer='word '*i+'.') for i in range(5)])
     (base/'pictures.jsonl').write_text(''.join(json.dumps(r)+'\n' for r in rows))
-    how = dict(model_name=str(base/'sees'), test_size=0.0, lora=LoRAConfig(r=4, lora_dropout=0.0, target_modules='all-linear'))
-    codes,said = together(base/'crew_pictures', train, base/'two_pictures', base/'pictures.jsonl', note=base/'pictures_note', **how)
+    how = dict(model_name=str(base/'sees'), test_size=0.0,
+               lora=LoRAConfig(r=4, lora_dropout=0.0, target_modules='all-linear'))
+    codes,said = together(base/'crew_pictures', train, base/'two_pictures', base/'pictures.jsonl',
+                          note=base/'pictures_note', **how)
     assert codes==[0, 0], said
     assert near(alone(base/'one_pictures', base/'pictures.jsonl', **how), base/'two_pictures')<=1e-5
     assert seen_once(base/'pictures_note', 2)>0
@@ -205,7 +238,8 @@ def test_a_killed_process_ends_the_run_and_it_goes_on(base, data, two):
     folder = base/'killed'
     codes,said = together(base/'crew_killed', train, folder, data, at=5, who=1, do=die, within=60)
     assert codes==[1, -signal.SIGKILL]
-    assert said[0].count('\n')==1 and 'SageError: process 0 of 2 cannot reach the others any more; the same command goes on' in said[0]
+    assert (said[0].count('\n')==1 and 'SageError: process 0 of 2 cannot reach the others any more; '
+            'the same command goes on' in said[0])
     assert last_checkpoint(RunFolder(folder).checkpoints).name=='checkpoint-3' and RunFolder(folder).state=='started'
     codes,said = together(base/'crew_killed', train, folder, data)
     assert codes==[0, 0], said
@@ -215,7 +249,8 @@ def test_one_is_asked_to_stop_and_all_do(base, data, two):
     folder = base/'stopped'
     codes,said = together(base/'crew_stopped', train, folder, data, at=4, who=1, do=term)
     assert codes==[128+signal.SIGTERM]*2
-    assert all('Stopped: stopped at step 5 of 6; a checkpoint and the adapter so far are saved' in s for s in said), said
+    assert all('Stopped: stopped at step 5 of 6; a checkpoint and the adapter so far are saved' in s
+               for s in said), said
     assert RunFolder(folder).state=='stopped'
     codes,said = together(base/'crew_stopped', train, folder, data)
     assert codes==[0, 0] and apart(folder, two)==0 and losses(folder)==losses(two), said
@@ -223,12 +258,14 @@ def test_one_is_asked_to_stop_and_all_do(base, data, two):
 def test_memory_runs_out_in_one(base, data):
     codes,said = together(base/'crew_memory', train, base/'memory', data, at=2, who=1, do=no_memory, within=60)
     assert codes==[1, 1]
-    assert said[1].count('\n')==1 and 'out of memory in process 1 of 2: set `gradient_accumulation_steps` to 4 and `per_device_train_batch_size` to 1' in said[1]
+    assert (said[1].count('\n')==1 and 'out of memory in process 1 of 2: '
+            'set `gradient_accumulation_steps` to 4 and `per_device_train_batch_size` to 1' in said[1])
     assert 'cannot reach the others' in said[0]
 
 def train_to_nothing(folder, data):
     "In process 1 the sum of the losses becomes no number in step 4"
-    run = Noted(config(folder, data), quiet=True, at=3, do=lambda: rank() and run.trainer.meter.window.fill_(float('nan')))
+    run = Noted(config(folder, data), quiet=True, at=3,
+                do=lambda: rank() and run.trainer.meter.window.fill_(float('nan')))
     run.train()
 
 @pytest.mark.slow
@@ -242,7 +279,8 @@ def test_another_number_of_processes(base, data, one):
     folder = base/'fewer'
     codes,said = together(base/'crew_fewer', train, folder, data, at=4, who=0, do=term)
     assert codes==[128+signal.SIGTERM]*2, said
-    with pytest.raises(SageError, match='processes × gradient_accumulation_steps: 2 × 2 → 1 × 2.*start anew'): LoRATrainer(config(folder, data), quiet=True).train()
+    with pytest.raises(SageError, match='processes × gradient_accumulation_steps: 2 × 2 → 1 × 2.*start anew'):
+        LoRATrainer(config(folder, data), quiet=True).train()
     assert near(one, alone(folder, data))<=1e-5
 
 @pytest.mark.slow
@@ -286,7 +324,8 @@ def train_in_parts(folder, data, **more):
     run = LoRATrainer(config(folder, data, **more), quiet=True)
     run.train()
     frozen = {n: p for n,p in run.model.named_parameters() if not p.requires_grad and p.ndim>1}
-    assert frozen and all(hasattr(p, 'full_tensor') for p in frozen.values()), 'a weight that no process shares with the other'
+    assert frozen and all(hasattr(p, 'full_tensor') for p in frozen.values()), (
+        'a weight that no process shares with the other')
 
 @pytest.mark.slow
 def test_four_bits_divided(base, data):
@@ -295,8 +334,10 @@ def test_four_bits_divided(base, data):
     assert codes==[0, 0], said
     assert near(alone(base/'four_one', data, **how), base/'four')<=1e-5
 
-@pytest.mark.parametrize('how,why', [(dict(load_in_8bit=True), '`load_in_8bit=True`: FSDP cannot divide'), (dict(load_best_model_at_end=True), '`load_best_model_at_end` needs the whole model'),
-                                     (dict(lora=dict(init_lora_weights='pissa')), '`init_lora_weights` needs the whole model')])
+@pytest.mark.parametrize('how,why', [(dict(load_in_8bit=True), '`load_in_8bit=True`: FSDP cannot divide'), (dict(
+    load_best_model_at_end=True), '`load_best_model_at_end` needs the whole model'),
+                                     (dict(lora=dict(init_lora_weights='pissa')),
+                                      '`init_lora_weights` needs the whole model')])
 def test_what_cannot_be_divided_is_refused(how, why, base, data, monkeypatch):
     for name,value in dict(fsdp2, WORLD_SIZE='2', RANK='0').items(): monkeypatch.setenv(name, value)
     run = LoRATrainer(config(base/'refused', data, **how), quiet=True)
@@ -317,8 +358,10 @@ def test_deepspeed(way, base, data, one, tmp_path):
 @pytest.mark.slow
 def test_deepspeed_goes_on_after_a_kill(base, data, one):
     pytest.importorskip('deepspeed')
-    folder,made = base/'zero_killed',dict(ACCELERATE_USE_DEEPSPEED='true', ACCELERATE_DEEPSPEED_ZERO_STAGE='3', ACCELERATE_DEEPSPEED_ZERO3_INIT='false',
-                                          ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL='true', ACCELERATE_MIXED_PRECISION='no', ACCELERATE_CONFIG_DS_FIELDS='')
+    folder,made = base/'zero_killed',dict(ACCELERATE_USE_DEEPSPEED='true', ACCELERATE_DEEPSPEED_ZERO_STAGE='3',
+                                          ACCELERATE_DEEPSPEED_ZERO3_INIT='false',
+                                          ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL='true',
+                                          ACCELERATE_MIXED_PRECISION='no', ACCELERATE_CONFIG_DS_FIELDS='')
     codes,said = together(base/'crew_zero', train, folder, data, env=made, at=5, who=1, do=die, within=300)
     assert codes==[1, -signal.SIGKILL] and last_checkpoint(RunFolder(folder).checkpoints).name=='checkpoint-3', said
     codes,said = together(base/'crew_zero', train, folder, data, env=made, within=300)
@@ -357,7 +400,9 @@ def weigh(folder, data, **more):
     run.train()
     weights = {n: p.numel()*p.element_size() for n,p in run.model.named_parameters() if not p.requires_grad}
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    write_json(f'{folder}_wires_{rank()}', dict(seen, layers=sum(v for n,v in weights.items() if '.layers.' in n), ends=sum(v for n,v in weights.items() if '.layers.' not in n), trained=trained))
+    write_json(f'{folder}_wires_{rank()}', dict(seen, layers=sum(v for n,v in weights.items() if '.layers.' in n),
+                                                ends=sum(v for n,v in weights.items() if '.layers.' not in n),
+                                                trained=trained))
 
 @pytest.mark.slow
 def test_bytes_over_the_wires(base, data):
@@ -370,15 +415,18 @@ def test_bytes_over_the_wires(base, data):
     assert codes==[0, 0], said
     fsdp = read_json(f'{base}/fsdp_wires_wires_0')
     passes = 3*2
-    assert fsdp['gathered']==pytest.approx(passes*(2*(fsdp['layers']+4*fsdp['trained'])+fsdp['ends']), rel=.03) # the first pass finds embedding and head at hand
+    # the first pass finds embedding and head at hand
+    assert fsdp['gathered']==pytest.approx(passes*(2*(fsdp['layers']+4*fsdp['trained'])+fsdp['ends']), rel=.03)
 
 
 # The launcher itself
 
 def launched(home, *args):
     program = Path(sys.executable).with_name('sage-finetune')
-    words = [str(program)] if program.exists() else [sys.executable, '-c', 'import sys; from sage_finetune.cli import main; sys.exit(main())']
-    return subprocess.Popen([*words, *args], cwd=home, env={**os.environ, 'OMP_NUM_THREADS': '1'}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    words = ([str(program)] if program.exists()
+             else [sys.executable, '-c', 'import sys; from sage_finetune.cli import main; sys.exit(main())'])
+    return subprocess.Popen([*words, *args], cwd=home, env={**os.environ, 'OMP_NUM_THREADS': '1'}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 def children(folder):
     "Processes of the launcher that are still there"
@@ -416,7 +464,8 @@ def test_the_launcher_is_killed(base, data, tmp_path):
     config(folder, data, num_train_epochs=60, save_steps=1000).save(tmp_path/'run.json')
     started = launched(tmp_path, 'run', str(tmp_path/'run.json'), '--nproc', '2')
     assert until(lambda: reached(folder)>2 or started.poll() is not None) and started.poll() is None
-    started.kill(); started.communicate(timeout=60)
+    started.kill()
+    started.communicate(timeout=60)
     assert until(lambda: not children(tmp_path))
     assert RunFolder(folder).state=='stopped'
 
@@ -437,8 +486,11 @@ def test_the_command_is_what_the_environment_was_made_of():
 @pytest.mark.slow
 def test_two_launchers_as_on_two_machines(base, data, two, tmp_path):
     config(tmp_path/'run', data).save(tmp_path/'run.json')
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    many = ['--nproc', '1', '--nodes', '2', '--main-process-ip', '127.0.0.1', '--main-process-port', str(port), '--machine-rank']
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    many = ['--nproc', '1', '--nodes', '2', '--main-process-ip', '127.0.0.1', '--main-process-port', str(port),
+            '--machine-rank']
     started = [launched(tmp_path, 'run', str(tmp_path/'run.json'), *many, str(i)) for i in range(2)]
     said = [p.communicate(timeout=120)[0] for p in started]
     assert [p.returncode for p in started]==[0, 0], said
@@ -448,13 +500,18 @@ def test_two_launchers_as_on_two_machines(base, data, two, tmp_path):
 def test_a_file_of_accelerate(base, data, one, tmp_path):
     "Parts saved one by one, and a number format that gives way to that of the run"
     config(tmp_path/'run', data).save(tmp_path/'run.json')
-    parts = dict(fsdp_version=2, fsdp_auto_wrap_policy='TRANSFORMER_BASED_WRAP', fsdp_state_dict_type='SHARDED_STATE_DICT', fsdp_reshard_after_forward=True, fsdp_cpu_ram_efficient_loading=True)
-    write_json(tmp_path/'accelerate.json', dict(compute_environment='LOCAL_MACHINE', distributed_type='FSDP', mixed_precision='bf16', num_processes=2, num_machines=1, fsdp_config=parts))
+    parts = dict(fsdp_version=2, fsdp_auto_wrap_policy='TRANSFORMER_BASED_WRAP',
+                 fsdp_state_dict_type='SHARDED_STATE_DICT', fsdp_reshard_after_forward=True,
+                 fsdp_cpu_ram_efficient_loading=True)
+    write_json(tmp_path/'accelerate.json',
+               dict(compute_environment='LOCAL_MACHINE', distributed_type='FSDP', mixed_precision='bf16',
+                    num_processes=2, num_machines=1, fsdp_config=parts))
     for _ in range(2):
         started = launched(tmp_path, 'run', str(tmp_path/'run.json'), '--config', 'accelerate.json')
         said = started.communicate(timeout=120)[0]
         assert started.returncode==0 and near(one, tmp_path/'run')<=1e-5, said
-        for left in ('checkpoints/checkpoint-6', 'lora_weights'): shutil.rmtree(tmp_path/'run'/left) # the second time it goes on
+        for left in ('checkpoints/checkpoint-6', 'lora_weights'):
+            shutil.rmtree(tmp_path/'run'/left) # the second time it goes on
 
 @pytest.mark.slow
 def test_from_python(base, data, two, tmp_path):

@@ -30,11 +30,14 @@ if forked: forked.set_forkserver_preload(['sage_finetune.trainer', 'sage_finetun
 needs_posix = pytest.mark.skipif(not forked, reason='needs signals and processes as POSIX has them')
 
 
-# What is trained: 22 sums, 2 × 2 of them behind each step, so 6 steps in a pass; dropout, and an evaluation at the end of each pass
+# What is trained: 22 sums, 2 × 2 of them behind each step, so 6 steps in a pass; dropout, and an evaluation at the
+# end of each pass
 
 def config(folder, data, **more):
-    settings = dict(model_name='sage-tiny', data_path=data, output_dir=folder, test_size=0.1, max_steps=14, save_steps=3, per_device_train_batch_size=2,
-                    gradient_accumulation_steps=2, learning_rate=5e-3, logging_steps=2, report_to='none', lora=LoRAConfig(r=4, lora_dropout=0.1))
+    settings = dict(model_name='sage-tiny', data_path=data, output_dir=folder, test_size=0.1, max_steps=14,
+                    save_steps=3, per_device_train_batch_size=2,
+                    gradient_accumulation_steps=2, learning_rate=5e-3, logging_steps=2, report_to='none',
+                    lora=LoRAConfig(r=4, lora_dropout=0.1))
     return TrainingConfig(**(settings | more))
 
 
@@ -43,7 +46,9 @@ class Trouble(TrainerCallback):
     def __init__(self, run, place, step, do): self.run,self.place,self.step,self.do = run,place,step,do
 
     def _at(self, place, step):
-        if self.do and (place,step)==(self.place, self.step): do,self.do = self.do,None; do(self.run)
+        if self.do and (place,step)==(self.place, self.step):
+            do,self.do = self.do,None
+            do(self.run)
 
     def on_step_begin(self, args, state, control, **kwargs): self._at('begin', state.global_step+1)
     def on_substep_end(self, args, state, control, **kwargs): self._at('pass', state.global_step+1)
@@ -52,16 +57,23 @@ class Trouble(TrainerCallback):
 
 
 class Troubled(LoRATrainer):
-    def __init__(self, *args, trouble=None, **kwargs): super().__init__(*args, **kwargs); self.trouble = trouble; self.heard = []
+    def __init__(self, *args, trouble=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.trouble = trouble
+        self.heard = []
     def callbacks(self): return [*super().callbacks(), *([Trouble(self, *self.trouble)] if self.trouble else [])]
-    def say(self, what): self.heard.append(str(what)); super().say(what)
+    def say(self, what):
+        self.heard.append(str(what))
+        super().say(what)
 
 
 def adapter(folder): return (RunFolder(folder).lora_weights/'adapter_model.safetensors').read_bytes()
 def weights(folder):
     from safetensors.torch import load
     return load(adapter(folder))
-def losses(folder): return [(m['step'], k, m[k]) for m in callbacks.read_metrics(RunFolder(folder).metrics) for k in ('loss', 'eval_loss') if k in m]
+def losses(folder):
+    return [(m['step'], k, m[k]) for m in callbacks.read_metrics(RunFolder(folder).metrics)
+            for k in ('loss', 'eval_loss') if k in m]
 def reached(folder): return max((m['step'] for m in callbacks.read_metrics(RunFolder(folder).metrics)), default=0)
 
 
@@ -71,21 +83,28 @@ def _in_child(said, work, args, more):
     sys.stderr = open(said, 'a', buffering=1)
     torch.set_num_threads(1)
     try: work(*args, **more)
-    except (KeyboardInterrupt, SageError, ValueError, OSError) as e: print(f'{type(e).__name__}: {e}', file=sys.stderr); code = 128+getattr(e, 'signal', 2) if isinstance(e, KeyboardInterrupt) else 1
+    except (KeyboardInterrupt, SageError, ValueError, OSError) as e:
+        print(f'{type(e).__name__}: {e}', file=sys.stderr)
+        code = 128+getattr(e, 'signal', 2) if isinstance(e, KeyboardInterrupt) else 1
     else: code = 0
-    sys.stderr.flush(); os._exit(code)
+    sys.stderr.flush()
+    os._exit(code)
 
 def start(work, *args, **more):
     "`work` in a process of its own; what it says is in the file `said`"
-    said = Path(args[0]).with_suffix('.said'); said.parent.mkdir(parents=True, exist_ok=True)
+    said = Path(args[0]).with_suffix('.said')
+    said.parent.mkdir(parents=True, exist_ok=True)
     said.write_text('')
-    process = forked.Process(target=_in_child, args=(said, work, args, more)); process.start()
+    process = forked.Process(target=_in_child, args=(said, work, args, more))
+    process.start()
     process.said = said
     return process
 
 def finished(process, within=120):
     process.join(within)
-    if process.exitcode is None: process.kill(); process.join()
+    if process.exitcode is None:
+        process.kill()
+        process.join()
     return process.exitcode,process.said.read_text()
 
 def wait_until(happened, process=None, within=60):
@@ -102,10 +121,15 @@ def killed_while_writing(folder, data, place, step):
     save,mark,remove = torch.save, callbacks.mark_complete, callbacks.remove_checkpoint
     def torn(obj, f, *args, **kwargs):
         save(obj, f, *args, **kwargs)
-        if at in f'{f}' and place==Path(f).name: os.truncate(f, os.path.getsize(f)//2); die()
+        if at in f'{f}' and place==Path(f).name:
+            os.truncate(f, os.path.getsize(f)//2)
+            die()
     def before_marker(folder): die() if at in f'{folder}{os.sep}' and place=='marker' else mark(folder)
     def half_removed(folder):
-        if at in f'{folder}{os.sep}' and place=='removing': (folder/complete_marker).unlink(); (folder/'scheduler.pt').unlink(); die()
+        if at in f'{folder}{os.sep}' and place=='removing':
+            (folder/complete_marker).unlink()
+            (folder/'scheduler.pt').unlink()
+            die()
         remove(folder)
     torch.save,callbacks.mark_complete,callbacks.remove_checkpoint = torn,before_marker,half_removed
     train(folder, data)
@@ -119,7 +143,8 @@ def base(tmp_path_factory): return tmp_path_factory.mktemp('faults')
 def data(base): return create_sample_data(base/'sums.jsonl', 'qa', num_samples=24)
 @pytest.fixture(scope='module')
 def undisturbed(base, data):
-    threads = torch.get_num_threads(); torch.set_num_threads(1) # the order of additions depends on it
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1) # the order of additions depends on it
     LoRATrainer(config(base/'undisturbed', data), quiet=True).train()
     yield base/'undisturbed'
     torch.set_num_threads(threads)
@@ -128,7 +153,8 @@ def undisturbed(base, data):
 def table():
     rows = []
     yield rows
-    print('\n' + '\n'.join(f'{fault:48} {lost:34} {how:58} {seconds:5.1f} s' for fault,lost,how,seconds in [('fault', 'lost', 'how it went on', 0), *rows]))
+    print('\n' + '\n'.join(f'{fault:48} {lost:34} {how:58} {seconds:5.1f} s'
+                           for fault,lost,how,seconds in [('fault', 'lost', 'how it went on', 0), *rows]))
 
 @pytest.fixture
 def told(table):
@@ -148,8 +174,10 @@ def same(folder, undisturbed):
 @needs_posix
 def test_killed_at_twenty_random_moments(base, data, told):
     steps_in_all,metrics = 140, RunFolder(base/'killed').metrics
-    long = dict(max_steps=steps_in_all, save_steps=2, logging_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=1)
-    threads = torch.get_num_threads(); torch.set_num_threads(1)
+    long = dict(max_steps=steps_in_all, save_steps=2, logging_steps=1, per_device_train_batch_size=2,
+                gradient_accumulation_steps=1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     LoRATrainer(config(base/'long', data, **long), quiet=True).train()
     torch.set_num_threads(threads)
     dice,folder,kills,steps = random.Random(0), base/'killed', 0, []
@@ -158,20 +186,24 @@ def test_killed_at_twenty_random_moments(base, data, told):
         began = time.time()
         def trains(): # its own first step is done
             begin = process.said.read_text().rpartition('Going on from step ')[2].split('\n')[0]
-            return metrics.is_file() and metrics.stat().st_mtime>began and reached(folder)>(int(begin) if begin.isdigit() else 0)
+            return (metrics.is_file() and metrics.stat().st_mtime>began
+                    and reached(folder)>(int(begin) if begin.isdigit() else 0))
         if dice.random()<.9: wait_until(trains, process) # else it is killed while it loads
         time.sleep(dice.uniform(0, .4))
-        process.kill(); code,_ = finished(process)
+        process.kill()
+        code,_ = finished(process)
         kills += code==-signal.SIGKILL
         steps.append(reached(folder))
     assert kills==20 and 5<steps[-1]<steps_in_all, steps
     assert finished(start(train, folder, data, **long))[0]==0
     assert same(folder, base/'long')
-    told('kill -9 at 20 random moments', f'21 starts to the end, after steps {steps[4]}, {steps[9]}, {steps[14]}, {steps[19]}', 'at most 2 steps each time, repeated')
+    told('kill -9 at 20 random moments', f'21 starts to the end, after steps {steps[4]}, {steps[9]}, '
+         f'{steps[14]}, {steps[19]}', 'at most 2 steps each time, repeated')
 
 
 @needs_posix
-@pytest.mark.parametrize('place,step,goes_on', [('optimizer.pt', 6, 3), ('rng_state.pth', 9, 6), ('marker', 6, 3), ('removing', 3, 9)])
+@pytest.mark.parametrize('place,step,goes_on',
+                         [('optimizer.pt', 6, 3), ('rng_state.pth', 9, 6), ('marker', 6, 3), ('removing', 3, 9)])
 def test_killed_while_a_checkpoint_is_written(place, step, goes_on, base, data, undisturbed, told):
     folder = base/f'write_{place}'
     assert finished(start(killed_while_writing, folder, data, place, step))[0]==-signal.SIGKILL
@@ -180,7 +212,8 @@ def test_killed_while_a_checkpoint_is_written(place, step, goes_on, base, data, 
     assert code==0 and f'Going on from step {goes_on}' in said, said
     if place!='removing': assert f'checkpoint-{step} is passed over: it was not finished' in said
     assert same(folder, undisturbed)
-    told(f'kill -9 in a checkpoint ({place})', f'from step {goes_on}, the checkpoint before', 'at most 3 steps, repeated')
+    told(f'kill -9 in a checkpoint ({place})', f'from step {goes_on}, the checkpoint before',
+         'at most 3 steps, repeated')
 
 
 @needs_posix
@@ -190,7 +223,8 @@ def test_each_file_of_a_checkpoint_torn_in_turn(base, data, undisturbed, told):
     where = RunFolder(folder).checkpoints
     newest = where/'checkpoint-6'
     files = sorted(p.relative_to(newest) for p in newest.rglob('*') if p.is_file())
-    assert {'COMPLETE', 'adapter_model.safetensors', 'optimizer.pt', 'rng_state.pth', 'scheduler.pt', 'trainer_state.json', 'window.json'} <= {str(f) for f in files}
+    assert {'COMPLETE', 'adapter_model.safetensors', 'optimizer.pt', 'rng_state.pth', 'scheduler.pt',
+            'trainer_state.json', 'window.json'} <= {str(f) for f in files}
     for f in files:
         whole = (newest/f).read_bytes()
         for torn in (whole[:len(whole)//2], b'', whole[:-1]+bytes([whole[-1]^1]), None):
@@ -201,21 +235,25 @@ def test_each_file_of_a_checkpoint_torn_in_turn(base, data, undisturbed, told):
         (newest/f).write_bytes(whole)
     assert checkpoint_fault(newest) is None
     os.truncate(newest/'optimizer.pt', 1000)
-    run = Troubled(config(folder, data), quiet=True); run.train()
+    run = Troubled(config(folder, data), quiet=True)
+    run.train()
     assert any('optimizer.pt has 1,000 of' in h for h in run.heard) and 'Going on from step 3' in run.heard
     assert same(folder, undisturbed)
-    told(f'each of {len(files)} files of a checkpoint torn', 'told which file; from the checkpoint before', 'at most 3 steps, repeated')
+    told(f'each of {len(files)} files of a checkpoint torn', 'told which file; from the checkpoint before',
+         'at most 3 steps, repeated')
 
 
 # Interrupts
 
 def interrupted(folder, data, place, step, number=signal.SIGINT, **more):
-    run = Troubled(config(folder, data, **more), quiet=True, trouble=(place, step, lambda run: os.kill(os.getpid(), number)))
+    run = Troubled(config(folder, data, **more), quiet=True,
+                   trouble=(place, step, lambda run: os.kill(os.getpid(), number)))
     with pytest.raises(Stopped) as stop: run.train()
     return run,stop
 
 @needs_posix
-@pytest.mark.parametrize('place,step,kept', [('begin', 1, 0), ('begin', 5, 4), ('pass', 8, 8), ('end', 6, 5), ('end', 7, 7), ('save', 9, 9), ('end', 13, 13)])
+@pytest.mark.parametrize('place,step,kept', [('begin', 1, 0), ('begin', 5, 4), ('pass', 8, 8), ('end', 6, 5),
+                                             ('end', 7, 7), ('save', 9, 9), ('end', 13, 13)])
 def test_interrupted_anywhere(place, step, kept, base, data, undisturbed, told):
     folder = base/f'interrupted_{place}_{step}'
     run,stop = interrupted(folder, data, place, step)
@@ -225,10 +263,12 @@ def test_interrupted_anywhere(place, step, kept, base, data, undisturbed, told):
         assert f'stopped at step {kept} of 14' in str(stop.value)
         assert RunFolder(folder).state=='stopped' and read_json(RunFolder(folder).stopped)['step']==kept
         assert last_checkpoint(RunFolder(folder).checkpoints).name==f'checkpoint-{kept}'
-    again = Troubled(config(folder, data), quiet=True); again.train()
+    again = Troubled(config(folder, data), quiet=True)
+    again.train()
     if kept: assert f'Going on from step {kept}' in again.heard
     assert same(folder, undisturbed)
-    told(f'Ctrl-C, step {step} ({place})', f'saved, freed; from step {kept}', 'the step under way' if kept<step else 'nothing')
+    told(f'Ctrl-C, step {step} ({place})', f'saved, freed; from step {kept}',
+         'the step under way' if kept<step else 'nothing')
 
 @needs_posix
 def test_what_an_interrupt_leaves_can_be_asked_and_holds_no_memory(base, data, undisturbed, told):
@@ -236,9 +276,11 @@ def test_what_an_interrupt_leaves_can_be_asked_and_holds_no_memory(base, data, u
     from sage_finetune.merge_chat import answers, load_for_chat
     folder = base/'asked'
     models = lambda: sum(isinstance(o, PeftModel) for o in gc.get_objects())
-    gc.collect(); before = models()
+    gc.collect()
+    before = models()
     run,stop = interrupted(folder, data, 'pass', 5)
-    gc.collect(); assert models()==before and stop.tb is not None, 'the traceback, or something else, holds the model'
+    gc.collect()
+    assert models()==before and stop.tb is not None, 'the traceback, or something else, holds the model'
     model,tokenizer = load_for_chat(folder)
     assert len(answers(model, tokenizer, ['What is 2 + 3?'], max_new_tokens=4))==1
     kept = {k: v for k,v in weights(folder).items()}
@@ -270,7 +312,8 @@ def test_sigterm_and_the_exit_code(base, data, undisturbed, told):
     assert wait_until(lambda: reached(folder)>=4, process)
     os.kill(process.pid, signal.SIGTERM)
     code,said = finished(process)
-    assert code==128+signal.SIGTERM and 'Stopping after the last whole step' in said and 'running again goes on from there' in said, said
+    assert (code==128+signal.SIGTERM and 'Stopping after the last whole step' in said
+            and 'running again goes on from there' in said), said
     assert RunFolder(folder).state=='stopped'
     assert finished(start(train, folder, data))[0]==0
     assert same(folder, undisturbed)
@@ -287,8 +330,10 @@ def test_a_second_interrupt_stops_at_once(base, data, undisturbed, told):
     time.sleep(.5)
     os.kill(process.pid, signal.SIGINT)
     assert wait_until(lambda: 'once more stops at once' in process.said.read_text(), process)
-    time.sleep(.2); assert process.is_alive()
-    began = time.monotonic(); os.kill(process.pid, signal.SIGINT)
+    time.sleep(.2)
+    assert process.is_alive()
+    began = time.monotonic()
+    os.kill(process.pid, signal.SIGINT)
     assert finished(process, within=10)[0]==130 and time.monotonic()-began<5
     assert finished(start(train, folder, data))[0]==0
     assert same(folder, undisturbed)
@@ -300,7 +345,9 @@ def test_a_run_in_another_thread_is_stopped_by_name(base, data, undisturbed, tol
     def work():
         try: run.train()
         except Stopped as e: ended.append(str(e))
-    thread = threading.Thread(target=work); thread.start(); thread.join()
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
     assert len(ended)==1 and 'stopped at step 5 of 14' in ended[0]
     LoRATrainer(config(folder, data), quiet=True).train()
     assert same(folder, undisturbed)
@@ -312,20 +359,25 @@ def test_a_run_in_another_thread_is_stopped_by_name(base, data, undisturbed, tol
 def _mounted(folder, kilobytes):
     "Whether a small file system of its own could be mounted"
     folder.mkdir()
-    return shutil.which('mount') and subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={kilobytes}k', 'tmpfs', folder], capture_output=True).returncode==0
+    return (shutil.which('mount') and subprocess.run(
+        ['mount', '-t', 'tmpfs', '-o', f'size={kilobytes}k', 'tmpfs', folder], capture_output=True).returncode==0)
 
 @pytest.mark.parametrize('tracker', ['none', 'tensorboard'])
 def test_the_disk_is_full(tracker, base, data, undisturbed, told):
     small = base/f'small_{tracker}'
     size = sum(p.stat().st_size for p in RunFolder(undisturbed).checkpoints.glob('checkpoint-12/*'))//1024
-    if not _mounted(small, int(2.6*size)): pytest.skip('may not mount a file system; the limit on the size of a file is tried instead')
+    if not _mounted(small, int(2.6*size)):
+        pytest.skip('may not mount a file system; the limit on the size of a file is tried instead')
     try:
-        with pytest.raises(SageError) as full: LoRATrainer(config(small/'run', data, report_to=tracker), quiet=True).train()
-        assert 'no space left' in str(full.value) and 'free some space' in str(full.value) and '\n' not in str(full.value)
+        with pytest.raises(SageError) as full:
+            LoRATrainer(config(small/'run', data, report_to=tracker), quiet=True).train()
+        assert ('no space left' in str(full.value) and 'free some space' in str(full.value)
+                and '\n' not in str(full.value))
         assert last_checkpoint(RunFolder(small/'run').checkpoints).name=='checkpoint-6'
         assert not (RunFolder(small/'run').checkpoints/'checkpoint-9').exists(), 'half a checkpoint only fills the disk'
         subprocess.run(['mount', '-o', 'remount,size=64m', small], check=True)
-        run = Troubled(config(small/'run', data, report_to=tracker), quiet=True); run.train()
+        run = Troubled(config(small/'run', data, report_to=tracker), quiet=True)
+        run.train()
         assert 'Going on from step 6' in run.heard
         assert same(small/'run', undisturbed)
     finally: subprocess.run(['umount', '-l', small])
@@ -333,7 +385,8 @@ def test_the_disk_is_full(tracker, base, data, undisturbed, told):
 
 def limited(folder, data):
     import resource
-    Troubled(config(folder, data), trouble=('end', 4, lambda run: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY)))).train()
+    Troubled(config(folder, data), trouble=('end', 4, lambda run: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY)))).train()
 
 @needs_posix
 def test_a_file_may_not_grow(base, data, undisturbed, told):
@@ -363,7 +416,8 @@ def test_the_folder_is_read_only(base, data, undisturbed, told):
         assert same(place/'run', undisturbed)
     finally:
         for p in (checkpoints, place): subprocess.run(['umount', '-l', p], capture_output=True)
-    told('folder read-only, before and while running', 'one line; once writable, from step 3', 'at most 3 steps, repeated')
+    told('folder read-only, before and while running', 'one line; once writable, from step 3',
+         'at most 3 steps, repeated')
 
 
 # The data
@@ -371,7 +425,8 @@ def test_the_folder_is_read_only(base, data, undisturbed, told):
 def test_the_data_file_vanishes(base, data, undisturbed, told):
     folder,file = base/'vanished', base/'mine.jsonl'
     shutil.copy(data, file)
-    with pytest.raises(Stopped): Troubled(config(folder, file), quiet=True, trouble=('end', 5, lambda run: (file.unlink(), run.stop()))).train()
+    with pytest.raises(Stopped):
+        Troubled(config(folder, file), quiet=True, trouble=('end', 5, lambda run: (file.unlink(), run.stop()))).train()
     files = {p: p.read_bytes() for p in folder.rglob('*') if p.is_file()}
     run = LoRATrainer(config(folder, file), quiet=True)
     with pytest.raises((FileNotFoundError, SageError), match='mine.jsonl'): run.train()
@@ -392,19 +447,25 @@ def test_the_loss_is_no_number(where, base, data, undisturbed, told):
         real = run.trainer.compute_loss
         def compute_loss(*args, **kwargs):
             loss = real(*args, **kwargs)
-            if where=='gradient': loss.register_hook(lambda g: g*float('nan')); return loss
-            run.trainer.meter.window += float('nan'); return loss*float('nan')
+            if where=='gradient':
+                loss.register_hook(lambda g: g*float('nan'))
+                return loss
+            run.trainer.meter.window += float('nan')
+            return loss*float('nan')
         run.trainer.compute_loss = compute_loss
     run = Troubled(config(folder, data), quiet=True, trouble=('begin', 8, spoil))
     with pytest.raises(SageError, match='not a number at step 8.*lower `learning_rate`') as stop: run.train()
     assert '\n' not in str(stop.value) and run.model is None
-    assert RunFolder(folder).state=='stopped' and read_json(RunFolder(folder).stopped)['step']==6 # what step 6 gave step 7 is known to be a number
+    # what step 6 gave step 7 is known to be a number
+    assert RunFolder(folder).state=='stopped' and read_json(RunFolder(folder).stopped)['step']==6
     assert all(torch.isfinite(w).all() for w in weights(folder).values())
     assert adapter(folder)==(RunFolder(folder).checkpoints/'checkpoint-6'/'adapter_model.safetensors').read_bytes()
-    with pytest.raises(SageError, match='learning_rate: 0.005 → 0.001.*start anew'): LoRATrainer(config(folder, data, learning_rate=1e-3), quiet=True).train()
+    with pytest.raises(SageError, match='learning_rate: 0.005 → 0.001.*start anew'):
+        LoRATrainer(config(folder, data, learning_rate=1e-3), quiet=True).train()
     LoRATrainer(config(folder, data), quiet=True).train()
     assert same(folder, undisturbed)
-    told(f'{where} is no number at step 8', 'adapter and checkpoint of step 6 kept; refuses another rate', 'the step that led there')
+    told(f'{where} is no number at step 8', 'adapter and checkpoint of step 6 kept; refuses another rate',
+         'the step that led there')
 
 
 # Memory
@@ -415,7 +476,9 @@ def out_of_memory_at(step, rows, times=1, what='compute_loss'):
         name = what if what=='compute_loss' else 'step'
         real,left = getattr(target, name),[times]
         def fails(*args, **kwargs):
-            if run.fitted.per_device_train_batch_size==rows and left[0]: left[0] -= 1; raise torch.OutOfMemoryError('simulated')
+            if run.fitted.per_device_train_batch_size==rows and left[0]:
+                left[0] -= 1
+                raise torch.OutOfMemoryError('simulated')
             return real(*args, **kwargs)
         setattr(target, name, fails)
     return 'begin',step,spoil
@@ -441,10 +504,12 @@ def test_memory_runs_out(step, what, base, data, plain, told):
     assert (run.fitted.per_device_train_batch_size, run.fitted.gradient_accumulation_steps)==(1, 4)
     if step>1: assert f'Going on from step {step-1}' in run.heard
     assert any('memory ran out; the effective batch stays the same' in h for h in run.heard)
-    assert [c['setting'] for c in read_json(run.folder.config)['_changes'][-2:]]==['per_device_train_batch_size', 'gradient_accumulation_steps']
+    assert [c['setting'] for c in read_json(run.folder.config)['_changes'][-2:]]==[
+        'per_device_train_batch_size', 'gradient_accumulation_steps']
     difference = near(folder, plain)
     assert difference<=1e-6
-    told(f'memory runs out at step {step} ({what})', f'1 × 4 rows from step {step-1}, weights within {difference:.0e}', 'the step under way')
+    told(f'memory runs out at step {step} ({what})',
+         f'1 × 4 rows from step {step-1}, weights within {difference:.0e}', 'the step under way')
 
 def test_a_smaller_pass_is_remembered_by_a_run_that_goes_on(base, data, plain, told):
     folder = base/'remembered'
@@ -453,15 +518,18 @@ def test_a_smaller_pass_is_remembered_by_a_run_that_goes_on(base, data, plain, t
     own = run.callbacks
     run.callbacks = lambda: [*own(), Trouble(run, 'end', 7, lambda run: run.stop())]
     with pytest.raises(Stopped): run.train()
-    again = Troubled(config(folder, data, **exact), quiet=True); again.train()
+    again = Troubled(config(folder, data, **exact), quiet=True)
+    again.train()
     assert again.fitted.per_device_train_batch_size==1 and 'Going on from step 7' in again.heard
     assert near(folder, plain)<=1e-6
     told('memory runs out, then Ctrl-C', 'goes on with 1 × 4 rows', 'nothing')
 
 def test_memory_runs_out_with_one_row(base, data, undisturbed, told):
     folder = base/'one_row'
-    run = Troubled(config(folder, data, per_device_train_batch_size=1, gradient_accumulation_steps=4), quiet=True, trouble=out_of_memory_at(5, 1, times=9))
-    with pytest.raises(SageError, match='out of memory with 1 row .*max_length.*gradient_checkpointing.*load_in_4bit'): run.train()
+    run = Troubled(config(folder, data, per_device_train_batch_size=1, gradient_accumulation_steps=4), quiet=True,
+                   trouble=out_of_memory_at(5, 1, times=9))
+    with pytest.raises(SageError, match='out of memory with 1 row .*max_length.*gradient_checkpointing.*load_in_4bit'):
+        run.train()
     assert read_json(RunFolder(folder).stopped)['step']==4
     told('memory runs out with one row', 'one line with the remedies; step 4 kept', 'nothing')
 
@@ -476,14 +544,16 @@ def test_memory_runs_out_in_an_evaluation(base, data, undisturbed, told, monkeyp
         if len(calls)==2: raise torch.OutOfMemoryError('simulated') # after step 6
         return real(model, batches, add)
     monkeypatch.setattr(trainer, 'mean_loss', fails)
-    run = Troubled(config(folder, data), quiet=True); run.train()
+    run = Troubled(config(folder, data), quiet=True)
+    run.train()
     assert run.evaluation_rows==1 and sum('in one pass (memory ran out' in h for h in run.heard)==1
     assert read_json(run.folder.config)['_evaluation_rows']==1
     assert adapter(folder)==adapter(undisturbed), 'an evaluation is no part of training'
     told('memory runs out in an evaluation', 'evaluated again, 1 row in each pass')
 
     monkeypatch.setattr(trainer, 'mean_loss', lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError('simulated')))
-    with pytest.raises(SageError, match='evaluation of a single row'): LoRATrainer(config(base/'evaluation_2', data), quiet=True).train()
+    with pytest.raises(SageError, match='evaluation of a single row'):
+        LoRATrainer(config(base/'evaluation_2', data), quiet=True).train()
 
 
 # Two at a time
@@ -497,10 +567,12 @@ def test_two_runs_in_one_folder(base, data, undisturbed, told):
     assert wait_until(lambda: reached(folder)>=2, first)
     files = {p: p.stat().st_mtime_ns for p in folder.rglob('*') if p.is_file()}
     run = LoRATrainer(config(folder, data), quiet=True)
-    with pytest.raises(SageError, match=f'is being trained by process {first.pid} on .* since .*another `output_dir`'): run.train()
+    with pytest.raises(SageError, match=f'is being trained by process {first.pid} on .* since .*another `output_dir`'):
+        run.train()
     with pytest.raises(SageError, match='is being trained by'): run.train(fresh=True)
     assert run.model is None and set(files) <= set(folder.rglob('*'))
-    first.kill(); finished(first)
+    first.kill()
+    finished(first)
     assert RunFolder(folder).lock.exists(), 'a killed process leaves the file, but not the lock'
     run.train()
     assert same(folder, undisturbed) and not RunFolder(folder).lock.exists()
@@ -518,7 +590,8 @@ def test_the_lock_is_let_go_of(tmp_path):
 def test_an_error_in_a_callback_keeps_the_last_step(base, data, undisturbed, told):
     folder = base/'own_error'
     def fails(run): raise RuntimeError('a mistake in a callback')
-    with pytest.raises(RuntimeError, match='a mistake'): Troubled(config(folder, data), quiet=True, trouble=('pass', 5, fails)).train()
+    with pytest.raises(RuntimeError, match='a mistake'):
+        Troubled(config(folder, data), quiet=True, trouble=('pass', 5, fails)).train()
     assert last_checkpoint(RunFolder(folder).checkpoints).name=='checkpoint-4' and RunFolder(folder).state=='started'
     LoRATrainer(config(folder, data), quiet=True).train()
     assert same(folder, undisturbed)
@@ -526,10 +599,14 @@ def test_an_error_in_a_callback_keeps_the_last_step(base, data, undisturbed, tol
 
 def test_a_merged_model_of_a_stopped_run_goes_when_the_run_goes_on(base, data, undisturbed):
     folder = base/'stale'
-    with pytest.raises(Stopped): Troubled(config(folder, data), quiet=True, trouble=('end', 5, lambda run: run.stop())).train()
-    (RunFolder(folder).merged_model).mkdir(); (RunFolder(folder).merged_model/'config.json').write_text('{}')
-    run = Troubled(config(folder, data), quiet=True); run.train()
+    with pytest.raises(Stopped):
+        Troubled(config(folder, data), quiet=True, trouble=('end', 5, lambda run: run.stop())).train()
+    (RunFolder(folder).merged_model).mkdir()
+    (RunFolder(folder).merged_model/'config.json').write_text('{}')
+    run = Troubled(config(folder, data), quiet=True)
+    run.train()
     assert any('earlier adapter' in h for h in run.heard) and RunFolder(folder).state=='trained'
-    (RunFolder(folder).merged_model).mkdir(); (RunFolder(folder).merged_model/'config.json').write_text('{}')
+    (RunFolder(folder).merged_model).mkdir()
+    (RunFolder(folder).merged_model/'config.json').write_text('{}')
     LoRATrainer(config(folder, data), quiet=True).train() # nothing left to do
     assert RunFolder(folder).state=='merged'

@@ -17,7 +17,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from sage_finetune.ui import inspect as inspect_data as module
+from sage_finetune.ui import inspect as module
 from sage_finetune.training.batches import pack_dataset
 from sage_finetune.cli import main
 from sage_finetune.data import ignored, prepare_dataset, save_rows
@@ -38,7 +38,8 @@ def own_cache(tmp_path, monkeypatch):
 def qa(question, answer): return dict(question=question, answer=answer)
 
 
-def view_of(tok, question, answer='Yes.', **how): return show_row(prepare_dataset([qa(question, answer)], tok, cache=False), 0, **how)
+def view_of(tok, question, answer='Yes.', **how):
+    return show_row(prepare_dataset([qa(question, answer)], tok, cache=False), 0, **how)
 
 
 def terminal(thing, width=80, **how):
@@ -48,7 +49,8 @@ def terminal(thing, width=80, **how):
     return console.file.getvalue()
 
 
-def in_colour(thing, width=80): return terminal(thing, width, force_terminal=True, color_system='truecolor', no_color=False)
+def in_colour(thing, width=80):
+    return terminal(thing, width, force_terminal=True, color_system='truecolor', no_color=False)
 
 
 class Page(HTMLParser):
@@ -69,13 +71,16 @@ class Page(HTMLParser):
     def handle_data(self, data): self.text += data
 
 
-attacks = ['<script>alert(1)</script>', '</span></div><img src=x onerror=alert(1)>', '"><b onmouseover="x">', "' title='", '&lt;b&gt; &amp; &#60;', '<!-- x', ']]>',
-           '<u style="x">', '\x00\x08\x7f', 'a\x1b[2Jb\x1b]0;title\x07', '\u202egnp.exe', '\ufeffx', 'a\u2028b\x85c', '\U000e0041\U000e0042', '[bold]x[/bold] [/]', ':smile: [link=file:///]x[/link]', '⟦x⟧']
+attacks = ['<script>alert(1)</script>', '</span></div><img src=x onerror=alert(1)>', '"><b onmouseover="x">',
+           "' title='", '&lt;b&gt; &amp; &#60;', '<!-- x', ']]>',
+           '<u style="x">', '\x00\x08\x7f', 'a\x1b[2Jb\x1b]0;title\x07', '\u202egnp.exe', '\ufeffx',
+           'a\u2028b\x85c', '\U000e0041\U000e0042', '[bold]x[/bold] [/]', ':smile: [link=file:///]x[/link]', '⟦x⟧']
 
 
 # Characters
 
-@pytest.mark.parametrize('text', ['🙂🙃', '👨‍👩‍👧 👋🏽 🇩🇪', '你好，世界', 'नमस्ते', 'e\u0301a\u0308', 'a\ufffdb', '\ufffd'*20, 'Ġ Ċ <0xF0>', '   ', '\n\n', '𝕏𐍈', 'мир', '\u0301', ''])
+@pytest.mark.parametrize('text', ['🙂🙃', '👨‍👩‍👧 👋🏽 🇩🇪', '你好，世界', 'नमस्ते', 'e\u0301a\u0308', 'a\ufffdb', '\ufffd'*20,
+                                  'Ġ Ċ <0xF0>', '   ', '\n\n', '𝕏𐍈', 'мир', '\u0301', ''])
 def test_the_pieces_of_a_text_are_the_text(tok, text):
     ids = tok(text)['input_ids']
     pieces = pieces_of(ids, tok)
@@ -87,7 +92,8 @@ def test_the_pieces_of_a_text_are_the_text(tok, text):
 def test_the_pieces_of_random_text_are_what_its_tokens_decode_to(tok):
     draw = random.Random(0)
     for _ in range(300):
-        text = ''.join(chr(draw.choice((draw.randrange(32, 127), draw.randrange(0xa0, 0xd800), draw.randrange(0xe000, 0x110000)))) for _ in range(draw.randrange(40)))
+        text = ''.join(chr(draw.choice((draw.randrange(32, 127), draw.randrange(0xa0, 0xd800),
+                                        draw.randrange(0xe000, 0x110000)))) for _ in range(draw.randrange(40)))
         ids = tok(text)['input_ids']
         assert ''.join(p.text for p in pieces_of(ids, tok))==tok.decode(ids)
 
@@ -103,7 +109,8 @@ def test_random_tokens_make_pieces_that_hold_each_of_them_once(tok):
 
 
 def test_an_accent_a_skin_tone_and_a_joiner_belong_to_their_character(tok):
-    for text in ('q\u0301', '👋🏽', '👨\u200d👩\u200d👧', '❤\ufe0f'): assert [p.text for p in pieces_of(tok(text)['input_ids'], tok)]==[text]
+    for text in ('q\u0301', '👋🏽', '👨\u200d👩\u200d👧', '❤\ufe0f'):
+        assert [p.text for p in pieces_of(tok(text)['input_ids'], tok)]==[text]
 
 
 @pytest.fixture
@@ -115,7 +122,8 @@ def by_words():
     vocab = {w: i for i,w in enumerate(dict.fromkeys(words))}
     made = Tokenizer(models.BPE(vocab, [('H', 'i'), ('▁', 'Hi')], unk_token='<unk>', byte_fallback=True, fuse_unk=True))
     made.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
-    made.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ', 1, 0)])
+    made.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(),
+                                      decoders.Strip(' ', 1, 0)])
     return PreTrainedTokenizerFast(tokenizer_object=made, unk_token='<unk>', bos_token='<s>', eos_token='</s>')
 
 
@@ -124,7 +132,8 @@ def test_words_with_a_sign_for_the_space_and_bytes(by_words):
         ids = by_words(text, add_special_tokens=False)['input_ids']
         pieces = pieces_of(ids, by_words)
         assert ''.join(p.text for p in pieces)==text and '\ufffd' not in ''.join(p.text for p in pieces)
-    assert any(len(p.ids)==4 and p.text=='🙂' for p in pieces_of(by_words('🙂', add_special_tokens=False)['input_ids'], by_words))
+    assert any(len(p.ids)==4 and p.text=='🙂'
+               for p in pieces_of(by_words('🙂', add_special_tokens=False)['input_ids'], by_words))
 
 
 def test_an_id_that_no_token_has_is_told(tok):
@@ -134,7 +143,8 @@ def test_an_id_that_no_token_has_is_told(tok):
 
 def test_half_a_character_is_shown_by_its_bytes(tok):
     ids = tok('🙂')['input_ids']
-    view = show_row([dict(input_ids=ids[:2], position_ids=[0, 1]), dict(input_ids=[*ids[:2], *ids], position_ids=[0, 1, 0, 1, 2, 3])], 1, tok)
+    view = show_row([dict(input_ids=ids[:2], position_ids=[0, 1]),
+                     dict(input_ids=[*ids[:2], *ids], position_ids=[0, 1, 0, 1, 2, 3])], 1, tok)
     assert '\\xf0\\x9f' in str(view) and '🙂' in str(view) and '\ufffd' not in str(view)
 
 
@@ -185,12 +195,14 @@ def test_without_colours_learned_stretches_stand_in_brackets(tok, monkeypatch):
     assert '⟦Yes.<|im_end|>⟧' in re.sub(r'\x1b\[[\d;]*m', '', terminal(view, force_terminal=True))
 
 
-@pytest.mark.parametrize('first,most,before,after', [(0, 10, 0, 90), (50, 10, 45, 45), (99, 10, 90, 0), (5, 100, 0, 0), (5, 1000, 0, 0), (50, 1, 50, 49)])
+@pytest.mark.parametrize('first,most,before,after', [
+    (0, 10, 0, 90), (50, 10, 45, 45), (99, 10, 90, 0), (5, 100, 0, 0), (5, 1000, 0, 0), (50, 1, 50, 49)])
 def test_a_terminal_shows_what_is_around_the_first_learned_token(tok, first, most, before, after):
     row = dict(input_ids=[42]*100, labels=[ignored]*first+[42]*(100-first))
     if first==0: row['labels'] = [ignored]*100
     said = terminal(show_row([row], 0, tok, most=most))
-    assert [f'… {n} tokens {where}' for n,where in ((before, 'before'), (after, 'after')) if n]==[l for l in said.splitlines() if l.startswith('…')]
+    assert [f'… {n} tokens {where}' for n,where in ((before, 'before'), (after, 'after'))
+            if n]==[l for l in said.splitlines() if l.startswith('…')]
     assert said.count('H')==most if most<100 else said.count('H')==100
 
 
@@ -214,7 +226,8 @@ def test_tensors_padding_on_either_side_and_no_labels(tok):
 
 @pytest.mark.parametrize('i', [1, -2, True, 0.0, '0', None])
 def test_a_number_that_is_not_there_is_refused(tok, i):
-    with pytest.raises(ValueError, match=r'`i` must be a whole number from -1 to 0.*1 rows'): show_row([dict(input_ids=[1])], i, tok)
+    with pytest.raises(ValueError, match=r'`i` must be a whole number from -1 to 0.*1 rows'):
+        show_row([dict(input_ids=[1])], i, tok)
 
 
 def test_packed_rows_show_each_document_once_and_count_like_the_documents(tok):
@@ -230,7 +243,8 @@ def test_packed_rows_show_each_document_once_and_count_like_the_documents(tok):
 def test_counts_are_those_of_the_report(tok):
     found = inspect_data([qa('Hi '*i, 'Yo '*i) for i in range(1, 30)]+[dict(text='some words '*9)], tok, rows=30)
     assert (found.tokens.sum(), found.learned.sum())==(found.report.tokens, found.report.learned_tokens)
-    assert [v.learned for v in found.rows]==found.learned.tolist() and [v.tokens for v in found.rows]==found.tokens.tolist()
+    assert ([v.learned for v in found.rows]==found.learned.tolist()
+            and [v.tokens for v in found.rows]==found.tokens.tolist())
 
 
 def test_some_rows_are_the_same_for_the_same_seed(tok):
@@ -259,7 +273,8 @@ def test_a_million_lengths_are_read_in_batches_without_python_lists(monkeypatch)
     assert (len(tokens), set(tokens.tolist()), set(learned.tolist()))==(n, {8}, {3})
     assert max(calls)==10_000 and len(calls)==100
     assert peak<8*n*8, 'eight million integers in Python lists take more than their pointers'
-    assert module._plot(tokens, learned, 16)._repr_png_().startswith(b'\x89PNG') and text_histogram(tokens).endswith('1,000,000')
+    assert (module._plot(tokens, learned, 16)._repr_png_().startswith(b'\x89PNG')
+            and text_histogram(tokens).endswith('1,000,000'))
 
 
 @pytest.mark.parametrize('lengths', [[1], [5]*9, [0, 1], [1, 10**9], list(range(1000)), [3, 3, 1000]])
@@ -284,28 +299,37 @@ def test_the_command_reads_what_training_reads(command, tmp_path):
     data = tmp_path/'data'
     data.mkdir()
     with gzip.open(data/'rows.csv.gz', 'wt', encoding='utf-8', newline='') as f:
-        w = csv.DictWriter(f, ['frage', 'antwort']); w.writeheader(); w.writerows(rows)
+        w = csv.DictWriter(f, ['frage', 'antwort'])
+        w.writeheader()
+        w.writerows(rows)
     save_rows(data/'more.jsonl', rows)
-    done = command('inspect', data, '--model', 'sage-tiny', '--columns', 'frage=question', '--columns', 'antwort=answer', '--row', '-1', '--plot', tmp_path/'l.png')
+    done = command('inspect', data, '--model', 'sage-tiny', '--columns', 'frage=question', '--columns',
+                   'antwort=answer', '--row', '-1', '--plot', tmp_path/'l.png')
     assert done.returncode==0 and done.stderr=='', done.stderr
-    assert '10 rows read = 10 used + 0 dropped' in done.stdout and '⟦8, 你好<|im_end|>⟧' in done.stdout and 'example 9 of 10' in done.stdout
+    assert ('10 rows read = 10 used + 0 dropped' in done.stdout and '⟦8, 你好<|im_end|>⟧' in done.stdout
+            and 'example 9 of 10' in done.stdout)
     assert (tmp_path/'l.png').read_bytes().startswith(b'\x89PNG')
-    told = command('inspect', data/'rows.csv.gz', '--columns', 'frage=question', '--columns', 'antwort=answer', '--json', '--max-length', '8')
+    told = command('inspect', data/'rows.csv.gz', '--columns', 'frage=question', '--columns', 'antwort=answer',
+                   '--json', '--max-length', '8')
     assert told.returncode==1 and 'no row of' in told.stderr and 'too long' in told.stderr and told.stdout==''
-    report = command('inspect', data/'rows.csv.gz', '--columns', 'frage=question', '--columns', 'antwort=answer', '--json')
+    report = command('inspect', data/'rows.csv.gz', '--columns', 'frage=question', '--columns', 'antwort=answer',
+                     '--json')
     assert json.loads(report.stdout)['used']==5 and report.stderr.startswith('note: no model was named')
 
 
 def test_a_run_is_a_source_with_its_own_settings(command, tmp_path):
     run = tmp_path/'home'/'.sage'/'finetune_output'/'sums'
     save_rows(run/'rows.jsonl', [qa('Hi '*30, 'Yo'), qa('Hi', 'Yo')])
-    (run/'finetune_meta.json').write_text(json.dumps(dict(model='sage-tiny', dataset='rows.jsonl', config=dict(max_length=32, packing=True))))
+    (run/'finetune_meta.json').write_text(json.dumps(
+        dict(model='sage-tiny', dataset='rows.jsonl', config=dict(max_length=32, packing=True))))
     by_name,by_path = (command('inspect', name, SAGE_CACHE=str(tmp_path/'c')) for name in ('sums', run))
     assert by_name.returncode==0 and by_name.stdout==by_path.stdout, by_name.stderr
-    assert '2 rows read = 1 used + 1 dropped' in by_name.stdout and '1 document packed' in by_name.stdout and 'settings of the run in' in by_name.stderr
+    assert ('2 rows read = 1 used + 1 dropped' in by_name.stdout and '1 document packed' in by_name.stdout
+            and 'settings of the run in' in by_name.stderr)
     assert '2 used' in command('inspect', 'sums', '--max-length', '256').stdout
     (run/'finetune_meta.json').rename(run/'gone')
-    (run/'training_config.json').write_text(json.dumps(dict(model_name='sage-tiny', data_path=str(run/'rows.jsonl'), max_length=32)))
+    (run/'training_config.json').write_text(json.dumps(
+        dict(model_name='sage-tiny', data_path=str(run/'rows.jsonl'), max_length=32)))
     assert '1 used + 1 dropped' in command('inspect', run).stdout
 
 
@@ -321,7 +345,8 @@ def test_a_run_is_a_source_with_its_own_settings(command, tmp_path):
     (('good.jsonl', '--model', 'sage-tiny', '--plot', 'no/such/x.png'), 'cannot write no/such/x.png'),
     (('good.jsonl', '--model', 'nobody/nothing'), "model 'nobody/nothing'"),
     (('good.jsonl', '--model', 'sage-tiny', '--row', '1'), '`i` must be a whole number from -1 to 0'),
-    (('bad.jsonl',), 'no row of bad.jsonl can be used: 2 of 2 were dropped because: `answer` is empty (the first at bad.jsonl:1)'),
+    (('bad.jsonl',), 'no row of bad.jsonl can be used: 2 of 2 were dropped because: '
+     '`answer` is empty (the first at bad.jsonl:1)'),
     (('mixed.jsonl', '--strict'), 'mixed.jsonl:2: `answer` is empty'),
     (('good.jsonl', '--rows', '-1'), '--rows'),
     (('good.jsonl', '--colour', 'red'), 'see sage-finetune inspect --help'),
@@ -329,7 +354,8 @@ def test_a_run_is_a_source_with_its_own_settings(command, tmp_path):
 ])
 def test_what_cannot_be_shown_is_refused_in_one_line(args, expected, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name,rows in dict(good=[qa('a', 'b')], bad=[qa('a', '')]*2, mixed=[qa('a', 'b'), qa('a', '')]).items(): save_rows(tmp_path/f'{name}.jsonl', rows)
+    for name,rows in dict(good=[qa('a', 'b')], bad=[qa('a', '')]*2, mixed=[qa('a', 'b'), qa('a', '')]).items():
+        save_rows(tmp_path/f'{name}.jsonl', rows)
     assert expected in refused(capsys, *args)
 
 
@@ -343,10 +369,12 @@ def test_no_weights_are_loaded(tmp_path, monkeypatch, capsys):
 
 def test_colours_in_a_terminal_and_none_with_no_color(tmp_path):
     pty = pytest.importorskip('pty')
-    program = [os.path.join(os.path.dirname(sys.executable), 'sage-finetune'), 'inspect', str(save_rows(tmp_path/'a.jsonl', [qa('a', 'b\x1b[2J')])), '--model', 'sage-tiny']
+    program = [os.path.join(os.path.dirname(sys.executable), 'sage-finetune'), 'inspect',
+               str(save_rows(tmp_path/'a.jsonl', [qa('a', 'b\x1b[2J')])), '--model', 'sage-tiny']
     def shown(**env):
         leader,follower = pty.openpty()
-        env = {k: v for k,v in os.environ.items() if k not in ('NO_COLOR', 'COLORTERM')} | dict(TERM='xterm-256color', SAGE_CACHE=str(tmp_path/'c')) | env
+        env = ({k: v for k,v in os.environ.items() if k not in ('NO_COLOR', 'COLORTERM')}
+               | dict(TERM='xterm-256color', SAGE_CACHE=str(tmp_path/'c')) | env)
         process,out = subprocess.Popen(program, stdout=follower, stderr=follower, env=env),b''
         os.close(follower)
         while True:
@@ -358,12 +386,14 @@ def test_colours_in_a_terminal_and_none_with_no_color(tmp_path):
         assert process.wait()==0, out
         return out.decode()
     colours,plain,dumb = shown(),shown(NO_COLOR='1'),shown(TERM='dumb')
-    assert '\x1b[4;' in colours and '⟦' not in colours and '\x1b[2J' not in colours and 'b\\x1b[2J' in re.sub(r'\x1b\[[\d;]*m', '', colours)
+    assert ('\x1b[4;' in colours and '⟦' not in colours and '\x1b[2J' not in colours
+            and 'b\\x1b[2J' in re.sub(r'\x1b\[[\d;]*m', '', colours))
     assert '⟦b\\x1b[2J<|im_end|>⟧' in plain and '\x1b[38' not in plain and '48;' not in plain
     assert '⟦b\\x1b[2J<|im_end|>⟧' in dumb and '\x1b[' not in dumb
 
 
 def test_help_loads_nothing_heavy():
-    code = "import sys; from sage_finetune.cli import main; main(['inspect', '--help']); print([m for m in ('torch', 'transformers', 'datasets', 'matplotlib', 'pyarrow') if m in sys.modules])"
+    code = ("import sys; from sage_finetune.cli import main; main(['inspect', '--help']); "
+            "print([m for m in ('torch', 'transformers', 'datasets', 'matplotlib', 'pyarrow') if m in sys.modules])")
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1]=='[]', done.stderr

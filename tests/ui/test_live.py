@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-fcntl,pty,termios = (pytest.importorskip(m, reason='needs terminals and signals as POSIX has them') for m in ('fcntl', 'pty', 'termios'))
+fcntl,pty,termios = (pytest.importorskip(m, reason='needs terminals and signals as POSIX has them')
+                     for m in ('fcntl', 'pty', 'termios'))
 
 from sage_finetune.config import LoRAConfig, TrainingConfig
 from sage_finetune.core.run_folder import RunFolder
@@ -18,15 +19,18 @@ from sage_finetune.ui.live import LiveRun, read_generations, train_in_terminal
 from sage_finetune.rows.formats import create_sample_data
 from sage_finetune.trainer import LoRATrainer
 
-prompts = ['What is 2 plus 4?', [dict(role='system', content='Be brief.'), dict(role='user', content='What is 30 plus 1?')]]
+prompts = ['What is 2 plus 4?',
+           [dict(role='system', content='Be brief.'), dict(role='user', content='What is 30 plus 1?')]]
 
 
 @pytest.fixture(scope='module')
-def data(tmp_path_factory): return create_sample_data(tmp_path_factory.mktemp('data')/'sums.jsonl', 'qa', num_samples=48)
+def data(tmp_path_factory):
+    return create_sample_data(tmp_path_factory.mktemp('data')/'sums.jsonl', 'qa', num_samples=48)
 
 
 def config(folder, data, **more):
-    settings = dict(model_name='sage-tiny', data_path=data, output_dir=folder, test_size=0.1, max_steps=6, save_steps=3, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+    settings = dict(model_name='sage-tiny', data_path=data, output_dir=folder, test_size=0.1, max_steps=6,
+                    save_steps=3, per_device_train_batch_size=4, gradient_accumulation_steps=2,
                     learning_rate=5e-3, logging_steps=2, report_to='none', lora=LoRAConfig(r=4, lora_dropout=0.1))
     return TrainingConfig(**(settings | more))
 
@@ -46,7 +50,8 @@ def until(true, seconds=90):
 
 # Looked at and not changed, on every way to train
 
-ways = dict(checkpointing_and_noise=dict(gradient_checkpointing=True, neftune_noise_alpha=5.0), packed=dict(packing=True, max_length=128), four_bits=dict(load_in_4bit=True),
+ways = dict(checkpointing_and_noise=dict(gradient_checkpointing=True, neftune_noise_alpha=5.0),
+            packed=dict(packing=True, max_length=128), four_bits=dict(load_in_4bit=True),
             eight_bits_and_the_best=dict(load_in_8bit=True, load_best_model_at_end=True, eval_steps=3))
 
 
@@ -54,13 +59,17 @@ ways = dict(checkpointing_and_noise=dict(gradient_checkpointing=True, neftune_no
 def test_a_watched_run_comes_to_the_same_bits(way, tmp_path, data):
     more = ways[way]
     LoRATrainer(config(tmp_path/'alone', data, **more), quiet=True).train()
-    live = LiveRun(LoRATrainer(config(tmp_path/'watched', data, **more), quiet=True), prompts, every=1, max_new_tokens=6).start()
-    live.pause(); until(lambda: live.board.phase=='paused' or not live.running)
-    live.chat('Hm?', max_new_tokens=4, temperature=0.9); live.go_on()
+    live = LiveRun(LoRATrainer(config(tmp_path/'watched', data, **more), quiet=True), prompts, every=1,
+                   max_new_tokens=6).start()
+    live.pause()
+    until(lambda: live.board.phase=='paused' or not live.running)
+    live.chat('Hm?', max_new_tokens=4, temperature=0.9)
+    live.go_on()
     assert live.wait().steps==6 and live.board.phase=='done'
     assert live.prompts, [str(n) for n in live.board.notes] # empty where answering failed
     assert adapter(tmp_path/'watched')==adapter(tmp_path/'alone')
-    assert [g['step'] for g in read_generations(tmp_path/'watched'/'generations.jsonl')]==[s for s in range(7) for _ in prompts]
+    assert [g['step'] for g in read_generations(tmp_path/'watched'/'generations.jsonl')]==[
+        s for s in range(7) for _ in prompts]
 
 
 # What ends a process, and what ends a run
@@ -78,28 +87,34 @@ if __name__=='__main__':
 
 def test_a_script_that_ends_without_waiting_saves_what_was_done(tmp_path, data):
     asked = config(tmp_path/'left', data, max_steps=5000, report_to='none')
-    asked.save(tmp_path/'asked.json'); (tmp_path/'script.py').write_text(script)
-    done = subprocess.run([sys.executable, tmp_path/'script.py', tmp_path/'asked.json'], capture_output=True, text=True, timeout=180, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    asked.save(tmp_path/'asked.json')
+    (tmp_path/'script.py').write_text(script)
+    done = subprocess.run([sys.executable, tmp_path/'script.py', tmp_path/'asked.json'], capture_output=True,
+                          text=True, timeout=180, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert done.returncode==0, done.stderr
     assert RunFolder(tmp_path/'left').state=='stopped'
     again = LiveRun(LoRATrainer(asked, quiet=True)).start()
     until(lambda: again.board.phase=='training' and again.board.step>=4)
     assert again.board.loss.line[0][0]==1 # what was written down before is on the curve
-    again.stop(); assert again.wait() is None
+    again.stop()
+    assert again.wait() is None
 
 
 def test_stop_is_heard_at_any_moment(tmp_path, data):
     for i,moment in enumerate((0, .5, 2)):
         live = LiveRun(quiet(tmp_path/str(i), data, max_steps=5000), prompts, every=1, max_new_tokens=64).start()
-        time.sleep(moment); live.stop()
+        time.sleep(moment)
+        live.stop()
         assert live.wait(90) is None and live.board.phase=='stopped', live.board.phase
 
 
 def test_stop_ends_a_pause_and_a_long_answer(tmp_path, data):
     live = LiveRun(quiet(tmp_path/'run', data, max_steps=5000)).start()
-    live.pause(); until(lambda: live.board.phase=='paused')
+    live.pause()
+    until(lambda: live.board.phase=='paused')
     question = live.ask('Tell me everything.', max_new_tokens=100_000)
-    time.sleep(.3); live.stop()
+    time.sleep(.3)
+    live.stop()
     assert live.wait(90) is None and live.board.phase=='stopped'
     assert question.done.is_set()
 
@@ -107,28 +122,38 @@ def test_stop_ends_a_pause_and_a_long_answer(tmp_path, data):
 def test_a_second_run_in_the_same_folder_is_refused_and_leaves_the_first(tmp_path, data):
     first = LiveRun(quiet(tmp_path/'run', data, max_steps=5000)).start()
     until(lambda: first.board.step>=1)
-    with pytest.raises(Exception, match='is being trained by'): LiveRun(quiet(tmp_path/'run', data, max_steps=5000)).start().wait()
-    now = first.board.step; until(lambda: first.board.step>now)
-    first.stop(); first.wait(90)
+    with pytest.raises(Exception, match='is being trained by'):
+        LiveRun(quiet(tmp_path/'run', data, max_steps=5000)).start().wait()
+    now = first.board.step
+    until(lambda: first.board.step>now)
+    first.stop()
+    first.wait(90)
 
 
 # Terminal
 
 def test_in_a_terminal_ctrl_c_stops_and_saves(tmp_path, data):
     config(tmp_path/'run', data, max_steps=5000).save(tmp_path/'asked.json')
-    (tmp_path/'script.py').write_text('import sys\nfrom sage_finetune.config import TrainingConfig\nfrom sage_finetune.ui.live import train_in_terminal\n'
-                                      'try: train_in_terminal(TrainingConfig.load(sys.argv[1]), ["What is 2 plus 4?"])\nexcept KeyboardInterrupt as e: print(e); sys.exit(130)\n')
+    (tmp_path/'script.py').write_text('import sys\nfrom sage_finetune.config import TrainingConfig\n'
+                                      'from sage_finetune.ui.live import train_in_terminal\n'
+                                      'try: train_in_terminal(TrainingConfig.load(sys.argv[1]), ["What is 2 plus '
+                                      '4?"])\nexcept KeyboardInterrupt as e: print(e); sys.exit(130)\n')
     ours,theirs = pty.openpty()
-    child = subprocess.Popen([sys.executable, tmp_path/'script.py', tmp_path/'asked.json'], stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, 'OMP_NUM_THREADS': '1', 'TERM': 'xterm'},
+    child = subprocess.Popen([sys.executable, tmp_path/'script.py', tmp_path/'asked.json'], stdin=theirs,
+                             stdout=theirs, stderr=theirs, env={**os.environ, 'OMP_NUM_THREADS': '1', 'TERM': 'xterm'},
                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
-    os.close(theirs); seen = b''
+    os.close(theirs)
+    seen = b''
     fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack('HHHH', 60, 100, 0, 0))
     try:
-        while not any(int(n)>=3 for n in re.findall(r'(\d+) of 5,000', seen.decode(errors='replace'))): seen += read(ours)
+        while not any(int(n)>=3 for n in re.findall(r'(\d+) of 5,000', seen.decode(errors='replace'))):
+            seen += read(ours)
         child.send_signal(signal.SIGINT)
         while some := read(ours): seen += some
         assert child.wait(60)==130
-    finally: child.kill(); os.close(ours)
+    finally:
+        child.kill()
+        os.close(ours)
     said = seen.decode(errors='replace')
     assert 'held-out loss' in said and 'Stopped: stopped at step' in said and RunFolder(tmp_path/'run').state=='stopped'
 
@@ -148,7 +173,9 @@ def test_where_nobody_watches_it_is_an_ordinary_run(tmp_path, data, capfd):
 # Nothing that is not used
 
 def test_what_shows_is_imported_only_when_something_is_shown():
-    code = "import sys, sage_finetune.trainer; print([m for m in ('sage_finetune.ui.live', 'sage_finetune.core.display') if m in sys.modules])\n" \
-           "import sage_finetune.ui.live; print([m for m in ('ipywidgets', 'matplotlib', 'rich.live') if m in sys.modules])"
+    code = ("import sys, sage_finetune.trainer; print([m for m in ('sage_finetune.ui.live', "
+            "'sage_finetune.core.display') if m in sys.modules])\n" \
+           "import sage_finetune.ui.live; print([m for m in ('ipywidgets', 'matplotlib', 'rich.live') if m in "
+            "sys.modules])")
     said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
     assert said.stdout.split('\n')[:2]==['[]', '[]'], said

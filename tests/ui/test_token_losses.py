@@ -18,7 +18,8 @@ from sage_finetune.trainer import LoRATrainer, Stopped
 def config(folder, name='run', **changes):
     data = folder/'sums.json'
     if not data.is_file(): create_sample_data(data, 'qa', 30)
-    settings = dict(model_name='sage-tiny', data_path=data, max_length=64, test_size=0.2, per_device_train_batch_size=4, gradient_accumulation_steps=1, max_steps=4, logging_steps=1,
+    settings = dict(model_name='sage-tiny', data_path=data, max_length=64, test_size=0.2,
+                    per_device_train_batch_size=4, gradient_accumulation_steps=1, max_steps=4, logging_steps=1,
                     learning_rate=5e-3, report_to='none', output_dir=folder/name)
     return TrainingConfig.from_dict(settings | changes)
 
@@ -42,12 +43,15 @@ def test_a_run_that_was_interrupted_is_repeated_in_one_go(tmp_path):
     with pytest.raises(Stopped): StopsAt(config(tmp_path), quiet=True).train()
     stopped = Run(tmp_path/'run')
     assert stopped.state=='stopped'
-    with pytest.raises(SageError, match='is stopped, and only a run that ended can be repeated'): stopped.repeat(tmp_path/'again')
+    with pytest.raises(SageError, match='is stopped, and only a run that ended can be repeated'):
+        stopped.repeat(tmp_path/'again')
     LoRATrainer(config(tmp_path), quiet=True).train()
     assert Run(tmp_path/'run').repeat(tmp_path/'again').exact
 
 
-@pytest.mark.parametrize('changes', [dict(packing=True, max_length=128, lora=LoRAConfig(use_dora=True)), dict(lora=LoRAConfig(init_lora_weights='pissa'), seed=7), dict(lora=LoRAConfig(bias='all'), num_train_epochs=1, max_steps=-1)],
+@pytest.mark.parametrize('changes', [dict(packing=True, max_length=128, lora=LoRAConfig(use_dora=True)),
+                                     dict(lora=LoRAConfig(init_lora_weights='pissa'), seed=7),
+                                     dict(lora=LoRAConfig(bias='all'), num_train_epochs=1, max_steps=-1)],
                          ids=['packed DoRA', 'PiSSA', 'biases'])
 def test_other_kinds_of_runs_are_repeated_to_the_bit(tmp_path, changes):
     again = trained(tmp_path, **changes).repeat(tmp_path/'again')
@@ -71,7 +75,8 @@ def test_what_cannot_be_repeated_says_why(tmp_path):
     write_json(run.folder.config, run.record | dict(_machine='another one'))
     assert not_exact(run)[0].startswith('machine another one → ')
     with pytest.raises(SageError, match='cannot be repeated to the bit here'): run.repeat(tmp_path/'again')
-    (tmp_path/'full').mkdir(); (tmp_path/'full'/'diary.txt').write_text('mine')
+    (tmp_path/'full').mkdir()
+    (tmp_path/'full'/'diary.txt').write_text('mine')
     with pytest.raises(ValueError, match='is not empty'): run.repeat(tmp_path/'full')
     record = run.record
     write_json(run.folder.config, record | dict(data_path=None))
@@ -87,7 +92,8 @@ def test_what_cannot_be_repeated_says_why(tmp_path):
 def test_broken_runs_are_listed_and_told(tmp_path):
     run = trained(tmp_path/'runs', 'good')
     bad = tmp_path/'runs'/'bad'
-    bad.mkdir(); (bad/'training_config.json').write_text('{')
+    bad.mkdir()
+    (bad/'training_config.json').write_text('{')
     listed = runs(tmp_path/'runs')
     assert 'unreadable' in str(listed) and 'good' in str(listed)
     with pytest.raises(SageError, match='is not JSON'): compare(run, bad)
@@ -98,11 +104,13 @@ def test_broken_runs_are_listed_and_told(tmp_path):
 
 def tiny(kind, **changes):
     torch.manual_seed(0)
-    own = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64, vocab_size=300, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    own = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+               intermediate_size=64, vocab_size=300, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **own | changes)).eval()
 
 
-@pytest.mark.parametrize('kind,changes', [('llama', {}), ('gemma2', dict(final_logit_softcapping=5.0)), ('granite', dict(logits_scaling=4.0))])
+@pytest.mark.parametrize('kind,changes', [('llama', {}), ('gemma2', dict(final_logit_softcapping=5.0)),
+                                          ('granite', dict(logits_scaling=4.0))])
 def test_losses_of_tokens_of_models_that_change_their_logits(kind, changes, monkeypatch):
     model,ids = tiny(kind, **changes),torch.randint(3, 300, (50,), generator=torch.Generator().manual_seed(0)).tolist()
     with torch.no_grad(): logp = model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
@@ -114,7 +122,9 @@ def test_losses_of_tokens_of_models_that_change_their_logits(kind, changes, monk
 def test_losses_where_the_head_cannot_be_replaced():
     ids,wanted,odd = list(range(3, 43)),row_losses(tiny('llama'), list(range(3, 43))),tiny('llama')
     own = odd.forward
-    def forward(**how): odd.lm_head(torch.zeros(1, 1, 32)); return own(**how) # its head is called twice
+    def forward(**how): # its head is called twice
+        odd.lm_head(torch.zeros(1, 1, 32))
+        return own(**how)
     odd.forward = forward
     with pytest.warns(UserWarning, match='calls its head 2 times'): found = row_losses(odd, ids)
     torch.testing.assert_close(torch.tensor(found[1:]), torch.tensor(wanted[1:]), atol=1e-4, rtol=1e-4)
@@ -126,7 +136,8 @@ def test_a_packed_row_is_its_documents(tmp_path):
     seen = token_losses(run.model, run.tokenizer, packed)
     alone = []
     starts = [k for k,p in enumerate(packed['position_ids']) if p==0]
-    for a,b in zip(starts, [*starts[1:], len(packed['input_ids'])]): alone += row_losses(run.model, packed['input_ids'][a:b])
+    for a,b in zip(starts, [*starts[1:], len(packed['input_ids'])]):
+        alone += row_losses(run.model, packed['input_ids'][a:b])
     torch.testing.assert_close(torch.tensor(seen.after), torch.tensor(alone), atol=1e-4, rtol=1e-4, equal_nan=True)
     assert len(starts)>1 and '── document' not in seen._repr_html_() and 'document 2' in seen._repr_html_()
 
@@ -137,7 +148,9 @@ def test_sizes_of_saved_adapters_that_are_not_plain(tmp_path):
         alone = {l.name: l.norm for l in adapter_sizes(run, base=False).layers}
         for l in adapter_sizes(run).layers:
             layer = run.model.get_submodule('base_model.model.'+l.name)
-            with torch.no_grad(): moved = (layer(torch.eye(layer.in_features))-layer.base_layer(torch.eye(layer.in_features))).norm().item()
+            with torch.no_grad():
+                moved = (layer(torch.eye(layer.in_features))-layer.base_layer(
+                    torch.eye(layer.in_features))).norm().item()
             assert l.norm==pytest.approx(moved, rel=5e-3)==pytest.approx(alone[l.name], rel=5e-3)
     dora = trained(tmp_path, 'dora', lora=LoRAConfig(use_dora=True))
     with pytest.raises(ValueError, match='trained with DoRA'): adapter_sizes(dora, base=False)
@@ -152,8 +165,10 @@ def test_nobody_waits_for_an_answer_that_failed(tmp_path):
         calls.append(1)
         if len(calls)==5: raise RuntimeError('in the middle')
     handle = model.get_base_model().model.layers[0].register_forward_pre_hook(fails)
-    with pytest.raises(RuntimeError, match='in the middle'): list(side_by_side(model, tokenizer, 'What is 3 plus 1?', (0, .5, 1), max_new_tokens=8))
+    with pytest.raises(RuntimeError, match='in the middle'):
+        list(side_by_side(model, tokenizer, 'What is 3 plus 1?', (0, .5, 1), max_new_tokens=8))
     handle.remove()
     assert not model.get_base_model()._forward_hooks and not model.get_base_model()._forward_pre_hooks
-    with at_strength(model, 1): one = ''.join(t for _,t in side_by_side(model, tokenizer, 'What is 3 plus 1?', (1,), max_new_tokens=8))
+    with at_strength(model, 1):
+        one = ''.join(t for _,t in side_by_side(model, tokenizer, 'What is 3 plus 1?', (1,), max_new_tokens=8))
     assert one and adapter_difference(run, run)==0
