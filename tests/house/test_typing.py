@@ -50,7 +50,7 @@ def test_a_consumer_has_no_type_error(checked):
 
 @pytest.mark.parametrize('line,told', [
     ('LoRATrainer(config).no_such_step()', 'no_such_step'), ("TrainingConfig(data_path=3)", 'data_path'),
-    ("n: int = LoRATrainer", 'LoRATrainer'), ("folder: int = config.checkpoint_dir", 'int')])
+    ("n: int = LoRATrainer", 'LoRATrainer'), ("size: int = config.checkpoint_dir", 'int')])
 def test_a_mistake_is_told(checked, line, told):
     faults = checked(CONSUMER+'\n'+line+'\n')
     assert len(faults)==1 and told in faults[0]['message']
