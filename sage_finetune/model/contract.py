@@ -15,7 +15,7 @@ from pathlib import Path
 from ..core.disk import read_json, SageError, write_json
 from ..rows.images import copy_processor, processor_digest
 from ..rows.template import encode, end_of_turn_id, render
-from .loading import load_tokenizer, without_noise
+from .loading import load_tokenizer, quiet_libraries
 from .shards import local_folder, stored_tensors, weights_digest
 
 # %% ../../nbs/model/05_contract.ipynb #183fba91
@@ -82,7 +82,7 @@ def save_contract(
     base:str|None=None, # The model that was trained: hub name, folder, or "sage-tiny"
 )->Path: # The file `contract.json`
     "Write tokenizer, generation settings, and what both are"
-    with without_noise():
+    with quiet_libraries():
         tokenizer.save_pretrained(folder)
         _generation_settings(model, tokenizer).save_pretrained(folder)
         copy_processor(tokenizer, folder)

@@ -6,7 +6,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/model/loss.html.md"""
 
 # %% auto #0
 __all__ = ['head_bytes', 'head_rows', 'LogitTransform', 'FrozenHead', 'head_loss', 'vocabulary_of', 'head_replaced', 'evaluating',
-           'head_and_after', 'loss_sum', 'mean_loss']
+           'head_and_transform', 'loss_sum', 'mean_loss']
 
 # %% ../../nbs/model/03_loss.ipynb #0c8b3399
 import math,warnings
@@ -218,7 +218,7 @@ def evaluating(
     finally:
         for m,mode in modes: m.training = mode
 
-def head_and_after(
+def head_and_transform(
     model, # A causal language model
     input_ids, # (batch, time), to try it on
 )->tuple: # (head, what is done to its logits); None for the second where the head cannot be replaced
@@ -249,7 +249,7 @@ def loss_sum(
     at_N = (target!=ignored).nonzero().squeeze(1)
     # with a mask or a cache packed documents would see each other
     where = more if position_ids is None else dict(more, position_ids=position_ids)
-    head,after = head_and_after(model, input_ids)
+    head,after = head_and_transform(model, input_ids)
     if after is None:
         with documents(position_ids): return _from_logits(model, input_ids, labels, where),(target!=ignored).sum()
     found = []

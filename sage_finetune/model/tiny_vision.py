@@ -10,7 +10,7 @@ __all__ = ['tiny_vision_model']
 # %% ../../nbs/model/07_tiny_vision.ipynb #3b2edf26
 from pathlib import Path
 
-from .loading import load_model, without_noise
+from .loading import load_model, quiet_libraries
 
 # %% ../../nbs/model/07_tiny_vision.ipynb #3309eb31
 _chat = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['content'] is string %}{{ "
@@ -49,7 +49,7 @@ def tiny_vision_model(
         torch.manual_seed(0)
         model = LlavaForConditionalGeneration(config)
     model.model.language_model.load_state_dict(language.model.state_dict())
-    with without_noise():
+    with quiet_libraries():
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
     return Path(folder)

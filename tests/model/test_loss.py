@@ -199,7 +199,7 @@ def test_the_model_is_as_before():
     model,(ids,labels) = adapted(tiny(), lora_dropout=.5).train(),batch()
     model.base_model.model.model.layers[0].eval()
     modes,numbers = [m.training for m in model.modules()],torch.get_rng_state()
-    rooms.head_and_after(model, ids)
+    rooms.head_and_transform(model, ids)
     assert modes==[m.training for m in model.modules()] and torch.equal(numbers, torch.get_rng_state())
     loss_sum(model, ids, labels)
     head = model.base_model.model.lm_head

@@ -13,7 +13,7 @@ from sage_finetune.training.batches import Collator
 from sage_finetune.config import LoRAConfig, PresetConfigs, read_json, resolve_model, SageError
 from sage_finetune.data import DataReport, prepare_dataset
 from sage_finetune.inference.generate import answers, load_for_chat
-from sage_finetune.model.loading import load_model, load_tokenizer, without_noise
+from sage_finetune.model.loading import load_model, load_tokenizer, quiet_libraries
 from sage_finetune.model.loss import loss_sum
 from sage_finetune.model.memory import estimate_memory
 from sage_finetune.inference.merging import merge_run
@@ -93,7 +93,7 @@ def models(tmp_path_factory):
             if kind=='llava': tiny_vision_model(root/kind)
             else:
                 torch.manual_seed(0)
-                with without_noise():
+                with quiet_libraries():
                     for part in globals()[kind](): part.save_pretrained(root/kind)
         return str(root/kind)
     return of
