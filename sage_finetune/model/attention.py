@@ -17,7 +17,7 @@ import torch.nn.functional as F
 # %% ../../nbs/model/00_attention.ipynb #d510de69
 def boundaries(
     position_BT, # Position of each token in its document, (batch, time)
-): # Where each document begins, one row after the other, and where the last one ends, (documents+1,); `sizes` lists their lengths
+): # Start of each document, row after row, and the end of the last, (documents+1,); `sizes` lists their lengths
     "Where the documents of packed rows begin"
     first_BT = position_BT==0
     first_BT[:, 0] = True
@@ -37,8 +37,9 @@ def documents(
     try: yield
     finally: _here.reset(token)
 
+# %% ../../nbs/model/00_attention.ipynb #13d7e3ec
 def _allowed(mask_function, ends, T):
-    "For three tokens of the longest document: position in it, and how many places up to it are seen; None where others are seen"
+    "For three tokens of the longest document: its position, and how many places up to it are seen (None: others too)"
     i = max(range(len(ends.sizes)), key=ends.sizes.__getitem__)
     length,start = ends.sizes[i],sum(ends.sizes[:i])
     row,at = divmod(start, T)
@@ -86,6 +87,7 @@ def _one_by_one(module, query, key, value, ends, dropout, scaling):
                                           is_causal=band is None)[0])
     return torch.cat(out, dim=1)
 
+# %% ../../nbs/model/00_attention.ipynb #016fef8f
 def _at_once(module, query, key, value, ends, dropout, scaling):
     "Attention of all documents in one kernel; (1, time, heads, features)"
     from torch.nn.attention.varlen import varlen_attn
@@ -94,18 +96,20 @@ def _at_once(module, query, key, value, ends, dropout, scaling):
     return varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling,
                        window_size=(ends.width-1 if ends.width else -1, 0), enable_gqa=q.shape[1]!=k.shape[1])[None]
 
+# %% ../../nbs/model/00_attention.ipynb #dde89e0c
 # what a layer may ask of its attention, and these kernels do not do
 _unknown = 'softcap', 's_aux', 'position_bias', 'cache'
 
 @torch.compiler.disable
-def _by_document(module, query, key, value, ends, dropout, scaling, asked):
-    if other := [n for n in _unknown if asked.get(n) is not None]:
+def _by_document(module, query, key, value, ends, dropout, scaling, options):
+    if other := [n for n in _unknown if options.get(n) is not None]:
         raise ValueError(f'attention with `{other[0]}` cannot be computed document by document')
     B,_,T,_ = query.shape
     flat = [t.transpose(0, 1).reshape(1, t.shape[1], B*T, t.shape[3]) for t in (query, key, value)]
     out = (_at_once if query.is_cuda else _one_by_one)(module, *flat, ends, dropout, scaling)
     return out.reshape(B, T, *out.shape[2:])
 
+# %% ../../nbs/model/00_attention.ipynb #8c137fad
 def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
     "What a layer calls: by document where it got boundaries, else as `sdpa` does"
     if hasattr(attention_mask, 'sizes'):
@@ -126,14 +130,15 @@ def _kernel_fits(model):
     features = getattr(config, 'head_dim', None) or config.hidden_size//config.num_attention_heads
     return model.dtype in (torch.float16, torch.bfloat16) and features<=256 and features%8==0
 
+# %% ../../nbs/model/00_attention.ipynb #7c4e1629
 def use_documents(
     model, # A causal language model, with or without an adapter
     on:bool=True, # Or back to the attention with a mask
 )->bool: # Whether it does so now
     "Let a model compute the attention of packed rows document by document"
     from transformers import AttentionInterface, AttentionMaskInterface
-    base,kind = (model.get_base_model() if hasattr(model, 'get_base_model') else model,
-                 lambda: model.config.get_text_config()._attn_implementation)
+    base = model.get_base_model() if hasattr(model, 'get_base_model') else model
+    kind = lambda: model.config.get_text_config()._attn_implementation
     if (not hasattr(base, 'set_attn_implementation') or kind() not in ('sdpa', 'documents')
         or (on and not _kernel_fits(base))):
         return False

@@ -48,7 +48,8 @@ def quantisation_of(
 def _storage(config): # what is divided among processes is divided as numbers of one format
     return dict(bnb_4bit_quant_storage=dtype_of(config)) if division() else {}
 
-def _place(device, quantised): # A whole copy of the model for each process; one that is to be divided waits in main memory
+def _place(device, quantised):
+    "A whole copy of the model for each process; one that is to be divided waits in main memory"
     if division() and not quantised: return None
     return {'': int(os.environ.get('LOCAL_RANK', 0)) if device=='cuda' else device}
 
@@ -70,7 +71,7 @@ def quiet_libraries():
 def takes_images(
     config, # Of transformers
 )->bool: # True for a vision-language model
-    "Whether a model sees as well as reads"
+    "Whether a model takes images as well as text"
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as names
     return getattr(config, 'vision_config', None) is not None and config.model_type in names
 
@@ -83,7 +84,13 @@ def model_class(
     return AutoModelForImageTextToText
 
 # %% ../../nbs/model/01_loading.ipynb #22f87596
-def _sees(place):
+def _files_of_processor(place):
+    "Files in the cache, or in the folder; downloaded where the Hub can be reached"
+    from transformers.utils import cached_file
+    how = dict(_raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+    return [Path(f) for n in processor_names if (f := cached_file(place, n, **how))]
+
+def _has_processor(place):
     "Whether a model or an adapter comes with a processor of images"
     folder = Path(place)
     if folder.is_dir() and (not processor_files(folder) or not (folder/'config.json').is_file()):
@@ -91,26 +98,22 @@ def _sees(place):
     try:
         return (takes_images(AutoConfig.from_pretrained(place, trust_remote_code=False))
                 and (folder.is_dir() or bool(_files_of_processor(place))))
-    except _load_errors: return False # said where it is loaded
+    except _load_errors: return False # reported where it is loaded
 
-def _files_of_processor(place):
-    "Files in the cache, or in the folder; downloaded where the Hub can be reached"
-    from transformers.utils import cached_file
-    how = dict(_raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
-    return [Path(f) for n in processor_names if (f := cached_file(place, n, **how))]
-
+# %% ../../nbs/model/01_loading.ipynb #385f7c13
 def _without_videos(kind):
-    "A class of processors, for images and text only"
-    class Still(kind):
+    "A class of processors without its part for videos"
+    class ImagesOnly(kind):
         @classmethod
         def get_attributes(cls): return [a for a in kind.get_attributes() if 'video' not in a]
         @classmethod
         def _get_arguments_from_pretrained(cls, *args, **kwargs):
             found = iter(super()._get_arguments_from_pretrained(*args, **kwargs))
             return [None if 'video' in a else next(found) for a in kind.get_attributes()]
-    Still.__name__ = Still.__qualname__ = kind.__name__
-    return Still
+    ImagesOnly.__name__ = ImagesOnly.__qualname__ = kind.__name__
+    return ImagesOnly
 
+# %% ../../nbs/model/01_loading.ipynb #67e9a7a3
 def _processor(place):
     import transformers
     from transformers.utils import is_torchvision_available
@@ -124,7 +127,8 @@ def _processor(place):
     made._sage_folder = files[0].parent
     return made
 
-def _tokenizer_that_sees(name):
+# %% ../../nbs/model/01_loading.ipynb #6a6b43c6
+def _tokenizer_with_processor(name):
     if not find_spec('PIL'): raise SageError(f'model {name!r} takes images: {need_pillow}')
     try:
         with quiet_libraries(): processor = _processor(resolve_model(name))
@@ -155,8 +159,9 @@ def no_model(
     return SageError(f'model {name!r} cannot be loaded: check the name, give the folder of a model, or use '
                      f'"sage-tiny" ({text[:200]})')
 
-def _steady(model):
-    "Quantised weights that no forward pass rearranges for good, and whose scales are there to be saved"
+# %% ../../nbs/model/01_loading.ipynb #d1b3664a
+def _protect_quantised(model):
+    "Keep quantised weights as they are in every forward pass, and their scales where they can be saved"
     for m in model.modules() if getattr(model, 'is_quantized', False) else ():
         if hasattr(m, 'support_avx512bf16_for_cpu'):
             m.support_avx512bf16_for_cpu = False # else an evaluation repacks 4-bit weights
@@ -166,13 +171,14 @@ def _steady(model):
 def _keep_scales(layer, args):
     if layer.weight.CB is not None and layer.weight.SCB is None: layer.weight.SCB = layer.state.SCB
 
+# %% ../../nbs/model/01_loading.ipynb #6252678a
 _load_errors = OSError, ValueError, KeyError, ImportError, SafetensorError
 
 def load_tokenizer(
     name:str, # Hub name, folder, or "sage-tiny"
 ): # A fast tokenizer that has a chat template
-    "The tokenizer of a model, which carries the processor of one that sees; one without a chat template gets the plain headings"
-    if _sees(resolve_model(name)): return _tokenizer_that_sees(name)
+    "The tokenizer of a model, with its processor where it has one; without a chat template it gets the plain headings"
+    if _has_processor(resolve_model(name)): return _tokenizer_with_processor(name)
     try: tokenizer = AutoTokenizer.from_pretrained(resolve_model(name), trust_remote_code=False)
     except _load_errors as e: raise no_model(name, e) from None
     except TypeError: tokenizer = () # what transformers 4 says where there are no files; 5 makes an empty tokenizer
@@ -180,19 +186,20 @@ def load_tokenizer(
         raise SageError(f'model {name!r} has no tokenizer files (tokenizer.json): add those of its base')
     return ensure_template(tokenizer)
 
+# %% ../../nbs/model/01_loading.ipynb #ce6dc394
 def load_model(
     name:str, # Hub name, folder, or "sage-tiny"
     dtype=torch.float32, # Number format of the weights
     device:str='cpu', # "cuda", "mps" or "cpu"
     quantisation=None, # A `BitsAndBytesConfig`, or None
-): # A causal language model, or one that sees as well
+): # A causal language model, or a vision-language model
     "A language model, in evaluation mode"
     how = dict(dtype=dtype, device_map=_place(device, quantisation), quantization_config=quantisation,
                trust_remote_code=False)
     try:
         with quiet_libraries():
             config = AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False)
-            return _steady(model_class(config).from_pretrained(resolve_model(name), **how))
+            return _protect_quantised(model_class(config).from_pretrained(resolve_model(name), **how))
     except _load_errors as e: raise no_model(name, e) from None
 
 # %% ../../nbs/model/01_loading.ipynb #c18d61f4

@@ -27,6 +27,9 @@ tensor_types = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF1
                     I8=torch.int8, U8=torch.uint8, BOOL=torch.bool, F8_E4M3=torch.float8_e4m3fn,
                     F8_E5M2=torch.float8_e5m2)
 
+_type_names = {v: k for k,v in tensor_types.items()}
+
+# %% ../../nbs/model/04_shards.ipynb #38b7a460
 @dataclass(frozen=True)
 class Stored:
     "Where a tensor lies on disk"
@@ -85,6 +88,7 @@ def local_folder(
     found = try_to_load_from_cache(name, 'config.json') if name.count('/')<=1 else None
     return Path(found).parent if isinstance(found, str) else None
 
+# %% ../../nbs/model/04_shards.ipynb #9332b21c
 def fetched_folder(
     name:str, # Hub name, folder, or "sage-tiny"
 )->Path: # It exists
@@ -96,6 +100,7 @@ def fetched_folder(
                                       allow_patterns=['*.safetensors', '*.json', '*.jinja', '*.model', '*.txt']))
     except (OSError, ValueError) as e: raise no_model(str(name), e) from None
 
+# %% ../../nbs/model/04_shards.ipynb #99e07618
 _index,_single = 'model.safetensors.index.json','model.safetensors'
 
 def stored_tensors(
@@ -126,8 +131,6 @@ def weights_digest(
     return sums.hexdigest()[:16] if tensors else None
 
 # %% ../../nbs/model/04_shards.ipynb #14322d26
-_type_names = {v: k for k,v in tensor_types.items()}
-
 def write_tensors(
     file, # To write, of the safetensors format
     planned:dict, # Name → (number format, shape)
@@ -147,6 +150,18 @@ def write_tensors(
             assert t.dtype==dtype and tuple(t.shape)==tuple(shape), name
             f.write(t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
+# %% ../../nbs/model/04_shards.ipynb #5db8e23a
+def _file_groups(size, most):
+    "Names of tensors, file by file, none of them larger than `most` bytes unless it holds a single tensor"
+    groups,held = [[]],0
+    for name,bytes_ in size.items():
+        if groups[-1] and held+bytes_>most:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += bytes_
+    return groups
+
 # %% ../../nbs/model/04_shards.ipynb #42f174e0
 def write_model(
     folder, # To write into
@@ -156,13 +171,7 @@ def write_model(
 )->list: # Names of the files
     "Write the weights of a model, in several files where they are large"
     size = {k: prod(shape)*dtype.itemsize for k,(dtype,shape) in planned.items()}
-    groups,held = [[]],0
-    for name in planned:
-        if groups[-1] and held+size[name]>most:
-            groups.append([])
-            held = 0
-        groups[-1].append(name)
-        held += size[name]
+    groups = _file_groups(size, most)
     files = ([_single] if len(groups)==1
              else [f'model-{i:05d}-of-{len(groups):05d}.safetensors' for i in range(1, len(groups)+1)])
     for file,names in zip(files, groups): write_tensors(Path(folder)/file, {n: planned[n] for n in names}, make)

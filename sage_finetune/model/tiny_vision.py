@@ -1,4 +1,4 @@
-"""Models that see: conversations about pictures, from rows to answers, on a model that is made here
+"""A vision-language model made here in a second, and conversations about images on it, from rows to answers
 
 Docs: https://sage-finetune.github.io/sage_finetune/model/tiny_vision.html.md"""
 
@@ -19,35 +19,42 @@ _chat = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m[
          "%}{{ '<|im_end|>\n' }}{% endfor %}"
          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
-def _eyes(tokenizer, size, patch):
-    "A processor of pictures for a tokenizer"
+def _processor(tokenizer, size, patch):
+    "A processor of images for a tokenizer"
     from transformers import CLIPImageProcessorPil, LlavaProcessor
     tokenizer.add_tokens(['<image>'], special_tokens=True)
-    sight = CLIPImageProcessorPil(size=dict(shortest_edge=size), crop_size=dict(height=size, width=size))
-    return LlavaProcessor(sight, tokenizer, patch_size=patch, vision_feature_select_strategy='default',
+    images = CLIPImageProcessorPil(size=dict(shortest_edge=size), crop_size=dict(height=size, width=size))
+    return LlavaProcessor(images, tokenizer, patch_size=patch, vision_feature_select_strategy='default',
                           num_additional_image_tokens=1, chat_template=_chat)
 
-def tiny_vision_model(
-    folder, # To write the model into
-    size:int=28, # Points along each side of a picture, as the model sees it
-    patch:int=14, # Points along each side of what becomes one token
-)->Path: # The folder; any command takes it as `model_name`
-    "The embedded model with eyes of random weights: a LLaVA of 3 million parameters"
+# %% ../../nbs/model/08_tiny_vision.ipynb #0b04331b
+def _random_llava(processor, language, size, patch):
+    "A LLaVA with random weights around a language model"
     import torch
-    from transformers import AutoTokenizer, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
-    from sage_finetune.config import resolve_model
-    processor,language = (_eyes(AutoTokenizer.from_pretrained(resolve_model('sage-tiny')), size,
-                                patch),load_model('sage-tiny'))
-    language.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
-    eyes = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                            image_size=size, patch_size=patch, projection_dim=32)
-    config = LlavaConfig(vision_config=eyes.to_dict(), text_config=language.config.to_dict(),
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+    encoder = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                               image_size=size, patch_size=patch, projection_dim=32)
+    config = LlavaConfig(vision_config=encoder.to_dict(), text_config=language.config.to_dict(),
                          image_token_index=processor.image_token_id, vision_feature_layer=-1,
                          vision_feature_select_strategy='default', image_seq_length=(size//patch)**2,
                          tie_word_embeddings=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlavaForConditionalGeneration(config)
+        return LlavaForConditionalGeneration(config)
+
+# %% ../../nbs/model/08_tiny_vision.ipynb #0a61fe48
+def tiny_vision_model(
+    folder, # To write the model into
+    size:int=28, # Pixels along each side of an image, as the model gets it
+    patch:int=14, # Pixels along each side of what becomes one token
+)->Path: # The folder; any command takes it as `model_name`
+    "The embedded model with a vision encoder of random weights: a LLaVA of 3 million parameters"
+    from transformers import AutoTokenizer
+    from sage_finetune.config import resolve_model
+    processor = _processor(AutoTokenizer.from_pretrained(resolve_model('sage-tiny')), size, patch)
+    language = load_model('sage-tiny')
+    language.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
+    model = _random_llava(processor, language, size, patch)
     model.model.language_model.load_state_dict(language.model.state_dict())
     with quiet_libraries():
         model.save_pretrained(folder)
