@@ -23,7 +23,7 @@ from .attention import documents
 from ..rows.template import ignored
 
 # %% ../../nbs/model/03_loss.ipynb #085499c6
-head_bytes = dict(cpu=2**26, cuda=2**28) # Room for the logits of one slice, and for what is computed from them
+head_bytes = dict(cpu=2**26, cuda=2**28) # Bytes for the logits of one slice, and for what is computed from them
 
 def head_rows(
     vocabulary:int, # Entries of the vocabulary
@@ -75,7 +75,7 @@ def _slice_loss(hidden_CH, target_C1, weight_VH, bias_V, transform, logits_CV, l
 
 # %% ../../nbs/model/03_loss.ipynb #9ef7557f
 class FrozenHead(torch.autograd.Function):
-    "Summed loss, and in the same pass the gradient of the hidden states"
+    "Summed loss, and in the same forward pass the gradient of the hidden states"
     @staticmethod
     def forward(ctx, hidden_NH, target_N, weight_VH, bias_V, transform, learn):
         N,V,dtype = len(hidden_NH),len(weight_VH),weight_VH.dtype
@@ -107,7 +107,7 @@ def _recomputed(forward, hidden_NH, target_N, transform, vocabulary):
     return total
 
 def _is_plain(head, forward):
-    "Is it a linear layer as torch has it, whose weights stand still and are where they seem to be?"
+    "Is it a linear layer as torch has it, frozen, with its weights in place?"
     return (getattr(forward, '__func__', None) is torch.nn.Linear.forward and type(head.weight.data) is torch.Tensor
             and head.weight.is_floating_point()
             and not head.weight.is_meta and not any(p.requires_grad for p in head.parameters()))

@@ -232,7 +232,7 @@ class Probe(Shown):
         predicted = ('' if self.predicted is None
                      else f', {size_text(self.predicted)} predicted ({round(self.error, 3)+0:+.1%})')
         return Table([], [], f'Longest batch ({self.rows} × {self.tokens:,} tokens): '
-                     f'{size_text(self.measured)} for one pass{predicted}')
+                     f'{size_text(self.measured)}{predicted}')
 
 # %% ../../nbs/model/07_memory.ipynb #86277c2b
 def _loss(model, **batch):

@@ -87,7 +87,8 @@ def test_few_layers_give_all(kind):
         for machine in machines:
             c = fit_config(TrainingConfig(load_in_8bit=False, bf16=True, max_length=64,
                                           per_device_train_batch_size=2, lora=lora, **settings), machine)[0]
-            line,full = (step_bytes(build_on_meta(c, kind(**small))[0], c, machine, exact=exact) for exact in (False, True))
+            line,full = (step_bytes(build_on_meta(c, kind(**small))[0], c, machine, exact=exact)
+                         for exact in (False, True))
             assert line==full and min(full.activations, full.head, full.layer)>0
 
 def test_less_of_anything_is_less():
