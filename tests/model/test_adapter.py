@@ -1,4 +1,4 @@
-"Research settings in real runs: each does what its paper says, survives a kill, and its adapter fits the published base"
+"Research settings in real runs: each does what its paper says, survives a kill, and fits the published base"
 import signal
 from importlib.util import find_spec
 

@@ -56,12 +56,15 @@ def test_the_largest_needs_little_time_and_memory():
         from transformers import AutoModelForCausalLM, Qwen2Config
         import peft, sage_finetune.model.loss, sage_finetune.model.adapter
         from sage_finetune.model.memory import estimate_memory, Machine, TrainingConfig
-        config = Qwen2Config(hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, intermediate_size=29_568, vocab_size=152_064)
+        config = Qwen2Config(hidden_size=8192, num_hidden_layers=80, num_attention_heads=64,
+                             num_key_value_heads=8, intermediate_size=29_568, vocab_size=152_064)
         began = time.perf_counter()
-        e = estimate_memory(TrainingConfig(load_in_4bit=True, lora=dict(target_modules='all-linear')), Machine('cuda', bf16=True), config)
+        e = estimate_memory(TrainingConfig(load_in_4bit=True, lora=dict(target_modules='all-linear')),
+                            Machine('cuda', bf16=True), config)
         import pathlib, re, sys
         status = pathlib.Path('/proc/self/status') # `ru_maxrss` of a child begins with what its parent had
-        host = int(re.search(r'VmHWM:\\s+(\\d+)', status.read_text())[1])*1024 if status.exists() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        host = (int(re.search(r'VmHWM:\\s+(\\d+)', status.read_text())[1])*1024 if status.exists()
+                else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         print(e.peak, time.perf_counter()-began, host)
     """
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, timeout=300)

@@ -422,7 +422,7 @@ def test_other_models_train_and_merge(kind, models, tmp_path, monkeypatch):
     assert together==alone # in a batch and one by one, merged and not
 
 def test_a_processor_in_the_older_files(models, tmp_path):
-    "As most models on the Hub have it: settings of images in a file of their own, that of videos beside it, the chat template in JSON"
+    "As most models on the Hub have it: settings of images and videos in files of their own, the chat template in JSON"
     shutil.copytree(models('qwen2_vl'), tmp_path/'model')
     settings = read_json(tmp_path/'model'/'processor_config.json')
     template = (tmp_path/'model'/'chat_template.jinja').read_text()
