@@ -8,7 +8,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/core/machine.html.md"""
 __all__ = ['Machine', 'processes', 'process', 'division', 'Change', 'Changes', 'show_changes']
 
 # %% ../../nbs/core/03_machine.ipynb #544f2961
-import os,platform,sys
+import os,platform
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec

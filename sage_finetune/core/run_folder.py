@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from .disk import cannot_write, is_running, read_json, SageError, to_disk, write_json, write_text
+from .disk import cannot_write, is_running, read_json, SageError, to_disk, write_json
 from .settings import checked, Settings, with_given
 
 # %% ../../nbs/core/04_run_folder.ipynb #5de553c7

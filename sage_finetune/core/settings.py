@@ -16,6 +16,7 @@ from dataclasses import fields
 from difflib import get_close_matches
 from operator import index
 from pathlib import Path
+from typing import TypeVar
 
 from .disk import read_json, write_json
 from .display import Shown, Table
@@ -88,6 +89,8 @@ def refuse_unknown(
         raise ValueError(f"unknown {what} `{name}`; {hint}")
 
 # %% ../../nbs/core/02_settings.ipynb #eb240a4b
+_Self = TypeVar('_Self', bound='Settings') # `typing.Self` came with Python 3.11
+
 class Settings(Shown):
     "What all configs share: values that are checked, and a memory of which were given by hand"
     _rules,_exclusive,_what = {},(),'setting'
@@ -108,24 +111,24 @@ class Settings(Shown):
 
     given = property(lambda self: self._given, doc="Names of the settings that were given by hand")
 
-    def replace(self, **changes): # A copy with `changes`, which count as given by hand
+    def replace(self:_Self, **changes)->_Self: # A copy with `changes`, which count as given by hand
         "A copy with some settings changed by hand"
         return _changed(self, changes, self.given | set(changes))
-    def adapted(self, **changes): # A copy with `changes`, which no longer count as given by hand
+    def adapted(self:_Self, **changes)->_Self: # A copy with `changes`, which no longer count as given by hand
         "A copy with some settings changed by the program, for a machine or for a run that ran out of memory"
         return _changed(self, changes, self.given - set(changes))
     def to_dict(self)->dict: # Setting → plain value, ready for JSON
         "Every setting as a plain value"
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
     @classmethod
-    def from_dict(cls, values:dict): # A config; an unknown or impossible setting is a `ValueError`
+    def from_dict(cls:type[_Self], values:dict)->_Self: # A config; an unknown or impossible setting is a `ValueError`
         "The config that `values` describes; what it leaves out has its default"
         return _config_from(cls, values)
     def save(self, path:str|Path)->Path: # The file
         "Save every setting as JSON, and which were given by hand"
         return write_json(path, with_given(self))
     @classmethod
-    def load(cls, path:str|Path): # A config equal to the one that was saved
+    def load(cls:type[_Self], path:str|Path)->_Self: # A config equal to the one that was saved
         "Read a config back: saved by `save`, dumped by the earlier module, or written by hand"
         return _config_of_file(cls, path)
     def shown(self): return config_table(self)

@@ -305,7 +305,7 @@ def _prepared(model, config):
 def _full_rows(config):
     "A micro-batch of rows that are all `max_length` long"
     tokens = -(-config.max_length//8)*8 # as `Collator` pads
-    ids = partial(torch.empty, config.sequences_per_pass, tokens, dtype=torch.long, device='meta')
+    ids = partial(torch.empty, config.sequences_per_micro_batch, tokens, dtype=torch.long, device='meta')
     return dict(input_ids=ids(), **(dict(position_ids=ids()) if config.packing else {}))
 
 # %% ../../nbs/model/06_step_bytes.ipynb #cf29061c
