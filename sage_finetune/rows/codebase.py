@@ -83,7 +83,7 @@ def _read_file(path, name, book):
     try:
         text = read_source(path)
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore') # what Python thinks of somebody's escapes is not our reader's concern
+            warnings.simplefilter('ignore') # escapes that Python warns of are not our reader's concern
             found = _readers[path.suffix.lower()](text, name)
     except PassedOver as e:
         book.skipped[name] = str(e)
