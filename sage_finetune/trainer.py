@@ -31,9 +31,10 @@ from .core.machine import Change, division, Machine, process, processes, show_ch
 from .core.run_folder import checkpoint_fault, last_checkpoint, only_run, RunFolder
 from .model.attention import use_documents
 from .rows.images import processor_of
-from .rows.template import ignored
+from .rows.tokens import ignored
 from .rows.sources import read_rows
-from .data import DataReport, how_of, prepare_dataset, source_of
+from .rows.report import DataReport
+from .data import how_of, prepare_dataset, source_of
 from sage_finetune.training.batches import (
     check_packing, Collator, example_lengths, flat_chunks, longest_batch, pack_dataset, PackingReport
 )

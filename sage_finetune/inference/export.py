@@ -20,7 +20,8 @@ from ..config import embedded_model
 from ..rows.repo_files import find_secret
 from ..core.run_folder import find_run
 from ..rows.images import processor_files
-from ..rows.template import chat_form, end_of_turn_id, render
+from ..rows.template import chat_form, render
+from ..rows.tokens import end_of_turn_id
 
 # %% ../../nbs/inference/03_export.ipynb #89d462d2
 _goes_out = ('config.json', 'generation_config.json', '*.safetensors', '*.safetensors.index.json',
