@@ -21,7 +21,7 @@ from .core.disk import read_json, SageError, whole_folder
 from .rows.sources import load_training_data, read_rows, Row, save_rows, source_digest, source_files
 from sage_finetune.rows.formats import (
     checked_columns, Conversation, create_sample_data, detect_data_format, format_alpaca_sample,
-    format_conversation_sample, format_qa_sample, renamed, sample_rows, shape_keys, to_conversation, to_messages
+    format_conversation_sample, format_keys, format_qa_sample, renamed, sample_rows, to_conversation, to_messages
 )
 from .rows.images import Album, images_unchanged, processor_of
 from sage_finetune.rows.template import (
@@ -62,7 +62,7 @@ def _checked_settings(max_length, columns, **rest):
     except TypeError: n = 0
     if n<8: raise ValueError(f'`max_length` must be a whole number from 8, got {max_length!r}')
     settings = _Settings(n, columns=tuple(checked_columns(columns).items()), **rest)
-    formats = None, *(k for k in shape_keys if k!='preference')
+    formats = None, *(k for k in format_keys if k!='preference')
     for name,choices in (('format_type', formats), ('train_on', train_choices), ('overflow', overflow_choices),
                          ('duplicates', duplicate_choices)):
         value = getattr(settings, name)
@@ -210,12 +210,14 @@ def _key(*parts):
         h.update(b'\0')
     return h.hexdigest()
 
+_code_files = ('rows/sources.py', 'rows/formats.py', 'rows/images.py', 'rows/template.py', 'rows/learned.py',
+               'rows/tokens.py', 'rows/report.py', 'data.py')
+
 def _code_digest():
     "Checksum of the code that prepares data, and of what it stands on"
     import datasets, jinja2, tokenizers, transformers
-    names = 'sources', 'formats', 'images', 'template', 'learned', 'tokens', 'report'
     folder = Path(__file__).parent if '__file__' in globals() else None
-    code = [(folder/f).read_bytes() for f in (*(f'rows/{n}.py' for n in names), 'data.py')] if folder else []
+    code = [(folder/f).read_bytes() for f in _code_files] if folder else []
     return _key(*code, [m.__version__ for m in (datasets, jinja2, tokenizers, transformers)])
 
 def _files_of(source):
