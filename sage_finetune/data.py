@@ -85,7 +85,7 @@ class _RowState:
     "A row on its way"
     row: Row # As it was read
     format: str # Of the row
-    talk: Conversation|None = None # None for plain text
+    conversation: Conversation|None = None # None for plain text
     rendered: object = None # `Rendered`, its text and what of it is learned
     examples: list = () # Ids and labels, as int32 arrays
     cut: list = () # What was cut off to fit
@@ -98,10 +98,10 @@ def _render_row(row, tokenizer, settings, form, album):
             raise ValueError('a `text` row has no place for an image: give a question and an answer')
         return _RowState(row, format, None, None, *encode_text(value.get('text'), tokenizer, settings.max_length,
                                                                settings.overflow))
-    talk = to_conversation(value, format)
-    if processor_of(tokenizer): talk.messages = album.take(talk.messages, Path(row.file).parent)
-    rendered = render_learned(talk.messages, tokenizer, talk.tools, settings.train_on, form)
-    return _RowState(row, format, talk, replace(rendered, notes=(*talk.notes, *rendered.notes)))
+    c = to_conversation(value, format)
+    if processor_of(tokenizer): c.messages = album.take(c.messages, Path(row.file).parent)
+    rendered = render_learned(c.messages, tokenizer, c.tools, settings.train_on, form)
+    return _RowState(row, format, c, replace(rendered, notes=(*c.notes, *rendered.notes)))
 
 # %% ../nbs/01_data.ipynb #4bd50a03
 def _encode_row(state, example, tokenizer, settings):
@@ -109,7 +109,7 @@ def _encode_row(state, example, tokenizer, settings):
     if isinstance(example, ValueError): raise example
     examples,cut,n = [example],[],len(example['input_ids'])
     if n>settings.max_length:
-        examples,cut = fit_conversation(state.talk, n, tokenizer, settings.max_length, settings.train_on,
+        examples,cut = fit_conversation(state.conversation, n, tokenizer, settings.max_length, settings.train_on,
                                         settings.overflow, settings.cut_answers)
     if not any((x['labels'][1:]!=ignored).any() for x in examples):
         raise ValueError('nothing to learn: no token is a target')

@@ -42,7 +42,7 @@ class DataReport(Shown):
     held_out: int = 0 # Of the examples, how many are kept for evaluation and not trained on
     files: dict = field(default_factory=dict) # File → rows in it
     passed_over: dict = field(default_factory=dict) # File of a folder that was not read → reason
-    packing: dict = field(default_factory=dict) # What packing made of the examples, if it was asked for
+    packing: dict = field(default_factory=dict) # What packing made of the examples, if rows are packed
     cached: bool = False # Whether the examples were prepared before, and taken from there
     evaluation: object = None # The report of the source of its own for evaluation, if there is one
     replayed: int = 0 # Replay examples that are mixed in, beside those counted above
@@ -152,7 +152,7 @@ def files_passed_over(
 )->dict: # File → why it is not read
     "Files of a folder that hold no rows"
     try: return {str(p): why for p,why in source_files(source)[1]}
-    except (ValueError, OSError, SageError): return {} # a Hub id; what is wrong with others is told where they are read
+    except (ValueError, OSError, SageError): return {} # a Hub id; others are refused where they are read
 
 # %% ../../nbs/rows/08_report.ipynb #84473811
 def in_batches(

@@ -308,9 +308,9 @@ def tokenizer_digest(
     if backend.padding: backend.no_padding()
     today = str(date.today()) if 'strftime_now' in str(tokenizer.chat_template) else '' # such a template writes the day
     processor = processor_of(tokenizer)
-    sees = [processor.to_json_string()] if processor else []
+    images = [processor.to_json_string()] if processor else []
     h = hashlib.blake2b(backend.to_str().encode()+b'\0', digest_size=16)
-    for part in (str(tokenizer.chat_template), str(tokenizer.special_tokens_map), today, *sees):
+    for part in (str(tokenizer.chat_template), str(tokenizer.special_tokens_map), today, *images):
         h.update(json.dumps(part).encode()+b'\0')
     return h.hexdigest()
 

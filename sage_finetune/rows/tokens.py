@@ -196,7 +196,7 @@ def end_of_turn_id(
 overflow_choices = 'drop', 'truncate', 'split'
 
 def fit_conversation(
-    talk, # A `Conversation`
+    conversation, # A `Conversation`
     tokens:int, # That it has, more than fit
     tokenizer, # A fast tokenizer with a chat template
     max_length:int, # Tokens of one example at most
@@ -206,14 +206,14 @@ def fit_conversation(
 )->tuple: # Examples as arrays, and what was cut off
     "Examples of a conversation that is too long"
     too_long,limit = f'too long: {tokens:,} tokens',f'`max_length` is {max_length:,}'
-    if n := sum(len(m.get('images', ())) for m in talk.messages):
+    if n := sum(len(m.get('images', ())) for m in conversation.messages):
         never = '; a row with images is never cut' if overflow!='drop' else ''
         raise ValueError(f'{too_long} with {n:,} image{"s"*(n!=1)}, {limit}{never}')
     if overflow=='drop': raise ValueError(f'{too_long}, {limit}')
-    messages,train_on = _learned_of_whole(talk.messages, train_on)
-    encoded = lambda messages: _encoded(messages, tokenizer, talk.tools, train_on)
+    messages,train_on = _learned_of_whole(conversation.messages, train_on)
+    encoded = lambda messages: _encoded(messages, tokenizer, conversation.tools, train_on)
     if overflow=='split': return _split(messages, encoded, tokenizer, max_length)
-    return _truncated(messages, talk.tools, encoded, tokenizer, max_length, cut_answers)
+    return _truncated(messages, conversation.tools, encoded, tokenizer, max_length, cut_answers)
 
 # %% ../../nbs/rows/07_tokens.ipynb #a32b8bda
 def _learned_of_whole(messages, train_on):
