@@ -24,11 +24,14 @@ from .core.disk import SageError
 from .config import PreferenceConfig, TrainingConfig
 from .core.machine import Machine
 from .rows.formats import checked_columns, detect_data_format, renamed, to_preference
-from .rows.template import chat_form, encode_rendered, ensure_template, ignored, render_learned
+from .rows.template import chat_form, ensure_template
+from .rows.learned import render_learned
+from .rows.tokens import encode_rendered, exchanges, ignored
 from .rows.sources import read_rows
-from sage_finetune.data import (
-    ReportWriter, DataReport, exchanges, files_passed_over, guarded, in_batches, refuse_first, source_of, why_none
+from sage_finetune.rows.report import (
+    DataReport, files_passed_over, guarded, in_batches, refuse_first, ReportWriter, why_none
 )
+from .data import source_of
 from .training.batches import Collator, example_lengths, flat_chunks
 from .training.split import overlap, split_dataset
 from .training.samplers import LengthGroupedSampler
@@ -38,7 +41,7 @@ from .model.step_bytes import live_bytes
 from .model.memory import estimate_memory, Probe
 from .training.callbacks import operations, read_metrics
 from sage_finetune.trainer import (
-    check_data_path, pad_token_id, LoRATrainer, TokenMetrics, ResumableTrainer, training_arguments, TrainingResult
+    check_data_path, LoRATrainer, pad_token_id, ResumableTrainer, TokenMetrics, training_arguments, TrainingResult
 )
 
 # %% ../nbs/04_preference.ipynb #a1db8d3d

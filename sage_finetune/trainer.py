@@ -31,21 +31,23 @@ from .core.machine import Change, division, Machine, process, processes, show_ch
 from .core.run_folder import checkpoint_fault, last_checkpoint, only_run, RunFolder
 from .model.attention import use_documents
 from .rows.images import processor_of
-from .rows.template import ignored
+from .rows.tokens import ignored
 from .rows.sources import read_rows
-from .data import DataReport, how_of, prepare_dataset, source_of
+from .rows.report import DataReport
+from .data import how_of, prepare_dataset, source_of
 from sage_finetune.training.batches import (
     check_packing, Collator, example_lengths, flat_chunks, longest_batch, pack_dataset, PackingReport
 )
 from .training.split import overlap, split_dataset
-from .training.samplers import LengthGroupedSampler, TokenBatchSampler, RankBatchSampler
+from .training.samplers import LengthGroupedSampler, RankBatchSampler, TokenBatchSampler
 from sage_finetune.training.incremental import (
-    earlier_data, parent_adapter, load_adapter_weights, add_stacked_adapter, only_top_adapter, with_adapter, with_replay
+    add_stacked_adapter, earlier_data, load_adapter_weights, only_top_adapter, parent_adapter, with_adapter,
+    with_replay
 )
 from .model.contract import check_contract, save_contract
 from sage_finetune.model.adapter import (
-    adapter_line, add_lora, best_evaluation, check_settings, BestAdapter, lora_plus, full_tensor,
-    ready_for_quantised_training, save_adapter, load_best_adapter, load_lora_init, trained_tensors, save_lora_init
+    adapter_line, add_lora, best_evaluation, BestAdapter, check_settings, full_tensor, load_best_adapter,
+    load_lora_init, lora_plus, ready_for_quantised_training, save_adapter, save_lora_init, trained_tensors
 )
 from .model.loss import loss_sum, mean_loss
 from .model.memory import estimate_memory, probe_step

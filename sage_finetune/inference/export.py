@@ -17,10 +17,11 @@ from pathlib import Path
 from ..core.disk import cannot_write, read_json, SageError, whole_folder, write_text
 from ..core.settings import refuse_unknown
 from ..config import embedded_model
-from ..rows.repo_files import find_secret
+from ..core.repo_files import find_secret
 from ..core.run_folder import find_run
 from ..rows.images import processor_files
-from ..rows.template import chat_form, end_of_turn_id, render
+from ..rows.template import chat_form, render
+from ..rows.tokens import end_of_turn_id
 
 # %% ../../nbs/inference/03_export.ipynb #89d462d2
 _goes_out = ('config.json', 'generation_config.json', '*.safetensors', '*.safetensors.index.json',

@@ -25,7 +25,8 @@ from ..core.run_folder import RunFolder
 from ..config import config_from_meta
 from ..core.display import Table
 from ..rows.images import image_inputs
-from ..rows.template import encode, encode_prompt, images_of
+from ..rows.template import images_of
+from ..rows.tokens import encode, encode_prompt
 from ..data import conversations, source_of
 from ..model.loading import dtype_of, load_model, model_class, no_model, quiet_libraries
 from ..model.shards import fetched_folder, local_folder, stored_tensors, write_model

@@ -20,7 +20,7 @@ from ..core.display import falling, Panel, Shown, shown_figure, size_text, Table
 from ..config import config_from_meta, PreferenceConfig, TrainingConfig
 from ..core.machine import Change, Changes
 from ..core.run_folder import find_run, list_runs, RunFolder
-from ..data import DataReport
+from ..rows.report import DataReport
 
 # %% ../../nbs/runs/02_run.ipynb #9b89aefd
 def _found(path, folder):

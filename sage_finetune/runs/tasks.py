@@ -24,7 +24,8 @@ from ..rows.sources import load_training_data, read_rows, save_rows
 from sage_finetune.rows.formats import (
     checked_columns, detect_data_format, renamed, sample_rows, to_messages, to_preference
 )
-from ..rows.template import encode, images_of
+from ..rows.template import images_of
+from ..rows.tokens import encode
 from ..data import conversations, source_of
 from .other_tools import foreign_config, read_settings, tool_of
 

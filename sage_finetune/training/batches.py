@@ -18,7 +18,7 @@ from pathlib import Path
 from ..core.disk import cannot_write
 from ..core.display import Shown, Table
 from ..rows.images import image_inputs, images_of_row
-from ..rows.template import ignored
+from ..rows.tokens import ignored
 
 # %% ../../nbs/training/00_batches.ipynb #2f808620
 def flat_chunks(

@@ -18,7 +18,8 @@ import torch
 from ..core.disk import read_json, SageError
 from ..config import TrainingConfig
 from ..core.run_folder import run_folder, RunFolder
-from ..data import DataReport, how_of, prepare_dataset, source_of
+from ..rows.report import DataReport
+from ..data import how_of, prepare_dataset, source_of
 from .split import split_dataset
 from .batches import example_lengths
 from ..model.loading import quiet_libraries # before peft: it quiets bitsandbytes

@@ -19,8 +19,10 @@ from pathlib import Path
 from ..core.settings import refuse_unknown
 from ..config import config_from_meta, embedded_model, TrainingConfig
 from ..core.run_folder import RunFolder
-from ..rows.template import byte_letters, ignored, is_byte_level
-from ..data import DataReport, prepare_dataset, tokenizer_of
+from ..rows.tokens import byte_letters, ignored, is_byte_level
+from ..rows.template import tokenizer_of
+from ..rows.report import DataReport
+from ..data import prepare_dataset
 from ..training.batches import pack_dataset, PackingReport
 from ..core.display import shown_figure, Views
 

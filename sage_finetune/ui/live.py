@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from ..core.disk import read_json, SageError, write_text
 from ..config import TrainingConfig
 from ..core.display import Clickable, in_notebook
-from ..rows.template import encode_prompt
+from ..rows.tokens import encode_prompt
 from ..training.callbacks import Progress, read_metrics
 from ..model.contract import stop_ids
 from ..model.loss import evaluating

@@ -20,7 +20,8 @@ from ..core.disk import SageError
 from ..core.display import Shown, Table
 from ..rows.formats import to_conversation
 from ..rows.images import image_inputs, images_of_row
-from ..rows.template import encode, ignored, images_of
+from ..rows.template import images_of
+from ..rows.tokens import encode, ignored
 from .inspect import parts_shown, pieces_of, row_columns, styled, text_styles
 from ..model.loss import evaluating, head_and_transform, head_replaced, head_rows, vocabulary_of
 from ..inference.generate import base_of

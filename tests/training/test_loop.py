@@ -11,7 +11,7 @@ from sage_finetune.training import callbacks
 from sage_finetune.config import LoRAConfig, TrainingConfig
 from sage_finetune.core.run_folder import RunFolder
 from sage_finetune.rows.formats import to_messages
-from sage_finetune.rows.template import encode
+from sage_finetune.rows.tokens import encode
 from sage_finetune.trainer import CausalLMTrainer, LoRATrainer, Stopped
 
 # words of the answers, so that no two passes learn equally many tokens
