@@ -26,7 +26,7 @@ from sage_finetune.rows.formats import (
 )
 from ..rows.template import encode, images_of
 from ..data import conversations, source_of
-from .other_tools import foreign_config, read_settings, tool_of
+from .other_tools import config_from_other_tool, read_settings, kind_of_config
 
 # %% ../../nbs/runs/01_tasks.ipynb #8c46aa36
 TASKS = dict(code='understand a codebase: questions and answers are read from its files',
@@ -171,9 +171,9 @@ def _meta(run, task, model, file, format_type, settings, data):
 # %% ../../nbs/runs/01_tasks.ipynb #bd4c3aa0
 def _config_of_file(path, quiet):
     "The config in a file of settings, those of LLaMA-Factory and TRL included"
-    if not tool_of(given := read_settings(path)):
+    if not kind_of_config(given := read_settings(path)):
         return TrainingConfig.load(path) if path.suffix=='.json' else TrainingConfig.from_dict(given)
-    return foreign_config(path, (lambda line: None) if quiet else partial(print, file=sys.stderr))
+    return config_from_other_tool(path, (lambda line: None) if quiet else partial(print, file=sys.stderr))
 
 def trainer_of(
     target, # A config, run folder, name of a run, or file of settings, of LLaMA-Factory and TRL too
