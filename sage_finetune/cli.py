@@ -103,6 +103,7 @@ Overflow = Annotated[Optional[str], Option('--overflow', help='What happens to r
 Columns = Annotated[Optional[list[str]], Option('--columns', metavar='THEIRS=OURS', help='Another name of a '
                                                 'column, such as frage=question; may be repeated')]
 
+# %% ../nbs/05_cli.ipynb #80fad86d
 def _pairs(columns):
     "What --columns says, as a dict"
     pairs = [p.partition('=') for p in columns or ()]

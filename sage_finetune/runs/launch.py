@@ -185,6 +185,7 @@ def _end_with_parent(run):
     signal.signal(signal.SIGUSR1, lambda *_: run.stop(signal.SIGTERM))
     with suppress(OSError, AttributeError): ctypes.CDLL(None).prctl(1, int(signal.SIGUSR1)) # 1: PR_SET_PDEATHSIG
 
+# %% ../../nbs/runs/04_launch.ipynb #afe1714a
 def _report(error, status):
     "Leave the error for the launcher, or print it where there is none"
     if processes()>1 and os.environ.get('TORCHELASTIC_ERROR_FILE'):
@@ -194,6 +195,7 @@ def _report(error, status):
         print(f'error: {" ".join(str(error).split())}', file=sys.stderr, flush=True)
     return status
 
+# %% ../../nbs/runs/04_launch.ipynb #fd55a9a7
 def _leave_group():
     "Leave the group of processes"
     if processes()==1: return

@@ -151,6 +151,7 @@ def _folder_of(config):
                    else TrainingConfig.from_dict(config).output_dir)
     return str(config)
 
+# %% ../../nbs/runs/05_pipeline.ipynb #8fef3938
 def _trained(run, listener, fresh):
     from sage_finetune.trainer import Stopped
     listener.run = run

@@ -122,6 +122,7 @@ def _prepared(task, data, max_facts, sample):
     raise ValueError(f'the task `{task}` needs `data`: a file, a folder or a data set on the Hub '
                      f'(`sage-finetune examples` shows the shapes)')
 
+# %% ../../nbs/runs/01_tasks.ipynb #44244f7b
 def _absolute(data):
     "A path that holds from any folder; what is no path (a data set on the Hub) as it is"
     return data.resolve() if data.exists() or any(c in str(data) for c in '*?[') else data
@@ -145,12 +146,14 @@ def _same_request(run, meta, files):
     return all((run.path/n).is_file() and json.loads((run.path/n).read_text(encoding='utf-8'))==rows
                for n,rows in files.items())
 
+# %% ../../nbs/runs/01_tasks.ipynb #74963ec0
 def _is_ours(run):
     "Whether a folder without a meta file is missing, empty, or was left by a start that was killed"
     if not run.path.exists(): return True
     ours = {'held_out_code.json', *(f'training_data_{t}.json' for t in TASKS)}
     return run.path.is_dir() and all(p.name in ours or p.name.startswith('.') for p in run.path.iterdir())
 
+# %% ../../nbs/runs/01_tasks.ipynb #f598d45a
 class HoldsAnotherRun(SageError):
     "The run folder was made for something else, which is kept"
 
@@ -209,6 +212,7 @@ def config_of_file(
         return config_from_other_tool(path, (lambda line: None) if quiet else partial(print, file=sys.stderr))
     return TrainingConfig.load(path) if path.suffix=='.json' else TrainingConfig.from_dict(given)
 
+# %% ../../nbs/runs/01_tasks.ipynb #ce3d1355
 def trainer_of(
     target, # A config, run folder, name of a run, or file of settings, of LLaMA-Factory and TRL too
     quiet:bool=False, # Say nothing and show no progress
