@@ -49,6 +49,7 @@ def main(
         if status is None: raise
         return status
 
+# %% ../nbs/05_cli.ipynb #b7041afd
 def _prepare_process():
     "Quiet libraries, and no failure on a terminal that cannot show a letter"
     for name,value in dict(TRANSFORMERS_VERBOSITY='error', HF_HUB_VERBOSITY='error',
@@ -56,11 +57,11 @@ def _prepare_process():
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')
 
-# %% ../nbs/05_cli.ipynb #347c894a
 def _fail(text, status):
     echo(f'error: {" ".join(str(text).split())}', err=True)
     return status
 
+# %% ../nbs/05_cli.ipynb #f0b62197
 def _typer_status(e, argv):
     "Exit status of an error of typer or of memory, told in a line; None for any other"
     kind = type(e).__name__
@@ -130,6 +131,7 @@ def _print(*things):
     console = Console(width=None if sys.stdout.isatty() else 100)
     for t in things: console.print(t, markup=False, highlight=False)
 
+# %% ../nbs/05_cli.ipynb #0c49953b
 def _next_steps(folder):
     "What the files of a run are, and what to try next"
     files = {
@@ -328,6 +330,7 @@ def list_command(dir: Runs = None):
     from sage_finetune.runs.run import runs
     _print(runs(dir))
 
+# %% ../nbs/05_cli.ipynb #989aaae6
 @app.command()
 def watch(
     dir: Runs = None,
@@ -357,6 +360,7 @@ def merge(
     from sage_finetune.core.run_folder import find_run
     _print(merge_run(find_run(name).path, output, rows, dtype, ignore_contract))
 
+# %% ../nbs/05_cli.ipynb #5f5bf9b6
 @app.command()
 def clean(
     name: Annotated[Optional[str], Argument(help='Name or folder of one run (default: all)')] = None,
@@ -559,7 +563,6 @@ A config of LLaMA-Factory or TRL, as it stands:
   sage-finetune run llama3_lora_sft.yaml
 '''
 
-# %% ../nbs/05_cli.ipynb #2bb44fd4
 @app.command()
 def examples():
     "Commands to copy"

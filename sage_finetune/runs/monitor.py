@@ -42,6 +42,7 @@ def steps_in_all(
     return (round(at['step']/at['epoch']*settings['num_train_epochs']) if at and settings.get('num_train_epochs')
             else None)
 
+# %% ../../nbs/runs/03_monitor.ipynb #8ebdb3f1
 def seconds_left(
     lines:list, # Of `metrics.jsonl`
     of:int|None, # Steps in all

@@ -8,7 +8,6 @@ Docs: https://sage-finetune.github.io/sage_finetune/runs/other_tools.html.md"""
 __all__ = ['Translation', 'kind_of_config', 'read_settings', 'translated', 'config_from_other_tool', 'llamafactory_command']
 
 # %% ../../nbs/runs/00_other_tools.ipynb #1896cb6a
-import json
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
@@ -18,7 +17,7 @@ from shutil import which
 
 from ..core.disk import read_json, SageError
 from ..config import TrainingConfig
-from ..rows.sources import load_training_data, read_rows, save_rows
+from ..rows.sources import read_rows, save_rows
 from ..rows.formats import detect_data_format
 
 # %% ../../nbs/runs/00_other_tools.ipynb #b036793d

@@ -130,6 +130,7 @@ def _trainer(config):
     "A quiet trainer for a config, a dict of settings, or what `sage-finetune run` takes"
     return trainer_of(TrainingConfig.from_dict(config) if isinstance(config, dict) else config, quiet=True)
 
+# %% ../../nbs/runs/05_pipeline.ipynb #b37c7a67
 def _result_of(run, status, result=None):
     "The result of a trainer that has ended"
     f,d = run.folder,run.data_report

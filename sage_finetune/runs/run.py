@@ -164,6 +164,7 @@ class RunList(Shown):
     def __contains__(self, name): return any(i.name==name for i in self.infos)
     def shown(self): return _list_table(self)
 
+# %% ../../nbs/runs/02_run.ipynb #1152a2cb
 def _list_table(runs):
     "One line for each run"
     if not runs.infos: return Table(['run'], [], title=f'No runs in {runs.root}; `sage-finetune quickstart` makes one')
@@ -197,6 +198,7 @@ def _facts_of(run):
                 if n not in _not_compared}
     return settings | {'rows (checksum)': run.record.get('_data', ''), 'machine': run.machine} | run.versions
 
+# %% ../../nbs/runs/02_run.ipynb #0fac546b
 def _differing(each):
     "{what: [text for each run]} where they are not all the same"
     names = dict.fromkeys(n for d in each for n in d)
@@ -219,6 +221,7 @@ def _figures(run):
             'best step': str(r.get('best_step') or ''), 'seconds': f"{r['seconds']:,.0f}" if 'seconds' in r else '',
             'tokens per second': f'{rate:,.0f}' if rate else '', 'peak memory': size_text(memory) if memory else ''}
 
+# %% ../../nbs/runs/02_run.ipynb #e2bb198c
 def _tokens(run):
     "[(step, tokens seen up to there)]; empty where the data report is missing"
     report = run.data_report
