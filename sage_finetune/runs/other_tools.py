@@ -37,6 +37,7 @@ class Translation:
         return '\n'.join([f'{self.file.name}, a config of {self.tool}:',
                           *(f'  {k:<{width}}  {v}' for k,v in self.went.items())])
 
+# %% ../../nbs/runs/00_other_tools.ipynb #6ad1a798
 def _number(value):
     "A number that YAML took for text, such as 1e-4"
     if not isinstance(value, str): return value
@@ -131,15 +132,7 @@ _shared_off = dict(
     hub_token=None,
 )
 
-# %% ../../nbs/runs/00_other_tools.ipynb #4ebb3dc5
-@dataclass(frozen=True)
-class _Tables:
-    "How the settings of a tool are read, as far as one line each is enough"
-    places: dict # Setting → what the tool takes where the file leaves it out
-    ours: dict # Setting → its name here, where that is another one; `lora.r` is the `r` of the adapter
-    notes: dict # Setting without a bearing on the result → why
-    off: dict # Setting → the value, or tuple of values, that asks for nothing
-
+# %% ../../nbs/runs/00_other_tools.ipynb #293982b2
 _why = dict(
     finetuning_type='only "lora" is',
     warmup_steps='set `warmup_ratio`',
@@ -151,6 +144,15 @@ _why = dict(
     use_peft='only adapters are trained',
     resize_vocab='the vocabulary stays as it is',
 )
+
+# %% ../../nbs/runs/00_other_tools.ipynb #4ebb3dc5
+@dataclass(frozen=True)
+class _Tables:
+    "How the settings of a tool are read, as far as one line each is enough"
+    places: dict # Setting → what the tool takes where the file leaves it out
+    ours: dict # Setting → its name here, where that is another one; `lora.r` is the `r` of the adapter
+    notes: dict # Setting without a bearing on the result → why
+    off: dict # Setting → the value, or tuple of values, that asks for nothing
 
 def _by_table(given, tables, out):
     "Settings that one line of a table is enough for; returns the faults"
@@ -171,6 +173,7 @@ def _place(given, name, default, place, out):
     (out.settings['lora'] if of_lora else out.settings)[key] = value
     if name in given: out.went[name] = f'{place} = {value}'
 
+# %% ../../nbs/runs/00_other_tools.ipynb #ce66a8eb
 def _fault_of(name, value, off, out):
     "A list with what is wrong with a setting that must stay off; empty where it is off"
     allowed = off if isinstance(off, tuple) else (off,)
@@ -191,6 +194,7 @@ def _take(given, out, name, default, allowed=None):
     if name in given: out.went[name] = 'honoured'
     return value
 
+# %% ../../nbs/runs/00_other_tools.ipynb #050048b1
 def _evaluation(given, out, share):
     "When held-out rows are evaluated, how many there are, and where numbers are reported"
     take,when_allowed = partial(_take, given, out),('no', 'steps', 'epoch')
@@ -392,6 +396,7 @@ def _trl_rest(given, out):
     s |= dict(overflow='truncate', cut_answers=True)
     _trl_data(given, take, out)
 
+# %% ../../nbs/runs/00_other_tools.ipynb #c86d872e
 def _trl_data(given, take, out):
     "The data set, and its part to evaluate on"
     subset = take('dataset_config', None)
@@ -482,6 +487,7 @@ def _unsupported(info, stage):
     return [*(k for k in info if k not in _info_keys), *(['ranking'] if info.get('ranking') and stage!='dpo' else []),
             *(k for k in info.get('columns', {}) if k in columns)]
 
+# %% ../../nbs/runs/00_other_tools.ipynb #2583f6bb
 def _described(name, about, folder, most, stage):
     "A data set by name, from `dataset_info.json`"
     info,file = about.get(name),folder/'dataset_info.json'
@@ -523,13 +529,12 @@ def _judgement(row, info):
 # %% ../../nbs/runs/00_other_tools.ipynb #7dd13ceb
 _sharegpt_tags = dict(role_tag='from', content_tag='value', user_tag='human', assistant_tag='gpt',
                       observation_tag='observation', function_tag='function_call', system_tag='system')
-_roles = dict(user_tag='user', assistant_tag='assistant', observation_tag='tool', function_tag='function_call',
-              system_tag='system')
+_roles = dict(user='user', assistant='assistant', observation='tool', function='function_call', system='system')
 
 def _sharegpt_row(row, info):
     "A row of turns as messages, its roles in our words"
     columns,tags = info.get('columns', {}),_sharegpt_tags | info.get('tags', {})
-    role_of = {tags[tag]: role for tag,role in _roles.items()}
+    role_of = {tags[f'{theirs}_tag']: role for theirs,role in _roles.items()}
     def message(turn):
         if not isinstance(turn, dict): return turn
         role = turn.get(tags['role_tag'])
