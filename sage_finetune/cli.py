@@ -7,8 +7,8 @@ Docs: https://sage-finetune.github.io/sage_finetune/cli.html.md"""
 # %% auto #0
 __all__ = ['app', 'Model', 'RunName', 'Runs', 'Output', 'Data', 'Fresh', 'Adapter', 'IgnoreContract', 'Key', 'Format', 'Split',
            'Subset', 'Revision', 'TrainOn', 'Overflow', 'Columns', 'Nproc', 'Share', 'Nodes', 'MachineRank', 'MainIp',
-           'MainPort', 'DryRun', 'EXAMPLES', 'main', 'quickstart', 'inspect', 'start', 'run', 'list_command', 'watch',
-           'merge', 'clean', 'chat', 'compare', 'look', 'repeat', 'serve', 'export', 'examples']
+           'MainPort', 'DryRun', 'EXAMPLES', 'main', 'quickstart', 'inspect', 'start', 'run', 'watch', 'merge', 'clean',
+           'chat', 'compare', 'look', 'repeat', 'serve', 'export', 'examples']
 
 # %% ../nbs/05_cli.ipynb #b5095066
 import json,os,sys
@@ -325,7 +325,7 @@ def run(
 
 # %% ../nbs/05_cli.ipynb #59245e96
 @app.command('list')
-def list_command(dir: Runs = None):
+def _list(dir: Runs = None):
     "Every run: task, model, state, final loss, size"
     from sage_finetune.runs.run import runs
     _print(runs(dir))
