@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ..core.display import Shown, shown_figure, Table
-from ..runs.run import on_any_ground, Run
+from ..runs.run import on_any_background, Run
 
 # %% ../../nbs/ui/04_adapter_sizes.ipynb #20010258
 def product_values(
@@ -170,7 +170,7 @@ def plot_adapter(
     axes = fig.subplots(1, 2, width_ratios=(len(modules)+1, 7)) if of=='size' else [fig.add_subplot()]
     _map(axes[0], inside, modules, numbers, what)
     if of=='size': _spectrum(axes[1], [l for l in inside if l.module==module], module)
-    return on_any_ground(fig)
+    return on_any_background(fig)
 
 _names = {'relative': '‖ΔW‖ / ‖W‖', 'norm': '‖ΔW‖', 'stable rank': 'stable rank'}
 

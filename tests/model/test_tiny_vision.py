@@ -456,7 +456,7 @@ def test_a_pattern_reaches_the_part_that_sees(models, tmp_path):
 
 
 def test_a_config_of_llamafactory_brings_its_images(models, tmp_path):
-    from sage_finetune.runs.other_tools import foreign_config
+    from sage_finetune.runs.other_tools import config_from_other_tool
     (tmp_path/'data').mkdir()
     (tmp_path/'media').mkdir()
     saved(tmp_path/'media', 'a.png')
@@ -473,7 +473,7 @@ def test_a_config_of_llamafactory_brings_its_images(models, tmp_path):
                     template='llava', cutoff_len=256, output_dir=str(tmp_path/'run'), per_device_train_batch_size=2,
                     gradient_accumulation_steps=1, max_steps=1, freeze_vision_tower=True, report_to='none')
     (tmp_path/'lf.json').write_text(json.dumps(settings))
-    run = LoRATrainer(foreign_config(tmp_path/'lf.json', lambda line: None), quiet=True)
+    run = LoRATrainer(config_from_other_tool(tmp_path/'lf.json', lambda line: None), quiet=True)
     run.train()
     assert (run.data_report.used, run.data_report.images, len(run.data_report.dropped))==(4, 2, 0)
     assert {n.split('.lora_')[0].split('.')[3] for n,p in run.model.named_parameters() if p.requires_grad}=={

@@ -74,7 +74,7 @@ def test_what_cannot_be_repeated_says_why(tmp_path):
     from sage_finetune.core.disk import write_json
     write_json(run.folder.config, run.record | dict(_machine='another one'))
     assert not_exact(run)[0].startswith('machine another one → ')
-    with pytest.raises(SageError, match='cannot be repeated to the bit here'): run.repeat(tmp_path/'again')
+    with pytest.raises(SageError, match='cannot be repeated bit-exactly here'): run.repeat(tmp_path/'again')
     (tmp_path/'full').mkdir()
     (tmp_path/'full'/'diary.txt').write_text('mine')
     with pytest.raises(ValueError, match='is not empty'): run.repeat(tmp_path/'full')
