@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from sage_finetune.inference import merging
+from sage_finetune.inference import merge_weights, merging
 from sage_finetune.model.adapter import ready_for_quantised_training
 from sage_finetune.core.disk import write_json
 from sage_finetune.config import read_json, SageError, TrainingConfig
@@ -166,7 +166,7 @@ def test_a_rounded_base(tmp_path, table, kind, tied, dora, bits):
     where = base(tmp_path/'base', kind, tied)
     report = proved(table, f'{kind} {bits}-bit{" dora" if dora else ""}',
                     adapter(tmp_path/'a', where, bits, use_dora=dora), tmp_path/'m')
-    full,written_out = (next(w for w in report.ways if part in w['onto']) for part in ('as it is stored', 'as rounded'))
+    full,written_out = (next(w for w in report.ways if part in w['onto']) for part in ('as it is stored', 'as quantised'))
     assert (report.ways[0]['divergence']==report.divergence<=report.ways[1]['divergence']
             and report.divergence<report.bound)
     if bits==4: assert written_out['divergence']<1e-6 < full['divergence'] and report.same==report.asked
@@ -182,14 +182,14 @@ def test_rounding_is_that_of_the_loaded_model(tmp_path):
     for bits in (8, 4):
         model = load_model(str(where), torch.float32, 'cpu',
                            quantisation_of(TrainingConfig(load_in_8bit=bits==8, load_in_4bit=bits==4)))
-        assert ((dequantize_module_weight(model.model.layers[0].mlp.up_proj)-merging.rounded(weight, bits)).abs()
+        assert ((dequantize_module_weight(model.model.layers[0].mlp.up_proj)-merge_weights.rounded(weight, bits)).abs()
                 .max()<1e-6)
 
 
 def test_a_proof_without_room_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
     a = adapter(tmp_path/'a', base(tmp_path/'base', 'llama'))
     monkeypatch.setattr(merging, '_free_memory', lambda: 10**6)
-    with pytest.raises(SageError, match=r'about 0.0 GB, and 0.0 GB are free: merge without it \(`rows=0`\)'):
+    with pytest.raises(SageError, match=r'about 0.0 GiB, and 0.0 GiB are free: merge without it \(`rows=0`\)'):
         merge_adapters(a, tmp_path/'m')
     assert merge_adapters(a, tmp_path/'m', rows=0).difference is None
 
@@ -329,7 +329,7 @@ def test_a_merged_model_is_looked_at_as_well(tmp_path, name, told):
         with pytest.warns(UserWarning, match=told): load_plain(tmp_path/'m', ignore_contract=True)
 
 
-def test_a_change_that_is_meant_goes_on_and_is_told(tmp_path):
+def test_a_change_that_is_meant_is_merged_and_noted(tmp_path):
     where = base(tmp_path/'base', 'llama')
     a = adapter(tmp_path/'a', where)
     other_weights(a, where)
@@ -337,14 +337,14 @@ def test_a_change_that_is_meant_goes_on_and_is_told(tmp_path):
     assert 'is not the base it was trained on' in report.notes[0] and report.notes[0] in str(report)
 
 
-def test_numbers_that_are_none_are_refused(tmp_path):
+def test_nan_is_refused(tmp_path):
     where = base(tmp_path/'base', 'llama')
     a = adapter(tmp_path/'a', where)
     tensors = load_file(a/'adapter_model.safetensors')
     name = next(k for k in tensors if 'layers.1.mlp.up_proj.lora_B' in k)
     tensors[name][0, 0] = float('nan')
     save_file(tensors, a/'adapter_model.safetensors', metadata=dict(format='pt'))
-    with pytest.raises(SageError, match='layers.1.mlp.up_proj.weight holds a number that is none'):
+    with pytest.raises(SageError, match='layers.1.mlp.up_proj.weight holds NaN or infinity'):
         merge_adapters(a, tmp_path/'m', rows=0)
     tensors[name][0, 0] = 1e30
     save_file(tensors, a/'adapter_model.safetensors', metadata=dict(format='pt'))
@@ -358,7 +358,7 @@ def test_numbers_that_are_none_are_refused(tmp_path):
 def test_a_wrong_merge_is_refused(tmp_path, monkeypatch, broken):
     where = base(tmp_path/'base', 'qwen2')
     a = adapter(tmp_path/'a', where)
-    monkeypatch.setattr(merging, 'merged_weight', broken)
+    monkeypatch.setattr(merge_weights, 'merged_weight', broken)
     with pytest.raises(SageError, match='merge refused'): merge_adapters(a, tmp_path/'m')
     assert sorted(p.name for p in tmp_path.iterdir())==['a', 'base']
 
