@@ -50,8 +50,8 @@ from sage_finetune.model.adapter import (
 from .model.loss import loss_sum, mean_loss
 from .model.memory import estimate_memory, probe_step
 from sage_finetune.training.callbacks import (
-    Checkpoints, EvaluateFirst, LastSteps, matmul_peak, Metrics, NotFinite, operations, peak_memory, plot_losses,
-    Progress, random_state, read_metrics, remove_checkpoint
+    Checkpoints, EvaluateFirst, LastSteps, matmul_peak, Metrics, NotFinite, peak_memory, plot_losses,
+    Progress, random_state, read_metrics, remove_checkpoint, training_flops
 )
 
 # %% ../nbs/02_trainer.ipynb #c13dc90e
@@ -156,7 +156,7 @@ class ResumableTrainer:
     def counted(self, every, learned):
         checkpointing = any(getattr(self.args, n, False)
                             for n in ('activation_checkpointing', 'gradient_checkpointing'))
-        return operations(self.model, every, learned, checkpointing)
+        return training_flops(self.model, every, learned, checkpointing)
 
     def _get_train_sampler(self, train_dataset=None):
         data,a = self.train_dataset if train_dataset is None else train_dataset, self.args
