@@ -23,10 +23,10 @@ from ..core.disk import read_json, SageError, write_text
 from ..config import TrainingConfig
 from ..core.display import Clickable, in_notebook
 from ..rows.template import encode_prompt
-from ..training.callbacks import Progress, random_state, read_metrics, set_random_state
+from ..training.callbacks import Progress, random_state, read_metrics, series, set_random_state
 from ..model.contract import stop_ids
 from ..inference.generate import Answer
-from .board import as_panel, Board, board_panes, CurveImage, headline, prompt_text, Said
+from .board import as_panel, Board, board_panes, CurveImage, headline, prompt_text, SampledAnswer
 
 # %% ../../nbs/ui/02_live.ipynb #a13b1c66
 def _streamer(tokenizer, heard):
@@ -110,9 +110,10 @@ def _take_generations(path, board, step):
     "Keep the generations up to a step, and put those of the board's prompts on it"
     kept = [g for g in read_generations(path) if g['step']<=step]
     if path.is_file(): write_text(path, ''.join(map(_line, kept)))
-    board.said = {prompt_text(p): [] for p in board.prompts}
+    board.answers = {prompt_text(p): [] for p in board.prompts}
     for g in kept:
-        if g['prompt'] in board.said: board.answered(g['prompt'], Said(g['step'], g['step'], g['text'], g['stopped']))
+        if g['prompt'] not in board.answers: continue
+        board.add_answer(g['prompt'], SampledAnswer(g['step'], g['step'], g['text'], g['stopped']))
 
 # %% ../../nbs/ui/02_live.ipynb #9b4cc2bc
 class LiveCallback(TrainerCallback):
@@ -168,7 +169,7 @@ class LiveRun:
         if self.running: raise SageError('the run trains already: `stop()` it first, or wait')
         self.result = self.error = None
         self._hold = self._ending = False
-        self.board.tell(phase='preparing')
+        self.board.update(phase='preparing')
         self._thread = threading.Thread(target=_work, args=(self, fresh), name='training', daemon=True)
         _leave_well(self)
         self._thread.start()
@@ -178,7 +179,7 @@ class LiveRun:
         "Hold the run after the pass that is under way; it still answers"
         if not self.running: raise SageError(f'nothing trains: the run is {self.board.phase}')
         self._hold = True
-        self.board.tell(phase='pausing')
+        self.board.update(phase='pausing')
         self._notify()
 
     def go_on(self):
@@ -186,7 +187,7 @@ class LiveRun:
         self._hold = False
         if self.running:
             if self.board.phase in ('pausing', 'paused'):
-                self.board.tell(phase='training' if self.board.steps else 'preparing')
+                self.board.update(phase='training' if self.board.steps else 'preparing')
             self._notify()
             return self
         if self.board.phase=='done':
@@ -201,7 +202,7 @@ class LiveRun:
         "Save the last whole step and end; `go_on()`, or the same run tomorrow, continues to the same bits"
         if self.running:
             self._ending = True
-            self.board.tell(phase='stopping')
+            self.board.update(phase='stopping')
             self.run.stop()
             self._notify()
 
@@ -224,8 +225,8 @@ class LiveRun:
         "Ask the model as it is now, without waiting"
         if not prompt: raise ValueError('`prompt` is empty: ask something')
         question = Question(prompt, max_new_tokens, temperature)
-        self.board.talk.append(question)
-        self.board.tell()
+        self.board.questions.append(question)
+        self.board.update()
         with self._wake:
             if self.running and not self.board.over:
                 self._asked.append(question)
@@ -254,7 +255,7 @@ class LiveRun:
     def heard(self, what):
         "Keep what the run has to say"
         self.board.notes.append(what)
-        self.board.tell()
+        self.board.update()
         if self._listener: self._listener(what)
 
     def callbacks(self): return [LiveCallback(self)]
@@ -290,7 +291,7 @@ def _work(live, fresh):
         live.error,phase = e,'failed'
         board.notes.append(f'{type(e).__name__}: {e}')
     with live._wake:
-        board.tell(phase=phase)
+        board.update(phase=phase)
         late = [live._asked.popleft() for _ in range(len(live._asked))]
     for q in late: _answer_now(live, q)
     atexit.unregister(live._leave)
@@ -307,14 +308,14 @@ def _stopped(live, error):
 def _conclude(live):
     "The last figures and answers of a run that has come to its end"
     state = live.run.trainer.state
-    live.board.tell(step=state.global_step, steps=state.max_steps)
+    live.board.update(step=state.global_step, steps=state.max_steps)
     if live._started is None:
         _fill_curves(live)
         _take_generations(_generations(live), live.board, state.global_step) # nothing was left to train
     if live.prompts and not _answered(live.board, state.global_step):
         with undisturbed(live.run.model): _answer_prompts(live, state.global_step)
 
-def _answered(board, step): return any(said and said[-1].last==step for said in board.said.values())
+def _answered(board, step): return any(said and said[-1].last==step for said in board.answers.values())
 
 def _answer_now(live, question):
     "Answer when nothing trains any more, in the thread that asks"
@@ -346,13 +347,13 @@ def _stand_still(live, step=None):
         if due: _answer_prompts(live, step)
         _answer_waiting(live)
         while live._hold and not live.run.asked_to_stop:
-            if live.board.phase!='paused': live.board.tell(phase='paused')
+            if live.board.phase!='paused': live.board.update(phase='paused')
             _answer_waiting(live)
             with live._wake:
                 if not live._asked and live._hold: live._wake.wait(0.2)
     live._away += time.monotonic()-began
     trainer.raise_if_stopped()
-    if live.board.phase in ('paused', 'pausing') and not live._hold: live.board.tell(phase='training')
+    if live.board.phase in ('paused', 'pausing') and not live._hold: live.board.update(phase='training')
 
 def _is_due(live, step):
     "Whether the fixed prompts are to be answered after this step"
@@ -371,12 +372,12 @@ def _answer(live, question):
     run,question.step = live.run,live.board.step
     def heard(text):
         question.text += text
-        live.board.tell()
+        live.board.update()
     try:
         question.ended(generate_answer(run.model, run.tokenizer, question.messages, *question.how, heard,
                                        lambda: bool(run.asked_to_stop) and live.running))
     except Exception as e: question.ended(error=e)
-    live.board.tell()
+    live.board.update()
 
 # %% ../../nbs/ui/02_live.ipynb #ac3f3801
 def _answer_prompts(live, step):
@@ -387,7 +388,7 @@ def _answer_prompts(live, step):
             said = generate_answer(run.model, run.tokenizer, p, live.max_new_tokens,
                                    enough=lambda: bool(run.asked_to_stop))
             if run.asked_to_stop: return # broken off
-            live.board.answered(prompt_text(p), Said(step, step, said.text, said.stopped))
+            live.board.add_answer(prompt_text(p), SampledAnswer(step, step, said.text, said.stopped))
             with file.open('a', encoding='utf-8') as f:
                 f.write(_line(dict(step=step, prompt=prompt_text(p), text=said.text, stopped=said.stopped)))
     except Exception as e:
@@ -405,8 +406,8 @@ def _take_up(live, state):
     if live._answered_at is None or live._answered_at>step:
         _take_generations(_generations(live), board, step)
         live._answered_at,live._answered_when = (step if _answered(board, step) else None),0.0
-    board.tell(step=step, steps=state.max_steps, done=0, seconds=0.0)
-    if board.phase=='preparing': board.tell(phase='training')
+    board.update(step=step, steps=state.max_steps, done=0, seconds=0.0)
+    if board.phase=='preparing': board.update(phase='training')
 
 def _fill_curves(live):
     "What a run that goes on had written down before"
@@ -414,8 +415,7 @@ def _fill_curves(live):
     for curve,key in ((live.board.loss, 'loss'), (live.board.held_out, 'eval_loss'),
                       (live.board.rate, 'learning_rate')):
         if not curve.line:
-            for m in known:
-                if key in m: curve.add(m['step'], m[key])
+            for step,value in series(known, key): curve.add(step, value)
     for m in known: live.board.now |= {k: v for k,v in m.items() if k in _numbers}
 
 _numbers = 'tokens_per_second', 'memory'
@@ -430,7 +430,7 @@ def _take_loss(live, step):
 def _take_step(live, state, scheduler):
     board = live.board
     if scheduler is not None: board.rate.add(state.global_step, scheduler.get_last_lr()[0])
-    board.tell(step=state.global_step, steps=state.max_steps, done=board.done+1, seconds=_training_seconds(live))
+    board.update(step=state.global_step, steps=state.max_steps, done=board.done+1, seconds=_training_seconds(live))
 
 def _take_numbers(live, step, logs):
     "What was logged; the sums begin anew with each loss"
@@ -438,7 +438,7 @@ def _take_numbers(live, step, logs):
     if 'eval_loss' in logs and not any(s==step for s,_ in live.board.held_out.line[-1:]):
         live.board.held_out.add(step, logs['eval_loss'])
     live.board.now = live.board.now | {k: logs[k] for k in _numbers if logs.get(k) is not None}
-    live.board.tell()
+    live.board.update()
 
 # %% ../../nbs/ui/02_live.ipynb #a4252125
 def _buttons(live):
@@ -572,10 +572,10 @@ def train_in_terminal(
         try:
             live.result = live.run.train(fresh=fresh)
             _conclude(live)
-            live.board.tell(phase='done')
+            live.board.update(phase='done')
         except BaseException as e:
             live.board.notes.append(str(e))
-            live.board.tell(phase='stopped' if isinstance(e, KeyboardInterrupt) else 'failed')
+            live.board.update(phase='stopped' if isinstance(e, KeyboardInterrupt) else 'failed')
             raise
         finally: shown.refresh()
     return live.result
