@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from layout import ROOT
+
 CONSUMER = '''
 from pathlib import Path
 from sage_finetune import LoRAConfig, LoRATrainer, PresetConfigs, TrainingConfig, finetune, prepare_dataset
@@ -37,7 +39,7 @@ def checked(tmp_path_factory):
     folder = tmp_path_factory.mktemp('consumer')
     def check(text):
         (folder/'consumer.py').write_text(text)
-        (folder/'pyrightconfig.json').write_text(json.dumps(dict(typeCheckingMode='standard')))
+        (folder/'pyrightconfig.json').write_text(json.dumps(dict(typeCheckingMode='standard', extraPaths=[str(ROOT)])))
         done = subprocess.run([sys.executable, '-m', 'basedpyright', '--outputjson', '--pythonpath', sys.executable,
                                'consumer.py'], cwd=folder, capture_output=True, text=True)
         return [d for d in json.loads(done.stdout)['generalDiagnostics'] if d['severity']=='error']
@@ -50,7 +52,7 @@ def test_a_consumer_has_no_type_error(checked):
 
 @pytest.mark.parametrize('line,told', [
     ('LoRATrainer(config).no_such_step()', 'no_such_step'), ("TrainingConfig(data_path=3)", 'data_path'),
-    ("n: int = LoRATrainer", 'LoRATrainer'), ("folder: int = config.checkpoint_dir", 'int')])
+    ("n: int = LoRATrainer", 'LoRATrainer'), ("wrong: int = config.checkpoint_dir", "Path")])
 def test_a_mistake_is_told(checked, line, told):
     faults = checked(CONSUMER+'\n'+line+'\n')
     assert len(faults)==1 and told in faults[0]['message']
