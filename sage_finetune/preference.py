@@ -39,7 +39,7 @@ from .model.adapter import changes_base
 from .model.loss import evaluating
 from .model.step_bytes import live_bytes
 from .model.memory import estimate_memory, Probe
-from .training.callbacks import operations, read_metrics
+from .training.callbacks import read_metrics, training_flops
 from sage_finetune.trainer import (
     check_data_path, LoRATrainer, pad_token_id, ResumableTrainer, TokenMetrics, training_arguments, TrainingResult
 )
@@ -263,7 +263,7 @@ class PreferenceMixin(ResumableTrainer):
         return example_lengths(rows)+(each('rejected_input_ids') if 'rejected_input_ids' in rows.column_names else 0)
 
     def counted(self, every, learned):
-        return super().counted(every, learned) + self.reference_passes*operations(self.model, every, learned)//2
+        return super().counted(every, learned) + self.reference_passes*training_flops(self.model, every, learned)//2
 
     def figures_of_pass(self): return self._metrics['train' if self.model.training else 'eval']
 

@@ -41,7 +41,7 @@ from sage_finetune.training.batches import (
 from .training.split import overlap, split_dataset
 from .training.samplers import LengthGroupedSampler, RankBatchSampler, TokenBatchSampler
 from sage_finetune.training.incremental import (
-    add_stacked_adapter, earlier_data, load_adapter_weights, only_top_adapter, parent_adapter, with_adapter,
+    add_stacked_adapter, load_adapter_weights, only_top_adapter, parent_adapter, replay_data, with_adapter,
     with_replay
 )
 from .model.contract import check_contract, save_contract
@@ -52,8 +52,8 @@ from sage_finetune.model.adapter import (
 from .model.loss import loss_sum, mean_loss
 from .model.memory import estimate_memory, probe_step
 from sage_finetune.training.callbacks import (
-    Checkpoints, EvaluateFirst, LastSteps, matmul_peak, Metrics, NotFinite, operations, peak_memory, plot_losses,
-    Progress, random_state, read_metrics, remove_checkpoint
+    Checkpoints, EvaluateFirst, LastSteps, matmul_peak, Metrics, NotFinite, peak_memory, plot_losses, Progress,
+    random_state, read_metrics, remove_checkpoint, training_flops
 )
 
 # %% ../nbs/02_trainer.ipynb #c13dc90e
@@ -158,7 +158,7 @@ class ResumableTrainer:
     def counted(self, every, learned):
         checkpointing = any(getattr(self.args, n, False)
                             for n in ('activation_checkpointing', 'gradient_checkpointing'))
-        return operations(self.model, every, learned, checkpointing)
+        return training_flops(self.model, every, learned, checkpointing)
 
     def _get_train_sampler(self, train_dataset=None):
         data,a = self.train_dataset if train_dataset is None else train_dataset, self.args
@@ -679,7 +679,7 @@ def _with_earlier(run):
     c,report = run.config,run.data_report
     if c.init_adapter is None and c.replay_path is None: return run.dataset,None
     report.replay = DataReport()
-    trained,held = earlier_data(c, run.tokenizer, report.replay)
+    trained,held = replay_data(c, run.tokenizer, report.replay)
     if not report.replay.read: report.replay = None
     return with_replay(run.dataset, trained, c.replay_share, c.seed, report),held
 

@@ -264,8 +264,9 @@ def _curves(runs, labels, by):
 
 def _draw(ax, run, label, colour, by):
     "Training (thin) and held-out loss (dots) of one run"
+    from sage_finetune.training.callbacks import series
     at = dict(_tokens(run)) if by=='tokens' else {m['step']: m['step'] for m in run.metrics}
-    points = lambda key: [(at[m['step']], m[key]) for m in run.metrics if key in m and m['step'] in at]
+    points = lambda key: [(at[step], value) for step,value in series(run.metrics, key) if step in at]
     if xy := points('loss'): ax.plot(*zip(*xy), '-', color=colour, alpha=.6, linewidth=1.2)
     if xy := points('eval_loss'): ax.plot(*zip(*xy), 'o-', color=colour, label=label, markersize=4)
 

@@ -6,7 +6,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/training/incremental.html.md
 
 # %% auto #0
 __all__ = ['Earlier', 'parent_adapter', 'with_adapter', 'load_adapter_weights', 'add_stacked_adapter', 'only_top_adapter',
-           'earlier_data', 'with_replay']
+           'replay_data', 'with_replay']
 
 # %% ../../nbs/training/07_incremental.ipynb #0e6c9df1
 import random,warnings,zlib
@@ -183,7 +183,7 @@ def only_top_adapter(
     finally: _both_act(model)
 
 # %% ../../nbs/training/07_incremental.ipynb #97fbad41
-def earlier_data(
+def replay_data(
     config:TrainingConfig, # From `with_adapter`
     tokenizer, # Of the model
     report:DataReport, # Filled in
