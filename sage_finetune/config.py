@@ -138,7 +138,7 @@ class TrainingConfig(Settings):
     weight_decay: float = 0.0 # Pull of the trained weights towards zero
     max_grad_norm: float = 1.0 # Longest gradient; 0 for no limit
     eval_steps: int|None = None # Optimizer steps between two evaluations; None evaluates after each epoch
-    # BestAdapter without a better loss after which to stop; None never stops early
+    # Evaluations without a better loss after which to stop; None never stops early
     early_stopping_patience: int|None = None
     load_best_model_at_end: bool = False # Keep the adapter of the best evaluation instead of the last
     loraplus_lr_ratio: float|None = None # Learning rate of B over that of A (LoRA+); None for the same
