@@ -264,7 +264,7 @@ best_adapter_file = 'best_adapter.safetensors'
 class BestAdapter(TrainerCallback):
     "Which evaluation was the best, its adapter, and when to stop"
     def __init__(self,
-        patience:int|None=None, # BestAdapter without a better loss after which to stop; None never stops
+        patience:int|None=None, # Evaluations without a better loss after which to stop; None never stops
         keep:bool=False, # Whether checkpoints hold the best adapter
     ): self.patience,self.keep,self.best = patience,keep,[]
 
