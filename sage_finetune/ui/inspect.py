@@ -6,7 +6,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/ui/inspect.html.md"""
 
 # %% auto #0
 __all__ = ['text_styles', 'Piece', 'pieces_of', 'parts_shown', 'RowView', 'styled', 'row_columns', 'show_row', 'show_rows',
-           'token_lengths', 'plot_lengths', 'text_histogram', 'Inspection', 'run_settings', 'inspect_data']
+           'token_lengths', 'text_histogram', 'plot_lengths', 'Inspection', 'inspect_data']
 
 # %% ../../nbs/ui/00_inspect.ipynb #b6399e5e
 import codecs,html,os,re,unicodedata
@@ -22,7 +22,7 @@ from ..core.run_folder import RunFolder
 from ..rows.template import byte_letters, ignored, is_byte_level
 from ..data import DataReport, prepare_dataset, tokenizer_of
 from ..training.batches import pack_dataset, PackingReport
-from ..core.display import shown_figure, Views
+from ..core.display import Panel, shown_figure, Shown, Views
 
 # %% ../../nbs/ui/00_inspect.ipynb #57fa67d1
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Piece:
     at: int # Place of the first token in the row, from 0
     ids: tuple # Token ids
     learned: bool = False # Whether one of them is a target of the loss
-    control: bool = False # Whether it is a token of its own, such as <|im_end|>
+    special: bool = False # Whether it is a token outside of the text, such as <|im_end|>
     document: int = 0 # Number of the packed document that begins here, from 1; 0 where none does
 
 # %% ../../nbs/ui/00_inspect.ipynb #74f4001f
-def _raw(ids, tokenizer, alone):
+def _token_bytes(ids, tokenizer, alone):
     "The bytes of each token that is made of bytes, else None; `alone` are tokens that are not"
     byte_level,letters,out = is_byte_level(tokenizer),byte_letters(),[]
     for t,token in zip(ids, tokenizer.convert_ids_to_tokens(ids)):
@@ -46,8 +46,8 @@ def _raw(ids, tokenizer, alone):
     return out
 
 # %% ../../nbs/ui/00_inspect.ipynb #35d9e29b
-def _stretches(raw, starts):
-    "(first, after the last) of the fewest tokens that are whole characters; no stretch reaches over one of `starts`"
+def _character_spans(raw, starts):
+    "(first, after the last) of the fewest tokens that are whole characters; no span reaches over one of `starts`"
     begin,decoder = 0,codecs.getincrementaldecoder('utf-8')('surrogateescape')
     for k,b in enumerate(raw):
         if k>begin and (b is None or k in starts):
@@ -60,20 +60,21 @@ def _stretches(raw, starts):
             begin = k+1
     if begin<len(raw): yield begin,len(raw)
 
+# %% ../../nbs/ui/00_inspect.ipynb #57ca51c1
+def _joins(before, text):
+    "Whether `text` continues the character in which `before` ends: an accent, a skin tone, a joiner"
+    if not before or not text or before.isspace(): return False
+    return (unicodedata.category(text[0])[0]=='M' or text[0]=='\u200d' or '\U0001f3fb'<=text[0]<='\U0001f3ff'
+            or before[-1]=='\u200d')
+
 def _text(ids, raw, before, tokenizer, alone):
-    "Text of a stretch of tokens; `before` is the token before it, if there is one"
+    "Text of a span of tokens; `before` is the token before it, if there is one"
     if raw[0] is not None: return b''.join(raw).decode('utf-8', 'surrogateescape')
     if ids[0] in alone: return alone[ids[0]]
     if tokenizer.convert_ids_to_tokens(ids)[0] is None: return f'⟨no token has the id {ids[0]}⟩'
     decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     known,both = decode(before),decode([*before, *ids])
     return both[len(known):] if before and both.startswith(known) else decode(ids)
-
-def _joins(before, text):
-    "Whether `text` goes on with the character in which `before` ends: an accent, a skin tone, a joiner"
-    if not before or not text or before.isspace(): return False
-    return (unicodedata.category(text[0])[0]=='M' or text[0]=='\u200d' or '\U0001f3fb'<=text[0]<='\U0001f3ff'
-            or before[-1]=='\u200d')
 
 # %% ../../nbs/ui/00_inspect.ipynb #026bf476
 def pieces_of(
@@ -84,11 +85,11 @@ def pieces_of(
 )->list: # Of `Piece`; their texts together are the text of `ids`
     "Tokens as pieces of whole characters"
     alone = {t: str(a) for t,a in tokenizer.added_tokens_decoder.items()}
-    raw,learned,out = _raw(ids, tokenizer, alone),learned or [False]*len(ids),[]
+    raw,learned,out = _token_bytes(ids, tokenizer, alone),learned or [False]*len(ids),[]
     number = {p: n for n,p in enumerate(starts, 1)}
-    for a,b in _stretches(raw, number):
+    for a,b in _character_spans(raw, number):
         text = _text(ids[a:b], raw[a:b], ids[max(0, a-1):a], tokenizer, alone)
-        if a and a not in number and not out[-1].control and ids[a] not in alone and _joins(out[-1].text, text):
+        if a and a not in number and not out[-1].special and ids[a] not in alone and _joins(out[-1].text, text):
             last = out.pop()
             out.append(Piece(last.text+text, last.at, (*last.ids, *ids[a:b]), last.learned or any(learned[a:b]),
                              document=last.document))
@@ -97,8 +98,10 @@ def pieces_of(
 
 # %% ../../nbs/ui/00_inspect.ipynb #ae53a255
 _signs = {'\n': '↵\n', '\t': '⇥\t'}
+
 # Categories of Unicode: control, format, surrogate, private, separators
 _unseen = 'Cc', 'Cf', 'Cs', 'Co', 'Zl', 'Zp', 'Zs'
+
 _seen = ' \u3000\u200c\u200d' # the last two join letters and emojis, or keep letters apart
 
 def _sign(c):
@@ -110,10 +113,12 @@ def _sign(c):
 
 def _dots(pieces):
     "Places of the spaces, in the text of all pieces, that nobody would see"
-    text = ''.join('\n'*len(p.text) if p.control else p.text for p in pieces)
+    text = ''.join('\n'*len(p.text) if p.special else p.text for p in pieces)
     return {i for m in re.finditer('^ +| +$|  +', text, re.M) for i in range(*m.span())}
 
+# %% ../../nbs/ui/00_inspect.ipynb #a0d40587
 _low = str.maketrans('0123456789,', '₀₁₂₃₄₅₆₇₈₉₊')
+
 def _id_of(piece): return ','.join(map(str, piece.ids)).translate(_low)
 
 def parts_shown(
@@ -163,7 +168,7 @@ def _rule(document, before):
 def _unmarked(text): return re.sub('[⟦⟧]', lambda m: f'\\u{ord(m[0]):x}', text)
 
 def _plain(pieces, ids=False):
-    "Pieces as text in which learned stretches stand in ⟦…⟧"
+    "Pieces as text in which learned tokens stand in ⟦…⟧"
     out = ''
     for learned,group in groupby(parts_shown(pieces, ids), key=lambda x: x[0].learned):
         inner = ''
@@ -174,16 +179,15 @@ def _plain(pieces, ids=False):
     return out
 
 # %% ../../nbs/ui/00_inspect.ipynb #36302c5e
-text_styles = dict(
+text_styles = dict(sign='opacity:.5', head='font-size:13px;line-height:1.65;text-align:left',
     learned='background:rgba(255,176,0,.32);text-decoration:underline;text-decoration-thickness:2px;'
-    'text-underline-offset:3px;text-decoration-color:rgba(214,124,0,.9)',
-    control='border:1px solid rgba(128,128,128,.65);border-radius:3px;padding:0 '
-    '2px;font:inherit;font-size:.88em;background:none;color:inherit',
-    sign='opacity:.5', document='display:block;border-top:1px dashed;margin-top:.5em;opacity:.7;font-size:.85em',
-    box='font-family:monospace;font-size:13px;line-height:1.65;white-space:pre-wrap;overflow-wrap:anywhere;'
-    'tab-size:4;max-height:32em;overflow:auto;'
-        'border:1px solid rgba(128,128,128,.4);border-radius:4px;padding:.5em .7em;margin:.3em 0 1em;text-align:left',
-    head='font-size:13px;line-height:1.65;text-align:left')
+            'text-underline-offset:3px;text-decoration-color:rgba(214,124,0,.9)',
+    special='border:1px solid rgba(128,128,128,.65);border-radius:3px;padding:0 2px;font:inherit;font-size:.88em;'
+            'background:none;color:inherit',
+    document='display:block;border-top:1px dashed;margin-top:.5em;opacity:.7;font-size:.85em',
+    box='font-family:monospace;font-size:13px;line-height:1.65;white-space:pre-wrap;overflow-wrap:anywhere;tab-size:4;'
+        'max-height:32em;overflow:auto;border:1px solid rgba(128,128,128,.4);border-radius:4px;padding:.5em .7em;'
+        'margin:.3em 0 1em;text-align:left')
 
 def styled(
     name:str, # Of an HTML element
@@ -193,6 +197,7 @@ def styled(
     "An element in one of the styles"
     return f'<{name} style="{text_styles[kind]}">{inner}</{name}>'
 
+# %% ../../nbs/ui/00_inspect.ipynb #53d80ed3
 def _html_piece(piece, parts):
     "A piece with its place and id on hover"
     ids,last = ', '.join(map(str, piece.ids)),piece.at+len(piece.ids)-1
@@ -200,22 +205,19 @@ def _html_piece(piece, parts):
              else f'tokens {piece.at} to {last}, one character: ids {ids}')
     inner = ''.join(styled('span', 'sign', html.escape(s)) if sign else html.escape(s) for s,sign in parts)
     rule = styled('span', 'document', f'document {piece.document}') if piece.document else ''
-    return rule+f'<span title="{title}">{styled("code", "control", inner) if piece.control else inner}</span>'
+    return rule+f'<span title="{title}">{styled("code", "special", inner) if piece.special else inner}</span>'
 
 def _html_row(view):
     body = ''
     for learned,group in groupby(parts_shown(view.pieces), key=lambda x: x[0].learned):
         inner = ''.join(_html_piece(p, parts) for p,parts in group)
         body += styled('u', 'learned', inner) if learned else inner
-    legend = (f'{styled("u", "learned", "learned")} · ignored · {styled("code", "control", "control token")} · '
+    legend = (f'{styled("u", "learned", "learned")} · ignored · {styled("code", "special", "special token")} · '
               f'place and id on hover')
     return (f'<div style="{text_styles["head"]}">{view.summary} &nbsp;|&nbsp; '
             f'{legend}</div><div style="{text_styles["box"]}">{body}</div>')
 
 # %% ../../nbs/ui/00_inspect.ipynb #56b29806
-_styles = dict(learned='underline #000000 on #ffc240', control='bold cyan',
-               both='bold underline #005f87 on #ffc240', sign='dim', legend='dim')
-
 def _window(view):
     "The pieces to show in a terminal, and how many tokens stand before and after them"
     first = next((i for i,p in enumerate(view.pieces) if p.learned), 0)
@@ -224,11 +226,15 @@ def _window(view):
     if not some: return [],0,view.tokens
     return some,some[0].at,view.tokens-some[-1].at-len(some[-1].ids)
 
+# %% ../../nbs/ui/00_inspect.ipynb #07001c66
+_styles = dict(learned='underline #000000 on #ffc240', special='bold cyan',
+               both='bold underline #005f87 on #ffc240', sign='dim', legend='dim')
+
 def _coloured(pieces, ids):
     from rich.text import Text
     out = Text(overflow='fold')
     for p,parts in parts_shown(pieces, ids):
-        style = _styles['both' if p.learned else 'control'] if p.control else _styles['learned'] if p.learned else ''
+        style = _styles['both' if p.learned else 'special'] if p.special else _styles['learned'] if p.learned else ''
         if p.document: out.append(_rule(p.document, out.plain[-1:]), _styles['legend'])
         for s,sign in parts: out.append(s, f"{style} {_styles['sign']}" if sign and not p.learned else style)
     return out
@@ -237,9 +243,9 @@ def _rich_row(view, console):
     from rich.text import Text
     colours = console.color_system and not console.no_color
     pieces,before,after = _window(view)
-    learned,control = ((('learned', _styles['learned']), ('<control>', _styles['control'])) if colours
+    learned,special = ((('learned', _styles['learned']), ('<special>', _styles['special'])) if colours
                        else ('⟦learned⟧', ''))
-    yield Text.assemble((view.summary, 'bold'), '   ', learned, ' ignored ', control)
+    yield Text.assemble((view.summary, 'bold'), '   ', learned, ' ignored ', special)
     if before: yield Text(f'… {before:,} tokens before', _styles['legend'])
     text = _coloured(pieces, view.ids) if colours else Text(_plain(pieces, view.ids), overflow='fold')
     text.rstrip()
@@ -264,6 +270,7 @@ def row_columns(
     cut = {k: [x for x,real in zip(v, keep) if real] for k,v in whole.items()}
     return cut['input_ids'],cut.get('labels', cut['input_ids']),cut.get('position_ids'),n-sum(map(bool, keep))
 
+# %% ../../nbs/ui/00_inspect.ipynb #91c7e574
 def _number(i, n):
     "The number of a row, counted from the beginning"
     if not n: raise ValueError('`dataset` is empty: there is no row to show')
@@ -274,7 +281,6 @@ def _number(i, n):
                          f'rows; got {i!r}')
     return at%n
 
-# %% ../../nbs/ui/00_inspect.ipynb #41721c00
 def show_row(
     dataset, # From `prepare_dataset` or `pack_dataset`, or a list of rows with `input_ids`
     i:int=0, # Number of the row, from 0; negative numbers count from the end
@@ -324,6 +330,7 @@ def _lengths_of(table):
     learned[:1],learned[1:] = False,learned[1:] & (row[1:]==row[:-1]) # not the first token of a row
     return np.bincount(row, minlength=len(sizes)),np.bincount(row[learned], minlength=len(sizes))
 
+# %% ../../nbs/ui/00_inspect.ipynb #03ebfa3f
 def token_lengths(
     dataset, # From `prepare_dataset` or `pack_dataset`
 )->tuple: # Two arrays: tokens and learned tokens of each example
@@ -345,37 +352,11 @@ def _up_to(lengths, share):
     import numpy as np
     return int(np.quantile(lengths, share, method='inverted_cdf'))
 
-def _told(lengths): return f'median {_up_to(lengths, .5):,}, 95 % up to {_up_to(lengths, .95):,}'
+def _median_and_tail(lengths): return f'median {_up_to(lengths, .5):,}, 95 % up to {_up_to(lengths, .95):,}'
 
 def _step(longest, shortest, bins):
     "The smallest round width of which `bins` reach from the shortest to the longest"
     return next(s for e in range(19) for f in (1, 2, 5) if longest//(s := f*10**e) - shortest//s < bins)
-
-def _plot(tokens, learned, max_length=None):
-    import numpy as np
-    fig = shown_figure(figsize=(6.4, 3.4), layout='constrained')
-    ax,longest = fig.add_subplot(),int(tokens.max())
-    step = _step(longest, 0, 50)
-    edges = np.arange(0, longest+2*step, step)-.5*(step==1)
-    ax.hist(tokens, edges, color='#4c78a8', alpha=.75, label=f'all tokens: {_told(tokens)}')
-    ax.hist(learned, edges, histtype='step', color='#e07b00', linewidth=2, label=f'learned tokens: {_told(learned)}')
-    if max_length and max_length<=2*longest:
-        ax.axvline(max_length, color='#b00020', linestyle='--', label=f'limit: {max_length:,}')
-    elif max_length: ax.plot([], [], ' ', label=f'limit: {max_length:,}, far to the right')
-    ax.set(xlabel='tokens of an example', ylabel='examples', xlim=(min(edges[0], 0), None))
-    ax.yaxis.get_major_locator().set_params(integer=True)
-    ax.grid(alpha=.3)
-    fig.legend(loc='outside upper center', frameon=False, fontsize='small')
-    return fig
-
-def plot_lengths(
-    dataset, # From `prepare_dataset`
-    max_length:int|None=None, # Is marked, if given
-): # A matplotlib figure
-    "How many examples have how many tokens, and how many of these are learned"
-    tokens,learned = token_lengths(dataset)
-    _number(0, len(tokens))
-    return _plot(tokens, learned, max_length)
 
 # %% ../../nbs/ui/00_inspect.ipynb #110ee352
 def text_histogram(
@@ -397,9 +378,38 @@ def text_histogram(
     lines = [f'{name:>{max(map(len, names))}} │{bar} {n:,}' for name,bar,n in zip(names, bars, counts.tolist())]
     return '\n'.join([*lines, *([f'limit {limit:,}'] if limit else [])])
 
+# %% ../../nbs/ui/00_inspect.ipynb #a4b57b7f
+def _plot(tokens, learned, max_length=None):
+    import numpy as np
+    "Two histograms in one figure, with the limit where it is in sight"
+    fig = shown_figure(figsize=(6.4, 3.4), layout='constrained')
+    ax,longest = fig.add_subplot(),int(tokens.max())
+    step = _step(longest, 0, 50)
+    edges = np.arange(0, longest+2*step, step)-.5*(step==1)
+    ax.hist(tokens, edges, color='#4c78a8', alpha=.75, label=f'all tokens: {_median_and_tail(tokens)}')
+    ax.hist(learned, edges, histtype='step', color='#e07b00', linewidth=2,
+            label=f'learned tokens: {_median_and_tail(learned)}')
+    if max_length and max_length<=2*longest:
+        ax.axvline(max_length, color='#b00020', linestyle='--', label=f'limit: {max_length:,}')
+    elif max_length: ax.plot([], [], ' ', label=f'limit: {max_length:,}, far to the right')
+    ax.set(xlabel='tokens of an example', ylabel='examples', xlim=(min(edges[0], 0), None))
+    ax.yaxis.get_major_locator().set_params(integer=True)
+    ax.grid(alpha=.3)
+    fig.legend(loc='outside upper center', frameon=False, fontsize='small')
+    return fig
+
+def plot_lengths(
+    dataset, # From `prepare_dataset`
+    max_length:int|None=None, # Is marked, if given
+): # A matplotlib figure
+    "How many examples have how many tokens, and how many of these are learned"
+    tokens,learned = token_lengths(dataset)
+    _number(0, len(tokens))
+    return _plot(tokens, learned, max_length)
+
 # %% ../../nbs/ui/00_inspect.ipynb #d74382af
 @dataclass(repr=False)
-class Inspection:
+class Inspection(Shown):
     "What was found in a source: the report, the lengths and some examples"
     report: DataReport # What became of every row
     tokens: object # Tokens of each example, an array
@@ -409,42 +419,39 @@ class Inspection:
     dataset: object # The examples, as `prepare_dataset` gives them
     notes: list = field(default_factory=list) # What was decided without being asked for
 
-    def plot(self): return _plot(self.tokens, self.learned, self.max_length)
+    def plot(self): # A matplotlib figure
+        "How many examples have how many tokens"
+        return _plot(self.tokens, self.learned, self.max_length)
 
-    def lengths(self, width=50): # Plain text
+    def lengths(self,
+        width:int=50, # Characters of the longest bar
+    )->str: # Plain text
         "The lengths as text"
-        head = f'all tokens: {_told(self.tokens)}, limit {self.max_length:,}\nlearned tokens: {_told(self.learned)}'
-        return f'{head}\n{text_histogram(self.tokens, width)}'
+        return (f'all tokens: {_median_and_tail(self.tokens)}, limit {self.max_length:,}\n'
+                f'learned tokens: {_median_and_tail(self.learned)}\n{text_histogram(self.tokens, width)}')
 
-    def __str__(self): return '\n\n'.join(map(str, [*self.notes, self.report, self.lengths(), self.rows]))
-    def __repr__(self): return str(self)
+    def shown(self):
+        return Panel('The data as the model sees it', [*self.notes, self.report, _Lengths(self), self.rows])
 
+class _Lengths:
+    "The lengths of the examples: text in a log, as wide as a terminal allows, a figure in a notebook"
+    def __init__(self, found): self.found = found
+    def __str__(self): return self.found.lengths()
     def _repr_html_(self):
-        notes = ''.join(f'<p>{html.escape(n)}</p>' for n in self.notes)
-        picture = (f'<img alt="{html.escape(self.lengths())}" '
-                   f'src="data:image/png;base64,{b64encode(self.plot()._repr_png_()).decode()}">')
-        return f'{notes}{self.report._repr_html_()}{picture}{self.rows._repr_html_()}'
-
+        png = b64encode(self.found.plot()._repr_png_()).decode()
+        return f'<img alt="{html.escape(str(self))}" src="data:image/png;base64,{png}">'
     def __rich_console__(self, console, options):
         from rich.text import Text
-        for n in self.notes: yield Text(n, style='italic')
-        yield self.report
-        yield ''
-        yield Text(self.lengths(max(5, min(50, options.max_width-25))), overflow='fold')
-        yield ''
-        yield self.rows
+        yield Text(self.found.lengths(max(5, min(50, options.max_width-25)))+'\n', overflow='fold')
 
 # %% ../../nbs/ui/00_inspect.ipynb #fc01344e
 _of_run = dict(data='data_path', model='model_name', max_length='max_length', packing='packing',
                format_type='format_type', columns='columns', split='data_split',
                subset='data_subset', revision='data_revision', train_on='train_on', overflow='overflow',
                cut_answers='cut_answers', duplicates='duplicates', strict='strict')
-_defaults = dict(model=None, max_length=1024, packing=False)
 
-def run_settings(
-    folder, # Of a run
-)->dict|None: # Arguments of `inspect_data`; None where it is no run folder
-    "What a run folder asks for, as far as it concerns its data"
+def _run_settings(folder):
+    "The arguments of `inspect_data` that a run folder asks for; None where it is no run folder"
     if not isinstance(folder, (str, os.PathLike)): return None
     run = RunFolder(folder)
     if not (run.meta.is_file() or run.config.is_file()): return None
@@ -456,11 +463,14 @@ def run_settings(
 
 # %% ../../nbs/ui/00_inspect.ipynb #7f9935cd
 def _tokenizer_for(model, notes):
+    "The tokenizer of a model, or the one that was given"
     if model is None:
         notes.append(f'no model was named, so the tokens are those of {embedded_model}; another model has others')
     if model is not None and not isinstance(model, (str, os.PathLike)): return model
     from sage_finetune.model.loading import load_tokenizer # imports torch
     return load_tokenizer(str(model or embedded_model))
+
+_defaults = dict(model=None, max_length=1024, packing=False)
 
 def inspect_data(
     data, # A run folder, or whatever `prepare_dataset` reads
@@ -474,14 +484,14 @@ def inspect_data(
     "The report, the lengths and some examples of a source, before anyone trains on it"
     refuse_unknown(how, [*_of_run, 'cache'])
     given = {k: v for k,v in dict(how, model=model, max_length=max_length).items() if v is not None}
-    asked = _defaults | dict(data=data, notes=[]) | (run_settings(data) or {}) | given
-    data,model,notes,packing = (asked.pop(k) for k in ('data', 'model', 'notes', 'packing'))
+    settings = _defaults | dict(data=data, notes=[]) | (_run_settings(data) or {}) | given
+    data,model,notes,packing = (settings.pop(k) for k in ('data', 'model', 'notes', 'packing'))
     tokenizer,report = _tokenizer_for(model, notes),DataReport()
-    dataset = prepare_dataset(data, tokenizer, report=report, **asked)
+    dataset = prepare_dataset(data, tokenizer, report=report, **settings)
     tokens,learned = token_lengths(dataset)
     if packing:
-        dataset = pack_dataset(dataset, asked['max_length'], packed := PackingReport())
+        dataset = pack_dataset(dataset, settings['max_length'], packed := PackingReport())
         report.packing = packed.to_dict()
     numbers = range(min(rows, len(dataset))) if isinstance(rows, int) else rows
-    return Inspection(report, tokens, learned, asked['max_length'],
+    return Inspection(report, tokens, learned, settings['max_length'],
                       Views(show_row(dataset, i, tokenizer, most, ids) for i in numbers), dataset, notes)
