@@ -14,7 +14,6 @@ from base64 import b64encode
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import index, itemgetter
-from pathlib import Path
 
 from ..core.settings import refuse_unknown
 from ..config import config_from_meta, embedded_model, TrainingConfig
