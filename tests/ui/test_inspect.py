@@ -1,4 +1,4 @@
-"Seeing the data: nothing in it can command a page or a terminal, no character is broken, and the command takes any source"
+"Seeing the data: nothing in it commands a page or a terminal, no character is broken, the command takes any source"
 import csv
 import gzip
 import io
@@ -283,7 +283,8 @@ def test_padding_wrong_lengths_and_odd_data_sets(tok):
 def test_what_show_row_refuses(tok):
     rows = prepare_dataset([qa('Hi', 'Yo')], tok, cache=False)
     for args,how,match in (
-            (([dict(input_ids=[1, 2], labels=[1])],), dict(tokenizer=tok), '`labels` has 1 values and `input_ids` has 2'),
+            (([dict(input_ids=[1, 2], labels=[1])],), dict(tokenizer=tok),
+             '`labels` has 1 values and `input_ids` has 2'),
             (([dict(question='?')],), dict(tokenizer=tok), 'must have a column `input_ids`, got question'),
             (([dict(input_ids=[1])],), {}, 'give `tokenizer`'), (([],), dict(tokenizer=tok), 'is empty'),
             ((rows, 'first'), {}, '`i` must be'), ((iter([]),), dict(tokenizer=tok), 'must have a length'),
