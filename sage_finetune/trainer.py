@@ -44,8 +44,8 @@ from sage_finetune.training.incremental import (
 )
 from .model.contract import check_contract, save_contract
 from sage_finetune.model.adapter import (
-    adapter_line, add_lora, best_evaluation, check_knobs, Evaluations, lora_plus, full_tensor,
-    ready_for_quantised_training, save_adapter, take_best, load_lora_init, trained_tensors, save_lora_init
+    adapter_line, add_lora, best_evaluation, check_settings, BestAdapter, lora_plus, full_tensor,
+    ready_for_quantised_training, save_adapter, load_best_adapter, load_lora_init, trained_tensors, save_lora_init
 )
 from .model.loss import loss_sum, mean_loss
 from .model.memory import estimate_memory, probe_step
@@ -412,7 +412,7 @@ def training_arguments(
     **more, # Arguments that only `kind` has
 )->TrainingArguments: # For transformers' `Trainer`
     "The arguments that transformers' `Trainer` gets"
-    check_knobs(config, held_out=evaluate)
+    check_settings(config, held_out=evaluate)
     known = {f.name for f in fields(kind)}
     for name in [n for n in os.environ if n.startswith('ACCELERATE_DYNAMO_')]:
         del os.environ[name] # left by a run that was compiled
@@ -546,7 +546,7 @@ class LoRATrainer:
     def load_model_and_tokenizer(self):
         "Load the model in the precision that fits this machine, and its tokenizer"
         c = self.fitted
-        check_knobs(c)
+        check_settings(c)
         self.say(f'{self.machine}\n{show_changes(self.changes)}')
         if not (self.quiet or process()): self.say(_estimate(c, self.machine))
         self.tokenizer = load_tokenizer(c.model_name)
@@ -616,7 +616,7 @@ class LoRATrainer:
         shown = self.watcher.callbacks() if self.watcher else [] if self.quiet else [Progress()]
         if division(): shown.insert(0, MeasureFirst(self))
         elif not self.quiet or self.machine.device=='cuda': shown.insert(0, LongestFirst(self))
-        # `Evaluations` writes into a checkpoint, so it comes before `Checkpoints`
+        # `BestAdapter` writes into a checkpoint, so it comes before `Checkpoints`
         return [Metrics(self.folder.metrics), *_evaluations(self),
                 Checkpoints(self.folder.checkpoints, self.config.save_total_limit), *_tensorboard(self.fitted),
                 *_wandb(self.fitted), *shown]
@@ -655,7 +655,7 @@ def check_data_path(
     if config.data_path is None:
         raise ValueError('`data_path` is None: give a file, a folder or a data set on the Hub, or override '
                          '`prepare_data`')
-    check_knobs(config.adapted(load_in_8bit=False, load_in_4bit=False),
+    check_settings(config.adapted(load_in_8bit=False, load_in_4bit=False),
                 held_out=bool(config.test_size or config.eval_data_path))
     next(read_rows(config.data_path, **source_of(config)), None)
     if config.eval_data_path: next(read_rows(config.eval_data_path, **source_of(config, True)), None)
@@ -751,7 +751,7 @@ def _tensorboard(config):
 def _evaluations(run):
     "What looks after evaluations, where there are rows to evaluate on"
     c = run.config
-    return [Evaluations(c.early_stopping_patience, c.load_best_model_at_end)] if run.eval_dataset is not None else []
+    return [BestAdapter(c.early_stopping_patience, c.load_best_model_at_end)] if run.eval_dataset is not None else []
 
 def _wandb(config):
     "The callback of Weights & Biases, one run of theirs for one of ours, in the run folder; offline where no account is known"
@@ -1086,7 +1086,7 @@ def _keep_best(run):
     if c.early_stopping_patience and since>=c.early_stopping_patience:
         run.say(f'Stopped at step {run.trainer.state.global_step}: '
                 f'{since} evaluations without a better held-out loss than {loss:.4f} at step {step}')
-    kept = take_best(run.model, last_checkpoint(run.folder.checkpoints)) if c.load_best_model_at_end else None
+    kept = load_best_adapter(run.model, last_checkpoint(run.folder.checkpoints)) if c.load_best_model_at_end else None
     if kept is not None: run.say(f'Kept the adapter of step {kept}, the best on held-out rows')
     return kept
 

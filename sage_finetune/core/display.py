@@ -37,7 +37,7 @@ def _padded(text, width, right):
 
 # %% ../../nbs/core/01_display.ipynb #5a0e0001
 class Shown:
-    "Shows itself as text, in a terminal and in a notebook, from one source: its method `shown` gives a `Table` or a `Panel`"
+    "Shows itself as text, in a terminal and in a notebook: its method `shown` gives a `Table` or a `Panel`"
     def __str__(self): return str(self.shown())
     def __repr__(self): return str(self)
     def __rich__(self): return self.shown().__rich__()

@@ -158,7 +158,8 @@ _javascript = """
   (#not-match? @method "^(static )?(async )?[gs]et [A-Za-z_$]|^(private|protected) "))
 (function_declaration name: (_) @name parameters: (_) @args) @function
 (generator_function_declaration name: (_) @name parameters: (_) @args) @function
-(variable_declarator name: (identifier) @name value: [(arrow_function parameters: (_) @args) (function_expression parameters: (_) @args)]) @function
+(variable_declarator name: (identifier) @name value: [
+  (arrow_function parameters: (_) @args) (function_expression parameters: (_) @args)]) @function
 (class_declaration name: (_) @name) @class
 """
 _typescript = _javascript + """
@@ -175,18 +176,24 @@ _typescript = _javascript + """
 
 # %% ../../nbs/rows/05_code_facts.ipynb #2a10b184
 _go = """
-(method_declaration receiver: (parameter_list (parameter_declaration type: [(type_identifier) @owner (generic_type type: (_) @owner)
-  (pointer_type [(type_identifier) @owner (generic_type type: (_) @owner)])])) name: (_) @name parameters: (_) @args) @method
+(method_declaration receiver: (parameter_list (parameter_declaration type: [
+    (type_identifier) @owner (generic_type type: (_) @owner)
+    (pointer_type [(type_identifier) @owner (generic_type type: (_) @owner)])]))
+  name: (_) @name parameters: (_) @args) @method
 (function_declaration name: (_) @name parameters: (_) @args) @function
 (type_spec name: (_) @name type: (struct_type)) @struct
 (type_spec name: (_) @name type: (interface_type)) @interface
 """
 _rust = """
-(impl_item !trait type: [(type_identifier) @owner (generic_type type: (type_identifier) @owner)] body: (declaration_list (function_item
-  (visibility_modifier) @pub name: (_) @name parameters: (parameters (self_parameter)) @args (#eq? @pub "pub")) @method))
-(impl_item !trait type: [(type_identifier) @owner (generic_type type: (type_identifier) @owner)] body: (declaration_list (function_item
-  (visibility_modifier) @pub name: (_) @name parameters: (_) @args (#eq? @pub "pub")) @function))
-(trait_item body: (declaration_list [(function_signature_item name: (_) @name parameters: (_) @args) (function_item name: (_) @name parameters: (_) @args)] @method))
+(impl_item !trait type: [(type_identifier) @owner (generic_type type: (type_identifier) @owner)]
+  body: (declaration_list (function_item (visibility_modifier) @pub name: (_) @name
+    parameters: (parameters (self_parameter)) @args (#eq? @pub "pub")) @method))
+(impl_item !trait type: [(type_identifier) @owner (generic_type type: (type_identifier) @owner)]
+  body: (declaration_list (function_item (visibility_modifier) @pub name: (_) @name
+    parameters: (_) @args (#eq? @pub "pub")) @function))
+(trait_item body: (declaration_list [
+  (function_signature_item name: (_) @name parameters: (_) @args)
+  (function_item name: (_) @name parameters: (_) @args)] @method))
 (function_item (visibility_modifier) @pub name: (_) @name parameters: (_) @args (#eq? @pub "pub")) @function
 (struct_item (visibility_modifier) @pub name: (_) @name (#eq? @pub "pub")) @struct
 (enum_item (visibility_modifier) @pub name: (_) @name (#eq? @pub "pub")) @enum
@@ -210,16 +217,19 @@ def _declared(name, behind='(reference_declarator {})'):
     return f"[{one} (pointer_declarator declarator: {one}) {behind.format(one)}]"
 
 _c = rf"""
-((function_definition declarator: {_declared('(identifier) @name', behind='')}) @function (#not-match? @function "^[^(]*\\bstatic\\b"))
+((function_definition declarator: {_declared('(identifier) @name', behind='')}) @function
+  (#not-match? @function "^[^(]*\\bstatic\\b"))
 (struct_specifier name: (type_identifier) @name body: (_)) @struct
 (enum_specifier name: (type_identifier) @name body: (_)) @enum
 (type_definition type: (struct_specifier !name body: (_)) declarator: (type_identifier) @name) @struct
 """
+_qualified = '(qualified_identifier scope: (namespace_identifier) @owner name: (identifier) @name)'
 _cpp = (_c + f"""
-((function_definition declarator: (reference_declarator (function_declarator declarator: (identifier) @name parameters: (_) @args))) @function)
+((function_definition declarator: (reference_declarator
+  (function_declarator declarator: (identifier) @name parameters: (_) @args))) @function)
 (field_declaration declarator: {_declared('(field_identifier) @name')}) @method
 (function_definition declarator: {_declared('(field_identifier) @name')}) @method
-(function_definition declarator: {_declared('(qualified_identifier scope: (namespace_identifier) @owner name: (identifier) @name)')}) @function
+(function_definition declarator: {_declared(_qualified)}) @function
 (class_specifier name: (type_identifier) @name body: (_)) @class
 (class_specifier (base_class_clause [(type_identifier) (template_type) (qualified_identifier)] @base)) @heir
 (struct_specifier (base_class_clause [(type_identifier) (template_type) (qualified_identifier)] @base)) @heir
@@ -251,7 +261,8 @@ def _parser(language):
 
 # %% ../../nbs/rows/05_code_facts.ipynb #1be09858
 _type_node = re.compile(
-    r'(?:abstract_)?(?:class|interface|struct|trait|enum|record|union|impl|object)(?:_declaration|_specifier|_item|_creation_expression)?')
+    r'(?:abstract_)?(?:class|interface|struct|trait|enum|record|union|impl|object)'
+    r'(?:_declaration|_specifier|_item|_creation_expression)?')
 
 def _text(node): return ' '.join(node.text.decode(errors='replace').split())
 

@@ -75,9 +75,12 @@ def _rules_below(folder, rules):
 
 # %% ../../nbs/rows/04_repo_files.ipynb #d14f06e5
 _secret_names = re.compile(
-    r'''(?ix) (\.env|\.envrc|\.netrc|_netrc|\.pgpass|\.htpasswd|\.npmrc|\.pypirc|\.git-credentials|\.dockercfg|\.vault-token
-    |.*\.(pem|key|p12|pfx|jks|keystore|kdbx|ppk|ovpn|tfvars|tfstate) |id_(rsa|dsa|ecdsa|ed25519) |\.env\.(?!example$|sample$|template$|dist$).*
-    |.*(credentials?|secrets?|service[-_]?account.*|client[-_]secret.*)\.(json|ya?ml|toml|ini|cfg|txt|xml|properties|env) |credentials)''')
+    r'''(?ix) (\.env|\.envrc|\.netrc|_netrc|\.pgpass|\.htpasswd|\.npmrc|\.pypirc|\.git-credentials
+    |\.dockercfg|\.vault-token
+    |.*\.(pem|key|p12|pfx|jks|keystore|kdbx|ppk|ovpn|tfvars|tfstate) |id_(rsa|dsa|ecdsa|ed25519)
+    |\.env\.(?!example$|sample$|template$|dist$).*
+    |.*(credentials?|secrets?|service[-_]?account.*|client[-_]secret.*)
+    \.(json|ya?ml|toml|ini|cfg|txt|xml|properties|env) |credentials)''')
 
 def is_secret_name(
     name:str, # Name of a file, without its folder
@@ -101,17 +104,20 @@ _tokens = {kind: re.compile(form, re.X) for kind,form in {
     'npm or PyPI token': r'\bnpm_[A-Za-z0-9]{36}|\bpypi-AgE[\w-]{50,}',
 }.items()}
 _given = re.compile(
-    r"""(?ix) (pass(?:word|wd|phrase)|pwd|secret(?:_?(?:access_?)?key)?|(?:api|access|auth|private|client)[-_]?(?:key|token|secret)
-    |(?<!public)(?<!publickey)token) (?!\w)                                                           # what it is called
-    \\?["'\]]? [ \t]* (?:\[\d*\][ \t]*)? (?::?[ ]?&?\w[\w.|\[\]]{0,30}[ \t]*)? (?::=|=>|=|:) [ \t]*    # its type, and what gives it a value
+    r"""(?ix) (pass(?:word|wd|phrase)|pwd|secret(?:_?(?:access_?)?key)?
+    |(?:api|access|auth|private|client)[-_]?(?:key|token|secret)
+    |(?<!public)(?<!publickey)token) (?!\w)    # what it is called
+    \\?["'\]]? [ \t]* (?:\[\d*\][ \t]*)? (?::?[ ]?&?\w[\w.|\[\]]{0,30}[ \t]*)?    # its type
+    (?::=|=>|=|:) [ \t]*    # what gives it a value
     [brfu]{0,2} \\?["'] ([^"'\s\\]{4,200}) \\?["']""")                                                # the literal
 _address = re.compile(r'\b([a-z][a-z0-9+.-]{1,12})://[^][\s:/@]{1,64}:([^][\s:/@]{4,64})@[\w.-]+', re.I)
 
 # %% ../../nbs/rows/04_repo_files.ipynb #1fa337e6
 _stand_ins = set(
-    '''pass passwd password pwd secret token key apikey api auth access client private your my the here example sample placeholder
-    dummy fake test changeme change me todo none null true false foo bar baz user username admin string str text hidden value name type field input
-    default required optional unknown invalid empty redacted removed basic bearer csrf refresh id mypassword mypass mysecret mytoken yourpassword'''.split())
+    '''pass passwd password pwd secret token key apikey api auth access client private your my the here example
+    sample placeholder dummy fake test changeme change me todo none null true false foo bar baz user username
+    admin string str text hidden value name type field input default required optional unknown invalid empty
+    redacted removed basic bearer csrf refresh id mypassword mypass mysecret mytoken yourpassword'''.split())
 
 def _is_stand_in(value, kind):
     "Whether a literal only stands for a secret"

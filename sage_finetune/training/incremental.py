@@ -21,7 +21,7 @@ from ..core.run_folder import run_folder, RunFolder
 from ..data import DataReport, how_of, prepare_dataset, source_of
 from .split import split_dataset
 from .batches import example_lengths
-from ..model.loading import without_noise # before peft: it quiets bitsandbytes
+from ..model.loading import quiet_libraries # before peft: it quiets bitsandbytes
 from ..model.adapter import low_rank, scaling_of, start_file
 
 # %% ../../nbs/training/07_incremental.ipynb #35fa1fe9
@@ -146,7 +146,7 @@ def add_stacked_adapter(
     if other := [k for k in saved if k not in tensors]:
         raise SageError(f'`init_adapter`: {e.adapter} holds more than matrices A and B ({other[0]}): merge it first')
     try:
-        with without_noise(), warnings.catch_warnings():
+        with quiet_libraries(), warnings.catch_warnings():
             # `save_adapter` writes what fits the untouched ones
             warnings.filterwarnings('ignore', message='PiSSA changes the base weights')
             model.load_adapter(str(e.adapter), _below, is_trainable=False)

@@ -132,8 +132,8 @@ def _field_fault(start, name, settings):
 
 def _fault_together(config):
     "What is wrong in combination; empty where nothing is"
-    from sage_finetune.model.adapter import check_knobs # imports torch
-    try: check_knobs(config.adapted(load_in_8bit=False, load_in_4bit=False)) # both may still give way to the machine
+    from sage_finetune.model.adapter import check_settings # imports torch
+    try: check_settings(config.adapted(load_in_8bit=False, load_in_4bit=False)) # both may still give way to the machine
     except ValueError as e: return str(e)
     return ''
 
