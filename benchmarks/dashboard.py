@@ -15,7 +15,7 @@ import json, os, sys, tempfile, time
 from pathlib import Path
 import torch
 from sage_finetune.config import TrainingConfig
-from sage_finetune.ui.live import Between, LiveRun, show_live
+from sage_finetune.ui.live import LiveCallback, LiveRun, show_live
 from sage_finetune.rows.sources import save_rows
 torch.set_num_threads({threads})
 folder,length = Path(tempfile.mkdtemp()),{seconds}
@@ -23,7 +23,7 @@ rows = save_rows(folder/'rows.jsonl', [dict(question=f'What is {{100+i}} plus {{
 config = TrainingConfig(model_name='sage-tiny', data_path=rows, output_dir=folder/'run', max_steps=100_000, per_device_train_batch_size=16, gradient_accumulation_steps=1,
                         learning_rate=1e-4, logging_steps=10, save_steps=100_000, report_to='none', test_size=0.05, eval_steps=100_000)
 
-class Switched(Between):
+class Switched(LiveCallback):
     "On and off by turns; adds up what each half took"
     block = 5.0
     def __init__(self, live): super().__init__(live); self.on,self.took,self.mark,self.began = True,{{True: [0, 0.0, 0.0], False: [0, 0.0, 0.0]}},None,None
