@@ -86,10 +86,10 @@ def _compare(talk, rest):
     "What the base answers to the question, or to the last one, and what the tuned model answers"
     if talk.base is None:
         return talk.write('there is no base to compare with: a merged model has it no longer; start with --adapter\n')
-    asked = [i for i,m in enumerate(talk.turns) if m['role']=='user']
-    if not rest and not asked: return talk.write('/compare needs a question, or one that was asked before\n')
-    before = talk.turns if rest else talk.turns[:asked[-1]]
-    question = dict(role='user', content=rest) if rest else talk.turns[asked[-1]]
+    questions = [i for i,m in enumerate(talk.turns) if m['role']=='user']
+    if not rest and not questions: return talk.write('/compare needs a question, or one that was asked before\n')
+    before = talk.turns if rest else talk.turns[:questions[-1]]
+    question = dict(role='user', content=rest) if rest else talk.turns[questions[-1]]
     messages = [*talk.messages[:len(talk.messages)-len(talk.turns)], *before, question]
     for name,say in (('base', talk.base), ('tuned', talk.say)):
         talk.write(f'{name}: ')
