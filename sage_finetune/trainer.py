@@ -717,8 +717,8 @@ def _packed(run):
     "The training rows, packed, once it is proved that this model keeps documents apart"
     c,report = run.fitted,PackingReport()
     if run._packed_rows and run._packed_rows[0] is run.dataset: return run._packed_rows[1]
-    if not division(): _keeps_apart(run.model, c.rows_per_pass)
-    elif not process(): check_packing(run.model, c.rows_per_pass) # the only one that may hold the weights by now
+    if not division(): _keeps_apart(run.model, c.rows_per_micro_batch)
+    elif not process(): check_packing(run.model, c.rows_per_micro_batch) # the only one that may hold the weights by now
     rows = _in_turn(lambda: pack_dataset(run.dataset, c.max_length, report))
     if run.data_report: run.data_report.packing = report.to_dict()
     n = c.effective_batch_size*(1 if c.tokens_per_step else processes())

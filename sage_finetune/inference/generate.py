@@ -1,4 +1,4 @@
-"""Load what was trained and let it answer: one loop for a batch, a stream, a server and a model in the middle of training
+"""Load what was trained and let it answer: one loop for batches, streams, servers and a run in progress
 
 Docs: https://sage-finetune.github.io/sage_finetune/inference/generate.html.md"""
 

@@ -304,7 +304,7 @@ def _pass_bytes(model, config, machine, exact=False, learned=None):
     from unittest.mock import patch
     from sage_finetune.model.loss import head_bytes
     T = -(-config.max_length//8)*8 # as `Collator` does
-    shape = dict(size=(config.sequences_per_pass, T), dtype=torch.long, device='meta')
+    shape = dict(size=(config.sequences_per_micro_batch, T), dtype=torch.long, device='meta')
     batch = dict(input_ids=torch.empty(**shape))
     if config.packing: batch['position_ids'] = torch.empty(**shape)
     half = torch.float16 if config.fp16 else torch.bfloat16 if config.bf16 else None
@@ -407,7 +407,7 @@ class Remedy:
 
 def _smaller(config, machine):
     "Changes of settings that make a step smaller"
-    batch,effective = config.rows_per_pass,config.effective_batch_size
+    batch,effective = config.rows_per_micro_batch,config.effective_batch_size
     half = next((b for b in range(batch//2, 0, -1) if effective%b==0), None)
     if half and config.tokens_per_step: yield dict(gradient_accumulation_steps=2*config.gradient_accumulation_steps)
     elif half: yield dict(per_device_train_batch_size=half, gradient_accumulation_steps=effective//half)
@@ -428,7 +428,7 @@ _tile,_copies = (4096, 32_768),7.3
 
 def _head_of_trl(config, machine, shape):
     "The most that the head needs where TRL computes the loss: a whole tile, and the gradient of the hidden states in 32 bits"
-    text,N = shape.get_text_config(),config.sequences_per_pass*config.max_length
+    text,N = shape.get_text_config(),config.sequences_per_micro_batch*config.max_length
     n,size = min(N, _tile[0]),2 if config.fp16 or config.bf16 else 4
     loose = 0 if machine.device=='cuda' else int(_copies*n*min(text.vocab_size, _tile[1])*4)
     return n*_tile[1]*size + 4*N*text.hidden_size + loose
@@ -478,7 +478,7 @@ def memory_parts(
 def _title(e):
     c = e.config
     bits = ', 8 bits' if c.load_in_8bit else ', 4 bits' if c.load_in_4bit else ''
-    return (f"{c.model_name}: {c.sequences_per_pass} × {c.max_length:,} tokens, "
+    return (f"{c.model_name}: {c.sequences_per_micro_batch} × {c.max_length:,} tokens, "
             f"{'fp16' if c.fp16 else 'bf16' if c.bf16 else 'fp32'}{bits}, "
             f"{'with' if c.gradient_checkpointing else 'without'} checkpointing"
             + (', but not the pass of pictures through the part that sees' if _pictures(e) else ''))

@@ -1,4 +1,4 @@
-"A server that was really started, asked by the real `openai` client: the answers of `chat`, many clients, faults, signals"
+"A server that was really started, asked by the real `openai` client: the answers of `chat`, many clients, signals"
 import json
 import os
 import shutil
