@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..core.display import Shown, Table
 from ..rows.formats import to_messages
-from .generate import as_messages, answers, base_of, load_for_chat, load_plain
+from .generate import answers, as_messages, base_of, load_for_chat, load_plain
 
 # %% ../../nbs/inference/01_exam.ipynb #e0a1d93a
 def same_words(
