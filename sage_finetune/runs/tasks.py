@@ -324,7 +324,8 @@ def _own_folder(task, model, data, output, max_facts, fresh):
 # %% ../../nbs/runs/01_tasks.ipynb #007a326f
 def _examined(run, trainer):
     "Exam of base, tuned and merged model, with the merge in between"
-    from sage_finetune.inference.generate import base_of, examine, load_plain
+    from sage_finetune.inference.generate import base_of, load_plain
+    from sage_finetune.inference.exam import examine
     from sage_finetune.inference.merging import merge_run
     rows,model,tokenizer = _exam_rows(run, trainer), trainer.model.eval(), trainer.tokenizer
     if not rows:

@@ -10,7 +10,8 @@ from sage_finetune.training.batches import PackingReport
 from sage_finetune.ui.board import Board
 from sage_finetune.rows.codebase import read_codebase
 from sage_finetune.config import LoRAConfig, Shown, TrainingConfig
-from sage_finetune.inference.generate import Answer, Comparison, Exam
+from sage_finetune.inference.generate import Answer
+from sage_finetune.inference.exam import Comparison, Exam
 from sage_finetune.ui.token_losses import Forgetting
 from sage_finetune.core.machine import Change, Changes, Machine
 from sage_finetune.config import fit_config
