@@ -10,7 +10,7 @@ __all__ = ['Question', 'read_generations', 'LiveRun', 'LiveCallback', 'show_live
 # %% ../../nbs/ui/02_live.ipynb #5d9fba25
 import asyncio,atexit,json,os,threading,time
 from collections import deque
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
