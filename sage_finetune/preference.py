@@ -231,9 +231,9 @@ class Rewards(TokenMetrics):
 
     def add(self, sums, inputs):
         self.window += sums.to(self.window)
-        self.here += torch.stack([inputs['completion_mask'].sum(), inputs['attention_mask'].sum()]).to(self.here)
+        self.local += torch.stack([inputs['completion_mask'].sum(), inputs['attention_mask'].sum()]).to(self.local)
 
-    def told(self, sums): return means(sums)
+    def metrics(self, sums): return means(sums)
 
 # %% ../nbs/04_preference.ipynb #ec9e6563
 class PreferenceMixin(ResumableTrainer):
@@ -258,8 +258,8 @@ class PreferenceMixin(ResumableTrainer):
                                          for _,starts in flat_chunks(rows, column)]).numpy()
         return example_lengths(rows)+(each('rejected_input_ids') if 'rejected_input_ids' in rows.column_names else 0)
 
-    def counted(self, every, learned):
-        return super().counted(every, learned) + self.reference_passes*operations(self.model, every, learned)//2
+    def count_operations(self, every, learned):
+        return super().count_operations(every, learned) + self.reference_passes*operations(self.model, every, learned)//2
 
     def figures_of_pass(self): return self._metrics['train' if self.model.training else 'eval']
 
@@ -324,7 +324,7 @@ class KTOShuffle(PreferenceMixin):
         data,a = self.train_dataset if train_dataset is None else train_dataset, self.args
         return LengthGroupedSampler([1]*len(data), a.train_batch_size*a.gradient_accumulation_steps, a.seed)
 
-    def in_turn(self, rows):
+    def evaluation_order(self, rows):
         return torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.args.seed)).tolist()
 
 @cache

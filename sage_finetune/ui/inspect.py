@@ -21,7 +21,7 @@ from ..config import config_from_meta, embedded_model, TrainingConfig
 from ..core.run_folder import RunFolder
 from ..rows.template import byte_letters, ignored, is_byte_level
 from ..data import DataReport, prepare_dataset, tokenizer_of
-from ..training.batches import pack_dataset, PackingReport
+from ..training.packing import pack_dataset, PackingReport
 from ..core.display import shown_figure, Views
 
 # %% ../../nbs/ui/00_inspect.ipynb #57fa67d1

@@ -336,7 +336,7 @@ def _leave_well(live):
 # %% ../../nbs/ui/02_live.ipynb #8e221b31
 def _stand_still(live, step=None):
     "Answer, generate, wait; called by the thread that trains. `step` is given between two optimizer steps"
-    if live._ending and not live.run.asked_to_stop:
+    if live._ending and not live.run.stop_requested:
         live.run.stop()
         live.run.trainer.raise_if_stopped() # asked before the run began to listen
     due = step is not None and _is_due(live, step)
@@ -345,7 +345,7 @@ def _stand_still(live, step=None):
     with trainer.meter.pause(), undisturbed(live.run.model):
         if due: _answer_prompts(live, step)
         _answer_waiting(live)
-        while live._hold and not live.run.asked_to_stop:
+        while live._hold and not live.run.stop_requested:
             if live.board.phase!='paused': live.board.tell(phase='paused')
             _answer_waiting(live)
             with live._wake:
@@ -364,7 +364,7 @@ def _is_due(live, step):
 def _training_seconds(live): return time.monotonic()-live._started-live._away if live._started else 0.0
 
 def _answer_waiting(live):
-    while live._asked and not live.run.asked_to_stop: _answer(live, live._asked.popleft())
+    while live._asked and not live.run.stop_requested: _answer(live, live._asked.popleft())
 
 def _answer(live, question):
     "Answer one question; an error is its own and not the run's"
@@ -374,7 +374,7 @@ def _answer(live, question):
         live.board.tell()
     try:
         question.ended(generate_answer(run.model, run.tokenizer, question.messages, *question.how, heard,
-                                       lambda: bool(run.asked_to_stop) and live.running))
+                                       lambda: bool(run.stop_requested) and live.running))
     except Exception as e: question.ended(error=e)
     live.board.tell()
 
@@ -385,8 +385,8 @@ def _answer_prompts(live, step):
     try:
         for p in live.prompts:
             said = generate_answer(run.model, run.tokenizer, p, live.max_new_tokens,
-                                   enough=lambda: bool(run.asked_to_stop))
-            if run.asked_to_stop: return # broken off
+                                   enough=lambda: bool(run.stop_requested))
+            if run.stop_requested: return # broken off
             live.board.answered(prompt_text(p), Said(step, step, said.text, said.stopped))
             with file.open('a', encoding='utf-8') as f:
                 f.write(_line(dict(step=step, prompt=prompt_text(p), text=said.text, stopped=said.stopped)))

@@ -6,7 +6,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from sage_finetune.training.batches import PackingReport
+from sage_finetune.training.packing import PackingReport
 from sage_finetune.ui.board import Board
 from sage_finetune.rows.codebase import read_codebase
 from sage_finetune.config import LoRAConfig, Shown, TrainingConfig

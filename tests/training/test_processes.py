@@ -239,7 +239,7 @@ def test_a_killed_process_ends_the_run_and_it_goes_on(base, data, two):
     codes,said = together(base/'crew_killed', train, folder, data, at=5, who=1, do=die, within=60)
     assert codes==[1, -signal.SIGKILL]
     assert (said[0].count('\n')==1 and 'SageError: process 0 of 2 cannot reach the others any more; '
-            'the same command goes on' in said[0])
+            'the same command resumes' in said[0])
     assert last_checkpoint(RunFolder(folder).checkpoints).name=='checkpoint-3' and RunFolder(folder).state=='started'
     codes,said = together(base/'crew_killed', train, folder, data)
     assert codes==[0, 0], said

@@ -18,7 +18,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from sage_finetune.ui import inspect as module
-from sage_finetune.training.batches import pack_dataset
+from sage_finetune.training.packing import pack_dataset
 from sage_finetune.cli import main
 from sage_finetune.data import ignored, prepare_dataset, save_rows
 from sage_finetune.ui.inspect import inspect_data, pieces_of, show_row, show_rows, text_histogram, token_lengths
