@@ -38,6 +38,7 @@ class ParentAdapter:
         "Checksum of the weights"
         return f'{zlib.crc32((self.adapter/"adapter_model.safetensors").read_bytes()):08x}'
 
+# %% ../../nbs/training/07_incremental.ipynb #7a01f0e1
 def _adapter_folder(path):
     "The folder of the adapter that `path` names"
     named = [run_folder(path.name).lora_weights] if len(path.parts)==1 and not path.exists() else []
@@ -53,6 +54,7 @@ def _trained_with(adapter):
     known = TrainingConfig().to_dict()
     return TrainingConfig.from_dict({k: v for k,v in read_json(file).items() if k in known})
 
+# %% ../../nbs/training/07_incremental.ipynb #7a01f0e2
 def parent_adapter(
     config:TrainingConfig, # With `init_adapter`, or without
 )->ParentAdapter|None: # None where training begins with a new adapter
@@ -156,6 +158,7 @@ def _freeze_below(model):
         for part in (m.lora_A, m.lora_B): part[stacked_below] = _Frozen(part[stacked_below].weight)
         m.lora_dropout[stacked_below] = torch.nn.Identity()
 
+# %% ../../nbs/training/07_incremental.ipynb #7a01f0e3
 def add_stacked_adapter(
     model, # With a new adapter
     parent:ParentAdapter, # That is to lie below it
@@ -201,6 +204,16 @@ def _replay_source(config):
     if parent is None or parent.config is None or parent.config.data_path is None: return None
     return parent.config if config.replay_share or Path(parent.config.data_path).exists() else None
 
+# %% ../../nbs/training/07_incremental.ipynb #7a01f0e5
+def _short(data, config, report):
+    "Examples that are no longer than this run allows"
+    if data is None: return None
+    fit = [i for i,n in enumerate(example_lengths(data).tolist()) if n<=config.max_length]
+    if len(fit)<len(data):
+        report.notes[f'replay examples with more than {config.max_length} tokens, left out'] = len(data)-len(fit)
+    return data.select(fit) if fit else None
+
+# %% ../../nbs/training/07_incremental.ipynb #7a01f0e4
 def replay_data(
     config:TrainingConfig, # From `with_adapter`
     tokenizer, # Of the model
@@ -218,14 +231,6 @@ def replay_data(
         report.evaluation = DataReport()
         held = read(source.eval_data_path, report.evaluation, True)
     return _short(data, config, report),_short(held, config, report)
-
-def _short(data, config, report):
-    "Examples that are no longer than this run allows"
-    if data is None: return None
-    fit = [i for i,n in enumerate(example_lengths(data).tolist()) if n<=config.max_length]
-    if len(fit)<len(data):
-        report.notes[f'replay examples with more than {config.max_length} tokens, left out'] = len(data)-len(fit)
-    return data.select(fit) if fit else None
 
 # %% ../../nbs/training/07_incremental.ipynb #b014cc36
 def with_replay(

@@ -131,6 +131,7 @@ def _wandb(config):
                 self.over = True
     return Tracker()
 
+# %% ../../nbs/training/04_loop.ipynb #8e01f0f8
 def trackers(
     config:TrainingConfig, # As fitted to the machine
 )->list: # Of `TrainerCallback`
@@ -408,6 +409,7 @@ def _held_out_batches(trainer, data):
         trainer.raise_if_stopped()
         yield batch
 
+# %% ../../nbs/training/04_loop.ipynb #4a01f1aa
 def _half_evaluation_batch(rows):
     "Half the rows of a batch, where that can help"
     if rows==1:

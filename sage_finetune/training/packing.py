@@ -108,6 +108,17 @@ def _flat(table):
 
 class _Unusable(Exception): "Row `args[0]` of a table has the fault `args[1]`"
 
+# %% ../../nbs/training/08_packing.ipynb #8801f0f5
+def _refuse_length(lengths, at, max_length):
+    "Refuse a batch of rows, the first of which is row `at`, if one is empty or too long"
+    import numpy as np
+    bad = np.flatnonzero((lengths<1) | (lengths>max_length))
+    if not len(bad): return
+    row,n = at+int(bad[0]),int(lengths[bad[0]])
+    if not n: raise ValueError(f'row {row:,} of `dataset` has no tokens: leave it out')
+    raise ValueError(f'row {row:,} of `dataset` has {n:,} tokens, and a row may have {max_length:,}: '
+                     f'prepare the data with `max_length={max_length}`, or pack with `max_length={n}` or more')
+
 # %% ../../nbs/training/08_packing.ipynb #73194a2d
 def _survey(dataset, max_length):
     "Length of each document, and a checksum of all tokens and labels"
@@ -123,16 +134,6 @@ def _survey(dataset, max_length):
         at += len(n)
     return np.concatenate(lengths),digest.hexdigest()
 
-def _refuse_length(lengths, at, max_length):
-    "Refuse a batch of rows, the first of which is row `at`, if one is empty or too long"
-    import numpy as np
-    bad = np.flatnonzero((lengths<1) | (lengths>max_length))
-    if not len(bad): return
-    row,n = at+int(bad[0]),int(lengths[bad[0]])
-    if not n: raise ValueError(f'row {row:,} of `dataset` has no tokens: leave it out')
-    raise ValueError(f'row {row:,} of `dataset` has {n:,} tokens, and a row may have {max_length:,}: '
-                     f'prepare the data with `max_length={max_length}`, or pack with `max_length={n}` or more')
-
 # %% ../../nbs/training/08_packing.ipynb #faae513a
 def _packed_rows(table, documents):
     "Packed rows from a table of documents and the number of documents in each row"
@@ -145,6 +146,7 @@ def _packed_rows(table, documents):
     column = lambda values: pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(values, pa.int32()))
     return pa.table(dict(input_ids=column(ids), labels=column(labels), position_ids=column(positions)))
 
+# %% ../../nbs/training/08_packing.ipynb #8801f0f3
 def _tables(dataset, row_of, rows_each=1000):
     "The packed rows, as tables of `rows_each` rows"
     import numpy as np
@@ -162,6 +164,7 @@ def _cache_file(dataset, digest):
     if folder is None or not os.access(folder, os.W_OK): folder = Path(get_temporary_cache_files_directory())
     return folder/f'packed-{digest}.arrow'
 
+# %% ../../nbs/training/08_packing.ipynb #8801f0f4
 def _write(tables, path, features):
     "Write Arrow tables into one file, whole or not at all"
     from datasets.arrow_writer import ArrowWriter
@@ -174,6 +177,30 @@ def _write(tables, path, features):
     except OSError as e: raise cannot_write(path, e) from None
     finally:
         with suppress(OSError): temp.unlink()
+
+# %% ../../nbs/training/08_packing.ipynb #8801f0f1
+def _check_packable(dataset, max_length):
+    from datasets import Dataset
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f'`dataset` must be a `datasets.Dataset`, got {type(dataset).__name__}: '
+                         f'make it with `prepare_dataset`')
+    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length<1:
+        raise ValueError(f'`max_length` must be a whole number of at least 1, got {max_length!r}')
+    if 'images' in dataset.column_names:
+        raise ValueError('`dataset` may show images, whose places cannot be packed: set `packing=False`')
+    if 'position_ids' in dataset.column_names:
+        raise ValueError('`dataset` is packed already: pack the data that `prepare_dataset` returns')
+    if 'input_ids' not in dataset.column_names:
+        raise ValueError(f"`dataset` must have a column `input_ids`, got {', '.join(dataset.column_names)}")
+    if not len(dataset): raise ValueError('`dataset` is empty: there is nothing to pack')
+
+# %% ../../nbs/training/08_packing.ipynb #8801f0f2
+def _fill_in(report, lengths, rows, max_length):
+    import numpy as np
+    full = np.concatenate([lengths, np.zeros(-len(lengths)%8, np.int64)]).reshape(-1, 8)
+    sizes = np.minimum(8, len(lengths)-8*np.arange(len(full)))
+    report.documents,report.rows,report.tokens,report.max_length = len(lengths),rows,int(lengths.sum()),max_length
+    report.padded = int((full.max(1)*sizes).sum())
 
 # %% ../../nbs/training/08_packing.ipynb #b64e4f76
 def pack_dataset(
@@ -192,28 +219,6 @@ def pack_dataset(
     info.features = features
     if report is not None: _fill_in(report, lengths, int(row_of.max())+1, max_length)
     return Dataset.from_file(str(path), info=info, split=dataset.split)
-
-def _check_packable(dataset, max_length):
-    from datasets import Dataset
-    if not isinstance(dataset, Dataset):
-        raise ValueError(f'`dataset` must be a `datasets.Dataset`, got {type(dataset).__name__}: '
-                         f'make it with `prepare_dataset`')
-    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length<1:
-        raise ValueError(f'`max_length` must be a whole number of at least 1, got {max_length!r}')
-    if 'images' in dataset.column_names:
-        raise ValueError('`dataset` may show images, whose places cannot be packed: set `packing=False`')
-    if 'position_ids' in dataset.column_names:
-        raise ValueError('`dataset` is packed already: pack the data that `prepare_dataset` returns')
-    if 'input_ids' not in dataset.column_names:
-        raise ValueError(f"`dataset` must have a column `input_ids`, got {', '.join(dataset.column_names)}")
-    if not len(dataset): raise ValueError('`dataset` is empty: there is nothing to pack')
-
-def _fill_in(report, lengths, rows, max_length):
-    import numpy as np
-    full = np.concatenate([lengths, np.zeros(-len(lengths)%8, np.int64)]).reshape(-1, 8)
-    sizes = np.minimum(8, len(lengths)-8*np.arange(len(full)))
-    report.documents,report.rows,report.tokens,report.max_length = len(lengths),rows,int(lengths.sum()),max_length
-    report.padded = int((full.max(1)*sizes).sum())
 
 # %% ../../nbs/training/08_packing.ipynb #34681ec7
 def _probe(vocabulary, batch):
@@ -269,6 +274,22 @@ def _suspects(config):
     others = Counter(k for k in kinds if k not in _by_attention)
     return f" ({', '.join(f'{n} of {len(kinds)} layers: {k}' for k,n in others.items())})" if others else ''
 
+# %% ../../nbs/training/08_packing.ipynb #8801f0f6
+def _rounding(model):
+    "Relative change of the logits that rounding alone may make"
+    import torch
+    return 1e-2 if model.dtype==torch.float32 and not getattr(model, 'is_quantized', False) else 1e-1
+
+def _refusal(model, kind, batch):
+    "Why, where the config tells it, and what to do"
+    kernel,fix = str(getattr(model.config, '_attn_implementation', None)),'set `packing=False`'
+    if batch>1 and 'flash' in kernel and packing_leak(model, 1)[0]<=1e-6:
+        return (f'{kind} with {kernel} cannot be packed with several rows in a micro-batch: '
+                f'transformers keeps documents apart there only in a single row; '
+                f'set `per_device_train_batch_size=1`, or load the model with `attn_implementation="sdpa"`, or {fix}')
+    return (f'{kind} cannot be packed: a document would see those before it in its '
+            f'row{_suspects(model.config.get_text_config())}; {fix}')
+
 # %% ../../nbs/training/08_packing.ipynb #deab78ba
 def check_packing(
     model, # A causal language model, with or without an adapter
@@ -287,21 +308,6 @@ def check_packing(
     if shift>_rounding(model):
         raise ValueError(f'{kind} cannot be packed: it counts positions on from one document to the next; '
                          f'set `packing=False`')
-
-def _rounding(model):
-    "Relative change of the logits that rounding alone may make"
-    import torch
-    return 1e-2 if model.dtype==torch.float32 and not getattr(model, 'is_quantized', False) else 1e-1
-
-def _refusal(model, kind, batch):
-    "Why, where the config tells it, and what to do"
-    kernel,fix = str(getattr(model.config, '_attn_implementation', None)),'set `packing=False`'
-    if batch>1 and 'flash' in kernel and packing_leak(model, 1)[0]<=1e-6:
-        return (f'{kind} with {kernel} cannot be packed with several rows in a micro-batch: '
-                f'transformers keeps documents apart there only in a single row; '
-                f'set `per_device_train_batch_size=1`, or load the model with `attn_implementation="sdpa"`, or {fix}')
-    return (f'{kind} cannot be packed: a document would see those before it in its '
-            f'row{_suspects(model.config.get_text_config())}; {fix}')
 
 # %% ../../nbs/training/08_packing.ipynb #8801f0e2
 def prove_packing(

@@ -81,6 +81,7 @@ def _with_other_processes(before, new, found):
     if one[0]*one[1]==two[0]*two[1] or (before.get('tokens_per_step') and one[1]==two[1]): return found
     return [*found, f'processes × gradient_accumulation_steps: {one[0]} × {one[1]} → {two[0]} × {two[1]}']
 
+# %% ../../nbs/training/05_resume.ipynb #5b01f0d7
 def differences(
     old:dict, # A saved `training_config.json`
     new:dict, # What would be saved now
@@ -101,6 +102,7 @@ def library_versions()->dict: # {package: version}
     return dict(sage_finetune=__version__, torch=torch.__version__, transformers=transformers.__version__,
                 peft=peft.__version__, accelerate=accelerate.__version__)
 
+# %% ../../nbs/training/05_resume.ipynb #5b01f0ed
 def run_record(
     config:TrainingConfig, # As asked
     changes:list, # Of `Change`, for this machine and while running
@@ -178,6 +180,7 @@ def is_last_step(
     state = read_json(checkpoint/'trainer_state.json')
     return state['global_step']>=state['max_steps']
 
+# %% ../../nbs/training/05_resume.ipynb #5b01f0fc
 def load_last_step(
     trainer, # A `ResumableTrainer` that has not trained
     checkpoint:Path, # After its last step
@@ -313,6 +316,7 @@ def keep_last_step(
         trainer.control = trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
     return folder if step else None
 
+# %% ../../nbs/training/05_resume.ipynb #5b01f0a7
 def without_traceback(
     error:BaseException, # As it was raised
 )->BaseException: # The same

@@ -45,6 +45,13 @@ def _rows_of_steps(lengths, tokens, micro_batches, multiple):
 _no_room = ('`tokens_per_step={0}` has no room for {1} row(s) of {2} tokens, one in each micro-batch of each process: '
             'set `tokens_per_step` to {3} or more, `gradient_accumulation_steps` lower, or `max_length` lower')
 
+# %% ../../nbs/training/02_samplers.ipynb #0201f0c2
+def _order_of_steps(steps, epoch, generator):
+    "The longest rows first, so that too little memory shows at once; the step that is not full comes last"
+    first = [0][:steps-1] if not epoch else []
+    others = [i for i in torch.randperm(steps-1, generator=generator).tolist() if i not in first]
+    return [*first, *others, steps-1]
+
 # %% ../../nbs/training/02_samplers.ipynb #04152d12
 class TokenBatchSampler(torch.utils.data.Sampler):
     "Micro-batches with as many rows as a budget of tokens has room for, in an order of seed and epoch alone"
@@ -65,11 +72,9 @@ class TokenBatchSampler(torch.utils.data.Sampler):
         g = torch.Generator().manual_seed(self.seed+self.epoch)
         mixed = torch.randperm(len(self.lengths), generator=g)
         steps = mixed[self.lengths[mixed].argsort(descending=True, stable=True)].split(self.sizes)
-        first = [0][:len(steps)-1] if not self.epoch else [] # the longest rows; the step that is not full comes last
-        order = [*first, *(i for i in torch.randperm(len(steps)-1, generator=g).tolist() if i not in first),
-                 len(steps)-1]
         n = self.micro_batches
-        for i in order: yield from (part for j in range(n) if (part := steps[i][j::n].tolist()))
+        for i in _order_of_steps(len(steps), self.epoch, g):
+            yield from (part for j in range(n) if (part := steps[i][j::n].tolist()))
 
 # %% ../../nbs/training/02_samplers.ipynb #3256d51e
 class RankBatchSampler(torch.utils.data.Sampler):
@@ -92,6 +97,16 @@ class RankBatchSampler(torch.utils.data.Sampler):
     def __iter__(self):
         parts = iter(self.batch_sampler)
         for _ in range(len(self)): yield [next(parts, []) for _ in range(self.processes)][self.index]
+
+# %% ../../nbs/training/02_samplers.ipynb #4a01f0a5
+def _shared_loader(trainer):
+    "The micro-batches of one process among several"
+    a = trainer.args
+    loader = torch.utils.data.DataLoader(
+        trainer.train_dataset, batch_sampler=RankBatchSampler(trainer.micro_batches(), a.world_size, a.process_index),
+        collate_fn=trainer.data_collator, num_workers=a.dataloader_num_workers, pin_memory=a.dataloader_pin_memory)
+    # each process has its share already
+    return prepare_data_loader(loader, a.device, num_processes=1, put_on_device=True, use_seedable_sampler=True)
 
 # %% ../../nbs/training/02_samplers.ipynb #4a01f0a1
 class SeededOrder:
@@ -118,9 +133,5 @@ class SeededOrder:
 
     def get_train_dataloader(self):
         a = self.args
-        if a.world_size==1 and not self.tokens_per_step: return super().get_train_dataloader()
-        loader = torch.utils.data.DataLoader(
-            self.train_dataset, batch_sampler=RankBatchSampler(self.micro_batches(), a.world_size, a.process_index),
-            collate_fn=self.data_collator, num_workers=a.dataloader_num_workers, pin_memory=a.dataloader_pin_memory)
-        # each process has its share already
-        return prepare_data_loader(loader, a.device, num_processes=1, put_on_device=True, use_seedable_sampler=True)
+        one_process = a.world_size==1 and not self.tokens_per_step
+        return super().get_train_dataloader() if one_process else _shared_loader(self)

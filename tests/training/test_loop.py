@@ -9,12 +9,13 @@ from datasets import Dataset
 
 from sage_finetune.training import callbacks
 from sage_finetune.config import LoRAConfig, TrainingConfig
+from sage_finetune.core.disk import read_json
 from sage_finetune.core.run_folder import RunFolder
-from sage_finetune.rows.formats import to_messages
+from sage_finetune.rows.formats import create_sample_data, to_messages
 from sage_finetune.rows.template import encode
 from sage_finetune.trainer import CausalLMTrainer, LoRATrainer, Stopped
 
-# words of the answers, so that no two passes learn equally many tokens
+# words of the answers, so that no two micro-batches learn equally many tokens
 lengths = [1, 19, 3, 7, 12, 2, 5, 16, 9, 4, 11, 6, 1, 14, 8, 3]
 
 
@@ -210,7 +211,7 @@ def test_what_is_measured_beside_the_loss(tmp_path):
     every = sum(len(r['input_ids']) for r in run.dataset)
     whole,_ = after(tmp_path/'whole', 16)
     line = logged(whole)[-1]
-    # filling is not counted
+    # padding is not counted
     assert math.isclose(line['tokens_per_second']/line['learned_tokens_per_second'], every/learned, rel_tol=1e-2)
 
 
@@ -240,3 +241,28 @@ def test_a_compiled_run_is_the_same_but_for_rounding(tmp_path, monkeypatch):
     assert (w-v).abs().max()<=1e-4 and abs(logged(plain)[-1]['loss']-logged(fast)[-1]['loss'])<=1e-4
     after_it,x = after(tmp_path/'after', 2, 2, max_steps=3)
     assert not compiled(after_it) and torch.equal(x, w), 'the next run is not compiled'
+
+
+def sums(folder, **more):
+    "A run on 60 sums from a file"
+    data = create_sample_data(folder/'sums.jsonl', 'qa', num_samples=60)
+    settings = dict(data_path=data, test_size=0.1, max_steps=10, learning_rate=5e-3, logging_steps=10) | more
+    run = LoRATrainer(config(folder/'run', 8, **settings), quiet=True)
+    return run,run.train()
+
+
+def test_a_packed_run_reports_how_full_its_rows_are_and_packs_no_held_out_row(tmp_path):
+    run,_ = sums(tmp_path, packing=True, max_steps=-1, num_train_epochs=1)
+    report = read_json(run.folder.data_report)['packing']
+    assert (report['documents'], report['rows'])==(54, len(run.trainer.train_dataset)) and report['fill']>.9
+    assert 'position_ids' not in run.eval_dataset.column_names
+
+
+@pytest.mark.parametrize('how', ['load_in_8bit', 'load_in_4bit'])
+def test_quantised_runs_learn_on_a_cpu(how, tmp_path):
+    plain = sums(tmp_path/'plain', max_steps=1)[1]
+    run,result = sums(tmp_path/how, **{how: True})
+    assert result.loss_after<result.loss_before and run.model.get_base_model().is_quantized
+    # rounding moves the loss a little; a broken kernel moves it to 10
+    assert abs(result.loss_before-plain.loss_before)<.2
+    assert RunFolder(run.folder.path).state=='trained'
