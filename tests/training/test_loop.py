@@ -1,4 +1,4 @@
-"What a run computes, compared: any split of the batch, packed or not, the reported loss, the same seed, a run that goes on"
+"What a run computes, compared: any split of the batch, packed or not, the reported loss, the same seed, resumed"
 import dataclasses
 import math
 

@@ -1,6 +1,7 @@
-"""A run and what can happen to it: what was lost, and how it went on. `pytest -s tests/training/test_resume.py` prints the table.
+"""A run and what can happen to it: what was lost, and how it was resumed
 
-Faults that end a process happen in a process of their own, forked from one that has imported everything. What comes of a run is compared to the bit with a run that nothing happened to.
+`pytest -s tests/training/test_resume.py` prints the table. Faults that end a process happen in a process of their own,
+forked from one that has imported everything. What comes of a run is compared bit by bit with an undisturbed one.
 """
 import gc
 import json
@@ -42,7 +43,10 @@ def config(folder, data, **more):
 
 
 class Trouble(TrainerCallback):
-    "Calls `do(trainer, place)` once, at `step`: where a step begins ('begin'), after its first pass ('pass'), when it is done ('end') or saved ('save')"
+    """Calls `do(run)` once, at `step`
+
+    Where a step begins ('begin'), after its first micro-batch ('pass'), when it is done ('end') or saved ('save').
+    """
     def __init__(self, run, place, step, do): self.run,self.place,self.step,self.do = run,place,step,do
 
     def _at(self, place, step):
