@@ -1,8 +1,11 @@
-"""The loss head in slices against plain cross-entropy over all positions: `python benchmarks/head.py [vocabulary [tokens [threads [hidden ...]]]]`
+"""The loss head in slices against plain cross-entropy over all positions
 
-For each hidden size, on a CPU in 32 bits, forward and backward to the hidden states, every second token ignored, the head frozen. Both take turns in one process, seven times; the seconds are
-medians. The extra memory of one pass is the peak of resident memory over what was resident before, each in a process of its own (Linux). Prints seconds, bytes, ratios and the
-difference of the losses as JSON, and writes them to `head.json` beside this file.
+    python benchmarks/head.py [vocabulary [tokens [threads [hidden ...]]]]
+
+For each hidden size, on a CPU in 32 bits, forward and backward to the hidden states, every second token ignored, the
+head frozen. Both take turns in one process, seven times; the seconds are medians. The extra memory of one step is the
+peak of resident memory over what was resident before, each in a process of its own (Linux). Prints seconds, bytes,
+ratios and the difference of the losses as JSON, and writes them to `head.json` beside this file.
 """
 import json, os, platform, statistics, subprocess, sys, time
 from datetime import date

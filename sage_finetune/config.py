@@ -6,7 +6,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/config.html.md"""
 
 # %% auto #0
 __all__ = ['embedded_model', 'LoRAConfig', 'TrainingConfig', 'PreferenceConfig', 'PresetConfigs', 'preset_for', 'precision_of',
-           'show_presets', 'fit_config', 'show_config', 'resolve_model', 'config_from_meta']
+           'show_presets', 'fit_config', 'show_config', 'config_from_meta', 'resolve_model']
 
 # %% ../nbs/00_config.ipynb #8d5faccc
 import warnings
@@ -14,11 +14,13 @@ from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 
-from .core.disk import read_json, SageError # SageError: everything else may take it from here
-from .core.display import Shown, Table
-from .core.settings import checked, config_table, refuse_unknown, Settings, with_given
-from .core.machine import Change, Changes, division, Machine, show_changes
-from .core.run_folder import default_output_dir, read_meta, run_folder, RunFolder
+from sage_finetune.core.disk import (
+    cannot_write, is_running, read_json, SageError, to_disk, whole_folder, write_json, write_text
+) # handed on: who takes them from here may go on doing so
+from .core.display import Shown, Table # Shown: handed on
+from .core.settings import checked, config_table, refuse_unknown, Settings, with_given # handed on
+from .core.machine import Change, Changes, division, Machine, show_changes # show_changes: handed on
+from .core.run_folder import default_output_dir, read_meta, run_folder, RunFolder # run_folder: handed on
 
 # %% ../nbs/00_config.ipynb #9d8a2e8e
 _ways_to_begin = 'gaussian', 'orthogonal', 'pissa', 'olora'
@@ -54,30 +56,42 @@ class LoRAConfig(Settings):
         "How strongly the correction acts: `lora_alpha / r`, or over the root of `r` with `use_rslora`"
         return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
 
-# %% ../nbs/00_config.ipynb #f87b779c
+# %% ../nbs/00_config.ipynb #47325d7a
 def _at_least(low): return f'at least {low}', lambda v: v>=low
 
 def _one_of(*words): return ' or '.join(f'"{w}"' for w in words), words.__contains__
-
 _above_zero = 'above 0', lambda v: v>0
-
 _share = 'between 0 and 1', lambda v: 0<=v<=1
+_below_one = 'at least 0 and below 1', lambda v: 0<=v<1
 
+# %% ../nbs/00_config.ipynb #f87b779c
 _training_rules = dict(
-    max_length=_at_least(8), num_train_epochs=_above_zero, per_device_train_batch_size=_at_least(1),
-    gradient_accumulation_steps=_at_least(1), learning_rate=_above_zero, warmup_ratio=_share,
-    logging_steps=_at_least(1), save_steps=_at_least(1), save_total_limit=_at_least(1),
+    max_length=_at_least(8),
+    num_train_epochs=_above_zero,
+    per_device_train_batch_size=_at_least(1),
+    gradient_accumulation_steps=_at_least(1),
+    learning_rate=_above_zero,
+    warmup_ratio=_share,
+    logging_steps=_at_least(1),
+    save_steps=_at_least(1),
+    save_total_limit=_at_least(1),
     report_to=_one_of('tensorboard', 'wandb', 'none'),
-    seed=('between 0 and 4294967295', lambda v: 0<=v<2**32), dataloader_num_workers=_at_least(0),
-    test_size=('at least 0 and below 1', lambda v: 0<=v<1),
+    seed=('between 0 and 4294967295', lambda v: 0<=v<2**32),
+    dataloader_num_workers=_at_least(0),
+    test_size=_below_one,
     format_type=_one_of('alpaca', 'conversation', 'messages', 'qa', 'prompt_completion', 'text'),
-    train_on=_one_of('assistant', 'last', 'all'), overflow=_one_of('drop', 'truncate', 'split'),
+    train_on=_one_of('assistant', 'last', 'all'),
+    overflow=_one_of('drop', 'truncate', 'split'),
     duplicates=_one_of('keep', 'drop'),
     max_steps=('-1 (as many as the epochs need) or at least 1', lambda v: v==-1 or v>=1),
-    weight_decay=_at_least(0), max_grad_norm=_at_least(0), eval_steps=_at_least(1),
+    weight_decay=_at_least(0),
+    max_grad_norm=_at_least(0),
+    eval_steps=_at_least(1),
     early_stopping_patience=_at_least(1),
-    loraplus_lr_ratio=_at_least(1), neftune_noise_alpha=_above_zero, tokens_per_step=_at_least(8),
-    replay_share=('at least 0 and below 1', lambda v: 0<=v<1))
+    loraplus_lr_ratio=_at_least(1),
+    neftune_noise_alpha=_above_zero,
+    tokens_per_step=_at_least(8),
+    replay_share=_below_one)
 
 # %% ../nbs/00_config.ipynb #7937675d
 @dataclass
@@ -86,12 +100,12 @@ class TrainingConfig(Settings):
     model_name: str = "Qwen/Qwen2.5-Coder-1.5B-Instruct" # Hub name, folder, or "sage-tiny" for the embedded model
     load_in_8bit: bool = True # Hold the frozen weights in 8 bits
     load_in_4bit: bool = False # Hold the frozen weights in 4 bits
-    data_path: Path|None = None # Training rows
+    data_path: str|Path|None = None # Training rows; every path is kept as a `Path`
     max_length: int = 1024 # Tokens of one row at most
-    output_dir: Path = field(default_factory=lambda: default_output_dir) # The run folder
-    num_train_epochs: float = 3 # Passes over the rows
-    per_device_train_batch_size: int = 1 # Rows in one pass on one device
-    gradient_accumulation_steps: int = 16 # Passes before the optimizer steps
+    output_dir: str|Path = field(default_factory=lambda: default_output_dir) # The run folder
+    num_train_epochs: float = 3 # Times that each row is seen
+    per_device_train_batch_size: int = 1 # Rows in one micro-batch on one device
+    gradient_accumulation_steps: int = 16 # Micro-batches behind one optimizer step
     learning_rate: float = 5e-5 # At its highest, after the warm-up
     lr_scheduler_type: str = "cosine" # How it falls after that, in transformers' words
     warmup_ratio: float = 0.1 # Share of the steps in which the learning rate rises
@@ -107,7 +121,7 @@ class TrainingConfig(Settings):
     seed: int = 42 # Of shuffling, dropout and the start of A
     dataloader_num_workers: int = 0 # Processes that prepare batches
     test_size: float = 0.05 # Share of the rows held out for evaluation
-    eval_data_path: Path|None = None # Rows for evaluation, instead of a share of the training rows
+    eval_data_path: str|Path|None = None # Rows for evaluation, instead of a share of the training rows
     eval_data_split: str = "train" # Which split of `eval_data_path`, where it has splits
     format_type: str|None = None # Shape of the rows; None looks at each row
     columns: dict|None = None # {name in the file: known name} for rows with other names
@@ -130,49 +144,48 @@ class TrainingConfig(Settings):
     loraplus_lr_ratio: float|None = None # Learning rate of B over that of A (LoRA+); None for the same
     neftune_noise_alpha: float|None = None # Noise on the embeddings while training (NEFTune); None for none
     torch_compile: bool = False # Compile the model, which pays on long runs
-    # Tokens behind one optimizer step, filling up included, instead of a number of rows; None counts rows
+    # Tokens behind one optimizer step, padding included, instead of a number of rows; None counts rows
     tokens_per_step: int|None = None
-    init_adapter: Path|None = None # Run folder or adapter to go on from; None begins with a new adapter
+    init_adapter: str|Path|None = None # Run folder or adapter to continue from; None begins with a new adapter
     stack_adapter: bool = False # Leave `init_adapter` as it is, and train a second adapter on top of it
-    replay_path: Path|None = None # Earlier rows; None takes those of the run in `init_adapter`
-    replay_share: float = 0.0 # Share of the trained rows that are earlier ones, against forgetting
+    replay_path: str|Path|None = None # Replay rows; None takes those of the run in `init_adapter`
+    replay_share: float = 0.0 # Share of the trained rows that are replay rows, against forgetting
 
     _rules = _training_rules
     _exclusive = ('load_in_8bit', 'load_in_4bit'), ('fp16', 'bf16')
-    _added = ('test_size', 'eval_data_path', 'eval_data_split', 'format_type', 'columns', 'data_split',
-              'data_subset', 'data_revision', 'train_on', 'overflow',
-              'cut_answers', 'duplicates', 'strict', 'packing', 'max_steps', 'weight_decay', 'max_grad_norm',
-              'eval_steps', 'early_stopping_patience', 'load_best_model_at_end', 'loraplus_lr_ratio',
-              'neftune_noise_alpha', 'torch_compile', 'tokens_per_step', 'init_adapter', 'stack_adapter',
-              'replay_path', 'replay_share')
+    _added = ('test_size', 'eval_data_path', 'eval_data_split', 'format_type', 'columns', 'data_split', 'data_subset',
+              'data_revision', 'train_on', 'overflow', 'cut_answers', 'duplicates', 'strict', 'packing',
+              'max_steps', 'weight_decay', 'max_grad_norm', 'eval_steps', 'early_stopping_patience',
+              'load_best_model_at_end', 'loraplus_lr_ratio', 'neftune_noise_alpha', 'torch_compile',
+              'tokens_per_step', 'init_adapter', 'stack_adapter', 'replay_path', 'replay_share')
 
     @property
-    def rows_per_pass(self)->int: # Rows, on one device; where tokens are counted, rows of `max_length`
-        "Rows in one pass"
+    def rows_per_micro_batch(self)->int: # Rows, on one device; where tokens are counted, rows of `max_length`
+        "Rows in one micro-batch"
         if not self.tokens_per_step: return self.per_device_train_batch_size
         return max(1, self.tokens_per_step//self.gradient_accumulation_steps//self.max_length)
     @classmethod
     def _kind_of(cls, values): return PreferenceConfig if 'method' in values else cls
     @property
-    def sequences_per_pass(self)->int: # On one device
-        "Conversations that go through the model in one pass"
-        return self.rows_per_pass
+    def sequences_per_micro_batch(self)->int: # On one device
+        "Conversations in one micro-batch"
+        return self.rows_per_micro_batch
     @property
     def effective_batch_size(self)->int: # Rows, on one device; where tokens are counted, rows of `max_length`
         "Rows behind one optimizer step"
-        return self.rows_per_pass * self.gradient_accumulation_steps
+        return self.rows_per_micro_batch * self.gradient_accumulation_steps
     @property
     def checkpoint_dir(self)->Path: # Folder of `checkpoint-N` folders
-        "Where training can be continued from"
-        return self.output_dir/'checkpoints'
+        "Where training resumes from"
+        return RunFolder(self.output_dir).checkpoints
     @property
     def lora_dir(self)->Path: # Folder
         "Where the adapter is saved"
-        return self.output_dir/'lora_weights'
+        return RunFolder(self.output_dir).lora_weights
     @property
     def log_dir(self)->Path: # Folder
         "Where TensorBoard looks"
-        return self.output_dir/'logs'
+        return RunFolder(self.output_dir).logs
 
 # %% ../nbs/00_config.ipynb #9fcc0002
 _preference_rules = _training_rules | dict(
@@ -182,17 +195,32 @@ _preference_rules = _training_rules | dict(
     format_type=_one_of('preference', 'unpaired'),
     train_on=_one_of('assistant', 'last'), overflow=_one_of('drop', 'truncate'))
 
+# %% ../nbs/00_config.ipynb #6c3f643a
 _not_for_pairs = dict(packing=False, tokens_per_step=None, neftune_noise_alpha=None, cut_answers=False,
                       stack_adapter=False, replay_path=None, replay_share=0.0, torch_compile=False)
 _only_with = dict(loss_type='dpo', label_smoothing='dpo', sft_weight='dpo', desirable_weight='kto',
                   undesirable_weight='kto')
 
+def _check_preference(config):
+    "Refuse what has no meaning for pairs of answers, and a setting of a method that is not used"
+    plain = {f.name: f.default for f in fields(config)}
+    for n,value in _not_for_pairs.items():
+        if getattr(config, n)!=value:
+            raise ValueError(f'`{n}={getattr(config, n)}` does not go together with preferences: leave it out')
+    for n,method in _only_with.items():
+        if getattr(config, n)!=plain[n] and config.method!=method:
+            raise ValueError(f'`{n}={getattr(config, n)}` is a setting of `method="{method}"`, and the method is '
+                             f'"{config.method}": leave it out')
+    if config.label_smoothing and config.loss_type!='robust':
+        raise ValueError(f'`label_smoothing={config.label_smoothing}` needs `loss_type="robust"`, got '
+                         f'"{config.loss_type}"')
+
 # %% ../nbs/00_config.ipynb #9fcc0003
 @dataclass
 class PreferenceConfig(TrainingConfig):
     "Every setting of one run that learns from preferences"
-    per_device_train_batch_size: int = 2 # Rows in one pass on one device: pairs, or single answers for KTO
-    gradient_accumulation_steps: int = 8 # Passes before the optimizer steps
+    per_device_train_batch_size: int = 2 # Rows in one micro-batch on one device: pairs, or single answers for KTO
+    gradient_accumulation_steps: int = 8 # Micro-batches behind one optimizer step
     learning_rate: float = 5e-6 # At its highest, after the warm-up
     lora: LoRAConfig = field(default_factory=lambda: LoRAConfig().adapted(lora_dropout=0.0)) # The adapter
     method: str = "dpo" # "dpo", "orpo" or "kto"
@@ -207,22 +235,12 @@ class PreferenceConfig(TrainingConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        plain = {f.name: f.default for f in fields(self)}
-        for n,value in _not_for_pairs.items():
-            if getattr(self, n)!=value:
-                raise ValueError(f'`{n}={getattr(self, n)}` does not go together with preferences: leave it out')
-        for n,method in _only_with.items():
-            if getattr(self, n)!=plain[n] and self.method!=method:
-                raise ValueError(f'`{n}={getattr(self, n)}` is a setting of `method="{method}"`, and the method is '
-                                 f'"{self.method}": leave it out')
-        if self.label_smoothing and self.loss_type!='robust':
-            raise ValueError(f'`label_smoothing={self.label_smoothing}` needs `loss_type="robust"`, got '
-                             f'"{self.loss_type}"')
+        _check_preference(self)
 
     @property
-    def sequences_per_pass(self)->int: # On one device
-        "Conversations that go through the model in one pass: both answers of a pair"
-        return self.rows_per_pass * (1 if self.method=='kto' else 2)
+    def sequences_per_micro_batch(self)->int: # On one device
+        "Conversations in one micro-batch: both answers of a pair"
+        return self.rows_per_micro_batch * (1 if self.method=='kto' else 2)
 
     @classmethod
     def like(cls,
@@ -230,78 +248,93 @@ class PreferenceConfig(TrainingConfig):
         **more, # Settings of preferences
     )->'PreferenceConfig':
         "What `config` says by hand or for its machine; the rest has the defaults for preferences"
-        if isinstance(config, PreferenceConfig): return config.replace(**more)
-        plain = TrainingConfig()
-        said = {f.name: getattr(config, f.name) for f in fields(TrainingConfig) if f.name in config.given
-                or getattr(config, f.name)!=getattr(plain, f.name)}
-        return cls(**said | more).adapted(**{n: v for n,v in said.items() if n not in config.given and n not in more})
+        return _preference_like(cls, config, more)
+
+# %% ../nbs/00_config.ipynb #895398c7
+def _preference_like(cls, config, more):
+    "A config for preferences that says what `config` says by hand or for its machine"
+    if isinstance(config, PreferenceConfig): return config.replace(**more)
+    plain = TrainingConfig()
+    own = {f.name: getattr(config, f.name) for f in fields(TrainingConfig) if f.name in config.given
+           or getattr(config, f.name)!=getattr(plain, f.name)}
+    return cls(**own | more).adapted(**{n: v for n,v in own.items() if n not in config.given and n not in more})
+
+# %% ../nbs/00_config.ipynb #9bb8b5a5
+# nothing quantised, nothing computed twice, two rows in a micro-batch
+_plain = dict(load_in_8bit=False, gradient_checkpointing=False, optim='adamw_torch',
+              per_device_train_batch_size=2, gradient_accumulation_steps=8)
+_presets = dict(
+    minimal=lambda: dict(load_in_8bit=False, load_in_4bit=True, max_length=512, gradient_accumulation_steps=32,
+                         lora=LoRAConfig(r=4, lora_alpha=8)),
+    rtx_3060=lambda: {},
+    colab_t4=lambda: _plain,
+    rtx_4090=lambda: _plain | dict(max_length=2048),
+    a100=lambda: _plain | dict(max_length=4096, fp16=False, bf16=True),
+    h200=lambda: _plain | dict(per_device_train_batch_size=8, gradient_accumulation_steps=2, max_length=4096,
+                               fp16=False, bf16=True),
+    cpu=lambda: dict(load_in_8bit=False, gradient_checkpointing=False, optim='adamw_torch', max_length=512, fp16=False))
+
+def _preset(name, changes):
+    "A preset of which only `changes` count as given by hand"
+    return TrainingConfig().adapted(**_presets[name]()).replace(**changes)
 
 # %% ../nbs/00_config.ipynb #2bf1814a
-def _preset(settings, changes):
-    "A config of which only `changes` count as given by hand"
-    return TrainingConfig().adapted(**settings).replace(**changes)
-
-# no quantisation, nothing computed twice
-_unquantised = dict(load_in_8bit=False, gradient_checkpointing=False, optim='adamw_torch')
-_two_by_eight = dict(per_device_train_batch_size=2, gradient_accumulation_steps=8)
-
 class PresetConfigs:
     "Starting points for seven kinds of machine; a keyword changes a setting by hand"
-    # GB the default model needs at most
+    # GB of 1,000 MB that the default model needs at most
     fits_in = dict(minimal=6, rtx_3060=10, colab_t4=14, rtx_4090=20, a100=35, h200=120, cpu=12)
 
     @staticmethod
     def minimal(**changes)->TrainingConfig: # 4 bits, 512 tokens, effective batch 32
         "A card below 8 GB: the default model fits in 6 GB"
-        return _preset(dict(load_in_8bit=False, load_in_4bit=True, max_length=512, gradient_accumulation_steps=32,
-                            lora=LoRAConfig(r=4, lora_alpha=8)), changes)
+        return _preset('minimal', changes)
     @staticmethod
     def rtx_3060(**changes)->TrainingConfig: # 8 bits, 1,024 tokens, effective batch 16
         "A card with 12 GB: the default model fits in 10 GB"
-        return _preset({}, changes)
+        return _preset('rtx_3060', changes)
     @staticmethod
     def colab_t4(**changes)->TrainingConfig: # fp16, 1,024 tokens, effective batch 16
         "A T4, as Colab lends it, or another card with 16 GB: the default model fits in 14 GB"
-        return _preset(dict(_unquantised, **_two_by_eight), changes)
+        return _preset('colab_t4', changes)
     @staticmethod
     def rtx_4090(**changes)->TrainingConfig: # fp16, 2,048 tokens, effective batch 16
         "A card with 24 GB: the default model fits in 20 GB"
-        return _preset(dict(_unquantised, **_two_by_eight, max_length=2048), changes)
+        return _preset('rtx_4090', changes)
     @staticmethod
     def a100(**changes)->TrainingConfig: # bf16, 4,096 tokens, effective batch 16
         "A card with 40 or 80 GB: the default model fits in 35 GB"
-        return _preset(dict(_unquantised, **_two_by_eight, max_length=4096, fp16=False, bf16=True), changes)
+        return _preset('a100', changes)
     @staticmethod
     def h200(**changes)->TrainingConfig: # bf16, 4,096 tokens, effective batch 16
         "A card with 141 GB: the default model fits in 120 GB"
-        return _preset(dict(_unquantised, per_device_train_batch_size=8, gradient_accumulation_steps=2,
-                            max_length=4096, fp16=False, bf16=True), changes)
+        return _preset('h200', changes)
     @staticmethod
     def cpu(**changes)->TrainingConfig: # fp32, 512 tokens, effective batch 16
         "No GPU: the default model fits in 12 GB of main memory"
-        return _preset(dict(_unquantised, max_length=512, fp16=False), changes)
+        return _preset('cpu', changes)
     @staticmethod
     def auto(
-        machine=None, # A `Machine`; this one if None
+        machine:Machine|None=None, # This machine if None
         **changes, # Settings by hand
     )->TrainingConfig: # One of the others
         "The preset for a machine; a processor with units for bf16 computes in it"
-        if machine is None: machine = _here()
-        fast = dict(bf16=True) if machine.device=='cpu' and machine.bf16 and not changes.get('fp16') else {}
-        return getattr(PresetConfigs, preset_for(machine))(**fast | changes)
+        return _auto_preset(machine, changes)
 
 # %% ../nbs/00_config.ipynb #cfecd8b2
-def _here():
-    return Machine.here()
-
 def preset_for(
-    machine=None, # A `Machine`; this one if None
+    machine:Machine|None=None, # This machine if None
 )->str: # Name of a preset
     "Which preset suits a machine"
-    if machine is None: machine = _here()
+    machine = machine or Machine.here()
     if machine.device!='cuda': return 'cpu'
     order = [*(('h200', 'a100', 'rtx_4090') if machine.bf16 else ()), 'colab_t4', 'rtx_3060', 'minimal']
     return next((n for n in order if PresetConfigs.fits_in[n]*1e9 <= (machine.memory or 0)), 'minimal')
+
+def _auto_preset(machine, changes):
+    "The preset for a machine; a processor with units for bf16 computes in it"
+    machine = machine or Machine.here()
+    fast = dict(bf16=True) if machine.device=='cpu' and machine.bf16 and not changes.get('fp16') else {}
+    return _preset(preset_for(machine), fast | changes)
 
 # %% ../nbs/00_config.ipynb #0062f615
 def precision_of(
@@ -320,10 +353,10 @@ def _preset_row(name):
             f'{c.lora.r} / {c.lora.lora_alpha}', PresetConfigs.fits_in[name]]
 
 def show_presets(
-    machine=None, # One whose preset is marked; none is if None
+    machine:Machine|None=None, # One whose preset is marked; none is if None
 )->Table: # A row for each preset
     "The presets side by side, and the memory each promises to fit in"
-    columns = ['preset', 'rows × passes', 'rows behind a step', 'max_length', 'computes in', 'weights',
+    columns = ['preset', 'rows × micro-batches', 'rows behind a step', 'max_length', 'computes in', 'weights',
                'checkpointing', 'LoRA r / alpha', 'fits in GB']
     best = preset_for(machine) if machine else None
     names = list(PresetConfigs.fits_in)
@@ -345,7 +378,7 @@ def _fit_precision(config, machine):
     if config.bf16 and not machine.bf16 and 'bf16' not in config.given:
         yield Change('bf16', True, False, f"without native bf16 a {machine.device} is several times faster in fp32")
 
-# %% ../nbs/00_config.ipynb #2c26c9b4
+# %% ../nbs/00_config.ipynb #4e34fa5c
 def _fit_quantisation(config, machine):
     for name in ('load_in_8bit', 'load_in_4bit'):
         if not getattr(config, name): continue
@@ -362,6 +395,7 @@ def _fit_quantisation(config, machine):
         elif machine.device!='cuda' and not by_hand:
             yield Change(name, True, False, "quantised weights save GPU memory; without a CUDA GPU they only cost time")
 
+# %% ../nbs/00_config.ipynb #2c26c9b4
 def _fit_optimizer(config, machine):
     if not (config.optim.startswith('paged_') or '8bit' in config.optim): return
     if machine.device=='cuda' and machine.bitsandbytes and not division(): return
@@ -404,7 +438,7 @@ def fit_config(
 # %% ../nbs/00_config.ipynb #5a0e0008
 def show_config(
     config:TrainingConfig, # As asked
-    machine=None, # What it is to run on; this machine if None
+    machine:Machine|None=None, # What it is to run on; this machine if None
 )->Table: # Every setting as it will be used
     "Each setting as it will be used on a machine, and why it is not what was asked for or not the default"
     if not isinstance(config, TrainingConfig):
@@ -413,20 +447,6 @@ def show_config(
     table = config_table(config, fit_config(config, machine)[1], every=True)
     table.title = f'{table.title}; on {machine}'
     return table
-
-# %% ../nbs/00_config.ipynb #34f8502b
-embedded_model = 'sage-tiny'
-
-def resolve_model(
-    name:str, # Hub name, folder, or "sage-tiny"
-)->str: # What `from_pretrained` takes
-    "The folder of the embedded model for its name; any other name as it is"
-    name = checked('name', name, str)
-    if name!=embedded_model:
-        folder = Path(name).expanduser() if name.startswith('~') else None
-        return str(folder) if folder and folder.is_dir() else name
-    package = find_spec('sage_finetune').submodule_search_locations[0]
-    return str(Path(package)/'models'/embedded_model)
 
 # %% ../nbs/00_config.ipynb #e51980c6
 def _find_data(names, folder):
@@ -449,7 +469,7 @@ def _meta_settings(config, folder):
 
 # %% ../nbs/00_config.ipynb #1111969e
 def config_from_meta(
-    folder, # Run folder
+    folder:str|Path, # Run folder
 )->TrainingConfig: # Model, data and settings of the meta file; its `output_dir` is `folder`
     "The config that a run folder asks for"
     folder = RunFolder(folder).path
@@ -461,3 +481,17 @@ def config_from_meta(
     except ValueError as err: raise ValueError(f"{RunFolder(folder).meta}: {err}") from None
     if config.eval_data_path: config = config.replace(eval_data_path=_find_data([str(config.eval_data_path)], folder))
     return config
+
+# %% ../nbs/00_config.ipynb #34f8502b
+embedded_model = 'sage-tiny'
+
+def resolve_model(
+    name:str, # Hub name, folder, or "sage-tiny"
+)->str: # What `from_pretrained` takes
+    "The folder of the embedded model for its name; any other name as it is"
+    name = checked('name', name, str)
+    if name!=embedded_model:
+        folder = Path(name).expanduser() if name.startswith('~') else None
+        return str(folder) if folder and folder.is_dir() else name
+    package = find_spec('sage_finetune').submodule_search_locations[0]
+    return str(Path(package)/'models'/embedded_model)

@@ -34,7 +34,8 @@ from .training.split import overlap, split_dataset
 from .training.samplers import LengthGroupedSampler
 from .model.adapter import changes_base
 from .model.loss import evaluating
-from .model.memory import estimate_memory, live_bytes, Probe, undisturbed
+from .model.step_bytes import live_bytes
+from .model.memory import estimate_memory, Probe
 from .training.callbacks import operations, read_metrics
 from sage_finetune.trainer import (
     check_data_path, pad_token_id, LoRATrainer, TokenMetrics, ResumableTrainer, training_arguments, TrainingResult
@@ -453,7 +454,7 @@ class PreferenceTrainer(LoRATrainer):
         batch = t._prepare_inputs(t.data_collator([t.train_dataset[i] for i in rows]))
         n,T = batch['input_ids'].shape
         held = 4*sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        with undisturbed(self.model) as model, t.compute_loss_context_manager():
+        with evaluating(self.model, training=True) as model, t.compute_loss_context_manager():
             measured = _bytes_of(lambda: t.judged(model, batch)[0].backward(),
                                  [*model.parameters(), *model.buffers(), *batch.values()])
         same = self.fitted.adapted(per_device_train_batch_size=len(rows), max_length=max(8, T))

@@ -22,7 +22,8 @@ from .core.run_folder import last_checkpoint, only_run, RunFolder
 from .config import config_from_meta, fit_config, PreferenceConfig, TrainingConfig
 from .rows.images import processor_of
 from .data import DataReport
-from .model.adapter import adapter_line, add_lora, check_knobs, Evaluations, ready_for_quantised_training
+from .model.adapter import adapter_line, add_lora, BestAdapter, check_settings
+from .model.adapter import ready_for_quantised_training
 from .model.memory import estimate_memory, probe_step
 from .training.batches import check_rows, Collator, longest_batch, pad_token_id
 from .training.split import check_data_path, read_data
@@ -108,9 +109,9 @@ class LoopParts(RunState):
         "What hangs around the loop"
         c,held_out = self.config,self.eval_dataset is not None
         shown = self.watcher.callbacks() if self.watcher else [] if self.quiet else [Progress()]
-        # `Evaluations` writes into a checkpoint, so it comes before `Checkpoints`
+        # `BestAdapter` writes into a checkpoint, so it comes before `Checkpoints`
         return [Metrics(self.folder.metrics),
-                *([Evaluations(c.early_stopping_patience, c.load_best_model_at_end)] if held_out else []),
+                *([BestAdapter(c.early_stopping_patience, c.load_best_model_at_end)] if held_out else []),
                 Checkpoints(self.folder.checkpoints, c.save_total_limit), *trackers(self.fitted),
                 *_before_first_step(self), *shown]
 
@@ -175,7 +176,7 @@ class LoRATrainer(LoopParts):
 # %% ../nbs/02_trainer.ipynb #2f01f0e3
 def _announce(run):
     "Tell what runs where and what memory it will need"
-    check_knobs(run.fitted)
+    check_settings(run.fitted)
     run.say(f'{run.machine}\n{show_changes(run.changes)}')
     if run.quiet or process(): return
     try: run.say(estimate_memory(run.fitted, run.machine))
@@ -201,7 +202,7 @@ def _packed_rows(run):
     "The training rows, packed, once it is proved that this model keeps documents apart"
     if run._packed[0] is run.dataset: return run._packed[1]
     c,report = run.fitted,PackingReport()
-    prove_packing(run.model, c.rows_per_pass)
+    prove_packing(run.model, c.rows_per_micro_batch)
     rows = one_after_another(lambda: pack_dataset(run.dataset, c.max_length, report))
     if run.data_report: run.data_report.packing = report.to_dict()
     n = c.effective_batch_size*(1 if c.tokens_per_step else processes())

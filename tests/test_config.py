@@ -1,5 +1,5 @@
 "Edges of `sage_finetune.config` that need processes, kills or many random cases"
-import os, pickle, random, signal, subprocess, sys, threading, time
+import copy, os, pickle, random, signal, subprocess, sys, threading
 from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from sage_finetune.core.disk import whole_folder, write_json, write_text
-from sage_finetune.config import checked, LoRAConfig, PresetConfigs, read_json, SageError, Settings, TrainingConfig
-from sage_finetune.core.machine import Change, Machine, show_changes
-from sage_finetune.config import fit_config
-from sage_finetune.core.run_folder import last_checkpoint, mark_complete, read_meta, run_folder, RunFolder
-from sage_finetune.config import config_from_meta
+from sage_finetune.config import (
+    config_from_meta, config_table, fit_config, LoRAConfig, preset_for, PreferenceConfig, PresetConfigs, read_json,
+    SageError, TrainingConfig
+)
+from sage_finetune.core.machine import Machine, show_changes
+from sage_finetune.core.run_folder import last_checkpoint, mark_complete, read_meta, run_folder, write_meta
 
 DEFAULTS = dict(
     model_name="Qwen/Qwen2.5-Coder-1.5B-Instruct", load_in_8bit=True, load_in_4bit=False, data_path=None,
@@ -42,9 +43,9 @@ def test_defaults():
 
 def test_import_is_light():
     code = ("import sys; from sage_finetune import TrainingConfig, LoRAConfig, PresetConfigs; TrainingConfig(); "
-            "PresetConfigs.a100()\n" \
+            "PresetConfigs.a100()\n"
            "print([m for m in ('torch','transformers','datasets','peft','numpy','fastcore','IPython','rich',"
-            "'typer') if m in sys.modules])")
+            "'typer', 'filelock') if m in sys.modules])")
     assert python(code).stdout.strip()=='[]'
 
 def test_making_a_config_touches_no_disk(tmp_path):
@@ -54,6 +55,136 @@ def test_making_a_config_touches_no_disk(tmp_path):
     done = python(code, env={**os.environ, 'HOME': str(tmp_path), 'PYTHONDONTWRITEBYTECODE': '1'})
     assert done.returncode==0, done.stderr
     assert list(tmp_path.iterdir())==[]
+
+def test_every_name_is_still_handed_on():
+    from sage_finetune import config
+    for name in ('SageError', 'cannot_write', 'is_running', 'read_json', 'to_disk', 'whole_folder', 'write_json',
+                 'write_text', 'Settings', 'Shown', 'checked', 'refuse_unknown', 'with_given', 'default_output_dir',
+                 'run_folder', 'RunFolder', 'Machine', 'Change', 'Changes', 'show_changes', 'config_table', 'Table'):
+        assert hasattr(config, name), name
+
+# What is allowed
+
+@pytest.mark.parametrize('name', ['data_path', 'output_dir', 'eval_data_path', 'init_adapter', 'replay_path'])
+def test_paths_may_be_strings(name):
+    kind = TrainingConfig.__dataclass_fields__[name].type
+    assert {str, Path} <= set(kind.__args__)
+    for given in ('some/where', Path('some/where')):
+        config = TrainingConfig(**{name: given})
+        assert getattr(config, name)==Path('some/where') and isinstance(getattr(config, name), Path)
+    for given in ('', 3, b'x', 'a\0b'):
+        with pytest.raises(ValueError, match=f'`{name}` must be a path, got'): TrainingConfig(**{name: given})
+
+@pytest.mark.parametrize('bad', [
+    dict(num_train_epochs=0), dict(per_device_train_batch_size=0), dict(gradient_accumulation_steps=8//16),
+    dict(learning_rate=0), dict(learning_rate=-1), dict(warmup_ratio=1.5), dict(save_steps=0), dict(logging_steps=0),
+    dict(save_total_limit=0), dict(seed=-1), dict(dataloader_num_workers=-1), dict(test_size=1), dict(max_steps=0),
+    dict(weight_decay=-.1), dict(max_grad_norm=-1), dict(model_name=''), dict(data_path=''), dict(output_dir=None),
+    dict(lora=8), dict(fp16='maybe')], ids=str)
+def test_what_cannot_be_is_refused_by_name(bad):
+    with pytest.raises(ValueError, match=f'`{next(iter(bad))}` must be'): TrainingConfig(**bad)
+
+def test_messages():
+    with pytest.raises(ValueError, match='`load_in_8bit` and `load_in_4bit` cannot both'):
+        TrainingConfig(load_in_8bit=True, load_in_4bit=True)
+    with pytest.raises(ValueError, match='`report_to` must be "tensorboard" or "wandb" or "none"'):
+        TrainingConfig(report_to='mlflow')
+    with pytest.raises(ValueError, match='did you mean `learning_rate`'): TrainingConfig().learning_rat = 1e-4
+    with pytest.raises(ValueError, match='unknown LoRA setting `rank`'): TrainingConfig(lora=dict(rank=4))
+
+def test_small_things():
+    assert TrainingConfig('sage-tiny').given=={'model_name'}
+    assert TrainingConfig(save_total_limit=None).save_total_limit is None
+    assert TrainingConfig(bf16=True)==TrainingConfig(bf16=True, fp16=False)
+    assert TrainingConfig(lora=dict(r=16)).lora==LoRAConfig(r=16)
+    config = TrainingConfig(num_train_epochs=1)
+    assert config.replace(seed=1).lora is not config.lora
+    config.output_dir = '~/mine'
+    assert config.checkpoint_dir==Path.home()/'mine'/'checkpoints' and 'output_dir' in config.given
+    both = TrainingConfig(fp16=True)
+    with pytest.raises(ValueError, match='cannot both be True'): both.replace(bf16=True)
+    assert both.replace(bf16=True, fp16=False).bf16
+    four = TrainingConfig(load_in_4bit=True, bf16=True)
+    for twin in (copy.copy(four), copy.deepcopy(four), pickle.loads(pickle.dumps(four))):
+        assert twin==four and set(twin.given)=={'load_in_4bit', 'bf16'}
+
+def test_the_shape_of_the_correction():
+    assert LoRAConfig(target_modules='all-linear').target_modules=='all-linear'
+    assert LoRAConfig(target_modules=('q',)).target_modules==['q']
+    assert LoRAConfig().target_modules is not LoRAConfig().target_modules
+    for bad,message in ((dict(target_modules=[]), '`target_modules` must be'),
+                        (dict(target_modules=None), '`target_modules` must be'),
+                        (dict(r=0), '`r` must be at least 1, got 0'),
+                        (dict(bias='some'), '`bias` must be "none", "all" or "lora_only"')):
+        with pytest.raises(ValueError, match=message): LoRAConfig(**bad)
+
+def test_settings_of_preferences():
+    liked = PreferenceConfig.like(TrainingConfig(seed=7).adapted(max_length=64), method='orpo')
+    assert (liked.seed, liked.max_length, liked.learning_rate, liked.method)==(7, 64, 5e-6, 'orpo')
+    assert liked.given=={'seed', 'method'} and PreferenceConfig.like(liked, beta=.2).beta==.2
+    assert PreferenceConfig.from_dict(dict(beta=.2)).method=='dpo'
+    for bad in (dict(beta=0), dict(train_on='all'), dict(overflow='split'), dict(format_type='qa'),
+                dict(loss_type='nll'), dict(sft_weight=-1)):
+        with pytest.raises(ValueError, match=f'`{next(iter(bad))}` must be'): PreferenceConfig(**bad)
+    with pytest.raises(ValueError, match='`method` must be "dpo" or "orpo" or "kto"'): PreferenceConfig(method='ppo')
+    with pytest.raises(ValueError, match='`label_smoothing=0.1` needs `loss_type="robust"`'):
+        PreferenceConfig(label_smoothing=.1)
+
+# Files
+
+def test_files_with_mistakes(tmp_path):
+    assert LoRAConfig.load(LoRAConfig(r=4).save(tmp_path/'lora.json'))==LoRAConfig(r=4)
+    with pytest.raises(ValueError, match='lora.json: `r` must be a whole number'):
+        LoRAConfig.load(write_json(tmp_path/'lora.json', dict(r='four')))
+    with pytest.raises(FileNotFoundError, match='none.json does not exist'): TrainingConfig.load(tmp_path/'none.json')
+    dump = {k: v for k,v in TrainingConfig().to_dict().items() if k not in TrainingConfig._added}
+    with pytest.raises(ValueError, match='cannot both be True'): TrainingConfig.from_dict({**dump, 'bf16': True})
+    with pytest.raises(ValueError, match='unknown setting `gone`'): TrainingConfig.from_dict(dict(_given=['gone']))
+    with pytest.raises(ValueError, match='must be a dict'): TrainingConfig.from_dict([1])
+
+def test_where_the_data_of_a_meta_file_is(tmp_path):
+    write_meta(tmp_path/'whole', 'sage-tiny', 'rows.json', config=TrainingConfig(load_in_8bit=True))
+    assert 'load_in_8bit' in config_from_meta(tmp_path/'whole').given
+    write_json(tmp_path/'moved'/'finetune_meta.json',
+               dict(model='m', dataset='name', data_file='/gone/before/rows.json', output_dir='/gone'))
+    assert config_from_meta(tmp_path/'moved').data_path==Path('/gone/before/rows.json')
+    rows = write_text(tmp_path/'moved'/'rows.json', '[]')
+    config = config_from_meta(tmp_path/'moved')
+    assert (config.data_path, config.output_dir)==(rows, tmp_path/'moved')
+
+def test_a_meta_file_that_names_a_config_of_another_program(tmp_path):
+    write_json(tmp_path/'factory.json', dict(learning_rate=1e-4, stage='sft', cutoff_len=512))
+    write_meta(tmp_path/'factory', 'm', 'd', config=tmp_path/'factory.json')
+    with pytest.warns(UserWarning, match='not used: cutoff_len, stage'):
+        assert config_from_meta(tmp_path/'factory').learning_rate==1e-4
+
+# What a config says
+
+def test_why_a_setting_is_not_the_default():
+    assert config_table(PresetConfigs.a100()).rows[0][3]=='set by a preset or a program'
+    assert config_table(LoRAConfig()).title=='LoRAConfig: every setting has its default'
+    assert [r[0::3] for r in config_table(TrainingConfig(bf16=True)).rows]==[
+        ['fp16', 'gives way to `bf16`'], ['bf16', 'given by hand']]
+    config = TrainingConfig(learning_rate=2e-4, output_dir='runs/first')
+    assert str(config)==str(config_table(config)) and config._repr_html_()==config_table(config)._repr_html_()
+    assert repr(config).startswith('TrainingConfig(model_name=')
+
+# Presets
+
+def test_presets_are_those_of_the_contract():
+    presets = {n: getattr(PresetConfigs, n)() for n in PresetConfigs.fits_in}
+    assert presets['rtx_3060']==TrainingConfig() and not presets['a100'].given
+    said = lambda n,*names: [getattr(presets[n], name) for name in names]
+    assert said('minimal', 'load_in_4bit', 'load_in_8bit', 'max_length', 'fp16', 'optim')==[
+        True, False, 512, True, 'paged_adamw_8bit']
+    assert presets['minimal'].lora==LoRAConfig(r=4, lora_alpha=8)
+    precise = 'load_in_4bit', 'load_in_8bit', 'max_length', 'fp16', 'bf16', 'optim'
+    assert said('rtx_4090', *precise)==[False, False, 2048, True, False, 'adamw_torch']
+    assert said('a100', *precise)==[False, False, 4096, False, True, 'adamw_torch']
+    assert [p.gradient_checkpointing for p in presets.values()]==[True, True, *[False]*5]
+    assert PresetConfigs.minimal(lora=dict(r=16)).lora.scaling==1
+    assert PresetConfigs.auto().effective_batch_size in (16, 32)
+    assert [preset_for(m) for m in (Machine('cuda', memory=4*2**30), Machine('mps'))]==['minimal', 'cpu']
 
 # Random round trips
 
@@ -147,6 +278,22 @@ def test_fitting_is_complete_honest_and_done_once(machine):
         if machine.device=='cuda' and not machine.bf16: assert not fitted.bf16
         if not machine.bitsandbytes: assert not fitted.load_in_8bit and not fitted.load_in_4bit
         assert show_changes(changes).count('\n')==len(changes)
+
+def test_fitting_by_example():
+    laptop,t4 = Machine(cores=2),Machine('cuda', 'Tesla T4', memory=15*2**30)
+    changed = lambda config,machine: [c.setting for c in fit_config(config, machine)[1]]
+    bare = Machine('cuda', 'x', bf16=True, bitsandbytes=False, tensorboard=False)
+    assert changed(TrainingConfig(), bare)==['load_in_8bit', 'optim', 'report_to']
+    assert changed(PresetConfigs.a100(), laptop)==['bf16'] and changed(PresetConfigs.cpu(), laptop)==[]
+    assert changed(PresetConfigs.a100(), Machine('cuda', 'A100', bf16=True))==[]
+    assert changed(TrainingConfig(), Machine('mps'))==['fp16', 'load_in_8bit', 'optim']
+    assert len(changed(TrainingConfig(load_in_8bit=True, gradient_checkpointing=True), laptop))==2
+    assert fit_config(TrainingConfig(bf16=True), laptop)[0].bf16
+    assert not fit_config(TrainingConfig(bf16=True), t4)[0].bf16
+    assert fit_config(TrainingConfig(bf16=True, seed=1), t4)[0].given=={'seed'}
+    assert fit_config(PresetConfigs.a100(), Machine(bf16=True))[0].bf16
+    assert fit_config(TrainingConfig(optim='adamw_bnb_8bit'), laptop)[0].optim=='adamw_torch'
+    assert show_changes([])=='Nothing was changed for this machine.'
 
 def test_wandb_missing_is_an_error_only_when_asked_for():
     config = TrainingConfig().adapted(report_to='wandb')

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and what is said where they cannot
+"""Files and folders that appear whole or not at all
 
 Docs: https://sage-finetune.github.io/sage_finetune/core/disk.html.md"""
 
@@ -9,6 +9,7 @@ __all__ = ['SageError', 'cannot_write', 'is_running', 'to_disk', 'write_text', '
 
 # %% ../../nbs/core/00_disk.ipynb #194002a8
 import errno,json,os,platform,re
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -23,7 +24,7 @@ _fixes = {errno.ENOSPC: 'free some space or choose another folder',
           errno.EISDIR: 'a folder stands where a file is needed'}
 
 def cannot_write(
-    path, # File or folder that was to be written
+    path:str|Path, # File or folder that was to be written
     err:OSError, # Why the system refused
 )->SageError: # To be raised
     "The refusal of the system as one line that names the path and the fix"
@@ -31,21 +32,22 @@ def cannot_write(
     return SageError(f"cannot write {path}: {(err.strerror or str(err)).lower()}; {fix}")
 
 # %% ../../nbs/core/00_disk.ipynb #882fb876
-_host = re.sub(r'[^A-Za-z0-9]+', '-', platform.node()) or 'host'
-
-def _beside(path, ending='tmp'):
-    "A hidden name in the folder of `path` that nobody else uses"
-    return path.with_name(f".{path.name[:100]}.{_host}.{os.getpid()}.{os.urandom(4).hex()}.{ending}")
-
 def is_running(
     pid:int, # Number of a process
 )->bool: # True where it cannot be told
-    "Whether a process of this machine lives"
+    "Whether a process of this machine is alive"
     if os.name!='posix': return True
     try: os.kill(pid, 0)
     except ProcessLookupError: return False
     except (OSError, OverflowError): pass
     return True
+
+# %% ../../nbs/core/00_disk.ipynb #41087578
+_host = re.sub(r'[^A-Za-z0-9]+', '-', platform.node()) or 'host'
+
+def _beside(path, ending='tmp'):
+    "A hidden name in the folder of `path` that nobody else uses"
+    return path.with_name(f".{path.name[:100]}.{_host}.{os.getpid()}.{os.urandom(4).hex()}.{ending}")
 
 def _clear_remains(path):
     "Remove what killed writers of `path` left beside it; an old folder that was not yet replaced comes back"
@@ -61,15 +63,16 @@ def _clear_remains(path):
 def to_disk(
     path:Path, # A file or folder that exists
 )->None: # Nothing: the system has written it
-    "Bring one file or folder to the disk"
+    "Flush one file or folder to the disk"
     if path.is_dir() and os.name!='posix': return
     handle = os.open(path, os.O_RDONLY)
     try:
         with suppress(OSError): os.fsync(handle) # some network file systems refuse
     finally: os.close(handle)
 
+# %% ../../nbs/core/00_disk.ipynb #3ab75aee
 def write_text(
-    path, # File to write; its folder is made if needed
+    path:str|Path, # File to write; its folder is made if needed
     text:str, # Its whole content, written as UTF-8
 )->Path: # The file
     "Write a text file, whole or not at all"
@@ -89,15 +92,15 @@ def write_text(
 
 # %% ../../nbs/core/00_disk.ipynb #3a2927d5
 def write_json(
-    path, # File to write
-    obj, # What JSON can hold; paths become strings
+    path:str|Path, # File to write
+    obj:object, # What JSON can hold; paths become strings
 )->Path: # The file
     "Write `obj` as readable JSON, whole or not at all"
     return write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, default=os.fspath)+'\n')
 
 # %% ../../nbs/core/00_disk.ipynb #c5400f8c
 def read_json(
-    path, # File to read
+    path:str|Path, # File to read
 )->dict: # Its object
     "Read a JSON file that holds one object"
     path = Path(path).expanduser()
@@ -125,7 +128,7 @@ def _swap(new, path):
     rmtree(old, ignore_errors=True)
 
 def _same_rights(folder):
-    "Give the files of `folder` its own rights: some libraries write weights that nobody else may read"
+    "Give the files of `folder` its own permissions: some libraries write weights that nobody else may read"
     rights = folder.stat().st_mode & 0o666
     for p in folder.rglob('*'):
         if p.is_file(): p.chmod(rights)
@@ -133,8 +136,8 @@ def _same_rights(folder):
 # %% ../../nbs/core/00_disk.ipynb #c3cdb1c3
 @contextmanager
 def whole_folder(
-    path, # Folder to write; one that exists is replaced
-): # A hidden folder beside it, to write into
+    path:str|Path, # Folder to write; one that exists is replaced
+)->Iterator[Path]: # A hidden folder beside it, to write into
     "A folder that appears whole when the block ends well, and not at all when it fails"
     from shutil import rmtree
     path = Path(os.path.realpath(Path(path).expanduser()))

@@ -1,4 +1,4 @@
-"""What a config has to give up on this machine, each change with its reason
+"""The machine a run is fitted to, the processes it runs in, and the changes made for them
 
 Docs: https://sage-finetune.github.io/sage_finetune/core/machine.html.md"""
 
@@ -8,7 +8,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/core/machine.html.md"""
 __all__ = ['Machine', 'processes', 'process', 'division', 'Change', 'Changes', 'show_changes']
 
 # %% ../../nbs/core/03_machine.ipynb #544f2961
-import os,platform,sys
+import os,platform
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -59,9 +59,9 @@ def _ram():
     with suppress(OSError, ValueError): sizes.append(int(Path('/sys/fs/cgroup/memory.max').read_text()))
     return min(sizes, default=None)
 
-def _this_machine(
-)->Machine: # As torch sees it
-    "Describe the machine this runs on"
+# %% ../../nbs/core/03_machine.ipynb #d93edc74
+def _this_machine():
+    "Describe the machine this runs on, as torch sees it"
     try: import torch
     except ImportError as err: raise SageError(f"torch cannot be imported ({err}): pip install torch") from None
     rest = dict(cores=_cores(), ram=_ram(),
@@ -97,6 +97,7 @@ class Change:
     used: object # Value it is run with
     reason: str # One plain sentence
 
+# %% ../../nbs/core/03_machine.ipynb #eb9ba205
 class Changes(Shown, list):
     "What was changed for a machine: a list of `Change` that shows itself"
     def shown(self):

@@ -1,4 +1,4 @@
-"""The folder of a run: its files, its name, and what was asked
+"""The folder of a run: its files, its state, its last checkpoint, who trains in it, and how it is found
 
 Docs: https://sage-finetune.github.io/sage_finetune/core/run_folder.html.md"""
 
@@ -6,40 +6,46 @@ Docs: https://sage-finetune.github.io/sage_finetune/core/run_folder.html.md"""
 
 # %% auto #0
 __all__ = ['default_output_dir', 'complete_marker', 'RunFolder', 'run_folder', 'mark_complete', 'checkpoint_fault',
-           'last_checkpoint', 'only_run', 'Holder', 'holder_of', 'read_meta', 'write_meta', 'is_run', 'find_run',
-           'RunInfo', 'list_runs', 'remove_run']
+           'last_checkpoint', 'only_run', 'Holder', 'holder_of', 'read_meta', 'write_meta', 'is_run', 'RunInfo',
+           'list_runs', 'find_run', 'remove_run']
 
 # %% ../../nbs/core/04_run_folder.ipynb #35e36b9a
 import errno,os,platform,re,shutil,time,zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-
-from .disk import cannot_write, is_running, read_json, SageError, to_disk, write_json, write_text
+from .disk import cannot_write, is_running, read_json, SageError, to_disk, write_json
 from .settings import checked, Settings, with_given
 
 # %% ../../nbs/core/04_run_folder.ipynb #5de553c7
-@dataclass(frozen=True)
+class _Inside:
+    "What lies in a run folder under this name"
+    def __init__(self, *parts): self.parts = parts
+    def __get__(self, run, owner=None)->Path: return self if run is None else Path(run.path, *self.parts)
+
+@dataclass(frozen=True, init=False)
 class RunFolder:
     "The files of one run"
     path: Path # The folder
 
-    def __post_init__(self): object.__setattr__(self, 'path', checked('path', self.path, Path))
+    def __init__(self,
+        path:str|Path, # The folder, which need not exist
+    ): object.__setattr__(self, 'path', checked('path', path, Path))
 
-    meta = property(lambda self: self.path/'finetune_meta.json', doc="What was asked")
-    config = property(lambda self: self.path/'training_config.json', doc="Every setting")
-    data_report = property(lambda self: self.path/'data_report.json', doc="What became of every row")
-    checkpoints = property(lambda self: self.path/'checkpoints', doc="Folder of `checkpoint-N` folders")
-    lora_weights = property(lambda self: self.path/'lora_weights', doc="Folder of the adapter")
-    merged_model = property(lambda self: self.path/'merged_model', doc="Folder of the merged model")
-    logs = property(lambda self: self.path/'logs', doc="Folder of TensorBoard's files")
-    metrics = property(lambda self: self.path/'metrics.jsonl', doc="One line of numbers for each log step")
-    loss_curve = property(lambda self: self.path/'loss.png', doc="The loss as a picture")
-    results = property(lambda self: self.path/'results.json', doc="What came out in the end")
-    stopped = property(lambda self: self.lora_weights/'stopped.json',
-                       doc="Beside an adapter that is not finished: at which step it stopped")
-    lock = property(lambda self: self.path/'.lock', doc="Held by the process that trains here")
+    meta = _Inside('finetune_meta.json') # What was asked
+    config = _Inside('training_config.json') # Every setting
+    data_report = _Inside('data_report.json') # What became of every row
+    checkpoints = _Inside('checkpoints') # Folder of `checkpoint-N` folders
+    lora_weights = _Inside('lora_weights') # Folder of the adapter
+    merged_model = _Inside('merged_model') # Folder of the merged model
+    logs = _Inside('logs') # Folder of TensorBoard's files
+    metrics = _Inside('metrics.jsonl') # One line of numbers for each log step
+    loss_curve = _Inside('loss.png') # The loss as a figure
+    results = _Inside('results.json') # What came out in the end
+    stopped = _Inside('lora_weights', 'stopped.json') # Beside an unfinished adapter: the step it stopped at
+    lock = _Inside('.lock') # Who trains here, while somebody does
 
     @property
     def state(self)->str: # "new", "started", "stopped", "trained" or "merged"
@@ -54,7 +60,7 @@ default_output_dir = Path('~/.sage/finetune_output').expanduser()
 
 def run_folder(
     name:str, # Name of the run
-    root=None, # Folder of all runs; `~/.sage/finetune_output` if None
+    root:str|Path|None=None, # Folder of all runs; `~/.sage/finetune_output` if None
 )->RunFolder: # The run folder, which need not exist
     "The folder of the run `name`"
     bad = (not isinstance(name, str) or not name.strip() or name[0] in '.~'
@@ -75,9 +81,9 @@ def _size_and_sum(path):
     return [size, crc]
 
 def mark_complete(
-    checkpoint, # Folder whose files are all written
+    checkpoint:str|Path, # Folder whose files are all written
 )->Path: # The marker
-    "Bring the files of a checkpoint to the disk, then mark it as whole"
+    "Flush the files of a checkpoint to the disk, then mark it as whole"
     checkpoint = Path(checkpoint)
     try:
         for p in checkpoint.rglob('*'): to_disk(p)
@@ -86,8 +92,9 @@ def mark_complete(
     except OSError as err: raise cannot_write(checkpoint, err) from None
     return write_json(checkpoint/complete_marker, files)
 
+# %% ../../nbs/core/04_run_folder.ipynb #9c329bf8
 def checkpoint_fault(
-    checkpoint, # A `checkpoint-N` folder
+    checkpoint:str|Path, # A `checkpoint-N` folder
 )->str|None: # None where it is whole
     "What is wrong with a checkpoint"
     checkpoint = Path(checkpoint)
@@ -102,11 +109,12 @@ def checkpoint_fault(
         if _size_and_sum(path)!=expected: return f'its file {name} has changed since it was written'
     return None if files else f'its file {complete_marker} names no file'
 
+# %% ../../nbs/core/04_run_folder.ipynb #bf30dd6e
 def last_checkpoint(
-    folder, # Folder of `checkpoint-N` folders
-    say=None, # Called with one line for each broken checkpoint that is passed over
+    folder:str|Path, # Folder of `checkpoint-N` folders
+    say:Callable|None=None, # Called with one line for each broken checkpoint that is passed over
 )->Path|None: # The whole one with the highest step, or None
-    "The checkpoint to go on from"
+    "The checkpoint to resume from"
     folder = Path(folder)
     found = {p: int(m[1]) for p in (folder.iterdir() if folder.is_dir() else ())
              if (m := re.fullmatch(r'checkpoint-([0-9]+)', p.name))}
@@ -115,52 +123,51 @@ def last_checkpoint(
         if say: say(f'{p.name} is passed over: {fault}')
 
 # %% ../../nbs/core/04_run_folder.ipynb #31d2f8d5
-def _hold(file):
-    "Whether this process now holds the lock on an open file; also True where the file system knows no locks"
-    try:
-        if os.name=='posix':
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX|fcntl.LOCK_NB)
-        else:
-            import msvcrt
-            file.seek(2**30)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1) # a place far behind the text
-    except OSError as err: return err.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
-    return True
+_no_locks = errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP # A file system that knows no locks is trained in all the same
 
-def _opened_alone(path):
-    "The lock file, held; a `SageError` names who holds it"
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, 'a+', encoding='utf-8')
-        if not _hold(file):
-            file.seek(0)
-            with file: who = file.read().strip() or 'another process'
-            raise SageError(f'{path.parent} is being trained by {who}: wait until it ends, stop it, or give '
-                            f'another `output_dir`')
-        with suppress(OSError): # removed by the one before, between opening and locking
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)): return file
-        file.close()
+def _held(run):
+    "The lock of a run folder, held; a `SageError` names who holds it"
+    from filelock import FileLock, Timeout
+    lock = FileLock(run.path/'.lock.held', timeout=.2, thread_local=False) # one that just ended may still hold it
+    try: lock.acquire()
+    except Timeout:
+        try: who = run.lock.read_text(encoding='utf-8').strip()
+        except OSError: who = ''
+        raise SageError(f"{run.path} is being trained by {who or 'another process'}: wait until it ends, stop it, or "
+                        f"give another `output_dir`") from None
+    except NotImplementedError: pass # older releases, for ENOSYS
+    except OSError as err:
+        if err.errno not in _no_locks: raise
+    return lock
 
+def _let_go(lock, run):
+    "Release a lock, and remove its files while it is still held"
+    for path in (run.lock, lock.lock_file):
+        with suppress(OSError): os.unlink(path)
+    lock.release()
+    with suppress(OSError): os.unlink(lock.lock_file) # on Windows an open file cannot be removed
+
+# %% ../../nbs/core/04_run_folder.ipynb #e83d6eea
 @contextmanager
 def only_run(
-    folder, # Run folder; it is made if needed
-): # While the block runs, no other process trains in this folder
+    folder:str|Path, # Run folder; it is made if needed
+)->Iterator[None]: # While the block runs, no other process trains in this folder
     "Hold the lock of a run folder, or refuse"
-    path = RunFolder(folder).lock
-    made = not path.parent.exists()
+    run = RunFolder(folder)
+    made = not run.path.exists()
+    who = f'process {os.getpid()} on {platform.node()} since {time.strftime("%Y-%m-%d %H:%M:%S")}'
     try:
-        file = _opened_alone(path)
-        file.truncate(0)
-        file.write(f'process {os.getpid()} on {platform.node()} since {time.strftime("%Y-%m-%d %H:%M:%S")}')
-        file.flush()
-    except OSError as err: raise cannot_write(path.parent, err) from None
-    try: yield
+        run.path.mkdir(parents=True, exist_ok=True)
+        lock = _held(run)
+    except OSError as err: raise cannot_write(run.path, err) from None
+    try:
+        try: run.lock.write_text(who, encoding='utf-8')
+        except OSError as err: raise cannot_write(run.path, err) from None
+        yield
     finally:
-        with suppress(OSError): path.unlink()
-        file.close()
+        _let_go(lock, run)
         if made:
-            with suppress(OSError): path.parent.rmdir() # nothing was written into it
+            with suppress(OSError): run.path.rmdir() # nothing was written into it
 
 # %% ../../nbs/core/04_run_folder.ipynb #2e68d97c
 @dataclass(frozen=True)
@@ -176,9 +183,9 @@ class Holder:
         return self.host==platform.node()
 
 def holder_of(
-    folder, # Run folder
+    folder:str|Path, # Run folder
 )->Holder|None: # None where nobody trains there
-    "The process that holds the lock of a run folder; of one on another machine it is taken that it lives"
+    "The process that holds the lock of a run folder; one on another machine is taken to be alive"
     try: text = RunFolder(folder).lock.read_text(encoding='utf-8')
     except OSError: return None
     if not (m := re.fullmatch(r'process (\d+) on (.*) since (.*)', text.strip())): return None
@@ -187,7 +194,7 @@ def holder_of(
 
 # %% ../../nbs/core/04_run_folder.ipynb #cdba3095
 def read_meta(
-    folder, # Run folder
+    folder:str|Path, # Run folder
 )->dict: # Key → value, as written
     "Read the `finetune_meta.json` of a run"
     path = RunFolder(folder).meta
@@ -197,10 +204,11 @@ def read_meta(
             raise SageError(f'{path} must name a `{key}` as a string, got {meta.get(key)!r}: add "{key}": "…"')
     return meta
 
+# %% ../../nbs/core/04_run_folder.ipynb #6aeec222
 def write_meta(
-    folder, # Run folder
-    model, # Hub name, folder, or "sage-tiny"
-    dataset, # Training rows: a file, or the name of one
+    folder:str|Path, # Run folder
+    model:str, # Hub name, folder, or "sage-tiny"
+    dataset:str|Path, # Training rows: a file, or the name of one
     **more, # task_type, framework, format, config, output_dir, code_root, data_file, or keys of your own
 )->Path: # The file
     "Write the `finetune_meta.json` of a run; a key whose value is None is left out"
@@ -210,27 +218,12 @@ def write_meta(
 
 # %% ../../nbs/core/04_run_folder.ipynb #5a0e0010
 def is_run(
-    path, # A folder
+    path:str|Path, # A folder
 )->bool: # Whether a run asked for it or was trained in it
     "Whether a folder is a run folder"
     run = RunFolder(path)
     # an adapter has its settings beside it
     return (run.meta.is_file() or run.config.is_file()) and not (run.path/'adapter_config.json').is_file()
-
-# %% ../../nbs/core/04_run_folder.ipynb #c137c122
-def find_run(
-    name, # Name of a run, or path of its folder
-    root=None, # Folder of all runs; `~/.sage/finetune_output` if None
-)->RunFolder: # An existing run folder
-    "The run with this name or at this path"
-    path = checked('name', name, Path)
-    if path.is_dir() and is_run(path) and (root is None or len(path.parts)>1): return RunFolder(path)
-    if len(path.parts)!=1 or path.is_absolute():
-        raise SageError(f'{name} is not a run folder: it has neither finetune_meta.json nor training_config.json')
-    run = run_folder(str(name), root)
-    if is_run(run.path): return run
-    there = ', '.join(r.name for r in list_runs(root)) or 'none yet (`sage-finetune quickstart` makes one)'
-    raise SageError(f'no run {str(name)!r} in {run.path.parent}; there are: {there}')
 
 # %% ../../nbs/core/04_run_folder.ipynb #bdac0f51
 @dataclass(frozen=True)
@@ -243,6 +236,7 @@ class RunInfo:
     loss: float|None # Held-out loss at the end, or the last training loss
     size: int # Bytes on disk
 
+# %% ../../nbs/core/04_run_folder.ipynb #5b99cd0e
 def _size(folder): return sum(p.stat().st_size for p in folder.rglob('*') if p.is_file() and not p.is_symlink())
 
 def _info(path):
@@ -256,21 +250,37 @@ def _info(path):
         return RunInfo(path.name, str(meta.get('task_type', 'custom')), str(model), run.state, loss, _size(path))
     except (SageError, OSError) as e: return RunInfo(path.name, '?', '?', f'unreadable: {e}', None, 0)
 
+# %% ../../nbs/core/04_run_folder.ipynb #90f81199
+def _may_be_run(path):
+    try: return is_run(path)
+    except OSError: return True # listed as unreadable
+
 def list_runs(
-    root=None, # Folder of all runs; `~/.sage/finetune_output` if None
-)->list: # Of `RunInfo`, by name
+    root:str|Path|None=None, # Folder of all runs; `~/.sage/finetune_output` if None
+)->list[RunInfo]: # By name
     "Every run in a folder"
     root = Path(root).expanduser() if root else default_output_dir
     if not root.is_dir(): return []
     return [_info(p) for p in sorted(root.iterdir()) if p.is_dir() and not p.name.startswith('.') and _may_be_run(p)]
 
-def _may_be_run(path):
-    try: return is_run(path)
-    except OSError: return True # listed as unreadable
+# %% ../../nbs/core/04_run_folder.ipynb #c137c122
+def find_run(
+    name:str|Path, # Name of a run, or path of its folder
+    root:str|Path|None=None, # Folder of all runs; `~/.sage/finetune_output` if None
+)->RunFolder: # An existing run folder
+    "The run with this name or at this path"
+    path = checked('name', name, str|Path)
+    if path.is_dir() and is_run(path) and (root is None or len(path.parts)>1): return RunFolder(path)
+    if len(path.parts)!=1 or path.is_absolute():
+        raise SageError(f'{name} is not a run folder: it has neither finetune_meta.json nor training_config.json')
+    run = run_folder(str(name), root)
+    if is_run(run.path): return run
+    there = ', '.join(r.name for r in list_runs(root)) or 'none yet (`sage-finetune quickstart` makes one)'
+    raise SageError(f'no run {str(name)!r} in {run.path.parent}; there are: {there}')
 
 # %% ../../nbs/core/04_run_folder.ipynb #a9f81c05
 def remove_run(
-    path, # Run folder
+    path:str|Path, # Run folder
 )->int: # Bytes that were freed
     "Remove a run folder"
     if not is_run(path): raise SageError(f'{path} is not a run folder and is left alone')

@@ -9,12 +9,14 @@ __all__ = ['checked', 'refuse_unknown', 'Settings', 'with_given', 'config_table'
 
 # %% ../../nbs/core/02_settings.ipynb #2cb33588
 import math,os
+from collections.abc import Iterable
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import fields
 from difflib import get_close_matches
 from operator import index
 from pathlib import Path
+from typing import TypeVar
 
 from .disk import read_json, write_json
 from .display import Shown, Table
@@ -53,20 +55,20 @@ def _as_names(value):
     if not isinstance(value, dict): raise TypeError
     return {_as_str(k): _as_str(v) for k,v in value.items()}
 
+# %% ../../nbs/core/02_settings.ipynb #dea0acee
 _kinds = {bool: (_as_bool, 'true or false'), int: (_as_int, 'a whole number'), float: (_as_float, 'a finite number'),
           list: (_as_list, 'a list of names'), dict: (_as_names, 'a dict of names'),
           str: (_as_str, 'a non-empty string'), Path: (_as_path, 'a path')}
 
-# %% ../../nbs/core/02_settings.ipynb #dea0acee
 def checked(
     name:str, # The setting, for the message
-    value, # What was given
-    kind, # `bool`, `int`, `float`, `str`, `Path`, `list`, `dict`, or a union of them such as `Path|None`
-): # `value` as that kind
+    value:object, # What was given
+    kind, # `bool`, `int`, `float`, `str`, `Path`, `list`, `dict`, or a union of them such as `str|Path|None`
+): # `value` as that kind; a `Path` where the union has one
     "Bring `value` to the type of the setting `name`, or refuse it by name"
     kinds = getattr(kind, '__args__', (kind,))
     if value is None and type(None) in kinds: return None
-    kinds = [k for k in kinds if k in _kinds]
+    kinds = [k for k in kinds if k in _kinds and not (k is str and Path in kinds)]
     for k in kinds:
         with suppress(TypeError, ValueError, KeyError, OverflowError, RuntimeError): return _kinds[k][0](value)
     wanted = ' or '.join(_kinds[k][1] for k in kinds)
@@ -74,8 +76,8 @@ def checked(
 
 # %% ../../nbs/core/02_settings.ipynb #1997a9b4
 def refuse_unknown(
-    names, # Names that were given
-    known, # Names that exist
+    names:Iterable, # Names that were given
+    known:Iterable, # Names that exist
     what:str='setting', # What the names are, for the message
 )->None: # Nothing: every name is known
     "Refuse the first name that does not exist, and offer the nearest that does"
@@ -87,72 +89,53 @@ def refuse_unknown(
         raise ValueError(f"unknown {what} `{name}`; {hint}")
 
 # %% ../../nbs/core/02_settings.ipynb #eb240a4b
+_Self = TypeVar('_Self', bound='Settings') # `typing.Self` came with Python 3.11
+
 class Settings(Shown):
-    "What the two configs share: values that are checked, and a memory of which were given by hand"
+    "What all configs share: values that are checked, and a memory of which were given by hand"
     _rules,_exclusive,_what = {},(),'setting'
 
-    @classmethod
-    def _kind_of(cls, values): return cls
-
     def __new__(cls, *args, **kwargs):
-        self,init = super().__new__(cls), cls.__init__.__code__
-        names,takes_any = init.co_varnames[1:], init.co_flags & 8 # 8: a subclass whose own `__init__` has `**kwargs`
-        if not takes_any: refuse_unknown(kwargs, names, cls._what)
-        vars(self)['_given'] = frozenset({*names[:len(args)], *kwargs} & {f.name for f in fields(cls)})
+        self = super().__new__(cls)
+        vars(self)['_given'] = _given_by(cls, args, kwargs)
         return self
 
     def __post_init__(self):
-        for f in fields(self): vars(self)[f.name] = self._check(f, getattr(self, f.name))
-        for pair in self._exclusive: self._settle(*pair)
+        for f in fields(self): vars(self)[f.name] = _check_setting(f, getattr(self, f.name), self._rules)
+        for pair in self._exclusive: vars(self).update(_settled(self, *pair))
         vars(self)['_ready'] = True
 
     def __setattr__(self, name, value):
         if name.startswith('_') or '_ready' not in vars(self): return object.__setattr__(self, name, value)
         vars(self).update(vars(self.replace(**{name: value})))
 
-    def _check(self, f, value): return _check_setting(f, value, self._rules)
-    def _settle(self, a, b): vars(self).update(_settled(self, a, b))
+    given = property(lambda self: self._given, doc="Names of the settings that were given by hand")
 
-    @property
-    def given(self)->frozenset: # Names of settings
-        "The settings that were given by hand"
-        return self._given
-
-    def replace(self, **changes): # A copy with `changes`, which count as given by hand
+    def replace(self:_Self, **changes)->_Self: # A copy with `changes`, which count as given by hand
         "A copy with some settings changed by hand"
         return _changed(self, changes, self.given | set(changes))
-
-    def adapted(self, **changes): # A copy with `changes`, which no longer count as given by hand
+    def adapted(self:_Self, **changes)->_Self: # A copy with `changes`, which no longer count as given by hand
         "A copy with some settings changed by the program, for a machine or for a run that ran out of memory"
         return _changed(self, changes, self.given - set(changes))
-
     def to_dict(self)->dict: # Setting → plain value, ready for JSON
         "Every setting as a plain value"
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
-
     @classmethod
-    def from_dict(cls, values:dict): # A config; an unknown or impossible setting is a `ValueError`
+    def from_dict(cls:type[_Self], values:dict)->_Self: # A config; an unknown or impossible setting is a `ValueError`
         "The config that `values` describes; what it leaves out has its default"
         return _config_from(cls, values)
-
-    def save(self, path)->Path: # The file
+    def save(self, path:str|Path)->Path: # The file
         "Save every setting as JSON, and which were given by hand"
         return write_json(path, with_given(self))
-
     @classmethod
-    def load(cls, path): # A config equal to the one that was saved
+    def load(cls:type[_Self], path:str|Path)->_Self: # A config equal to the one that was saved
         "Read a config back: saved by `save`, dumped by the earlier module, or written by hand"
         return _config_of_file(cls, path)
-
-    def shown(self): return _table_of(self)
+    def shown(self): return config_table(self)
 
 # %% ../../nbs/core/02_settings.ipynb #be37d0ea
-def _check_setting(
-    f, # The dataclass field
-    value, # Its value
-    rules:dict, # Setting → (what is allowed in words, the test)
-): # The value in the field's type
-    "Check one setting: its type, then its range"
+def _check_setting(f, value, rules):
+    "Check the value of one dataclass field: its type, then its range, by rules {name: (words, test)}"
     if isinstance(f.type, type) and issubclass(f.type, Settings):
         if isinstance(value, f.type): return value
         if isinstance(value, dict): return f.type.from_dict(value)
@@ -163,35 +146,31 @@ def _check_setting(
         raise ValueError(f"`{f.name}` must be {words}, got {value!r}")
     return value
 
-# %% ../../nbs/core/02_settings.ipynb #a770f67a
-def _table_of(config):
-    "What a config shows of itself: the settings that are not simply the default"
-    return config_table(config)
+# %% ../../nbs/core/02_settings.ipynb #d4200492
+def _given_by(cls, args, kwargs):
+    "The settings that the arguments of a constructor give by hand; an unknown one is refused"
+    init = cls.__init__.__code__
+    names,takes_any = init.co_varnames[1:], init.co_flags & 8 # 8: a subclass whose own `__init__` has `**kwargs`
+    if not takes_any: refuse_unknown(kwargs, names, cls._what)
+    return frozenset({*names[:len(args)], *kwargs} & {f.name for f in fields(cls)})
 
-def _settled(
-    config:Settings, # The config, its values checked
-    a:str, # A setting
-    b:str, # A setting that cannot be true together with `a`
-)->dict: # The setting that gives way, set to False; empty where nothing has to
-    "Let a default give way to its opposite that was given by hand"
+def _settled(config, a, b):
+    "The one of two settings that cannot both be true that gives way, as {name: False}; empty where nothing has to"
     if not (getattr(config, a) and getattr(config, b)): return {}
     by_hand = [n for n in (a, b) if n in config.given]
     if len(by_hand)!=1: raise ValueError(f"`{a}` and `{b}` cannot both be True: set one of them to False")
     return {b if by_hand==[a] else a: False}
 
 # %% ../../nbs/core/02_settings.ipynb #5940e1fa
-def _changed(
-    config:Settings, # Where to start
-    changes:dict, # Setting → new value
-    given, # The settings of the copy that count as given by hand
-)->Settings: # A checked copy
-    "A checked copy of `config` with `changes`"
+def _changed(config, changes, given):
+    "A checked copy of `config` with `changes`, of which the settings `given` count as given by hand"
     refuse_unknown(changes, [f.name for f in fields(config)], config._what)
     new = deepcopy(config)
     vars(new).update(changes, _given=frozenset(given))
     new.__post_init__()
     return new
 
+# %% ../../nbs/core/02_settings.ipynb #eae84938
 def _plain(value):
     "`value` as JSON can hold it"
     if isinstance(value, Settings): return value.to_dict()
@@ -204,22 +183,6 @@ def with_given(
     return {**config.to_dict(), '_given': sorted(config.given)}
 
 # %% ../../nbs/core/02_settings.ipynb #0550881a
-def _config_from(
-    cls, # The kind of config
-    values:dict, # Setting → value, perhaps with `_given`
-)->Settings: # The config
-    "The config that `values` describes, with its memory of what was given by hand"
-    if not isinstance(values, dict): raise ValueError(f"`values` must be a dict of settings, got {values!r}")
-    given = values.get('_given')
-    # notes of a program, as in `training_config.json`
-    values = {k:v for k,v in values.items() if not str(k).startswith('_')}
-    cls = cls._kind_of(values)
-    new = cls(**values)
-    if given is None: given = _meant(new, values)
-    refuse_unknown(given, [f.name for f in fields(cls)], cls._what)
-    vars(new)['_given'] = frozenset(given)
-    return new
-
 def _meant(config, values):
     "The settings that a dict without `_given` was written for"
     everything = {f.name for f in fields(config)} - set(getattr(config, '_added', ()))
@@ -227,11 +190,21 @@ def _meant(config, values):
     default = type(config)()
     return [n for n in values if getattr(config, n)!=getattr(default, n)]
 
+def _config_from(cls, values):
+    "The config that a dict describes, with its memory of what was given by hand"
+    if not isinstance(values, dict): raise ValueError(f"`values` must be a dict of settings, got {values!r}")
+    given = values.get('_given')
+    # other notes of a program begin with `_` as well, as in `training_config.json`
+    values = {k:v for k,v in values.items() if not str(k).startswith('_')}
+    if hasattr(cls, '_kind_of'): cls = cls._kind_of(values)
+    new = cls(**values)
+    if given is None: given = _meant(new, values)
+    refuse_unknown(given, [f.name for f in fields(cls)], cls._what)
+    vars(new)['_given'] = frozenset(given)
+    return new
+
 # %% ../../nbs/core/02_settings.ipynb #94dbe7ca
-def _config_of_file(
-    cls, # The kind of config
-    path, # JSON file of settings
-)->Settings: # The config
+def _config_of_file(cls, path):
     "The config in a JSON file"
     values = read_json(path)
     try: return _config_from(cls, values)
@@ -239,7 +212,7 @@ def _config_of_file(
 
 # %% ../../nbs/core/02_settings.ipynb #691e3a71
 def _values(config, prefix=''):
-    "(name, value, default, whether given by hand) of each setting, those of LoRA as `lora.r`"
+    "(name, value, default, whether given by hand) of each setting, those of a config inside as `lora.r`"
     default = type(config)()
     for f in fields(config):
         value = getattr(config, f.name)
@@ -251,28 +224,32 @@ def _gave_way(config, name):
     return next((other for pair in config._exclusive if name in pair for other in pair
                  if other!=name and other in config.given), None)
 
+# %% ../../nbs/core/02_settings.ipynb #0b87c3ae
 def _in_words(value):
     "A value as text; a path in the home folder is the same for everybody"
     home = Path.home()
     return (str(Path('~')/value.relative_to(home)) if isinstance(value, Path) and value.is_relative_to(home)
             else str(value))
 
+def _reason(config, name, value, default, by_hand, change):
+    "Why a setting has this value; empty where it is the default"
+    if change: return f"{'given by hand as' if by_hand else 'asked for:'} {change.asked}; {change.reason}"
+    if by_hand: return 'given by hand'
+    if value==default: return ''
+    return f'gives way to `{other}`' if (other := _gave_way(config, name)) else 'set by a preset or a program'
+
 def _settings(config, changes):
     "[setting, value, default, why] of each"
     changed = {c.setting: c for c in changes}
     for name,value,default,by_hand in _values(config):
-        if c := changed.get(name):
-            yield [name, _in_words(c.used), _in_words(default),
-                   f"{'given by hand as' if by_hand else 'asked for:'} {c.asked}; {c.reason}"]
-        elif by_hand or value==default:
-            yield [name, _in_words(value), _in_words(default), 'given by hand' if by_hand else '']
-        else:
-            yield [name, _in_words(value), _in_words(default),
-                   f'gives way to `{other}`' if (other := _gave_way(config, name)) else 'set by a preset or a program']
+        change = changed.get(name)
+        yield [name, _in_words(change.used if change else value), _in_words(default),
+               _reason(config, name, value, default, by_hand, change)]
 
+# %% ../../nbs/core/02_settings.ipynb #293da357
 def config_table(
     config:Settings, # A `TrainingConfig` or a `LoRAConfig`
-    changes=(), # From `fit_config`
+    changes:Iterable=(), # From `fit_config`
     every:bool=False, # A row for each setting; else those at their default are named below
 )->Table: # Setting, value, default and why they differ
     "What a config says"

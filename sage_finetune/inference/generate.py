@@ -25,7 +25,7 @@ from ..core.run_folder import RunFolder
 from ..rows.formats import to_messages
 from ..rows.images import image_inputs
 from ..rows.template import encode_prompt, images_of
-from ..model.loading import dtype_of, load_model, load_tokenizer, quantisation_of, without_noise
+from ..model.loading import dtype_of, load_model, load_tokenizer, quantisation_of, quiet_libraries
 from ..model.adapter import ready_for_quantised_training
 from ..model.shards import local_folder, read_header, stored_tensors
 from ..model.contract import check_contract, contract_file, stop_ids
@@ -79,7 +79,7 @@ def fit_vocabulary(
     if lost := [e for e in ends[:1 if tied else 2] if rows.get(e)!=wanted]:
         raise SageError(f'the adapter was trained with {wanted:,} tokens, the base has {now:,}, and {lost[0]} for '
                         f'the others is not in the adapter')
-    with without_noise(): model.resize_token_embeddings(wanted, mean_resizing=False)
+    with quiet_libraries(): model.resize_token_embeddings(wanted, mean_resizing=False)
     return model
 
 # %% ../../nbs/inference/00_generate.ipynb #77a45ab5
@@ -94,7 +94,7 @@ def put_adapter(
     from peft import PeftModel
     tensors,how = adapter_tensors(folder),dict(low_cpu_mem_usage=empty, **dict(torch_device='cpu') if empty else {})
     try:
-        with without_noise(), warnings.catch_warnings():
+        with quiet_libraries(), warnings.catch_warnings():
             warnings.simplefilter('ignore')
             if on is None:
                 on = PeftModel.from_pretrained(fit_vocabulary(base, tensors), str(folder), adapter_name=name, **how)

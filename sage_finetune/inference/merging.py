@@ -27,7 +27,7 @@ from ..core.display import Table
 from ..rows.images import image_inputs
 from ..rows.template import encode, encode_prompt, images_of
 from ..data import conversations, source_of
-from ..model.loading import dtype_of, load_model, model_class, no_model, without_noise
+from ..model.loading import dtype_of, load_model, model_class, no_model, quiet_libraries
 from ..model.shards import fetched_folder, local_folder, stored_tensors, write_model
 from ..model.contract import check_contract, save_contract
 from sage_finetune.inference.generate import (
@@ -40,7 +40,7 @@ def _skeleton(base):
     from transformers import AutoConfig
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-        with without_noise(), torch.device('meta'): return model_class(config).from_config(config)
+        with quiet_libraries(), torch.device('meta'): return model_class(config).from_config(config)
     except (OSError, ValueError, KeyError, ImportError) as e: raise no_model(str(base), e) from None
 
 @contextmanager
@@ -326,11 +326,11 @@ def _scale(model, adapters):
 def _merge_in_memory(folder, job):
     "Merge as peft does, with the whole model in memory"
     model = _with_adapters(job, load_model(job.base, torch.float32, 'cpu'))
-    with without_noise(): plain = model.merge_and_unload()
+    with quiet_libraries(): plain = model.merge_and_unload()
     head,embedding = plain.get_output_embeddings(),plain.get_input_embeddings()
     if head is not None and head.weight is not embedding.weight and not torch.equal(head.weight, embedding.weight):
         plain.config.tie_word_embeddings = plain.config.get_text_config().tie_word_embeddings = False
-    with without_noise(): plain.to(job.dtype).save_pretrained(folder)
+    with quiet_libraries(): plain.to(job.dtype).save_pretrained(folder)
 
 def _with_adapters(job, model):
     on = None
@@ -419,7 +419,7 @@ def _reference(job, tokenizer, probes):
 def _reload(folder, dtype, device):
     "The merged model as anybody else would load it"
     from transformers import AutoConfig
-    with without_noise():
+    with quiet_libraries():
         return model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=dtype).to(device).eval()
 
 # %% ../../nbs/inference/02_merging.ipynb #ecd2b6c6
@@ -439,7 +439,7 @@ def _empty_model(folder, dtype):
     from accelerate import init_empty_weights
     from transformers import AutoConfig
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    with without_noise(), _no_first_numbers(), init_empty_weights(include_buffers=False):
+    with quiet_libraries(), _no_first_numbers(), init_empty_weights(include_buffers=False):
         model = model_class(config).from_config(config, dtype=dtype).eval()
     model.tie_weights() # each had become a parameter of its own
     return model

@@ -15,7 +15,7 @@ from pathlib import Path
 from ..core.disk import read_json, SageError, write_json
 from ..rows.images import copy_processor, processor_digest
 from ..rows.template import encode, end_of_turn_id, render
-from .loading import load_tokenizer, without_noise
+from .loading import load_tokenizer, quiet_libraries
 from .shards import local_folder, stored_tensors, weights_digest
 
 # %% ../../nbs/model/05_contract.ipynb #183fba91
@@ -32,13 +32,19 @@ def stop_ids(
 # %% ../../nbs/model/05_contract.ipynb #008ff464
 contract_file = 'contract.json'
 
-_reference = [dict(role='user', content='  Add 12 and 345.\n\tWhy?  '),
-              dict(role='assistant', content='def f(x):\n    return x+1  # 357'),
-              dict(role='user', content='Grüß dich, 你好 🙂'), dict(role='assistant', content='Yes.')]
-
 def _digest(obj):
     return hashlib.sha256(json.dumps(obj, ensure_ascii=False,
                                      sort_keys=True).encode('utf-8', 'surrogatepass')).hexdigest()[:16]
+
+def _weights_of(base):
+    "Digest of the weights under a name; None where they cannot be had here"
+    try: return weights_digest(stored_tensors(local_folder(base) or Path('-')))
+    except SageError: return None
+
+# %% ../../nbs/model/05_contract.ipynb #ebef1f2d
+_reference = [dict(role='user', content='  Add 12 and 345.\n\tWhy?  '),
+              dict(role='assistant', content='def f(x):\n    return x+1  # 357'),
+              dict(role='user', content='Grüß dich, 你好 🙂'), dict(role='assistant', content='Yes.')]
 
 def _rendered(tokenizer):
     "Digest of the text and the tokens of the reference conversation"
@@ -46,11 +52,7 @@ def _rendered(tokenizer):
     try: return _digest([render(_reference, tokenizer), encode(_reference, tokenizer)['input_ids']])
     except ValueError: return None # a template that no row of this form can be trained with
 
-def _weights_of(base):
-    "Digest of the weights under a name; None where they cannot be had here"
-    try: return weights_digest(stored_tensors(local_folder(base) or Path('-')))
-    except SageError: return None
-
+# %% ../../nbs/model/05_contract.ipynb #025f18cd
 def contract_of(
     tokenizer, # With a chat template
     model=None, # Its stop tokens count, if given
@@ -75,6 +77,7 @@ def _generation_settings(model, tokenizer):
     except (ValueError, TypeError): return GenerationConfig(eos_token_id=g.eos_token_id, pad_token_id=g.pad_token_id)
     return g
 
+# %% ../../nbs/model/05_contract.ipynb #dc5900a4
 def save_contract(
     folder, # Of an adapter or a model
     tokenizer, # As used in training
@@ -82,7 +85,7 @@ def save_contract(
     base:str|None=None, # The model that was trained: hub name, folder, or "sage-tiny"
 )->Path: # The file `contract.json`
     "Write tokenizer, generation settings, and what both are"
-    with without_noise():
+    with quiet_libraries():
         tokenizer.save_pretrained(folder)
         _generation_settings(model, tokenizer).save_pretrained(folder)
         copy_processor(tokenizer, folder)
@@ -116,6 +119,7 @@ def contract_faults(
         faults.append(f"{base} is not the base it was trained on ({then['base']['name']}): its weights are others")
     return faults
 
+# %% ../../nbs/model/05_contract.ipynb #15a21803
 def check_contract(
     folder, # Of an adapter or a merged model
     tokenizer=None, # The one that will be used; that of the folder if None

@@ -21,7 +21,7 @@ from ..data import DataReport, how_of, prepare_dataset, source_of
 from .split import split_dataset
 from .batches import example_lengths
 from .loop import stacked_below
-from ..model.loading import without_noise # before peft: it quiets bitsandbytes
+from ..model.loading import quiet_libraries # before peft: it quiets bitsandbytes
 from ..model.adapter import low_rank, scaling_of, start_file
 from ..model.contract import check_contract
 
@@ -169,7 +169,7 @@ def add_stacked_adapter(
         raise SageError(f'`init_adapter`: {parent.adapter} holds more than matrices A and B ({other[0]}): '
                         f'merge it first')
     try:
-        with without_noise(), warnings.catch_warnings():
+        with quiet_libraries(), warnings.catch_warnings():
             # `save_adapter` writes what fits the untouched ones
             warnings.filterwarnings('ignore', message='PiSSA changes the base weights')
             model.load_adapter(str(parent.adapter), stacked_below, is_trainable=False)

@@ -26,7 +26,7 @@ from ..core.machine import division, process, processes
 from ..config import TrainingConfig
 from ..rows.template import ignored
 from sage_finetune.model.adapter import (
-    check_knobs, full_tensor, load_lora_init, lora_plus, save_lora_init, trained_tensors
+    check_settings, full_tensor, load_lora_init, lora_plus, save_lora_init, trained_tensors
 )
 from ..model.loss import loss_sum, mean_loss
 from .samplers import SeededOrder
@@ -76,7 +76,7 @@ def training_arguments(
     **more, # Arguments that only `kind` has
 )->TrainingArguments: # For transformers' `Trainer`
     "The arguments that transformers' `Trainer` gets"
-    check_knobs(config, held_out=evaluate)
+    check_settings(config, held_out=evaluate)
     _reset_environment(config)
     kind = kind or TrainingArguments
     args = kind(
@@ -425,11 +425,9 @@ def evaluate_held_out(
     data, # Held-out rows
 )->dict: # The loss, and what else the trainer counts
     "Evaluate, with fewer rows in each batch where memory is too small"
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     while True:
         try:
-            with torch.random.fork_rng(devices=devices), trainer.accelerator.autocast():
-                return trainer.held_out(_held_out_batches(trainer, data))
+            with trainer.accelerator.autocast(): return trainer.held_out(_held_out_batches(trainer, data))
         except Exception as e:
             if not out_of_memory(e): raise
         rows = _half_evaluation_batch(trainer.args.per_device_eval_batch_size)

@@ -27,7 +27,7 @@ from ..core.machine import Change, division, Machine, process, processes
 from ..core.run_folder import checkpoint_fault, last_checkpoint, RunFolder
 from ..config import TrainingConfig
 from .batches import example_lengths, flat_chunks
-from ..model.adapter import best_evaluation, save_adapter, take_best, trained_tensors
+from ..model.adapter import best_evaluation, save_adapter, load_best_adapter, trained_tensors
 from ..model.contract import save_contract
 from .callbacks import read_metrics, remove_checkpoint
 from .loop import evaluate_held_out
@@ -238,7 +238,7 @@ def keep_best(
     if config.early_stopping_patience and since>=config.early_stopping_patience:
         say(f'Stopped at step {trainer.state.global_step}: '
             f'{since} evaluations without a better held-out loss than {loss:.4f} at step {step}')
-    kept = take_best(trainer.model, last_checkpoint(checkpoints)) if config.load_best_model_at_end else None
+    kept = load_best_adapter(trainer.model, last_checkpoint(checkpoints)) if config.load_best_model_at_end else None
     if kept is not None: say(f'Kept the adapter of step {kept}, the best on held-out rows')
     return kept
 

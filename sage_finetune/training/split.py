@@ -13,7 +13,7 @@ import random
 from ..config import TrainingConfig
 from ..rows.sources import read_rows
 from ..data import DataReport, how_of, prepare_dataset, source_of
-from ..model.adapter import check_knobs
+from ..model.adapter import check_settings
 from .batches import flat_chunks
 
 # %% ../../nbs/training/01_split.ipynb #5bccb85b
@@ -172,7 +172,7 @@ def check_data_path(
     if config.data_path is None:
         raise ValueError('`data_path` is None: give a file, a folder or a data set on the Hub, or override '
                          '`prepare_data`')
-    check_knobs(config.adapted(load_in_8bit=False, load_in_4bit=False),
+    check_settings(config.adapted(load_in_8bit=False, load_in_4bit=False),
                 held_out=bool(config.test_size or config.eval_data_path))
     next(read_rows(config.data_path, **source_of(config)), None)
     if config.eval_data_path: next(read_rows(config.eval_data_path, **source_of(config, True)), None)

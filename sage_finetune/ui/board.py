@@ -13,8 +13,7 @@ import html
 from collections import deque
 from dataclasses import dataclass
 
-from ..core.display import Panel, Shown, shown_figure, Table
-from ..model.memory import gb_text
+from ..core.display import Panel, Shown, shown_figure, size_text, Table
 
 # %% ../../nbs/ui/01_board.ipynb #06f0570a
 class Curve:
@@ -147,7 +146,7 @@ def _facts(board):
     if line := b.rate.line: yield 'learning rate',f'{line[-1][1]:.3g}',None
     if 'tokens_per_second' in now: yield 'speed',f"{now['tokens_per_second']:,.0f} tokens/s",None
     if now.get('memory'):
-        yield ('memory so far',gb_text(now['memory'])+(f' of {gb_text(b.card)}' if b.card else ''),
+        yield ('memory so far',size_text(now['memory'])+(f' of {size_text(b.card)}' if b.card else ''),
                now['memory']/b.card if b.card else None)
 
 def facts_table(

@@ -140,8 +140,8 @@ def config_from_form(
 
 def _fault(config):
     "What is wrong in combination"
-    from sage_finetune.model.adapter import check_knobs # imports torch
-    try: check_knobs(config.adapted(load_in_8bit=False, load_in_4bit=False)) # both may still give way to the machine
+    from sage_finetune.model.adapter import check_settings # imports torch
+    try: check_settings(config.adapted(load_in_8bit=False, load_in_4bit=False)) # both may still give way to the machine
     except ValueError as e: return str(e)
 
 # %% ../../nbs/ui/03_form.ipynb #fe6ca027

@@ -22,7 +22,7 @@ from ..rows.formats import to_conversation
 from ..rows.images import image_inputs, images_of_row
 from ..rows.template import encode, ignored, images_of
 from .inspect import parts_shown, pieces_of, row_columns, styled, text_styles
-from ..model.loss import evaluating, head_and_after, head_replaced, head_rows, vocabulary_of
+from ..model.loss import evaluating, head_and_transform, head_replaced, head_rows, vocabulary_of
 from ..inference.generate import base_of
 from ..runs.run import Run
 
@@ -43,7 +43,7 @@ def row_losses(
 
 def _sliced(model, ids_BT, where):
     "Losses of all tokens but the first; logits exist a slice at a time"
-    head,after = head_and_after(model, ids_BT)
+    head,after = head_and_transform(model, ids_BT)
     if after is None: return _by_logits(model, ids_BT, where)
     found,next_N = [],ids_BT[0, 1:]
     def answer(hidden_BTH, forward):

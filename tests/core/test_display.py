@@ -29,8 +29,8 @@ things = {
                'steps 12 held-out loss 3.2100 → 0.1200 last training loss 0.0500 seconds 4.6'),
     'result without held-out rows': (lambda folder: TrainingResult(1200, None, None, None, 4.5),
                                      'steps 1,200 seconds 4.5'),
-    'probe': (lambda folder: Probe(2, 256, 66_000_000, 60_000_000),
-              'Longest batch (2 × 256 tokens): 60.00 MB for one pass, 66.00 MB predicted (+10.0%)'),
+    'probe': (lambda folder: Probe(2, 256, 66*2**20, 60*2**20),
+              'Longest batch (2 × 256 tokens): 60.0 MiB, 66.0 MiB predicted (+10.0%)'),
     'exam': (lambda folder: Exam([True, False, True, True], [Answer('a', True, 2)]*3+[Answer('b', False, 9)]),
              '4 questions right, word for word 3 75.0% ended by themselves 3 75.0%'),
     'packing': (lambda folder: PackingReport(5, 2, 16, 8, 25), '5 documents with 16 tokens packed into 2 rows of 8 '

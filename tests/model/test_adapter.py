@@ -1,4 +1,4 @@
-"Research knobs in real runs: each does what its paper says, survives a kill, and leaves an adapter that fits the published base"
+"Research settings in real runs: each does what its paper says, survives a kill, and fits the published base"
 import signal
 from importlib.util import find_spec
 
@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from sage_finetune.model.adapter import (
-    add_lora, best_evaluation, best_file, ready_for_quantised_training, save_adapter
+    add_lora, best_evaluation, best_adapter_file, ready_for_quantised_training, save_adapter
 )
 from sage_finetune.training.callbacks import read_metrics
 from sage_finetune.config import LoRAConfig, read_json, TrainingConfig
@@ -301,7 +301,8 @@ def test_the_best_adapter_is_kept_and_a_stop_stays_a_stop(config):
     assert mean_loss(reloaded(c), run.trainer.get_eval_dataloader())==pytest.approx(loss, abs=1e-5)
     kept = [p.name for p in c.checkpoint_dir.iterdir()]
     # written before it is marked as whole
-    assert kept==[f'checkpoint-{result.steps}'] and best_file in read_json(c.checkpoint_dir/kept[0]/complete_marker)
+    assert kept==[f'checkpoint-{result.steps}']
+    assert best_adapter_file in read_json(c.checkpoint_dir/kept[0]/complete_marker)
     _,again = trained(c, Turning)
     assert (again.steps, again.best_step, again.loss_after)==(result.steps, step, loss)
     assert read_json(c.output_dir/'results.json')['best_step']==step
@@ -324,7 +325,7 @@ def test_patience_alone_stops_and_keeps_the_last(config):
     run,result = trained(c, Turning)
     step,loss,since = best_evaluation(read_metrics(run.folder.metrics))
     assert (since, result.steps, result.best_step)==(1, step+3, None) and result.loss_after>loss
-    assert not list(c.checkpoint_dir.rglob(best_file))
+    assert not list(c.checkpoint_dir.rglob(best_adapter_file))
 
 
 @pytest.mark.parametrize('knob', [dict(eval_steps=2), dict(early_stopping_patience=1),
@@ -341,7 +342,7 @@ def test_without_held_out_rows_they_are_refused_before_anything_is_loaded(config
         Own(config.replace(data_path=None, **knob), quiet=True).train()
 
 
-@pytest.mark.parametrize('given, said', [
+@pytest.mark.parametrize('given, message', [
     (dict(load_in_8bit=True, lora=LoRAConfig(init_lora_weights='pissa')),
      'set `load_in_8bit=False` and `load_in_4bit=False`'),
     (dict(load_in_4bit=True, lora=LoRAConfig(init_lora_weights='olora')),
@@ -349,9 +350,9 @@ def test_without_held_out_rows_they_are_refused_before_anything_is_loaded(config
     (dict(lora=LoRAConfig(r=5, init_lora_weights='orthogonal')), 'needs an even rank'),
     (dict(neftune_noise_alpha=5, packing=True), 'cannot both be set'),
     (dict(loraplus_lr_ratio=4, optim='galore_adamw_layerwise'), 'does not step by groups')])
-def test_what_does_not_go_together_is_refused_before_anything_is_loaded(config, given, said):
+def test_what_does_not_go_together_is_refused_before_anything_is_loaded(config, given, message):
     run = LoRATrainer(config.replace(**given), quiet=True)
-    with pytest.raises(ValueError, match=said): run.train()
+    with pytest.raises(ValueError, match=message): run.train()
     assert run.model is None
 
 
@@ -366,7 +367,7 @@ def test_a_stop_by_hand_keeps_the_best_too(config):
     whole,result = trained(c, Turning)
     run = Stopping(c.replace(output_dir=c.output_dir.with_name('stopped')), quiet=True)
     with pytest.raises(KeyboardInterrupt): run.train()
-    assert len(list(run.config.checkpoint_dir.rglob(best_file)))==1
+    assert len(list(run.config.checkpoint_dir.rglob(best_adapter_file)))==1
     _,again = trained(run.config, Turning)
     assert (again.best_step, again.loss_after)==(result.best_step, result.loss_after)
 

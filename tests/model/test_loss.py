@@ -1,4 +1,4 @@
-"The loss in slices: the same number and gradients as plain cross-entropy, for any model, wrapped in anything, and no logits kept"
+"The loss in slices: number and gradients of plain cross-entropy, for any model, wrapped in anything, no logits kept"
 import copy, importlib.util, math, os, warnings
 
 import pytest
@@ -199,7 +199,7 @@ def test_the_model_is_as_before():
     model,(ids,labels) = adapted(tiny(), lora_dropout=.5).train(),batch()
     model.base_model.model.model.layers[0].eval()
     modes,numbers = [m.training for m in model.modules()],torch.get_rng_state()
-    rooms.head_and_after(model, ids)
+    rooms.head_and_transform(model, ids)
     assert modes==[m.training for m in model.modules()] and torch.equal(numbers, torch.get_rng_state())
     loss_sum(model, ids, labels)
     head = model.base_model.model.lm_head
@@ -245,7 +245,7 @@ def test_a_compiled_model_is_compiled_once_for_each_shape():
 
 @pytest.mark.skipif(not importlib.util.find_spec('bitsandbytes'), reason='bitsandbytes is not installed')
 def test_quantised_weights():
-    "An evaluation before and between changes no gradient (bitsandbytes repacks weights in evaluation, on CPUs with bfloat16 instructions)"
+    "An evaluation before and between changes no gradient, though bitsandbytes repacks weights in it on CPUs with bf16"
     model = load_model('sage-tiny', torch.float32, 'cpu', BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=torch.float32))
     model,(ids,labels) = (adapted(ready_for_quantised_training(model), target_modules=['q_proj', 'v_proj']).train(),
@@ -282,7 +282,7 @@ def _worker(rank, port, queue):
 
 
 def test_two_processes_average_their_gradients():
-    "With a frozen and a trained head, with both ways in which torch looks for unused weights, and where one process has nothing to learn"
+    "With a frozen and a trained head, both ways in which torch looks for unused weights, one process without targets"
     import socket, torch.multiprocessing as mp
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))

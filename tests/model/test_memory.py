@@ -8,13 +8,10 @@ import torch
 from transformers import (Gemma2Config, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig, OPTConfig,
                           Qwen2Config, Qwen3Config, Qwen3MoeConfig)
 
-from sage_finetune.config import LoRAConfig, PresetConfigs, SageError, TrainingConfig
+from sage_finetune.config import fit_config, LoRAConfig, PresetConfigs, SageError, TrainingConfig
 from sage_finetune.core.machine import Machine
-from sage_finetune.config import fit_config
-from sage_finetune.model.memory import (
-    _build, _pass_bytes, attention_kernel, estimate_memory, live_bytes, MemoryEstimate, optimizer_bytes, packed_bytes,
-    probe_step
-)
+from sage_finetune.model.step_bytes import attention_kernel, build_on_meta, live_bytes, packed_bytes, step_bytes
+from sage_finetune.model.memory import estimate_memory, optimizer_bytes, probe_step
 from sage_finetune.training.batches import longest_batch
 
 H200,A100,T4 = (Machine('cuda', 'H200', memory=141*10**9, bf16=True),
@@ -49,7 +46,7 @@ def test_large_shapes(name):
     began = time.perf_counter()
     e = estimate_memory(PresetConfigs.rtx_3060(**DENSE), H200, config)
     seconds = time.perf_counter()-began
-    print(f'{name}: {e.peak/1e9:.1f} GB in {seconds:.1f} s')
+    print(f'{name}: {e.peak/2**30:.1f} GiB in {seconds:.1f} s')
     assert sum(e.weights.values())/2e9==pytest.approx(billions, rel=0.01)
     assert seconds<30 # 5 on a quiet machine
 
@@ -59,18 +56,21 @@ def test_the_largest_needs_little_time_and_memory():
         from transformers import AutoModelForCausalLM, Qwen2Config
         import peft, sage_finetune.model.loss, sage_finetune.model.adapter
         from sage_finetune.model.memory import estimate_memory, Machine, TrainingConfig
-        config = Qwen2Config(hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, intermediate_size=29_568, vocab_size=152_064)
+        config = Qwen2Config(hidden_size=8192, num_hidden_layers=80, num_attention_heads=64,
+                             num_key_value_heads=8, intermediate_size=29_568, vocab_size=152_064)
         began = time.perf_counter()
-        e = estimate_memory(TrainingConfig(load_in_4bit=True, lora=dict(target_modules='all-linear')), Machine('cuda', bf16=True), config)
+        e = estimate_memory(TrainingConfig(load_in_4bit=True, lora=dict(target_modules='all-linear')),
+                            Machine('cuda', bf16=True), config)
         import pathlib, re, sys
         status = pathlib.Path('/proc/self/status') # `ru_maxrss` of a child begins with what its parent had
-        host = int(re.search(r'VmHWM:\\s+(\\d+)', status.read_text())[1])*1024 if status.exists() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        host = (int(re.search(r'VmHWM:\\s+(\\d+)', status.read_text())[1])*1024 if status.exists()
+                else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         print(e.peak, time.perf_counter()-began, host)
     """
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, timeout=300)
     assert done.returncode==0, done.stderr
     peak,seconds,host = map(float, done.stdout.split())
-    print(f'72B: {peak/1e9:.1f} GB counted in {seconds:.1f} s with {host/1e9:.2f} GB of main memory, '
+    print(f'72B: {peak/2**30:.1f} GiB counted in {seconds:.1f} s with {host/2**30:.2f} GiB of main memory, '
           f'libraries included')
     assert host<1e9 and seconds<60 # 5 on a quiet machine
 
@@ -90,7 +90,8 @@ def test_few_layers_give_all(kind):
         for machine in machines:
             c = fit_config(TrainingConfig(load_in_8bit=False, bf16=True, max_length=64,
                                           per_device_train_batch_size=2, lora=lora, **settings), machine)[0]
-            line,full = (_pass_bytes(_build(c, kind(**small))[0], c, machine, exact=exact) for exact in (False, True))
+            line,full = (step_bytes(build_on_meta(c, kind(**small))[0], c, machine, exact=exact)
+                         for exact in (False, True))
             assert line==full and min(full.activations, full.head, full.layer)>0
 
 def test_less_of_anything_is_less():
@@ -135,9 +136,9 @@ def test_three_forms_say_the_same():
         e = estimate_memory(config, Machine('cuda', memory=card, bf16=True), Qwen2Config(**SMALL))
         out = StringIO()
         Console(file=out, width=200).print(e)
-        amounts = re.findall(r'[\d.]+ [GM]B', str(e).partition('\n')[2])
-        assert len(amounts)>=9 and re.findall(r'[\d.]+ [GM]B', out.getvalue())==amounts
-        assert re.findall(r'[\d.]+ [GM]B', e._repr_html_())==amounts and '<b>a/<b>' not in e._repr_html_()
+        amounts = re.findall(r'[\d.]+ [GM]iB', str(e).partition('\n')[2])
+        assert len(amounts)>=9 and re.findall(r'[\d.]+ [GM]iB', out.getvalue())==amounts
+        assert re.findall(r'[\d.]+ [GM]iB', e._repr_html_())==amounts and '<b>a/<b>' not in e._repr_html_()
         assert repr(e)==str(e)
 
 def test_unknown_memory_fits():
@@ -150,8 +151,8 @@ def test_what_cannot_be_had_or_counted_is_one_line():
     with pytest.raises(ValueError, match='`model_config` must be a transformers config'):
         estimate_memory(TrainingConfig(), T4, dict(hidden_size=8))
     from transformers import CLIPConfig
-    with pytest.raises((SageError, ValueError)) as said: estimate_memory(TrainingConfig(), T4, CLIPConfig())
-    assert '\n' not in str(said.value)
+    with pytest.raises((SageError, ValueError)) as caught: estimate_memory(TrainingConfig(), T4, CLIPConfig())
+    assert '\n' not in str(caught.value)
 
 def test_a_config_is_not_written_into():
     config = Qwen2Config(**SMALL)

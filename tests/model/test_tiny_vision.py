@@ -1,4 +1,4 @@
-"Models that see: every row accounted for, only answers learned, the picture decides the answer, and what was learned survives saving, resuming and merging"
+"Vision-language models: every row accounted for, only answers learned, the image decides, what was learned survives"
 import base64, io, json, random, shutil
 
 import pytest
@@ -13,7 +13,7 @@ from sage_finetune.training.batches import Collator
 from sage_finetune.config import LoRAConfig, PresetConfigs, read_json, resolve_model, SageError
 from sage_finetune.data import DataReport, prepare_dataset
 from sage_finetune.inference.generate import answers, load_for_chat
-from sage_finetune.model.loading import load_model, load_tokenizer, without_noise
+from sage_finetune.model.loading import load_model, load_tokenizer, quiet_libraries
 from sage_finetune.model.loss import loss_sum
 from sage_finetune.model.memory import estimate_memory
 from sage_finetune.inference.merging import merge_run
@@ -41,7 +41,7 @@ def words(*tokens, **named):
     return tokenizer
 
 def qwen2_vl():
-    "Pictures of any size, patches in one flat list, positions in three dimensions, a processor that also knows videos"
+    "Images of any size, patches in one flat list, positions in three dimensions, a processor that also knows videos"
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil, Qwen2VLProcessor
     from sage_finetune.model.loading import _without_videos
     t = words('<|vision_start|>', '<|image_pad|>', '<|vision_end|>', '<|video_pad|>')
@@ -71,7 +71,7 @@ def gemma3():
                                   chat_template=chat.format('<start_of_image>')))
 
 def idefics3():
-    "A picture cut into parts, each with its row and column in words"
+    "An image cut into parts, each with its row and column in words"
     from transformers import (Idefics3Config, Idefics3ForConditionalGeneration, Idefics3ImageProcessorPil,
                               Idefics3Processor)
     t = words('<fake_token_around_image>', '<image>', '<end_of_utterance>', '<global-img>',
@@ -93,7 +93,7 @@ def models(tmp_path_factory):
             if kind=='llava': tiny_vision_model(root/kind)
             else:
                 torch.manual_seed(0)
-                with without_noise():
+                with quiet_libraries():
                     for part in globals()[kind](): part.save_pretrained(root/kind)
         return str(root/kind)
     return of
@@ -118,7 +118,7 @@ def written(folder, rows):
     return folder/'rows.json'
 
 def mixed_rows(folder):
-    "One picture, two of other sizes with words between, none, and a second question about the first"
+    "One image, two of other sizes with words between, none, and a second question about the first"
     saved(folder, 'a.png')
     saved(folder, 'b.png', 'blue', (60, 30))
     saved(folder, 'c.png', 'green', (30, 90))
@@ -174,7 +174,7 @@ def test_loss_and_gradients_are_those_of_the_model(kind, models, tmp_path):
     ours,theirs = (torch.autograd.grad(x, learned) for x in (total/n, own))
     assert max(((a-b).norm()/b.norm().clamp(min=1e-6)).item() for a,b in zip(ours, theirs))<1e-4
     other = {k: -v if k=='pixel_values' else v for k,v in batch.items()}
-    assert (loss_sum(model, **other)[0]-total).abs()>1e-5 # what the picture shows counts
+    assert (loss_sum(model, **other)[0]-total).abs()>1e-5 # what the image shows counts
 
 
 def test_every_row_is_accounted_for(models, tmp_path):
@@ -210,8 +210,8 @@ def test_every_row_is_accounted_for(models, tmp_path):
     report = DataReport()
     made = prepare_dataset(written(tmp_path, [*good, *bad.values()]), tokenizer, 64, report=report)
     assert (report.read, report.used)==(len(good)+len(bad), len(good)) and len(report.dropped)==len(bad)
-    for told,why in zip(report.dropped, bad):
-        assert why in told['reason'] and told['file']==str(tmp_path/'rows.json'), (why, told)
+    for dropped,why in zip(report.dropped, bad):
+        assert why in dropped['reason'] and dropped['file']==str(tmp_path/'rows.json'), (why, dropped)
     assert [d['line'] for d in report.dropped]==[*range(len(good)+2, len(good)+len(bad)+2)]
     assert (report.notes['images put before the first question']==1 and report.images==11
             and [len(r['images']) for r in made]==[1]*5+[2]+[1]*4+[0])
@@ -243,7 +243,7 @@ def test_images_of_datasets_and_of_lists(models, tmp_path):
     assert len(in_memory[0]['images'])==1
 
 
-def test_a_changed_picture_is_noticed(models, tmp_path):
+def test_a_changed_image_is_noticed(models, tmp_path):
     tokenizer = load_tokenizer(models('llava'))
     saved(tmp_path)
     file = written(tmp_path, [row(shows('a.png'), '?'), row(shows('b.png'), '?')])
@@ -263,7 +263,7 @@ def test_a_changed_picture_is_noticed(models, tmp_path):
             and third[0]['input_ids']==second[0]['input_ids'])
 
 
-def test_the_same_words_about_another_picture_are_no_copy(models, tmp_path):
+def test_the_same_words_about_another_image_are_no_copy(models, tmp_path):
     tokenizer,report = load_tokenizer(models('llava')),DataReport()
     rows = [row(shows(saved(tmp_path, f'{i}.png', list(colours)[i%4], (28+i, 28))),
                 'Which colour is this picture, if you look at all of it?') for i in range(20)]
@@ -273,7 +273,7 @@ def test_the_same_words_about_another_picture_are_no_copy(models, tmp_path):
     assert len(held)==5 and report.near_duplicates==0
 
 
-def test_a_text_model_is_given_no_pictures(tmp_path, models):
+def test_a_text_model_is_given_no_images(tmp_path, models):
     saved(tmp_path)
     written(tmp_path, [row(shows('a.png'), '?'), *[dict(question='2+3?', answer='5')]*3])
     run = LoRATrainer(config_of('sage-tiny', tmp_path, max_steps=1), quiet=True)
@@ -298,7 +298,7 @@ def test_without_pillow_the_extra_is_named(models, monkeypatch):
 
 @pytest.fixture(scope='module')
 def tuned(models, tmp_path_factory):
-    "A run that has learned which colour a picture has"
+    "A run that has learned which colour an image has"
     folder = tmp_path_factory.mktemp('tuned')
     rows = [row(shows(saved(folder, f'{i}.png', c, (40, 28) if i%3 else (28, 28))), 'Which colour is it?',
                 answer=f'It is {c}.') for i in range(64) for c in [list(colours)[i%4]]]
@@ -307,7 +307,7 @@ def tuned(models, tmp_path_factory):
                                 test_size=.1, lora=dict(r=16, lora_alpha=32, target_modules='all-linear')), quiet=True)
     return folder,run,run.train()
 
-def test_only_the_picture_tells_and_the_answers_are_right(tuned, capsys):
+def test_only_the_image_tells_and_the_answers_are_right(tuned, capsys):
     folder,run,result = tuned
     assert result.loss_before>3 and result.loss_after<.3
     model,tokenizer = load_for_chat(folder/'run', adapter=True)
@@ -315,7 +315,7 @@ def test_only_the_picture_tells_and_the_answers_are_right(tuned, capsys):
     held_out = [[question('Which colour is it?', plain(c, draw=random.Random(100+i)))] for i,c in enumerate(truth)]
     assert [a.text for a in answers(model, tokenizer, held_out)]==[f'It is {c}.' for c in truth] # none was trained on
     wrong = [[q | dict(images=[plain(truth[(i+1)%4])])] for i,[q] in enumerate(held_out)]
-    # same words, another picture
+    # same words, another image
     assert [a.text for a in answers(model, tokenizer, wrong)]==[f'It is {truth[(i+1)%4]}.' for i in range(16)]
     parts = [dict(role='user', content=[shows(str(folder/'0.png')), dict(type='text', text='Which colour is it?')])]
     assert answers(model, tokenizer, [parts])[0].text=='It is red.'
@@ -361,18 +361,18 @@ def test_the_dashboard_of_tokens_sees_the_picture(tuned):
     from sage_finetune.runs.run import Run
     from sage_finetune.ui.token_losses import worst_rows
     seen = worst_rows(Run(tuned[0]/'run'), 2)
-    assert all(after<.5 for after in seen.means) # without its picture a row would be a guess among four
+    assert all(after<.5 for after in seen.means) # without its image a row would be a guess among four
 
 def test_a_talk_about_a_picture(tuned, tmp_path):
     from sage_finetune.data import load_training_data
     from sage_finetune.merge_chat import converse, speaker
     from sage_finetune.rows.formats import to_messages
-    said,lines = ([],iter([f'/image {tuned[0]/"1.png"}', 'Which colour is it?', '/image lost.png',
+    written,lines = ([],iter([f'/image {tuned[0]/"1.png"}', 'Which colour is it?', '/image lost.png',
                            f'/save {tmp_path/"talk.json"}', '/exit']))
     model,tokenizer = load_for_chat(tuned[0]/'run', adapter=True)
-    converse(speaker(model, tokenizer, write=said.append), lambda prompt: next(lines), said.append)
-    told = ''.join(said)
-    assert 'It is green.' in told and 'lost.png does not exist' in told
+    converse(speaker(model, tokenizer, write=written.append), lambda prompt: next(lines), written.append)
+    text = ''.join(written)
+    assert 'It is green.' in text and 'lost.png does not exist' in text
     assert to_messages(load_training_data(tmp_path/'talk.json')[0])[0]==question(
         'Which colour is it?', str(tuned[0]/'1.png'))
 
@@ -409,7 +409,7 @@ def test_other_models_train_and_merge(kind, models, tmp_path, monkeypatch):
     run = LoRATrainer(config_of(models(kind), tmp_path, max_steps=2), quiet=True)
     run.train()
     assert run.model.training is not None and 'all in model.' in adapter_line(run.model)
-    assert 'but not the pass of pictures' in str(estimate_memory(run.config))
+    assert 'images not counted' in str(estimate_memory(run.config))
     report = merge_run(tmp_path/'run')
     assert report.how=='weight by weight' and report.divergence<=report.bound and report.same==report.asked
     monkeypatch.setattr(merging, 'stream_above', 0)
@@ -422,7 +422,7 @@ def test_other_models_train_and_merge(kind, models, tmp_path, monkeypatch):
     assert together==alone # in a batch and one by one, merged and not
 
 def test_a_processor_in_the_older_files(models, tmp_path):
-    "As most models on the Hub have it: settings of pictures in a file of their own, that of videos beside it, the chat template in JSON"
+    "As most models on the Hub have it: settings of images and videos in files of their own, the chat template in JSON"
     shutil.copytree(models('qwen2_vl'), tmp_path/'model')
     settings = read_json(tmp_path/'model'/'processor_config.json')
     template = (tmp_path/'model'/'chat_template.jinja').read_text()
@@ -455,7 +455,7 @@ def test_a_pattern_reaches_the_part_that_sees(models, tmp_path):
     assert report.how=='weight by weight' and report.divergence<=report.bound
 
 
-def test_a_config_of_llamafactory_brings_its_pictures(models, tmp_path):
+def test_a_config_of_llamafactory_brings_its_images(models, tmp_path):
     from sage_finetune.runs.other_tools import foreign_config
     (tmp_path/'data').mkdir()
     (tmp_path/'media').mkdir()

@@ -1,4 +1,4 @@
-"Dull edges of `sage_finetune.rows.repo_files` and `sage_finetune.rows.codebase`: odd trees, odd bytes, and secrets that must never come out"
+"Dull edges of `rows.repo_files` and `rows.codebase`: odd trees, odd bytes, and secrets that must never come out"
 import json, os, random, shutil, subprocess, sys, warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -55,6 +55,51 @@ def test_ignores_what_git_ignores(tmp_path, seed):
     put(tmp_path, '.git/info/exclude', rng.choice(['', 'c.py', '/b/\n!a.py']))
     listed = {n for n in git('ls-files', '-o', '--exclude-standard').splitlines() if n.endswith('.py')}
     assert set(find_files(tmp_path, {'.py'}).names)==listed
+
+NEEDS_GIT = pytest.mark.skipif(not shutil.which('git'), reason='git is asked')
+
+def checkout(folder):
+    subprocess.run(['git', 'init', '-q', folder], check=True)
+    return lambda *args: subprocess.run(['git', *args], cwd=folder, check=True, capture_output=True)
+
+@NEEDS_GIT
+def test_in_a_checkout_git_is_asked(tmp_path, monkeypatch):
+    git = checkout(tmp_path)
+    tree(tmp_path, _dot_gitignore='made/\n*_gen.py\n', a_dot_py='', kept_gen_dot_py='', lost_gen_dot_py='',
+         made__b_dot_py='', mine_dot_py='', only__x_gen_dot_py='')
+    (tmp_path/'empty').mkdir()
+    put(tmp_path, 'list/ignore', 'mine.py')
+    git('add', '-f', 'kept_gen.py') # what is tracked is never left out
+    git('config', 'core.excludesFile', str(tmp_path/'list/ignore')) # a list of one's own is not asked
+    monkeypatch.setenv('GIT_DIR', str(tmp_path/'elsewhere')) # nor is what a hook of git sets
+    found = find_files(tmp_path, {'.py'})
+    assert found.names==['a.py', 'kept_gen.py', 'mine.py']
+    assert found.skipped=={'.git/': 'hidden', 'lost_gen.py': 'ignored by git', 'made/': 'ignored by git',
+                           'only/x_gen.py': 'ignored by git'}
+
+@NEEDS_GIT
+def test_a_checkout_inside_a_checkout_has_its_own_rules(tmp_path):
+    checkout(tmp_path)
+    (tmp_path/'sub').mkdir()
+    checkout(tmp_path/'sub')
+    tree(tmp_path, _dot_gitignore='x.py', x_dot_py='', sub___dot_gitignore='y.py', sub__x_dot_py='', sub__y_dot_py='')
+    assert find_files(tmp_path, {'.py'}).names==['sub/x.py']
+
+@NEEDS_GIT
+def test_a_folder_that_git_leaves_out_may_be_named(tmp_path):
+    checkout(tmp_path)
+    tree(tmp_path, _dot_gitignore='.venv/\n*.py', _dot_venv__pkg__a_dot_py='', _dot_venv__b_dot_py='')
+    assert find_files(tmp_path/'.venv'/'pkg', {'.py'}).names==['a.py']
+    assert find_files(tmp_path/'.venv', {'.py'}).names==['b.py', 'pkg/a.py']
+
+@NEEDS_GIT
+def test_without_git_the_files_are_the_same(tmp_path, monkeypatch):
+    checkout(tmp_path)
+    tree(tmp_path, _dot_gitignore='*.py\n!lib/\n!kept.py\nout/', kept_dot_py='', lost_dot_py='', out__kept_dot_py='',
+         lib___dot_gitignore='!*.py\n/b.py', lib__a_dot_py='', lib__b_dot_py='')
+    names = find_files(tmp_path, {'.py'}).names
+    monkeypatch.setenv('PATH', '')
+    assert names==find_files(tmp_path, {'.py'}).names==['kept.py', 'lib/a.py']
 
 def test_nested_and_negated(tmp_path):
     tree(tmp_path, _dot_gitignore='*.py\n!kept.py\nshut/\n!shut/kept.py\n', lost_dot_py='', kept_dot_py='',
