@@ -243,18 +243,18 @@ def test_a_compiled_run_is_the_same_but_for_rounding(tmp_path, monkeypatch):
     assert not compiled(after_it) and torch.equal(x, w), 'the next run is not compiled'
 
 
-def sums(folder, **more):
-    "A run on 60 sums from a file"
-    data = create_sample_data(folder/'sums.jsonl', 'qa', num_samples=60)
+def sums(folder, n=60, **more):
+    "A run on `n` sums from a file"
+    data = create_sample_data(folder/'sums.jsonl', 'qa', num_samples=n)
     settings = dict(data_path=data, test_size=0.1, max_steps=10, learning_rate=5e-3, logging_steps=10) | more
     run = LoRATrainer(config(folder/'run', 8, **settings), quiet=True)
     return run,run.train()
 
 
 def test_a_packed_run_reports_how_full_its_rows_are_and_packs_no_held_out_row(tmp_path):
-    run,_ = sums(tmp_path, packing=True, max_steps=-1, num_train_epochs=1)
+    run,_ = sums(tmp_path, n=200, packing=True, max_steps=-1, num_train_epochs=1)
     report = read_json(run.folder.data_report)['packing']
-    assert (report['documents'], report['rows'])==(54, len(run.trainer.train_dataset)) and report['fill']>.9
+    assert (report['documents'], report['rows'])==(180, len(run.trainer.train_dataset)) and report['fill']>.9
     assert 'position_ids' not in run.eval_dataset.column_names
 
 
