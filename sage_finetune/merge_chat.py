@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .core.disk import SageError, write_json
 from .rows.formats import content_parts, question as question_about
-from .rows.images import picture
+from .rows.images import as_image
 from .model.contract import check_contract, stop_ids
 from sage_finetune.inference.generate import (
     Answer, answers, base_of, compare_answers, Comparison, Exam, examine, fit_history, load_adapter, load_for_chat,
@@ -119,7 +119,7 @@ def _image(talk, rest):
     if not rest:
         talk.write('/image needs a file, such as photo.jpg\n')
         return
-    try: picture(rest).open()
+    try: as_image(rest).open()
     except (ValueError, SageError) as e:
         talk.write(f'error: {e}\n')
         return

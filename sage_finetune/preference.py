@@ -24,11 +24,14 @@ from .core.disk import SageError
 from .config import PreferenceConfig, TrainingConfig
 from .core.machine import Machine
 from .rows.formats import checked_columns, detect_data_format, renamed, to_preference
-from .rows.template import chat_form, encode_rendered, ensure_template, ignored, render_learned
+from .rows.template import chat_form, ensure_template
+from .rows.learned import render_learned
+from .rows.tokens import encode_rendered, exchanges, ignored
 from .rows.sources import read_rows
-from sage_finetune.data import (
-    ReportWriter, DataReport, exchanges, files_passed_over, guarded, in_batches, refuse_first, source_of, why_none
+from sage_finetune.rows.report import (
+    DataReport, files_passed_over, guarded, in_batches, refuse_first, ReportWriter, why_none
 )
+from .data import source_of
 from .training.batches import Collator, example_lengths, flat_chunks
 from .training.split import overlap, split_dataset
 from .training.samplers import LengthGroupedSampler
@@ -36,9 +39,9 @@ from .model.adapter import changes_base
 from .model.loss import evaluating
 from .model.step_bytes import live_bytes
 from .model.memory import estimate_memory, Probe
-from .training.callbacks import operations, read_metrics
+from .training.callbacks import read_metrics, training_flops
 from sage_finetune.trainer import (
-    check_data_path, pad_token_id, LoRATrainer, TokenMetrics, ResumableTrainer, training_arguments, TrainingResult
+    check_data_path, LoRATrainer, pad_token_id, ResumableTrainer, TokenMetrics, training_arguments, TrainingResult
 )
 
 # %% ../nbs/04_preference.ipynb #a1db8d3d
@@ -260,7 +263,7 @@ class PreferenceMixin(ResumableTrainer):
         return example_lengths(rows)+(each('rejected_input_ids') if 'rejected_input_ids' in rows.column_names else 0)
 
     def count_operations(self, every, learned):
-        return super().count_operations(every, learned) + self.reference_passes*operations(self.model, every, learned)//2
+        return super().count_operations(every, learned) + self.reference_passes*training_flops(self.model, every, learned)//2
 
     def figures_of_pass(self): return self._metrics['train' if self.model.training else 'eval']
 

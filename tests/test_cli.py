@@ -64,7 +64,6 @@ def test_a_bad_data_file_is_named_in_one_line_and_nothing_is_written(name, tmp_p
 ])
 def test_an_unknown_name_is_refused_in_one_line(args, expected, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr('sage_finetune.core.run_folder.default_output_dir', tmp_path/'runs')
-    monkeypatch.setattr('sage_finetune.runs.tasks.default_output_dir', tmp_path/'runs')
     assert expected in refused(capsys, *args)
     assert list(tmp_path.iterdir()) == []
 

@@ -24,7 +24,8 @@ from ..core.machine import Machine
 from ..core.run_folder import RunFolder
 from ..rows.formats import to_messages
 from ..rows.images import image_inputs
-from ..rows.template import encode_prompt, images_of
+from ..rows.template import images_of
+from ..rows.tokens import encode_prompt
 from ..model.loading import dtype_of, load_model, load_tokenizer, quantisation_of, quiet_libraries
 from ..model.adapter import ready_for_quantised_training
 from ..model.shards import local_folder, read_header, stored_tensors

@@ -233,7 +233,7 @@ class Engine:
 
     def prompt(self, wanted):
         "Token ids of the prompt, and how many tokens the answer may have"
-        from sage_finetune.rows.template import encode_prompt
+        from sage_finetune.rows.tokens import encode_prompt
         try: ids = encode_prompt(wanted.messages, self.tokenizer)
         except ValueError as e: raise BadRequest(str(e)) from None
         if len(ids)>=self.room:

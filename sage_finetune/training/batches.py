@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ..core.display import Table
 from ..rows.images import image_inputs, images_of_row
-from ..rows.template import ignored
+from ..rows.tokens import ignored
 
 # %% ../../nbs/training/00_batches.ipynb #2f808620
 def flat_chunks(

@@ -24,14 +24,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ..core.disk import cannot_write, read_json, SageError, write_json
 from ..core.machine import division, process, processes
 from ..config import TrainingConfig
-from ..rows.template import ignored
+from ..rows.tokens import ignored
 from sage_finetune.model.adapter import (
     check_settings, full_tensor, load_lora_init, lora_plus, save_lora_init, trained_tensors
 )
 from ..model.loss import loss_sum, mean_loss
 from .samplers import SeededOrder
 from sage_finetune.training.callbacks import (
-    EvaluateFirst, LastSteps, matmul_peak, NotFinite, operations, peak_memory, random_state, remove_checkpoint
+    EvaluateFirst, LastSteps, matmul_peak, NotFinite, peak_memory, random_state, remove_checkpoint, training_flops
 )
 
 # %% ../../nbs/training/04_loop.ipynb #4a01f0d1
@@ -335,7 +335,7 @@ class ResumableTrainer(StepChecks, SeededOrder, WholeCheckpoints):
 
     def count_operations(self, every, learned):
         twice = any(getattr(self.args, n, False) for n in ('activation_checkpointing', 'gradient_checkpointing'))
-        return operations(self.model, every, learned, twice)
+        return training_flops(self.model, every, learned, twice)
 
     def create_optimizer(self, *args, **kwargs):
         made = self.optimizer is None

@@ -17,7 +17,7 @@ from pathlib import Path
 from ..core.disk import cannot_write
 from ..core.display import Shown, Table
 from ..core.machine import division, process
-from ..rows.template import ignored
+from ..rows.tokens import ignored
 from ..model.attention import documents, use_documents
 from .batches import Collator
 

@@ -22,7 +22,7 @@ def in_a_process(asked):
     return finetune(asked).to_dict()
 
 def test_twenty_runs_leave_twenty_sound_folders(tmp_path):
-    "Ten in this process, six of them from three threads, and ten in two others at the same time; the same seed gives the same bits wherever it ran"
+    "Ten in this process, six of them from three threads, and ten in two others at once; the same seed, the same bits"
     from sage_finetune import finetune
     done,faults = {},[]
     def some(names):

@@ -12,7 +12,7 @@ from sage_finetune.config import LoRAConfig, TrainingConfig
 from sage_finetune.core.disk import read_json
 from sage_finetune.core.run_folder import RunFolder
 from sage_finetune.rows.formats import create_sample_data, to_messages
-from sage_finetune.rows.template import encode
+from sage_finetune.rows.tokens import encode
 from sage_finetune.trainer import CausalLMTrainer, LoRATrainer, Stopped
 
 # words of the answers, so that no two micro-batches learn equally many tokens

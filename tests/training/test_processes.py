@@ -275,7 +275,7 @@ def train_to_nothing(folder, data):
 def test_the_loss_of_one_is_no_number(base, data):
     codes,said = together(base/'crew_nan', train_to_nothing, base/'nan', data, within=60)
     assert codes==[1, 1]
-    assert all('NotFinite: the loss is not a number at step' in s for s in said), said
+    assert all('NotFinite: the loss is not finite (NaN or infinity) at step' in s for s in said), said
     assert last_checkpoint(RunFolder(base/'nan').checkpoints) is None or RunFolder(base/'nan').state=='started'
 
 def test_another_number_of_processes(base, data, one):

@@ -167,7 +167,7 @@ def read(terminal, seconds=90):
 
 def test_where_nobody_watches_it_is_an_ordinary_run(tmp_path, data, capfd):
     result = train_in_terminal(config(tmp_path/'run', data))
-    assert result.steps==6 and 'loss over steps' not in capfd.readouterr().err
+    assert result.steps==6 and 'held-out loss' not in capfd.readouterr().err
 
 
 # Nothing that is not used

@@ -8,7 +8,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from sage_finetune.config import resolve_model
-from sage_finetune.rows.template import chat_form, encode, encode_prompt, ensure_template, render, render_learned
+from sage_finetune.rows.template import chat_form, ensure_template, render
+from sage_finetune.rows.learned import render_learned
+from sage_finetune.rows.tokens import encode, encode_prompt
 
 _trl = find_spec('trl')
 templates = sorted(Path(_trl.origin).parent.glob('chat_templates/*.jinja')) if _trl else []
