@@ -32,17 +32,17 @@ from sage_finetune.rows.report import (
     DataReport, files_passed_over, guarded, in_batches, refuse_first, ReportWriter, why_none
 )
 from .data import source_of
-from .training.batches import Collator, example_lengths, flat_chunks
-from .training.split import overlap, split_dataset
+from .training.batches import Collator, example_lengths, flat_chunks, pad_token_id
+from .training.split import check_data_path, overlap, split_dataset
 from .training.samplers import LengthGroupedSampler
 from .model.adapter import changes_base
 from .model.loss import evaluating
 from .model.step_bytes import live_bytes
 from .model.memory import estimate_memory, Probe
 from .training.callbacks import read_metrics, training_flops
-from sage_finetune.trainer import (
-    check_data_path, LoRATrainer, pad_token_id, ResumableTrainer, TokenMetrics, training_arguments, TrainingResult
-)
+from .training.loop import ResumableTrainer, TokenMetrics, training_arguments
+from .training.resume import TrainingResult
+from .trainer import LoRATrainer
 
 # %% ../nbs/04_preference.ipynb #a1db8d3d
 def require_trl()->None: # Nothing: TRL can be imported
@@ -235,9 +235,9 @@ class Rewards(TokenMetrics):
 
     def add(self, sums, inputs):
         self.window += sums.to(self.window)
-        self.here += torch.stack([inputs['completion_mask'].sum(), inputs['attention_mask'].sum()]).to(self.here)
+        self.local += torch.stack([inputs['completion_mask'].sum(), inputs['attention_mask'].sum()]).to(self.local)
 
-    def told(self, sums): return means(sums)
+    def metrics(self, sums): return means(sums)
 
 # %% ../nbs/04_preference.ipynb #ec9e6563
 class PreferenceMixin(ResumableTrainer):
@@ -262,8 +262,8 @@ class PreferenceMixin(ResumableTrainer):
                                          for _,starts in flat_chunks(rows, column)]).numpy()
         return example_lengths(rows)+(each('rejected_input_ids') if 'rejected_input_ids' in rows.column_names else 0)
 
-    def counted(self, every, learned):
-        return super().counted(every, learned) + self.reference_passes*training_flops(self.model, every, learned)//2
+    def count_operations(self, every, learned):
+        return super().count_operations(every, learned) + self.reference_passes*training_flops(self.model, every, learned)//2
 
     def figures_of_pass(self): return self._metrics['train' if self.model.training else 'eval']
 
@@ -328,7 +328,7 @@ class KTOShuffle(PreferenceMixin):
         data,a = self.train_dataset if train_dataset is None else train_dataset, self.args
         return LengthGroupedSampler([1]*len(data), a.train_batch_size*a.gradient_accumulation_steps, a.seed)
 
-    def in_turn(self, rows):
+    def evaluation_order(self, rows):
         return torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.args.seed)).tolist()
 
 @cache

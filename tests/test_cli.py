@@ -103,7 +103,7 @@ def test_a_killed_quickstart_goes_on_from_its_last_checkpoint(command, tmp_path)
         'it was to be killed between the checkpoint and the end')
     second = command(*args)
     assert second.returncode == 0, second.stderr
-    assert 'Going on from step 50' in second.stderr
+    assert 'Resuming from step 50' in second.stderr
     assert json.loads((run/'results.json').read_text())['steps'] == 96
     steps = [json.loads(line)['step'] for line in (run/'metrics.jsonl').read_text().splitlines()]
     assert steps == sorted(steps)

@@ -154,7 +154,7 @@ def _folder_of(config):
 
 # %% ../../nbs/runs/05_pipeline.ipynb #8fef3938
 def _trained(run, listener, fresh):
-    from sage_finetune.trainer import Stopped
+    from sage_finetune.training.loop import Stopped
     listener.run = run
     run.watcher = listener
     try: result = run.train(fresh=fresh)

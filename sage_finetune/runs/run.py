@@ -327,7 +327,7 @@ def not_exact(
 )->list: # One phrase for each; empty where the same bits can be expected
     "Why a repetition here may differ in the last digits"
     from sage_finetune.core.machine import Machine
-    from sage_finetune.trainer import library_versions, memory_ran_out
+    from sage_finetune.training.resume import library_versions, memory_ran_out
     now,here = library_versions(),Machine.here()
     found = [f'{p} {v} → {now.get(p)}' for p,v in run.versions.items() if now.get(p)!=v]
     if run.machine!=str(here): found.append(f'machine {run.machine or "unknown"} → {here}')
@@ -383,7 +383,7 @@ def adapter_difference(
 # %% ../../nbs/runs/02_run.ipynb #e2fd49be
 def _same_data(run, trainer):
     "Refuse data that is not what the run was trained on, to the token"
-    from sage_finetune.trainer import data_digest
+    from sage_finetune.training.resume import data_digest
     if '_data' not in run.record: return # `not_exact` names it
     now,then = [data_digest(d) for d in (trainer.dataset, trainer.eval_dataset)],run.record['_data'].split('-')
     if other := [name for name,a,b in zip(('training', 'held-out'), now, then) if a!=b]:

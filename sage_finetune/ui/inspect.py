@@ -22,7 +22,7 @@ from ..rows.tokens import byte_letters, ignored, is_byte_level
 from ..rows.template import tokenizer_of
 from ..rows.report import DataReport
 from ..data import prepare_dataset
-from ..training.batches import pack_dataset, PackingReport
+from ..training.packing import pack_dataset, PackingReport
 from ..core.display import Panel, Shown, shown_figure, Views
 
 # %% ../../nbs/ui/00_inspect.ipynb #57fa67d1

@@ -14,7 +14,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..trainer import LoRATrainer, Stopped, TrainingResult # before transformers: it quiets bitsandbytes
+from ..training.loop import Stopped # before transformers: it quiets bitsandbytes
+from ..training.resume import TrainingResult
+from ..trainer import LoRATrainer
 from ..preference import trainer_for
 from transformers import TrainerCallback
 

@@ -96,7 +96,7 @@ def test_a_terminated_command_says_so_and_goes_on(tmp_path):
     out,_ = run.communicate(timeout=300)
     result = json.loads(out)
     assert ((run.returncode, result['status'])==(143, 'stopped')
-            and 'running again goes on from there' in result['error'])
+            and 'running again resumes from there' in result['error'])
     assert RunFolder(tmp_path/'run').state=='stopped'
     run = started(asked)
     out,_ = run.communicate(timeout=300)

@@ -18,8 +18,8 @@ from datasets import Dataset
 from rich.cells import cell_len
 from rich.console import Console
 
-from sage_finetune.cli import inspect as module
-from sage_finetune.training.batches import pack_dataset
+from sage_finetune.ui import inspect as module
+from sage_finetune.training.packing import pack_dataset
 from sage_finetune.cli import main
 from sage_finetune.data import DataReport, ignored, prepare_dataset, save_rows
 from sage_finetune.core.display import save_figure

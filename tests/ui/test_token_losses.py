@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
-from sage_finetune.training.batches import pack_dataset
+from sage_finetune.training.packing import pack_dataset
 from sage_finetune.model.loss import head_bytes
 from sage_finetune.runs.run import adapter_difference, compare, not_exact, Run, runs
 from sage_finetune.config import LoRAConfig, SageError, TrainingConfig
