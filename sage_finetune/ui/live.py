@@ -325,13 +325,13 @@ def _answer(live, question):
     def on_text(text):
         question.text += text
         live.board.update()
-    halted = lambda: bool(run.asked_to_stop) and live.running
+    halted = lambda: bool(run.stop_requested) and live.running
     try: question.ended(_model_answer(run, question.messages, *question.how, on_text=on_text, halted=halted))
     except Exception as e: question.ended(error=e)
     live.board.update()
 
 def _answer_waiting(live):
-    while live._questions and not live.run.asked_to_stop: _answer(live, live._questions.popleft())
+    while live._questions and not live.run.stop_requested: _answer(live, live._questions.popleft())
 
 # %% ../../nbs/ui/02_live.ipynb #ac3f3801
 def _generations(live): return live.run.folder.path/'generations.jsonl'
@@ -341,8 +341,8 @@ def _answer_prompts(live, step):
     began,run = time.monotonic(),live.run
     try:
         for p in live.prompts:
-            answer = _model_answer(run, p, live.max_new_tokens, halted=lambda: bool(run.asked_to_stop))
-            if run.asked_to_stop: return # broken off
+            answer = _model_answer(run, p, live.max_new_tokens, halted=lambda: bool(run.stop_requested))
+            if run.stop_requested: return # broken off
             live.board.add_answer(prompt_text(p), SampledAnswer(step, step, answer.text, answer.stopped))
             with _generations(live).open('a', encoding='utf-8') as f:
                 f.write(_line(dict(step=step, prompt=prompt_text(p), text=answer.text, stopped=answer.stopped)))
@@ -355,7 +355,7 @@ def _answer_prompts(live, step):
 def _stand_still(live, step=None):
     "Answer, generate, wait; called by the thread that trains. `step` is given between two optimizer steps"
     run,trainer = live.run,live.run.trainer
-    if live._ending and not run.asked_to_stop:
+    if live._ending and not run.stop_requested:
         run.stop()
         trainer.raise_if_stopped() # asked before the run began to listen
     due = step is not None and bool(live.prompts) and live.schedule.is_due(step, live.every, live.share)
@@ -371,7 +371,7 @@ def _stand_still(live, step=None):
 
 def _hold(live):
     "Wait while the run is paused, and answer"
-    while live._hold and not live.run.asked_to_stop:
+    while live._hold and not live.run.stop_requested:
         if live.board.phase!='paused': live.board.update(phase='paused')
         _answer_waiting(live)
         with live._wake:
