@@ -59,7 +59,9 @@ def test_real_preference_rows_are_named_as_such():
 # The faults of the earlier module. Each check must also fail on data made in the old way
 
 def old_way(rows, max_length=64):
-    "Plain headings, everything learned, padded to `max_length` with the end token, and the format of the first row for all"
+    """Plain headings, everything learned, padded to `max_length` with the end token, and the format of the first
+    row for all
+    """
     form = ((lambda r: f"### Question:\n{r['question']}\n\n### Answer:\n{r['answer']}") if 'question' in rows[0]
             else (lambda r: r['text']))
     made = []
@@ -276,7 +278,8 @@ def test_every_file_of_the_data_path_is_in_the_key():
     def imported(file):
         for node in ast.walk(ast.parse(file.read_text())):
             if not isinstance(node, ast.ImportFrom) or not node.module: continue
-            path = (node.module.removeprefix('sage_finetune.') if node.level in (0, 1) else node.module).replace('.', '/')
+            path = (node.module.removeprefix('sage_finetune.') if node.level in (0, 1) else node.module).replace(
+                '.', '/')
             path = f'rows/{path}' if node.level==1 and file.parent.name=='rows' else path
             if path.startswith('rows/') and (root/f'{path}.py').is_file(): yield path
     needed,waiting = set(),{*imported(root/'data.py')}

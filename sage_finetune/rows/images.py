@@ -1,4 +1,4 @@
-"""Images from rows to the tensors of a vision-language model, each opened when it is needed and checked against what was prepared
+"""Images from rows to the tensors of a vision-language model, opened when needed and checked against what was prepared
 
 Docs: https://sage-finetune.github.io/sage_finetune/rows/images.html.md"""
 

@@ -52,7 +52,7 @@ def _check_counts(nproc, config, options, nodes, machine_rank, main_process_ip):
     if nproc is None and not options[0].startswith('--config_file'):
         raise ValueError(f'`nproc` is needed with `config="{config}"`: the number of processes on each machine')
     if nodes<1 or (nproc is not None and nproc*nodes<2):
-        raise ValueError(f'`nproc={nproc}` on {nodes} machine(s) is no number to launch: '
+        raise ValueError(f'`nproc={nproc}` on {nodes} machine(s) cannot be launched together: '
                          f'give 2 or more, or train in this process')
     if not 0<=machine_rank<nodes:
         raise ValueError(f'`machine_rank` must be between 0 and {nodes-1}, got {machine_rank}')

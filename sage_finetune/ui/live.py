@@ -73,7 +73,8 @@ def _take_generations(path, board, step):
     if path.is_file(): write_text(path, ''.join(map(_line, kept)))
     board.answers = {prompt_text(p): [] for p in board.prompts}
     for g in kept:
-        if g['prompt'] in board.answers: board.add_answer(g['prompt'], SampledAnswer(g['step'], g['step'], g['text'], g['stopped']))
+        answer = SampledAnswer(g['step'], g['step'], g['text'], g['stopped'])
+        if g['prompt'] in board.answers: board.add_answer(g['prompt'], answer)
 
 # %% ../../nbs/ui/02_live.ipynb #1a700003
 @dataclass
@@ -220,7 +221,8 @@ def _start(live, fresh=False):
 
 # %% ../../nbs/ui/02_live.ipynb #1a70001c
 def _continue(live):
-    if live.board.phase in ('pausing', 'paused'): live.board.update(phase='training' if live.board.steps else 'preparing')
+    if live.board.phase in ('pausing', 'paused'):
+        live.board.update(phase='training' if live.board.steps else 'preparing')
     live._notify()
     return live
 

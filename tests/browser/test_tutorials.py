@@ -1,4 +1,6 @@
-"Each tutorial as a reader meets it: run from top to bottom in JupyterLab, and its form, dashboard, chat and slider used on the way"
+"""Each tutorial as a reader meets it: run from top to bottom in JupyterLab, and its form, dashboard, chat and
+slider used on the way
+"""
 import re
 import subprocess
 import sys
@@ -190,7 +192,8 @@ def slid(page, cell, key, name):
     page.cell(cell).locator('.noUi-handle').first.focus()
     page.page.keyboard.press(key)
     page.page.wait_for_function(
-        f'''() => [...document.querySelectorAll('.jp-Notebook div[style*="flex:1 1 18em"]')].slice(1, 2).some(e => e.innerText.startsWith({name!r}) && !e.innerText.includes('▌'))''', timeout=60_000)
+        f'''() => [...document.querySelectorAll('.jp-Notebook div[style*="flex:1 1 18em"]')].slice(1, 2)
+        .some(e => e.innerText.startsWith({name!r}) && !e.innerText.includes('▌'))''', timeout=60_000)
     return boxes(page, cell)
 
 

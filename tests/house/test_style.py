@@ -8,7 +8,8 @@ import tokenize
 
 import pytest
 
-from layout import PACKAGE, ROOT, SPINE, is_exported, is_imports, is_shown, lines_of, module_of, notebooks, python, source
+from layout import (PACKAGE, ROOT, SPINE, is_exported, is_imports, is_shown, lines_of, module_of, notebooks, python,
+                    source)
 
 MODULES = sorted(path for path in PACKAGE.rglob('*.py') if path.name!='_modidx.py')
 SOURCES = [*MODULES, *(ROOT/'tests').rglob('*.py'), *(ROOT/'tools').glob('*.py'), *(ROOT/'benchmarks').glob('*.py'),
@@ -29,7 +30,8 @@ def is_settings(cell):
 
 
 def joined(text):
-    return [t.start[0] for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.string==';' and t.type==tokenize.OP]
+    return [t.start[0] for t in tokenize.generate_tokens(io.StringIO(text).readline)
+            if t.string==';' and t.type==tokenize.OP]
 
 
 @pytest.mark.parametrize('path', SOURCES, ids=relative)
@@ -71,7 +73,8 @@ def test_exported_cells_are_short(name):
 
 @pytest.mark.parametrize('name', sorted(WITH_CODE))
 def test_code_is_followed_by_what_it_shows(name):
-    kinds = [e for c in WITH_CODE[name] if (e := 'E' if is_exported(c) and not is_imports(c) else 's' if is_shown(c) else '')]
+    kinds = [e for c in WITH_CODE[name]
+             if (e := 'E' if is_exported(c) and not is_imports(c) else 's' if is_shown(c) else '')]
     followed = sum(a=='E' and b=='s' for a, b in zip(kinds, [*kinds[1:], '']))
     assert followed/kinds.count('E')>=(.6 if name in SPINE else .45)
 

@@ -230,7 +230,9 @@ pathlib.Path(a.outfile).write_bytes(b"GGUF" + a.outtype.encode())
 
 
 def test_a_converter_is_run_and_its_error_is_passed_on(run, tmp_path, monkeypatch):
-    "A stand-in with the converter's command line: the real one is no package, and refuses the embedded model's vocabulary"
+    """A stand-in with the converter's command line: the real one is no package, and refuses the embedded model's
+    vocabulary
+    """
     (tmp_path/'llama.cpp').mkdir()
     (tmp_path/'llama.cpp'/'convert_hf_to_gguf.py').write_text(converter)
     monkeypatch.setenv('LLAMA_CPP', str(tmp_path/'llama.cpp'))

@@ -1,4 +1,6 @@
-"Merges of every kind against what was trained, on tiny models with random weights; planted faults; the memory of a merge"
+"""Merges of every kind against what was trained, on tiny models with random weights; planted faults; the memory of
+a merge
+"""
 import json
 import os
 import shutil
@@ -183,7 +185,8 @@ def test_rounding_is_that_of_the_loaded_model(tmp_path):
     for bits in (8, 4):
         model = load_model(str(where), torch.float32, 'cpu',
                            quantisation_of(TrainingConfig(load_in_8bit=bits==8, load_in_4bit=bits==4)))
-        assert ((dequantize_module_weight(model.model.layers[0].mlp.up_proj)-merge_weights.dequantised_weight(weight, bits)).abs()
+        assert ((dequantize_module_weight(model.model.layers[0].mlp.up_proj)-merge_weights.dequantised_weight(
+            weight, bits)).abs()
                 .max()<1e-6)
 
 

@@ -458,7 +458,8 @@ def test_the_loss_is_no_number(where, base, data, undisturbed, told):
             return loss*float('nan')
         run.trainer.compute_loss = compute_loss
     run = Troubled(config(folder, data), quiet=True, trouble=('begin', 8, spoil))
-    with pytest.raises(SageError, match=r'not finite \(NaN or infinity\) at step 8.*lower `learning_rate`') as stop: run.train()
+    with pytest.raises(SageError, match=r'not finite \(NaN or infinity\) at step 8.*lower `learning_rate`') as stop:
+        run.train()
     assert '\n' not in str(stop.value) and run.model is None
     # what step 6 gave step 7 is known to be a number
     assert RunFolder(folder).state=='stopped' and read_json(RunFolder(folder).stopped)['step']==6
