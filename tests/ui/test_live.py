@@ -15,7 +15,7 @@ fcntl,pty,termios = (pytest.importorskip(m, reason='needs terminals and signals 
 
 from sage_finetune.config import LoRAConfig, TrainingConfig
 from sage_finetune.core.run_folder import RunFolder
-from sage_finetune.ui.live import LiveRun, read_generations, train_in_terminal
+from sage_finetune.ui.live import LiveCallback, LiveRun, read_generations, train_in_terminal
 from sage_finetune.rows.formats import create_sample_data
 from sage_finetune.trainer import LoRATrainer
 
@@ -112,6 +112,7 @@ def test_stop_ends_a_pause_and_a_long_answer(tmp_path, data):
     live = LiveRun(quiet(tmp_path/'run', data, max_steps=5000)).start()
     live.pause()
     until(lambda: live.board.phase=='paused')
+    assert [type(c) for c in live.run.trainer.callback_handler.callbacks].count(LiveCallback)==1
     question = live.ask('Tell me everything.', max_new_tokens=100_000)
     time.sleep(.3)
     live.stop()
