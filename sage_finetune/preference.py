@@ -1,4 +1,4 @@
-"""Learning from which answer is better: DPO, ORPO and KTO on TRL, with the same data report, run folder and adapter as any other run
+"""Learning from judged answers: DPO, ORPO and KTO on TRL, with the data report, run folder and adapter of any other run
 
 Docs: https://sage-finetune.github.io/sage_finetune/preference.html.md"""
 
@@ -51,6 +51,7 @@ def _encoded(p, tokenizer, config, form):
 
 def _longest(examples): return max(len(x['input_ids']) for x in examples)
 
+# %% ../nbs/04_preference.ipynb #5d0b17e1
 def _fitting(p, tokenizer, config, form):
     "(examples, what was cut off, rendered) of a row; earlier turns are left out of both answers alike"
     examples,rendered = _encoded(p, tokenizer, config, form)
@@ -152,6 +153,7 @@ def split_by_prompt(
     train,held = split_dataset(_prompts(dataset), test_size, seed, report)
     return (dataset, None) if held is None else (dataset.select(train['row']), dataset.select(held['row']))
 
+# %% ../nbs/04_preference.ipynb #5d0b17e4
 def _train_and_held_out(c, tokenizer, report):
     "The data sets of a run: the held-out one from a file of its own, or some of the prompts"
     data = prepare_preferences(c, tokenizer, report)
@@ -212,6 +214,7 @@ def _weighted(values, inputs):
              else (torch.zeros(()), torch.zeros(())) for n,w in zip(_figures, weights)]
     return torch.stack([t.double() for p in pairs for t in p])
 
+# %% ../nbs/04_preference.ipynb #5d0b17e2
 def _means(sums):
     "Figure → mean, of those that have a weight; and the margin"
     found = {n: s/w for n,s,w in zip(_figures, sums[::2], sums[1::2]) if w}
@@ -502,6 +505,7 @@ def method_for(
     except (ValueError, OSError, SageError): return None # what is wrong with the rows is reported where they are read
     return None if not shapes or shapes-{'preference', 'unpaired'} else 'kto' if 'unpaired' in shapes else 'dpo'
 
+# %% ../nbs/04_preference.ipynb #5d0b17e3
 def trainer_for(
     config, # A `TrainingConfig`, a `PreferenceConfig`, or a dict of settings
     quiet:bool=False, # No messages and no progress bar

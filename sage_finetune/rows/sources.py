@@ -205,6 +205,7 @@ def _csv_lines(f, damage):
             text = line.decode(errors='replace')
         yield text.replace('\0', '')
 
+# %% ../../nbs/rows/00_sources.ipynb #5d0a17d3
 def _records(f, delimiter):
     "(line, cells, error) for each record of the stream `f`"
     csv.field_size_limit(max(csv.field_size_limit(), _longest_cell))
@@ -401,6 +402,7 @@ def _saved_dataset(folder):
     try: return load_from_disk(str(folder))
     except Exception as e: raise ValueError(f'{folder} is a broken saved dataset: {_one_line(e)}') from None
 
+# %% ../../nbs/rows/00_sources.ipynb #5d0a17d2
 def _one_split(data, split, name):
     "The split of `data` that was asked for"
     if isinstance(data, dict):
@@ -487,6 +489,7 @@ def load_training_data(
         rows.append(r.value)
     return rows
 
+# %% ../../nbs/rows/00_sources.ipynb #5d0a17d1
 def save_rows(
     path, # A .json or .jsonl file
     rows:list, # Of dicts
