@@ -1,7 +1,7 @@
 """Memory and time of preparing very many rows: `python benchmarks/million_rows.py ROWS.jsonl [rows ...]`
 
-Writes the rows again and again, numbered, until there are enough (1,000,000 unless told otherwise), prepares each file in a process of its own, and prints
-its seconds and its largest resident memory.
+Writes the rows again and again, numbered, until there are enough (1,000,000 unless told otherwise), prepares each
+file in a process of its own, and prints its seconds and its largest resident memory.
 """
 import json, os, subprocess, sys, tempfile, time
 from datetime import date
@@ -17,8 +17,10 @@ tokenizer,report = AutoTokenizer.from_pretrained(resolve_model('sage-tiny')),Dat
 import datasets # counted before the clock starts, as in a run
 before,began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,time.perf_counter()
 data = prepare_dataset(sys.argv[1], tokenizer, 1024, report=report, cache=sys.argv[2])
-print(json.dumps(dict(rows=report.read, used=report.used, tokens=report.tokens, seconds=round(time.perf_counter()-began, 1),
-                      resident_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024, resident_before_mb=before//1024)))
+resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024
+seconds = round(time.perf_counter()-began, 1)
+print(json.dumps(dict(rows=report.read, used=report.used, tokens=report.tokens, seconds=seconds, resident_mb=resident,
+                      resident_before_mb=before//1024)))
 '''
 
 def main(path, sizes):

@@ -1,7 +1,8 @@
 """Rendering, masks and tokens of GSM8K against TRL's `SFTTrainer`: `python benchmarks/prepare.py ROWS.jsonl [runs]`
 
-Both get the same rows, tokenizer and chat template, take turns in one process and keep nothing between turns. TRL starts from a data set of `messages`
-that is in memory already, this package from the file. Prints the seconds of each turn, the medians and their ratio, and checks that both learn the same tokens.
+Both get the same rows, tokenizer and chat template, take turns in one process and keep nothing between turns. TRL
+starts from a data set of `messages` that is in memory already, this package from the file. Prints the seconds of
+each turn, the medians and their ratio, and checks that both learn the same tokens.
 """
 import json, os, platform, statistics, sys, tempfile, time, warnings
 from datetime import date

@@ -1,11 +1,14 @@
-"""Training against TRL's `SFTTrainer` and against a bare loop: `python benchmarks/train.py ROWS.jsonl [--rows N] [--out FILE.json] [--plot FILE.png]`
+"""Training against TRL's `SFTTrainer` and against a bare loop: `python benchmarks/train.py ROWS.jsonl [--rows N]
+[--out FILE.json] [--plot FILE.png]`
 
-One epoch over the same rows with the same model, adapter, batch and optimizer, each way in a process of its own, one after the other. A token counts once,
-filling up counts as nothing. The bare loop runs full rows of random tokens without anything around it, which is what the machine can do with this model.
-TRL runs twice: with its own choice of precision and checkpointing, and, `trl tuned`, with what is best on this machine: fp32 as ours, nothing computed twice.
-`--compiled N` adds our run with `torch_compile` on N rows, the time to compile counted. `--no-bf16-units` lets every way run as on a processor without
-units for bf16 (oneDNN is told to leave them alone), which most processors are.
-Prints tokens a second, the largest resident memory, the loss over all rows after training, and the ratios.
+One epoch over the same rows with the same model, adapter, batch and optimizer, each way in a process of its own,
+one after the other. A token counts once, filling up counts as nothing. The bare loop runs full rows of random
+tokens without anything around it, which is what the machine can do with this model. TRL runs twice: with its own
+choice of precision and checkpointing, and, `trl tuned`, with what is best on this machine: fp32 as ours, nothing
+computed twice. `--compiled N` adds our run with `torch_compile` on N rows, the time to compile counted.
+`--no-bf16-units` lets every way run as on a processor without units for bf16 (oneDNN is told to leave them alone),
+which most processors are. Prints tokens a second, the largest resident memory, the loss over all rows after
+training, and the ratios.
 """
 import argparse, json, os, platform, resource, subprocess, sys, tempfile, time, warnings
 from datetime import date

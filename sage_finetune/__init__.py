@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from .config import LoRAConfig, PreferenceConfig, PresetConfigs, TrainingConfig, show_config, show_presets
 
-if TYPE_CHECKING:  # editors and type checkers read these lines; at run time the names are imported when they are asked for
+if TYPE_CHECKING:  # for editors and type checkers; at run time these names are imported when they are asked for
     from .data import load_training_data, prepare_dataset
     from .preference import PreferenceTrainer
     from .runs.pipeline import RunResult, finetune

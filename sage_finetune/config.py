@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sage_finetune.core.disk import (
     cannot_write, is_running, read_json, SageError, to_disk, whole_folder, write_json, write_text
-) # handed on: who takes them from here may go on doing so
+)
 from .core.display import Shown, Table # Shown: handed on
 from .core.settings import checked, config_table, refuse_unknown, Settings, with_given # handed on
 from .core.machine import Change, Changes, division, Machine, show_changes # show_changes: handed on

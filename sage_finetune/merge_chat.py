@@ -1,4 +1,4 @@
-"""Talk to what was trained
+"""Merge a run, prove it, talk to it
 
 Docs: https://sage-finetune.github.io/sage_finetune/merge_chat.html.md"""
 
@@ -14,12 +14,12 @@ from pathlib import Path
 
 from .core.disk import SageError, write_json
 from .rows.formats import content_parts, question as question_about
-from .rows.images import picture
+from .rows.images import as_image
 from .model.contract import check_contract, stop_ids
 from sage_finetune.inference.generate import (
-    Answer, answers, base_of, compare_answers, Comparison, Exam, examine, fit_history, load_adapter, load_for_chat,
-    load_plain, most_positions, same_words, stream_answer
+    Answer, answers, base_of, fit_history, load_adapter, load_for_chat, load_plain, most_positions, stream_answer
 )
+from .inference.exam import compare_answers, Comparison, Exam, examine, same_words
 from sage_finetune.inference.merging import (
     divergence, largest_difference, logits_of, merge_adapters, merge_bounds, merge_run, MergeReport, probe_rows
 )
@@ -27,14 +27,14 @@ from sage_finetune.inference.merging import (
 # %% ../nbs/03_merge_chat.ipynb #d7dbda34
 @dataclass
 class Conversation:
-    "What was said, and how it goes on"
+    "The turns so far, and what the next one needs"
     say: object # Called with messages and temperature, yields the pieces of an answer
     write: object # Called with each piece of text
     base: object = None # As `say`, for the model before it was tuned; None where there is none
     system: str = '' # System message
     temperature: float = 0.0 # 0 takes the likeliest token each time
     turns: list = field(default_factory=list) # Of {role, content}
-    images: list = field(default_factory=list) # Paths of pictures that go with the next question
+    images: list = field(default_factory=list) # Paths of images that go with the next question
     over: bool = False # Whether the user has ended it
 
     @property
@@ -48,9 +48,9 @@ def _written(talk, say, messages):
     pieces = []
     try:
         with closing(say(messages, talk.temperature)) as stream:
-            for p in stream:
-                pieces.append(p)
-                talk.write(p)
+            for piece in stream:
+                pieces.append(piece)
+                talk.write(piece)
     except KeyboardInterrupt: talk.write(' …')
     except (ValueError, SageError, OSError) as e:
         talk.write(f'error: {e}\n')
@@ -58,11 +58,11 @@ def _written(talk, say, messages):
     talk.write('\n')
     return ''.join(pieces)
 
-def _turn(talk, question):
+def _turn(talk, text):
     "Ask, and remember question and answer"
-    asked,talk.images = question_about(question, *talk.images),[]
-    said = _written(talk, talk.say, [*talk.messages, asked])
-    if said is not None: talk.turns += [asked, dict(role='assistant', content=said)]
+    question,talk.images = question_about(text, *talk.images),[]
+    answer = _written(talk, talk.say, [*talk.messages, question])
+    if answer is not None: talk.turns += [question, dict(role='assistant', content=answer)]
 
 # %% ../nbs/03_merge_chat.ipynb #6999135d
 def _reset(talk, rest):
@@ -76,71 +76,62 @@ def _system(talk, rest):
 def _temp(talk, rest):
     try: new = float(rest)
     except ValueError: new = -1.0
-    if not 0<=new<100:
-        talk.write(f'/temp needs a number from 0 (the likeliest token each time), such as 0.7; '
-                   f'got {rest or "nothing"!r}\n')
-        return
-    talk.temperature = new
-    talk.write(f'temperature: {new:g}\n')
+    if 0<=new<100:
+        talk.temperature = new
+        return talk.write(f'temperature: {new:g}\n')
+    talk.write(f'/temp needs a number from 0 (the likeliest token each time), such as 0.7; got {rest or "nothing"!r}\n')
 
+# %% ../nbs/03_merge_chat.ipynb #3c0a000b
 def _compare(talk, rest):
-    "What the base says to the question, or to the last one, and what the tuned model says"
+    "What the base answers to the question, or to the last one, and what the tuned model answers"
     if talk.base is None:
-        talk.write('there is no base to compare with: a merged model has it no longer; start with --adapter\n')
-        return
-    asked = [i for i,m in enumerate(talk.turns) if m['role']=='user']
-    if not rest and not asked:
-        talk.write('/compare needs a question, or one that was asked before\n')
-        return
-    before = talk.turns if rest else talk.turns[:asked[-1]]
-    question = dict(role='user', content=rest) if rest else talk.turns[asked[-1]]
+        return talk.write('there is no base to compare with: a merged model has it no longer; start with --adapter\n')
+    questions = [i for i,m in enumerate(talk.turns) if m['role']=='user']
+    if not rest and not questions: return talk.write('/compare needs a question, or one that was asked before\n')
+    before = talk.turns if rest else talk.turns[:questions[-1]]
+    question = dict(role='user', content=rest) if rest else talk.turns[questions[-1]]
     messages = [*talk.messages[:len(talk.messages)-len(talk.turns)], *before, question]
     for name,say in (('base', talk.base), ('tuned', talk.say)):
         talk.write(f'{name}: ')
         _written(talk, say, messages)
 
+# %% ../nbs/03_merge_chat.ipynb #3c0a000e
+def _in_parts(m): return dict(role=m['role'], content=content_parts(m)) if m.get('images') else m
+
 def _save(talk, rest):
     "Write the conversation as a data file with one row"
-    if not rest:
-        talk.write('/save needs the name of a file, such as talk.json\n')
-        return
+    if not rest: return talk.write('/save needs the name of a file, such as talk.json\n')
     file = Path(rest).expanduser()
-    if file.exists():
-        talk.write(f'{file} exists: choose another name\n')
-        return
+    if file.exists(): return talk.write(f'{file} exists: choose another name\n')
     row = [_in_parts(m) for m in talk.messages]
     try: talk.write(f'{len(row)} messages in {write_json(file, [dict(messages=row)])}\n')
     except SageError as e: talk.write(f'error: {e}\n')
 
-def _in_parts(m): return dict(role=m['role'], content=content_parts(m)) if m.get('images') else m
-
+# %% ../nbs/03_merge_chat.ipynb #3c0a0011
 def _image(talk, rest):
-    "A picture for the next question"
-    if not rest:
-        talk.write('/image needs a file, such as photo.jpg\n')
-        return
-    try: picture(rest).open()
-    except (ValueError, SageError) as e:
-        talk.write(f'error: {e}\n')
-        return
+    "An image for the next question"
+    if not rest: return talk.write('/image needs a file, such as photo.jpg\n')
+    try: as_image(rest).open()
+    except (ValueError, SageError) as e: return talk.write(f'error: {e}\n')
     talk.images.append(rest)
     talk.write(f'{rest} goes with the next question\n')
 
+# %% ../nbs/03_merge_chat.ipynb #e7cf87f6
 def _end(talk, rest): talk.over = True
 
 def _show_help(talk, rest): talk.write(_help)
 
-# %% ../nbs/03_merge_chat.ipynb #e7cf87f6
 commands = {'/system': (_system, 'TEXT sets the system message, - removes it'),
             '/reset': (_reset, 'forgets the conversation'),
             '/temp': (_temp, 'NUMBER sets the temperature; 0 takes the likeliest token each time'),
             '/compare': (_compare, 'QUESTION, or the last one: what the base says, and the tuned model'),
-            '/image': (_image, 'FILE is shown with the next question, to a model that sees'),
+            '/image': (_image, 'FILE is shown with the next question, to a vision-language model'),
             '/save': (_save, 'FILE keeps the conversation, as a row that can be trained on'),
             '/help': (_show_help, 'shows this'),
             '/exit': (_end, 'ends the conversation, as Ctrl-D does')}
 _help = ''.join(f'{name:<10}{what}\n' for name,(_,what) in commands.items())+'Ctrl-C    stops an answer\n'
 
+# %% ../nbs/03_merge_chat.ipynb #3c0a0016
 def _obey(talk, line):
     "Do what a line asks for, command or question"
     name,_,rest = line.partition(' ')
@@ -150,6 +141,9 @@ def _obey(talk, line):
     elif line.startswith('/'): talk.write(f'unknown command {name}; there are {" ".join(commands)}\n')
     elif line: _turn(talk, line)
 
+# %% ../nbs/03_merge_chat.ipynb #3c0a0019
+def _to_terminal(text): print(text, end='', flush=True)
+
 def converse(
     say, # Called with messages and temperature, yields the pieces of an answer
     ask=input, # Called with a prompt, gives what the user typed
@@ -157,11 +151,10 @@ def converse(
     system:str='', # System message
     temperature:float=0.0, # 0 takes the likeliest token each time
     base=None, # As `say`, for the model before it was tuned
-    images=(), # Paths of pictures that go with the first question
+    images=(), # Paths of images that go with the first question
 )->list: # Of {role, content}
     "Talk until the user ends it"
-    talk = Conversation(say, write or (lambda s: print(s, end='', flush=True)), base, system, temperature,
-                        images=list(images))
+    talk = Conversation(say, write or _to_terminal, base, system, temperature, images=list(images))
     talk.write(_help)
     while not talk.over:
         try: _obey(talk, ask('> ').strip())
@@ -172,8 +165,6 @@ def converse(
     return talk.messages
 
 # %% ../nbs/03_merge_chat.ipynb #3900d2f0
-def _to_terminal(text): print(text, end='', flush=True)
-
 def speaker(
     model, # A causal language model, in evaluation mode
     tokenizer, # With a chat template
@@ -191,6 +182,7 @@ def speaker(
         else: yield from stream_answer(model, tokenizer, kept, room, temperature)
     return say
 
+# %% ../nbs/03_merge_chat.ipynb #3c0a001c
 def chat(
     model, # A causal language model, in evaluation mode
     tokenizer, # With a chat template

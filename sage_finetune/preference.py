@@ -24,22 +24,25 @@ from .core.disk import SageError
 from .config import PreferenceConfig, TrainingConfig
 from .core.machine import Machine
 from .rows.formats import checked_columns, detect_data_format, renamed, to_preference
-from .rows.template import chat_form, encode_rendered, ensure_template, ignored, render_learned
+from .rows.template import chat_form, ensure_template
+from .rows.learned import render_learned
+from .rows.tokens import encode_rendered, exchanges, ignored
 from .rows.sources import read_rows
-from sage_finetune.data import (
-    ReportWriter, DataReport, exchanges, files_passed_over, guarded, in_batches, refuse_first, source_of, why_none
+from sage_finetune.rows.report import (
+    DataReport, files_passed_over, guarded, in_batches, refuse_first, ReportWriter, why_none
 )
-from .training.batches import Collator, example_lengths, flat_chunks
-from .training.split import overlap, split_dataset
+from .data import source_of
+from .training.batches import Collator, example_lengths, flat_chunks, pad_token_id
+from .training.split import check_data_path, overlap, split_dataset
 from .training.samplers import LengthGroupedSampler
 from .model.adapter import changes_base
 from .model.loss import evaluating
 from .model.step_bytes import live_bytes
 from .model.memory import estimate_memory, Probe
-from .training.callbacks import operations, read_metrics
-from sage_finetune.trainer import (
-    check_data_path, pad_token_id, LoRATrainer, TokenMetrics, ResumableTrainer, training_arguments, TrainingResult
-)
+from .training.callbacks import read_metrics, training_flops
+from .training.loop import ResumableTrainer, TokenMetrics, training_arguments
+from .training.resume import TrainingResult
+from .trainer import LoRATrainer
 
 # %% ../nbs/04_preference.ipynb #516bc875
 def _encoded(p, tokenizer, config, form):
@@ -228,9 +231,9 @@ class RewardMetrics(TokenMetrics):
 
     def add(self, sums, inputs):
         self.window += sums.to(self.window)
-        self.here += torch.stack([inputs['completion_mask'].sum(), inputs['attention_mask'].sum()]).to(self.here)
+        self.local += torch.stack([inputs['completion_mask'].sum(), inputs['attention_mask'].sum()]).to(self.local)
 
-    def told(self, sums): return _means(sums)
+    def metrics(self, sums): return _means(sums)
 
 # %% ../nbs/04_preference.ipynb #ec9e6563
 class PreferenceMixin(ResumableTrainer):
@@ -256,8 +259,9 @@ class PreferenceMixin(ResumableTrainer):
                                          for _,starts in flat_chunks(rows, column)]).numpy()
         return example_lengths(rows)+(each('rejected_input_ids') if 'rejected_input_ids' in rows.column_names else 0)
 
-    def counted(self, every, learned):
-        return super().counted(every, learned) + self.reference_passes*operations(self.model, every, learned)//2
+    def count_operations(self, every, learned):
+        reference = self.reference_passes*training_flops(self.model, every, learned)//2
+        return super().count_operations(every, learned)+reference
 
     def logged_by_trl(self): return self._metrics['train' if self.model.training else 'eval']
 
@@ -317,7 +321,7 @@ class KTOShuffle(PreferenceMixin):
         data,a = self.train_dataset if train_dataset is None else train_dataset, self.args
         return LengthGroupedSampler([1]*len(data), a.train_batch_size*a.gradient_accumulation_steps, a.seed)
 
-    def in_turn(self, rows):
+    def evaluation_order(self, rows):
         return torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.args.seed)).tolist()
 
 # %% ../nbs/04_preference.ipynb #a1db8d3d

@@ -9,7 +9,9 @@ import pytest
 
 @pytest.fixture
 def command(tmp_path):
-    "Run `sage-finetune` as a process of its own, with an empty home; gives a finished process or, with `wait=False`, a running one"
+    """Run `sage-finetune` as a process of its own, with an empty home; gives a finished process or, with
+    `wait=False`, a running one
+    """
     program = Path(sys.executable).with_name('sage-finetune')
 
     def run(*args, wait=True, **env):

@@ -64,7 +64,6 @@ def test_a_bad_data_file_is_named_in_one_line_and_nothing_is_written(name, tmp_p
 ])
 def test_an_unknown_name_is_refused_in_one_line(args, expected, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr('sage_finetune.core.run_folder.default_output_dir', tmp_path/'runs')
-    monkeypatch.setattr('sage_finetune.runs.tasks.default_output_dir', tmp_path/'runs')
     assert expected in refused(capsys, *args)
     assert list(tmp_path.iterdir()) == []
 
@@ -104,7 +103,7 @@ def test_a_killed_quickstart_goes_on_from_its_last_checkpoint(command, tmp_path)
         'it was to be killed between the checkpoint and the end')
     second = command(*args)
     assert second.returncode == 0, second.stderr
-    assert 'Going on from step 50' in second.stderr
+    assert 'Resuming from step 50' in second.stderr
     assert json.loads((run/'results.json').read_text())['steps'] == 96
     steps = [json.loads(line)['step'] for line in (run/'metrics.jsonl').read_text().splitlines()]
     assert steps == sorted(steps)

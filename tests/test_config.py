@@ -8,7 +8,7 @@ import pytest
 
 from sage_finetune.core.disk import whole_folder, write_json, write_text
 from sage_finetune.config import (
-    config_from_meta, config_table, fit_config, LoRAConfig, preset_for, PreferenceConfig, PresetConfigs, read_json,
+    config_from_meta, config_table, fit_config, LoRAConfig, PreferenceConfig, preset_for, PresetConfigs, read_json,
     SageError, TrainingConfig
 )
 from sage_finetune.core.machine import Machine, show_changes

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
+from datasets import Dataset, load_from_disk
 from transformers import AutoTokenizer
 
 from sage_finetune.config import resolve_model, SageError
+from sage_finetune import data as module
 from sage_finetune.data import (
-    create_sample_data, DataReport, load_training_data, prepare_dataset, sample_rows, save_rows, to_conversation
+    create_sample_data, DataReport, load_training_data, prepare_dataset, sample_rows, save_rows, to_conversation,
+    tokenizer_of
 )
+from sage_finetune.rows import template
 
 real = Path(__file__).resolve().parents[2]/'shared'/'data'
 tok = AutoTokenizer.from_pretrained(resolve_model('sage-tiny'))
@@ -55,7 +59,9 @@ def test_real_preference_rows_are_named_as_such():
 # The faults of the earlier module. Each check must also fail on data made in the old way
 
 def old_way(rows, max_length=64):
-    "Plain headings, everything learned, filled up to `max_length` with the end token, and the shape of the first row for all"
+    """Plain headings, everything learned, padded to `max_length` with the end token, and the format of the first
+    row for all
+    """
     form = ((lambda r: f"### Question:\n{r['question']}\n\n### Answer:\n{r['answer']}") if 'question' in rows[0]
             else (lambda r: r['text']))
     made = []
@@ -71,11 +77,11 @@ def new_way(rows, max_length=64): return list(prepare_dataset(rows, tok, max_len
 qa = sample_rows('qa', 12)
 
 def prompt_is_not_learned(made): return not any(r['question'] in learned(x) for r,x in zip(qa, made))
-def nothing_is_filled_up(made):
+def nothing_is_padded(made):
     return len({len(x['input_ids']) for x in made})>1 or all(x['input_ids'][-1]!=x['input_ids'][-2] for x in made)
 def end_of_turn_is_learned(made): return all(learned(x).endswith(end) for x in made)
 
-@pytest.mark.parametrize('check', [prompt_is_not_learned, nothing_is_filled_up, end_of_turn_is_learned])
+@pytest.mark.parametrize('check', [prompt_is_not_learned, nothing_is_padded, end_of_turn_is_learned])
 def test_faults_1_to_3_of_the_earlier_module(check):
     assert check(new_way(qa)) and not check(old_way(qa))
 
@@ -160,3 +166,136 @@ def test_splitting_loses_and_repeats_no_learned_token():
     made = prepare_dataset([dict(messages=talk)], tok, 64, overflow='split', cache=False)
     assert (''.join(map(learned, made))==''.join(m['content']+end for m in talk if m['role']=='assistant')
             and len(made)>=math.ceil(sum(len(x['labels']) for x in made)/64))
+
+# Names, copies and settings
+
+german = [dict(frage='2+3?', antwort='5')]*3
+names = {'frage': 'question', 'antwort': 'answer'}
+
+def test_other_names_are_mapped_and_copies_are_counted_or_dropped():
+    kept,dropped = DataReport(),DataReport()
+    assert len(prepare_dataset(german, tok, report=kept, columns=names, cache=False))==3 and kept.duplicates==2
+    assert len(prepare_dataset(german, tok, report=dropped, columns=names, duplicates='drop', cache=False))==1
+    assert [d['reason'] for d in dropped.dropped]==['duplicate of list:1']*2 and adds_up(dropped)
+
+@pytest.mark.parametrize('bad,why', [
+    (dict(format_type='csv'), '`format_type` must be one of'), (dict(train_on='user'), '`train_on`'),
+    (dict(overflow='cut'), '`overflow`'), (dict(duplicates='no'), '`duplicates`'),
+    (dict(max_length=True), '`max_length`'), (dict(columns={'a': 'b'}), '`columns`'),
+    (dict(tokenizer=object()), '`tokenizer` must be a fast one'), (dict(tokenizer='gpt2'), "got the name 'gpt2'"),
+    (dict(cache=5), '`cache` must be')])
+def test_a_bad_setting_is_refused_by_name(bad, why):
+    with pytest.raises(ValueError) as e: prepare_dataset(**dict(data_path=qa, tokenizer=tok) | bad)
+    assert why in str(e.value)
+
+def test_rows_from_which_nothing_is_learned_are_refused():
+    talk = [dict(role='user', content='a'), dict(role='assistant', content='b', train=False)]
+    with pytest.raises(ValueError, match='nothing to learn'): prepare_dataset([dict(messages=talk)], tok, cache=False)
+    assert prepare_dataset(qa, tok, cache=False).features['input_ids'].feature.dtype=='int32'
+
+# Rows that are too long
+
+three_turns = [t for i in range(3) for t in (dict(role='user', content=f'{i} plus {i}?'),
+                                             dict(role='assistant', content=f'{2*i}.'))]
+long = [dict(messages=three_turns), dict(question='Read this: '+'blah '*40+'. What is 1 plus 1?', answer='2'),
+        dict(question='Count.', answer='1 2 3 '*30)]
+
+def fitted(rows, max_length=48, **settings):
+    report = DataReport()
+    made = prepare_dataset(rows, tok, max_length=max_length, report=report, cache=False, **settings)
+    assert max(map(len, made['input_ids']))<=max_length
+    return made,report
+
+def test_truncating_drops_old_turns_and_the_middle_of_questions():
+    made,report = fitted(long, overflow='truncate')
+    assert [learned(x) for x in made]==['2.<|im_end|>4.<|im_end|>', '2<|im_end|>']
+    assert report.truncated=={'earlier turns': 1, 'middle of a question': 1}
+    assert 'no question can be shortened enough' in report.dropped[0]['reason']
+
+def test_splitting_keeps_every_answer():
+    made,_ = fitted(long, overflow='split')
+    assert ''.join(map(learned, made.select(range(2))))=='0.<|im_end|>2.<|im_end|>4.<|im_end|>'
+    assert ''.join(map(learned, made.select(range(3, len(made)))))=='1 2 3 '*30+end
+
+def test_an_answer_is_cut_only_where_that_was_asked_for():
+    made,report = fitted(long, overflow='truncate', cut_answers=True)
+    assert (len(made), report.truncated['end of an answer'], made[2]['labels'][-1]!=-100,
+            len(made[2]['input_ids']))==(3, 1, True, 48)
+
+def test_plain_text_is_cut_into_pieces():
+    text = [dict(text='word '*100)]
+    # 48 tokens, of which the first was learned before; the end token is one more
+    n = -(-len(tok('word '*100)['input_ids'])//47)
+    assert [len(fitted(text, overflow=w)[0]) for w in ('drop', 'split', 'truncate')]==[n, n, 1]
+    assert ''.join(map(learned, fitted(text)[0]))=='word '*100+end
+
+@pytest.mark.parametrize('way', ['split', 'truncate'])
+def test_a_conversation_in_parts_learns_its_last_answer_where_that_is_asked_for(way):
+    made,_ = fitted([dict(messages=three_turns*4)], overflow=way, train_on='last')
+    assert [learned(x) for x in made]==['4.<|im_end|>']
+
+def test_a_question_that_fills_the_first_piece_is_shortened():
+    made,report = fitted([dict(question='START '+'word '*900, answer='Yes.')], 64, overflow='split')
+    assert (len(made), report.truncated, 'START' in tok.decode(made[0]['input_ids']))==(
+        1, {'middle of a question': 1}, True)
+
+def test_a_long_talk_keeps_its_end():
+    talk = [t for i in range(200) for t in (dict(role='user', content=f'{i}?'),
+                                            dict(role='assistant', content=f'{i}.'))]
+    made,_ = fitted([dict(messages=talk)], 200, overflow='truncate')
+    assert learned(made[0]).endswith('198.<|im_end|>199.<|im_end|>')
+
+# The cache
+
+def test_what_is_kept_is_what_was_prepared(tmp_path):
+    reports = [DataReport() for _ in range(3)]
+    for r,cache in zip(reports, (tmp_path, tmp_path, False)): prepare_dataset(qa, tok, 64, report=r, cache=cache)
+    assert [r.cached for r in reports]==[False, True, False]
+    assert reports[1].to_dict() | dict(cached=False)==reports[2].to_dict()
+
+def test_ten_data_sets_are_kept_and_what_is_not_ours_stays(tmp_path):
+    kept = tmp_path/'sage_data'
+    (kept/'mine').mkdir(parents=True)
+    for i in range(15):
+        prepare_dataset([dict(question=f'{i}?', answer='a')], tok, cache=tmp_path)
+        for p in kept.iterdir(): os.utime(p, (1e9+i, 1e9+i)) if p.stat().st_mtime>1.5e9 else None
+    assert len(list(kept.iterdir()))==10+1
+
+@pytest.mark.parametrize('damage', [lambda p: (p/'examples.arrow').unlink(),
+                                    lambda p: (p/'examples.arrow').write_bytes(b'x'),
+                                    lambda p: (p/'data_report.json').write_text('[]')])
+def test_a_damaged_data_set_is_prepared_anew(damage, tmp_path):
+    prepare_dataset(qa, tok, cache=tmp_path)
+    for p in (tmp_path/'sage_data').iterdir(): damage(p)
+    mended = DataReport()
+    assert len(prepare_dataset(qa, tok, cache=tmp_path, report=mended))==12
+    assert (mended.cached, mended.examples)==(False, 12)
+
+def test_every_file_of_the_data_path_is_in_the_key():
+    "The module that prepares data, and all modules of `rows` that it stands on"
+    import ast
+    root = Path(module.__file__).parent
+    def imported(file):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.ImportFrom) or not node.module: continue
+            path = (node.module.removeprefix('sage_finetune.') if node.level in (0, 1) else node.module).replace(
+                '.', '/')
+            path = f'rows/{path}' if node.level==1 and file.parent.name=='rows' else path
+            if path.startswith('rows/') and (root/f'{path}.py').is_file(): yield path
+    needed,waiting = set(),{*imported(root/'data.py')}
+    while waiting:
+        needed.add(path := waiting.pop())
+        waiting |= {*imported(root/f'{path}.py')}-needed
+    named = ast.literal_eval(next(
+        node.value for node in ast.walk(ast.parse((root/'data.py').read_text())) if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name) and node.targets[0].id=='_code_files'))
+    assert {f'{p}.py' for p in needed} | {'data.py'}=={*named}
+
+def test_a_data_set_tells_which_tokenizer_prepared_it(tmp_path):
+    dataset = prepare_dataset(qa, tok, cache=False)
+    assert tokenizer_of(dataset) is tok and tokenizer_of(dataset.select([0])) is tok
+    dataset.save_to_disk(tmp_path/'saved')
+    assert tokenizer_of(load_from_disk(tmp_path/'saved')) is tok
+    template._tokenizers.clear()
+    assert tokenizer_of(dataset).decode(dataset[0]['input_ids'])==tok.decode(dataset[0]['input_ids'])
+    with pytest.raises(ValueError, match='give `tokenizer`'): tokenizer_of(Dataset.from_list([dict(input_ids=[1])]))

@@ -152,15 +152,15 @@ def test_ctrl_c_stops_an_answer_and_a_long_conversation_loses_its_oldest_turns(t
         assert t.alive()
     t.interrupt(r'\(/exit or Ctrl-D ends\)\n> ') # at the prompt
     words = ' '.join(['one']*600) # the model takes 2,048 tokens
-    told = []
+    shown = []
     for i in range(3):
         t.type(f'{words} {i}\n')
         t.until(f'one {i}\n')
-        told.append(t.until(r'\S{3}')+t.found)
+        shown.append(t.until(r'\S{3}')+t.found)
         t.type('\x03')
-        told[-1] += t.until(r'…\n> ')+t.found
+        shown[-1] += t.until(r'…\n> ')+t.found
     assert [bool(re.search(r'\(\d of \d messages are left out: the model takes 2,048 tokens\)', w))
-            for w in told]==[False, False, True], told
+            for w in shown]==[False, False, True], shown
     t.type('你好'*500+'\n')
     t.until('error: the question has') # a terminal may drop a part of so long an echo
     t.until(r'\n> ')

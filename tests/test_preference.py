@@ -1,4 +1,6 @@
-"""Learning from preferences: what is learned, the three losses by hand, a run that is stopped or runs out of memory, and every way in"""
+"""Learning from preferences: what is learned, the three losses by hand, a run that is stopped or runs out of
+memory, and every way in
+"""
 import json
 import math
 import random

@@ -15,7 +15,7 @@ import math,re,warnings
 from pathlib import Path
 
 import torch
-from .loading import takes_images, quiet_libraries # before peft: it quiets bitsandbytes
+from .loading import quiet_libraries, takes_images # before peft: it quiets bitsandbytes
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from ..core.disk import read_json, SageError, write_json
 from ..rows.images import copy_processor, processor_digest
-from ..rows.template import encode, end_of_turn_id, render
+from ..rows.template import render
+from ..rows.tokens import encode, end_of_turn_id
 from .loading import load_tokenizer, quiet_libraries
 from .shards import local_folder, stored_tensors, weights_digest
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .attention import documents
-from ..rows.template import ignored
+from ..rows.tokens import ignored
 
 # %% ../../nbs/model/03_loss.ipynb #085499c6
 head_bytes = dict(cpu=2**26, cuda=2**28) # Bytes for the logits of one slice, and for what is computed from them

@@ -9,12 +9,12 @@ __all__ = ['steps_in_all', 'seconds_left', 'process_use', 'Watched', 'WatchedRun
 
 # %% ../../nbs/runs/03_monitor.ipynb #3dc12bdb
 import json,shutil,subprocess,time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ..core.disk import read_json, SageError
 from ..core.run_folder import default_output_dir, holder_of, list_runs, RunFolder
-from ..core.display import size_text, Table
+from ..core.display import Shown, size_text, Table
 
 # %% ../../nbs/runs/03_monitor.ipynb #044ee3f8
 def _lines(path, most=20_000):
@@ -31,6 +31,7 @@ def _lines(path, most=20_000):
 
 def _last(lines, key): return next((m[key] for m in reversed(lines) if m.get(key) is not None), None)
 
+# %% ../../nbs/runs/03_monitor.ipynb #4f15a933
 def steps_in_all(
     lines:list, # Of `metrics.jsonl`
     settings:dict, # `training_config.json`
@@ -41,6 +42,7 @@ def steps_in_all(
     return (round(at['step']/at['epoch']*settings['num_train_epochs']) if at and settings.get('num_train_epochs')
             else None)
 
+# %% ../../nbs/runs/03_monitor.ipynb #8ebdb3f1
 def seconds_left(
     lines:list, # Of `metrics.jsonl`
     of:int|None, # Steps in all
@@ -53,23 +55,24 @@ def seconds_left(
     return max(0, of-recent[-1][0])*(recent[-1][1]-recent[0][1])/(recent[-1][0]-recent[0][0])
 
 # %% ../../nbs/runs/03_monitor.ipynb #ddda8e9f
-def _card_memory(text):
-    "{process: bytes} in the words of nvidia-smi"
+def _gpu_memory(text):
+    "{process: bytes} from the output of nvidia-smi"
     pairs = [line.split(',') for line in text.splitlines() if line.count(',')==1]
     return {int(pid): int(mib)*2**20 for pid,mib in pairs if pid.strip().isdigit() and mib.strip().isdigit()}
 
-def _on_cards():
+def _memory_of_gpus():
     program = shutil.which('nvidia-smi')
     if not program: return {}
     try:
-        said = subprocess.run([program, '--query-compute-apps=pid,used_memory', '--format=csv,noheader,nounits'],
-                              capture_output=True, text=True, timeout=5)
+        answer = subprocess.run([program, '--query-compute-apps=pid,used_memory', '--format=csv,noheader,nounits'],
+                                capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired): return {}
-    return _card_memory(said.stdout)
+    return _gpu_memory(answer.stdout)
 
+# %% ../../nbs/runs/03_monitor.ipynb #d1c855c7
 def process_use(
     pid:int, # Number of a process of this machine
-    on_cards:dict, # {process: bytes}
+    on_gpus:dict, # {process: bytes}
 )->dict: # `memory` and `card` in bytes, `cores`; empty where the process is gone
     "What a process and its children use"
     import psutil
@@ -83,7 +86,7 @@ def process_use(
             seconds += t.user+t.system
         age = max(time.time()-first.create_time(), 1e-3)
     except psutil.Error: return {}
-    card = sum(on_cards.get(p.pid, 0) for p in every)
+    card = sum(on_gpus.get(p.pid, 0) for p in every)
     return dict(memory=memory, cores=seconds/age, card=card or None)
 
 # %% ../../nbs/runs/03_monitor.ipynb #a015e874
@@ -96,31 +99,38 @@ class Watched:
     step: int|None = None # Optimizer steps done
     of: int|None = None # Optimizer steps in all
     loss: float|None = None # Held out at the end, or the last that was logged
-    tokens_per_second: float|None = None # Filling up not counted
+    tokens_per_second: float|None = None # Padding not counted
     left: float|None = None # Seconds, at the speed of the last steps
     pid: int|None = None # Of the process that trains
     cores: float|None = None # Kept busy, on average since the process began
     memory: int|None = None # Main memory of the process and its children, bytes
-    card: int|None = None # Memory of cards, bytes
+    card: int|None = None # GPU memory, bytes
     size: int = 0 # Of the folder, bytes
 
-def _one(root, info, on_cards):
-    f = RunFolder(root/info.name)
+    @property
+    def running(self)->bool: # Here or on another machine
+        "Whether a process trains it now"
+        return self.state.startswith('running')
+
+# %% ../../nbs/runs/03_monitor.ipynb #415302b2
+def _watched_run(root, info, on_gpus):
+    "A run as it is now, from its files and its process"
     if info.state.startswith('unreadable'): return Watched(info.name, info.model, info.state)
+    f = RunFolder(root/info.name)
     lines,holder = _lines(f.metrics),holder_of(f.path)
     try: settings = read_json(f.config) if f.config.is_file() else {}
     except (SageError, OSError): settings = {} # being replaced
     of = steps_in_all(lines, settings)
-    here = holder and holder.here
-    state = info.state if holder is None else 'running' if here else f'running on {holder.host}'
-    loss = info.loss if holder is None and info.loss is not None else _last(lines, 'loss')
-    return Watched(info.name, info.model, state, _last(lines, 'step'), of, loss,
-                   _last(lines, 'tokens_per_second') if holder else None,
-                   seconds_left(lines, of) if holder else None, holder.pid if holder else None,
-                   **(process_use(holder.pid, on_cards) if here else {}), size=info.size)
+    done = Watched(info.name, info.model, info.state, _last(lines, 'step'), of,
+                   _last(lines, 'loss') if info.loss is None else info.loss, size=info.size)
+    if holder is None: return done
+    state,use = ('running', process_use(holder.pid, on_gpus)) if holder.here else (f'running on {holder.host}', {})
+    return replace(done, state=state, loss=_last(lines, 'loss'), tokens_per_second=_last(lines, 'tokens_per_second'),
+                   left=seconds_left(lines, of), pid=holder.pid, **use)
 
+# %% ../../nbs/runs/03_monitor.ipynb #d808a1a8
 @dataclass(repr=False)
-class WatchedRuns:
+class WatchedRuns(Shown):
     "All runs of a folder, as they are now; those that train come first"
     root: Path # Folder of all runs
     runs: list # Of `Watched`
@@ -132,31 +142,39 @@ class WatchedRuns:
     def to_dict(self)->dict: # Ready for JSON
         "Every number as a plain value"
         return dict(root=str(self.root), machine=self.machine, runs=[asdict(r) for r in self.runs])
-    def __str__(self): return str(_table(self))
-    def __repr__(self): return str(self)
-    def __rich__(self): return _table(self).__rich__()
-    def _repr_html_(self): return _table(self)._repr_html_()
+    def shown(self): return _table(self)
+
+# %% ../../nbs/runs/03_monitor.ipynb #c3044852
+_columns = {
+    'run': lambda r: r.name,
+    'model': lambda r: r.model,
+    'state': lambda r: r.state,
+    'step': lambda r: '' if r.step is None else f'{r.step:,}' if r.of is None else f'{r.step:,} of {r.of:,}',
+    'loss': lambda r: r.loss,
+    'tokens/s': lambda r: r.tokens_per_second and round(r.tokens_per_second),
+    'left': lambda r: _duration(r.left),
+    'process': lambda r: r.pid and str(r.pid),
+    'cores': lambda r: r.cores and round(r.cores, 1),
+    'memory': lambda r: size_text(r.memory) if r.memory else '',
+    'GPU memory': lambda r: size_text(r.card) if r.card else '',
+    'on disk': lambda r: size_text(r.size) if r.size else '',
+}
 
 def _duration(s):
     if s is None: return ''
     return f'{s:.0f} s' if s<100 else f'{s/60:.0f} min' if s<6000 else f'{s/3600:.1f} h'
 
 def _table(all):
+    "One line for each run; a column that is empty throughout is left out"
     if not all.runs: return Table(['run'], [], title=f'No runs in {all.root}; `sage-finetune quickstart` makes one')
-    steps = lambda r: '' if r.step is None else f'{r.step:,}' if r.of is None else f'{r.step:,} of {r.of:,}'
-    size = lambda n: size_text(n) if n else ''
-    rows = [(r.name, r.model, r.state, steps(r), r.loss, r.tokens_per_second and round(r.tokens_per_second),
-             _duration(r.left), r.pid and str(r.pid), r.cores and round(r.cores, 1), size(r.memory), size(r.card),
-             size(r.size))
-            for r in all.runs]
-    heads = ['run', 'model', 'state', 'step', 'loss', 'tokens/s', 'left', 'process', 'cores', 'memory', 'card',
-             'on disk']
-    used = [i for i in range(len(heads)) if i<4 or any(row[i] not in (None, '') for row in rows)]
-    shares = [r.step/r.of if r.state.startswith('running') and r.step and r.of else None for r in all.runs]
-    return Table([heads[i] for i in used], [[row[i] for i in used] for row in rows], title=str(all.root),
-                 note=all.machine, bars=shares if any(shares) else None,
-                 marks=tuple(i for i,r in enumerate(all.runs) if r.state.startswith('running')))
+    cells = {name: [value(r) for r in all.runs] for name,value in _columns.items()}
+    cells = {n: v for n,v in cells.items() if n in ('run', 'model', 'state', 'step')
+             or any(x not in (None, '') for x in v)}
+    shares = [r.step/r.of if r.running and r.step and r.of else None for r in all.runs]
+    return Table([*cells], [list(row) for row in zip(*cells.values())], title=str(all.root), note=all.machine,
+                 bars=shares if any(shares) else None, marks=tuple(i for i,r in enumerate(all.runs) if r.running))
 
+# %% ../../nbs/runs/03_monitor.ipynb #b221d517
 def _machine():
     import psutil
     m = psutil.virtual_memory()
@@ -168,9 +186,9 @@ def watched(
 )->WatchedRuns: # Shows itself
     "Every run, how far it is and what it uses now"
     root = Path(root).expanduser() if root else default_output_dir
-    on_cards = _on_cards()
-    found = [_one(root, info, on_cards) for info in list_runs(root)]
-    return WatchedRuns(root, sorted(found, key=lambda r: not r.state.startswith('running')), _machine())
+    on_gpus = _memory_of_gpus()
+    found = [_watched_run(root, info, on_gpus) for info in list_runs(root)]
+    return WatchedRuns(root, sorted(found, key=lambda r: not r.running), _machine())
 
 # %% ../../nbs/runs/03_monitor.ipynb #71e9aa70
 def watch(

@@ -14,12 +14,13 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from ..core.disk import read_json, SageError
+from ..core.display import Shown, Table
 from ..config import TrainingConfig
 from .tasks import trainer_of
 
 # %% ../../nbs/runs/05_pipeline.ipynb #71862c88
-@dataclass
-class RunResult:
+@dataclass(repr=False)
+class RunResult(Shown):
     "What came of a run"
     status: str # "trained", "stopped" or "failed"
     output_dir: str # The run folder
@@ -29,7 +30,7 @@ class RunResult:
     loss_after: float|None = None # On held-out rows, after the last step
     train_loss: float|None = None # Last training loss that was logged
     best_step: int|None = None # Step of the adapter that was kept, where the best one was asked for
-    earlier_before: float|None = None # On held-out earlier rows, before the first step
+    earlier_before: float|None = None # On held-out rows of the parent run, before the first step
     earlier_after: float|None = None # The same at the end
     seconds: float = 0.0 # Spent training, by this call
     rows: dict = field(default_factory=dict) # Rows read, used, dropped and held out, examples and tokens
@@ -47,25 +48,27 @@ class RunResult:
         "A result from what `to_dict` gave"
         return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
-    def __str__(self): return str(_table_of(self))
-    def __rich__(self): return _table_of(self).__rich__()
-    def _repr_html_(self): return _table_of(self)._repr_html_()
+    def shown(self): return _result_table(self)
 
-def _table_of(result):
-    from sage_finetune.core.display import Table
-    shown = {k: v for k,v in result.to_dict().items() if v not in (None, [], {}, '')
-             and k not in ('changes', 'versions')}
-    said = (lambda v: f'{v:.4g}' if isinstance(v, float) else ', '.join(f'{n:,} {k}' for k,n in v.items())
-            if isinstance(v, dict) else f'{v:,}' if isinstance(v, int) else v)
-    return Table(['', ''], [[k, said(v)] for k,v in shown.items()])
+# %% ../../nbs/runs/05_pipeline.ipynb #1c0677b3
+def _result_table(result):
+    "What a result holds, without the lists of changes and versions"
+    values = {k: v for k,v in result.to_dict().items() if v not in (None, [], {}, '')
+              and k not in ('changes', 'versions')}
+    return Table(['', ''], [[k, _value_text(v)] for k,v in values.items()])
 
-# %% ../../nbs/runs/05_pipeline.ipynb #e50f7962
+def _value_text(value):
+    if isinstance(value, float): return f'{value:.4g}'
+    if isinstance(value, dict): return ', '.join(f'{n:,} {k}' for k,n in value.items())
+    return f'{value:,}' if isinstance(value, int) else value
+
+# %% ../../nbs/runs/05_pipeline.ipynb #fab5c6a1
 _one_at_a_time = threading.Lock()
 
 class _Cancelled(Exception): "Before training began"
 
 class _Listener:
-    "What a trainer tells, passed on as plain dicts; and what it is asked between two passes"
+    "Passes on what a trainer reports, as plain dicts, and whether a stop was requested"
     def __init__(self, progress, cancel): self.progress,self.cancel,self.run,self.training = progress,cancel,None,False
 
     @property
@@ -89,10 +92,12 @@ class _Listener:
 
     def callbacks(self): return [_callback(self)]
 
+# %% ../../nbs/runs/05_pipeline.ipynb #b9d0ae01
 def _callback(listener):
+    "What transformers calls while it trains"
     from transformers import TrainerCallback
-    class Told(TrainerCallback):
-        "Passes on numbers, and the wish to stop"
+    class Report(TrainerCallback):
+        "Passes on numbers, and the request to stop"
         def on_train_begin(self, args, state, control, **kwargs):
             listener.training = True
             self._look()
@@ -105,12 +110,13 @@ def _callback(listener):
         def on_substep_end(self, args, state, control, **kwargs): self._look()
         def _look(self):
             if listener.cancelled: listener.run.stop()
-    return Told()
+    return Report()
 
+# %% ../../nbs/runs/05_pipeline.ipynb #2293d674
 @contextmanager
 def _as_before():
     "Random state and environment of the process are the same afterwards"
-    import sage_finetune.model.loading # before transformers: it quiets bitsandbytes
+    import sage_finetune.model.loading # noqa: F401  before transformers: it quiets bitsandbytes
     from sage_finetune.training.callbacks import random_state, set_random_state
     state,env = random_state(),dict(os.environ)
     try: yield
@@ -124,6 +130,7 @@ def _trainer(config):
     "A quiet trainer for a config, a dict of settings, or what `sage-finetune run` takes"
     return trainer_of(TrainingConfig.from_dict(config) if isinstance(config, dict) else config, quiet=True)
 
+# %% ../../nbs/runs/05_pipeline.ipynb #b37c7a67
 def _result_of(run, status, result=None):
     "The result of a trainer that has ended"
     f,d = run.folder,run.data_report
@@ -133,36 +140,21 @@ def _result_of(run, status, result=None):
     unfinished = read_json(f.stopped) if status!='trained' and f.stopped.is_file() else {}
     numbers = ({k: v for k,v in result.items() if k in {x.name for x in fields(RunResult)}} if result
                else dict(steps=unfinished.get('step', 0)))
-    return RunResult(status, str(f.path), str(f.lora_weights) if f.state in ('trained', 'merged', 'stopped')
-                     else None, **numbers, rows=rows,
+    adapter = str(f.lora_weights) if f.state in ('trained', 'merged', 'stopped') else None
+    return RunResult(status, str(f.path), adapter, **numbers, rows=rows,
                      changes=record.get('_changes', []), machine=record.get('_machine', ''),
                      versions=record.get('_versions', {}))
 
-def finetune(
-    config, # A `TrainingConfig`, a dict of settings, a file of settings, or a run folder
-    progress=None, # Called with a dict for each thing that happens
-    cancel=None, # A `threading.Event`, or a function that returns whether to stop
-    fresh:bool=False, # Start anew, and remove what an earlier run left in the folder
-)->RunResult: # `status` is "trained" or "stopped"; what cannot be trained raises
-    "Train, without a word, and give back what came of it"
-    if progress is not None and not callable(progress):
-        raise ValueError(f'`progress` must be a function of one dict, got {progress!r}')
-    if cancel is not None and not (callable(cancel) or hasattr(cancel, 'is_set')):
-        raise ValueError(f'`cancel` must be an event or a function, got {cancel!r}')
-    listener = _Listener(progress, cancel)
-    if not listener.has_turn(): return RunResult('stopped', _folder_of(config))
-    try:
-        with _as_before(): return _trained(_trainer(config), listener, fresh)
-    finally: _one_at_a_time.release()
-
+# %% ../../nbs/runs/05_pipeline.ipynb #788e90aa
 def _folder_of(config):
     if isinstance(config, (TrainingConfig, dict)):
         return str(config.output_dir if isinstance(config, TrainingConfig)
                    else TrainingConfig.from_dict(config).output_dir)
     return str(config)
 
+# %% ../../nbs/runs/05_pipeline.ipynb #8fef3938
 def _trained(run, listener, fresh):
-    from sage_finetune.trainer import Stopped
+    from sage_finetune.training.loop import Stopped
     listener.run = run
     run.watcher = listener
     try: result = run.train(fresh=fresh)
@@ -174,24 +166,25 @@ def _trained(run, listener, fresh):
                 else _result_of(run, 'trained', read_json(done)))
     return _result_of(run, 'trained', vars(result))
 
-# %% ../../nbs/runs/05_pipeline.ipynb #0c61f797
-def run_json(
-    target, # As `config` of `finetune`, or text of a JSON object
-    told, # Called with each line for standard error
-    fresh:bool=False, # Start anew
-)->tuple: # The line for standard output, and the exit status
-    "Train, and say everything as JSON"
-    said = lambda event: told(json.dumps(event, default=str))
-    folder = ''
+# %% ../../nbs/runs/05_pipeline.ipynb #1c6a0d8e
+def finetune(
+    config, # A `TrainingConfig`, a dict of settings, a file of settings, or a run folder
+    progress=None, # Called with a dict for each thing that happens
+    cancel=None, # A `threading.Event`, or a function that returns whether to stop
+    fresh:bool=False, # Start from scratch, and remove what an earlier run left in the folder
+)->RunResult: # `status` is "trained" or "stopped"; what cannot be trained raises
+    "Train silently, and return what came of it"
+    if progress is not None and not callable(progress):
+        raise ValueError(f'`progress` must be a function of one dict, got {progress!r}')
+    if cancel is not None and not (callable(cancel) or hasattr(cancel, 'is_set')):
+        raise ValueError(f'`cancel` must be an event or a function, got {cancel!r}')
+    listener = _Listener(progress, cancel)
+    if not listener.has_turn(): return RunResult('stopped', _folder_of(config))
     try:
-        config = _parsed(target)
-        folder = _folder_of(config)
-        result,status = finetune(config, said, fresh=fresh),0
-    except KeyboardInterrupt as e:
-        result,status = RunResult('stopped', folder, error=str(e) or 'stopped'),128+getattr(e, 'signal', signal.SIGINT)
-    except Exception as e: result,status = RunResult('failed', folder, error=_one_line(e)),1
-    return json.dumps(result.to_dict()),status
+        with _as_before(): return _trained(_trainer(config), listener, fresh)
+    finally: _one_at_a_time.release()
 
+# %% ../../nbs/runs/05_pipeline.ipynb #0c61f797
 def _parsed(target):
     if not (isinstance(target, str) and target.lstrip().startswith('{')): return target
     try: return json.loads(target)
@@ -203,3 +196,21 @@ def _one_line(error):
     if isinstance(error, (SageError, ValueError, OSError)): return text
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f'{type(error).__name__}: {text} ({Path(place.filename).name}:{place.lineno})'
+
+# %% ../../nbs/runs/05_pipeline.ipynb #f695cdd0
+def run_json(
+    target, # As `config` of `finetune`, or text of a JSON object
+    tell, # Called with each line for standard error
+    fresh:bool=False, # Start from scratch
+)->tuple: # The line for standard output, and the exit status
+    "Train, and report everything as JSON"
+    report = lambda event: tell(json.dumps(event, default=str))
+    folder = ''
+    try:
+        config = _parsed(target)
+        folder = _folder_of(config)
+        result,status = finetune(config, report, fresh=fresh),0
+    except KeyboardInterrupt as e:
+        result,status = RunResult('stopped', folder, error=str(e) or 'stopped'),128+getattr(e, 'signal', signal.SIGINT)
+    except Exception as e: result,status = RunResult('failed', folder, error=_one_line(e)),1
+    return json.dumps(result.to_dict()),status

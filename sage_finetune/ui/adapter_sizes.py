@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ..core.display import Shown, shown_figure, Table
-from ..runs.run import on_any_ground, Run
+from ..runs.run import on_any_background, Run
 
 # %% ../../nbs/ui/04_adapter_sizes.ipynb #20010258
 def product_values(
@@ -43,6 +43,7 @@ class LayerSize:
         "In how many directions it moved"
         return sum(v*v for v in self.values)/self.values[0]**2 if self.values and self.values[0] else 0.
 
+# %% ../../nbs/ui/04_adapter_sizes.ipynb #69763640
 def _numbered(name):
     "Number of the decoder layer in a name, and its last part"
     parts = name.split('.')
@@ -57,22 +58,7 @@ def _factors(layer, name, start, prefix):
         A,B = torch.cat([A, A0]),torch.cat([B, -B0], 1)
     return B,A,layer.scaling[name]
 
-@torch.no_grad()
-def _layer_size(key, layer, adapter, start):
-    "The size of what an adapter does to one layer"
-    from peft.utils.integrations import dequantize_module_weight
-    B,A,scale = _factors(layer, adapter, start, key)
-    values = product_values(B, A, scale)
-    W = dequantize_module_weight(layer.get_base_layer()).float()
-    norm,base = values.norm(),W.norm()
-    if start:
-        # the untouched matrix
-        base = (W + _like(W, layer, scale*start[f'{key}.lora_B.weight']@start[f'{key}.lora_A.weight'])).norm()
-    if adapter in layer.lora_magnitude_vector: norm = (_dora(W, layer, adapter, scale*B@A)-W).norm()
-    name = key.removeprefix('base_model.model.')
-    return LayerSize(name, *_numbered(name), layer.r[adapter], norm.item(), (norm/base).item() if base else None,
-                     tuple(values.tolist()))
-
+# %% ../../nbs/ui/04_adapter_sizes.ipynb #df7ae428
 def _like(W, layer, change):
     return (change.T if change.shape!=W.shape or getattr(layer, 'fan_in_fan_out', False) else change).to(W)
 
@@ -82,7 +68,33 @@ def _dora(W, layer, adapter, change):
     V = W + _like(W, layer, change.float())
     return V*(m/V.norm(dim=1)).view(-1, 1) if rows and m.numel()==len(V) else V*(m.flatten()/V.norm(dim=0)).view(1, -1)
 
+# %% ../../nbs/ui/04_adapter_sizes.ipynb #223f2716
+@torch.no_grad()
+def _layer_size(key, layer, adapter, start):
+    "The size of what an adapter does to one layer"
+    from peft.utils.integrations import dequantize_module_weight
+    B,A,scale = _factors(layer, adapter, start, key)
+    values = product_values(B, A, scale)
+    W = dequantize_module_weight(layer.get_base_layer()).float()
+    norm,base = values.norm(),W.norm()
+    if start: # the base is the matrix before the adapter took its part out of it
+        taken_out = scale*start[f'{key}.lora_B.weight']@start[f'{key}.lora_A.weight']
+        base = (W + _like(W, layer, taken_out)).norm()
+    if adapter in layer.lora_magnitude_vector: norm = (_dora(W, layer, adapter, scale*B@A)-W).norm()
+    name = key.removeprefix('base_model.model.')
+    return LayerSize(name, *_numbered(name), layer.r[adapter], norm.item(), (norm/base).item() if base else None,
+                     tuple(values.tolist()))
+
 # %% ../../nbs/ui/04_adapter_sizes.ipynb #43f7aacf
+def _module_line(some):
+    "The sizes of one kind of matrix as a line of a table"
+    mean = lambda values: sum(values)/len(values)
+    most = max(some, key=lambda l: l.norm)
+    shares = [l.relative for l in some if l.relative is not None]
+    return (most.module, len(some), float(f'{mean([l.norm for l in some]):.3g}'),
+            f'{mean(shares):.1%}' if shares else '', f'{mean([l.stable_rank for l in some]):.1f} of {some[0].rank}',
+            f'{most.name} ({most.norm:.3g})')
+
 @dataclass(repr=False)
 class AdapterSizes(Shown):
     "How far each matrix moved, which shows itself"
@@ -93,39 +105,16 @@ class AdapterSizes(Shown):
     def norm(self)->float:
         "Norm of the whole change"
         return math.sqrt(sum(l.norm**2 for l in self.layers))
-    @property
-    def table(self)->Table:
+    def shown(self): # A `Table`
         "A line for each kind of matrix"
-        mean = lambda xs: sum(xs)/len(xs)
-        def line(module):
-            some = [l for l in self.layers if l.module==module]
-            far = max(some, key=lambda l: l.norm)
-            share = [l.relative for l in some if l.relative is not None]
-            return (module, len(some), float(f'{mean([l.norm for l in some]):.3g}'), f'{mean(share):.1%}' if share
-                    else '', f'{mean([l.stable_rank for l in some]):.1f} of {some[0].rank}',
-                    f'{far.name} ({far.norm:.3g})')
         modules = dict.fromkeys(l.module for l in self.layers)
         return Table(['module', 'matrices', 'mean ‖ΔW‖', 'of ‖W‖', 'stable rank', 'moved most'],
-                     [line(m) for m in modules], title=self.title)
+                     [_module_line([l for l in self.layers if l.module==m]) for m in modules], title=self.title)
+    @property
+    def table(self)->Table: return self.shown()
     def plot(self, of='size'): return plot_adapter(self, of)
-    def shown(self): return self.table
 
-def adapter_sizes(
-    run, # `Run`, name of a run, path of its folder, or a model with an adapter
-    base:bool=True, # Whether to load the base, for `relative`; DoRA needs it
-)->AdapterSizes: # Shows itself, and draws itself with `plot()`
-    "How far an adapter moved each matrix of its base"
-    if hasattr(run, 'named_modules'): return _sizes_of_model(run, 'adapter of the model')
-    run = run if isinstance(run, Run) else Run(run)
-    return _sizes_of_model(run.model, f'adapter of {run.name}') if base else _sizes_of_file(run)
-
-def _sizes_of_model(model, title):
-    from peft.tuners.lora import LoraLayer
-    layers = [(n, m) for n,m in model.named_modules() if isinstance(m, LoraLayer)]
-    if not layers: raise ValueError('`model` has no LoRA adapter: give the model of a run (`Run(path).model`)')
-    start = getattr(model, 'adapter_start', None)
-    return AdapterSizes([_layer_size(n, m, a, start) for n,m in layers for a in m.active_adapters if a in m.r], title)
-
+# %% ../../nbs/ui/04_adapter_sizes.ipynb #5787a96c
 def _sizes_of_file(run):
     "The sizes from the adapter alone"
     from sage_finetune.core.disk import read_json
@@ -144,7 +133,77 @@ def _sizes_of_file(run):
         found.append(LayerSize(name, *_numbered(name), len(A), values.norm().item(), None, tuple(values.tolist())))
     return AdapterSizes(found, f'adapter of {run.name}')
 
+# %% ../../nbs/ui/04_adapter_sizes.ipynb #329cc3bc
+def _sizes_of_model(model, title):
+    "The sizes of the active adapters of a model"
+    from peft.tuners.lora import LoraLayer
+    layers = [(n, m) for n,m in model.named_modules() if isinstance(m, LoraLayer)]
+    if not layers: raise ValueError('`model` has no LoRA adapter: give the model of a run (`Run(path).model`)')
+    start = getattr(model, 'adapter_start', None)
+    return AdapterSizes([_layer_size(n, m, a, start) for n,m in layers for a in m.active_adapters if a in m.r], title)
+
+def adapter_sizes(
+    run, # `Run`, name of a run, path of its folder, or a model with an adapter
+    base:bool=True, # Whether to load the base, for `relative`; DoRA needs it
+)->AdapterSizes: # Shows itself, and draws itself with `plot()`
+    "How far an adapter moved each matrix of its base"
+    if hasattr(run, 'named_modules'): return _sizes_of_model(run, 'adapter of the model')
+    run = run if isinstance(run, Run) else Run(run)
+    return _sizes_of_model(run.model, f'adapter of {run.name}') if base else _sizes_of_file(run)
+
 # %% ../../nbs/ui/04_adapter_sizes.ipynb #10a91272
+_names = {'relative': '‖ΔW‖ / ‖W‖', 'norm': '‖ΔW‖', 'stable rank': 'stable rank'}
+
+def _measured(size, what): return dict(relative=size.relative, norm=size.norm).get(what, size.stable_rank)
+
+def _heat_map(ax, grid, layers, title, text=None, top=None):
+    "Layers from the bottom up; with `text` each place has its figure, else there is a colour bar"
+    import numpy as np
+    image = ax.imshow(grid, aspect='auto', cmap='viridis', origin='lower', vmin=0, vmax=top)
+    ax.set(yticks=range(len(layers)), yticklabels=layers, title=title)
+    if text is None: return ax.figure.colorbar(image, ax=ax)
+    bright = .6*np.nanmax(grid)
+    for (i,j),v in np.ndenumerate(grid):
+        if v==v: ax.text(j, i, text(v), ha='center', va='center', fontsize=8, color='black' if v>bright else 'white')
+
+# %% ../../nbs/ui/04_adapter_sizes.ipynb #80909a77
+def _module_map(ax, sizes, modules, what):
+    "Layers by modules, with the figure in each place where there is room"
+    import numpy as np
+    layers = sorted({l.layer for l in sizes})
+    grid = np.full((len(layers), len(modules)), np.nan)
+    for l in sizes: grid[layers.index(l.layer), modules.index(l.module)] = _measured(l, what)
+    text = (lambda v: f'{v:.0%}') if what=='relative' else (lambda v: f'{v:.2g}')
+    _heat_map(ax, grid, layers, _names[what], text if len(layers)<=16 else None)
+    ax.set(xticks=range(len(modules)), ylabel='layer')
+    ax.set_xticklabels(modules, rotation=35, ha='right', fontsize='small')
+
+def _value_map(ax, sizes, module):
+    "Layers by singular values, each relative to the first of its layer"
+    import numpy as np
+    width = max(len(l.values) for l in sizes)
+    grid = np.array([[*(v/(l.values[0] or 1) for v in l.values), *[0]*(width-len(l.values))] for l in sizes])
+    _heat_map(ax, grid, [l.layer for l in sizes], f'{module}: σᵢ / σ₁', top=1)
+    ax.set_xlabel('singular value')
+    ax.set_xticks(range(0, width, max(1, width//8)), range(1, width+1, max(1, width//8)))
+
+# %% ../../nbs/ui/04_adapter_sizes.ipynb #858fab2a
+def _measure_of(sizes, of):
+    "What the map of `sizes` shows: one of `_names`"
+    if of not in ('size', *_names):
+        raise ValueError(f'`of` must be "size", "relative", "norm" or "stable rank", got {of!r}')
+    if not sizes: raise ValueError('`sizes` holds no matrix inside of a decoder layer: there is no map to draw')
+    known = all(l.relative is not None for l in sizes)
+    if of=='relative' and not known:
+        raise ValueError('`of="relative"` needs the base: take `adapter_sizes(run, base=True)`')
+    return of if of!='size' else 'relative' if known else 'norm'
+
+def _moved_most(sizes, modules, what):
+    "The kind of matrix with the largest mean"
+    values = lambda module: [_measured(l, what) for l in sizes if l.module==module]
+    return max(modules, key=lambda m: sum(values(m))/len(values(m)))
+
+# %% ../../nbs/ui/04_adapter_sizes.ipynb #f0664d4c
 def plot_adapter(
     sizes, # From `adapter_sizes`, or what it takes
     of:str='size', # "size": both maps; "relative", "norm" or "stable rank": one map of it
@@ -152,54 +211,15 @@ def plot_adapter(
 ): # A matplotlib figure
     "Heat maps of an adapter: layers by modules, and layers by singular values"
     sizes = sizes if isinstance(sizes, AdapterSizes) else adapter_sizes(sizes)
-    if of not in ('size', 'relative', 'norm', 'stable rank'):
-        raise ValueError(f'`of` must be "size", "relative", "norm" or "stable rank", got {of!r}')
     inside = [l for l in sizes.layers if l.layer is not None]
-    if not inside: raise ValueError('`sizes` holds no matrix inside of a decoder layer: there is no map to draw')
-    known = all(l.relative is not None for l in inside)
-    what = ('relative' if known else 'norm') if of=='size' else of
-    if what=='relative' and not known:
-        raise ValueError('`of="relative"` needs the base: take `adapter_sizes(run, base=True)`')
-    modules,numbers = list(dict.fromkeys(l.module for l in inside)),sorted({l.layer for l in inside})
+    what,modules = _measure_of(inside, of),list(dict.fromkeys(l.module for l in inside))
     if module and module not in modules:
         raise ValueError(f"`module` must be one of {', '.join(modules)}, got {module!r}")
-    module = (module or max(modules, key=lambda m: sum(_measured(l, what) for l in inside if l.module==m)/sum(
-        l.module==m for l in inside)))
-    height = 1.6+.28*min(len(numbers), 36)
-    fig = shown_figure(figsize=(9.5 if of=='size' else 5.5, height), layout='constrained')
-    axes = fig.subplots(1, 2, width_ratios=(len(modules)+1, 7)) if of=='size' else [fig.add_subplot()]
-    _map(axes[0], inside, modules, numbers, what)
-    if of=='size': _spectrum(axes[1], [l for l in inside if l.module==module], module)
-    return on_any_ground(fig)
-
-_names = {'relative': '‖ΔW‖ / ‖W‖', 'norm': '‖ΔW‖', 'stable rank': 'stable rank'}
-
-def _measured(size, what): return dict(relative=size.relative, norm=size.norm).get(what, size.stable_rank)
-
-def _map(ax, sizes, modules, numbers, what):
-    "Layers by modules, with the figure in each place where there is room"
-    import numpy as np
-    grid = np.full((len(numbers), len(modules)), np.nan)
-    for l in sizes: grid[numbers.index(l.layer), modules.index(l.module)] = _measured(l, what)
-    image = ax.imshow(grid, aspect='auto', cmap='viridis', origin='lower', vmin=0)
-    ax.set(xticks=range(len(modules)), yticks=range(len(numbers)), yticklabels=numbers, ylabel='layer',
-           title=_names[what])
-    ax.set_xticklabels(modules, rotation=35, ha='right', fontsize='small')
-    if len(numbers)<=16:
-        told = (lambda v: f'{v:.0%}') if what=='relative' else (lambda v: f'{v:.2g}')
-        for (i,j),v in np.ndenumerate(grid):
-            if v==v:
-                ax.text(j, i, told(v), ha='center', va='center', fontsize=8,
-                        color='black' if v>.6*np.nanmax(grid) else 'white')
-    else: ax.figure.colorbar(image, ax=ax)
-
-def _spectrum(ax, sizes, module):
-    "Layers by singular values, each relative to the first of its layer"
-    import numpy as np
-    width = max(len(l.values) for l in sizes)
-    grid = np.array([[*(v/(l.values[0] or 1) for v in l.values), *[0]*(width-len(l.values))] for l in sizes])
-    image = ax.imshow(grid, aspect='auto', cmap='magma', origin='lower', vmin=0, vmax=1)
-    ax.set(xlabel='singular value', yticks=range(len(sizes)), yticklabels=[l.layer for l in sizes],
-           title=f'{module}: σᵢ / σ₁')
-    ax.set_xticks(range(0, width, max(1, width//8)), range(1, width+1, max(1, width//8)))
-    ax.figure.colorbar(image, ax=ax)
+    both,rows = of=='size',len({l.layer for l in inside})
+    fig = shown_figure(figsize=(9.5 if both else 5.5, 1.6+.28*min(rows, 36)), layout='constrained')
+    axes = fig.subplots(1, 2, width_ratios=(len(modules)+1, 7)) if both else [fig.add_subplot()]
+    _module_map(axes[0], inside, modules, what)
+    if both:
+        module = module or _moved_most(inside, modules, what)
+        _value_map(axes[1], [l for l in inside if l.module==module], module)
+    return on_any_background(fig)

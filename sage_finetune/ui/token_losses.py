@@ -1,4 +1,4 @@
-"""What a run learned, where it did not, what it forgot, and where in the model that sits
+"""What a run learned, token by token, where it did not, and what it forgot
 
 Docs: https://sage-finetune.github.io/sage_finetune/ui/token_losses.html.md"""
 
@@ -9,19 +9,21 @@ __all__ = ['reference_texts', 'row_losses', 'check_base', 'TokenLosses', 'token_
            'forgetting']
 
 # %% ../../nbs/ui/05_token_losses.ipynb #a93d465e
-import html,math
+import math
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from ..core.disk import SageError
-from ..core.display import Shown, Table
+from ..core.display import Shown, Table, Views
 from ..rows.formats import to_conversation
 from ..rows.images import image_inputs, images_of_row
-from ..rows.template import encode, ignored, images_of
-from .inspect import parts_shown, pieces_of, row_columns, styled, text_styles
+from ..rows.template import images_of
+from ..rows.tokens import encode, ignored
+from .inspect import parts_shown, piece_html, pieces_of, row_columns, text_styles
 from ..model.loss import evaluating, head_and_transform, head_replaced, head_rows, vocabulary_of
 from ..inference.generate import base_of
 from ..runs.run import Run
@@ -31,36 +33,38 @@ def row_losses(
     model, # A causal language model, with or without an adapter
     ids:list, # Token ids of one row
     positions:list|None=None, # Where the row is packed: the position of each token in its document
-    sight:dict|None=None, # What the model is given for the pictures of the row
+    images:dict|None=None, # What the model is given for the images of the row
 )->list: # -log p of each token in nats; NaN for the first token of a document
     "The loss of every token of a row"
     ids_BT = torch.tensor([ids], device=model.device)
-    where = ({k: v.to(model.device) for k,v in (sight or {}).items()}
-             | ({} if positions is None else dict(position_ids=torch.tensor([positions], device=model.device))))
-    with evaluating(model): losses_T = _sliced(model, ids_BT, where) if len(ids)>1 else torch.zeros(0)
+    inputs = {k: v.to(model.device) for k,v in (images or {}).items()}
+    if positions is not None: inputs['position_ids'] = torch.tensor([positions], device=model.device)
+    with evaluating(model): losses_T = _sliced(model, ids_BT, inputs) if len(ids)>1 else torch.zeros(0)
     first = {0, *(k for k,p in enumerate(positions or ()) if p==0)}
     return [math.nan if k in first else x for k,x in enumerate([math.nan, *losses_T.tolist()][:len(ids)])]
 
-def _sliced(model, ids_BT, where):
+# %% ../../nbs/ui/05_token_losses.ipynb #a26ecfea
+def _sliced(model, ids_BT, inputs):
     "Losses of all tokens but the first; logits exist a slice at a time"
     head,after = head_and_transform(model, ids_BT)
-    if after is None: return _by_logits(model, ids_BT, where)
+    if after is None: return _by_logits(model, ids_BT, inputs)
     found,next_N = [],ids_BT[0, 1:]
-    def answer(hidden_BTH, forward):
+    def sliced_head(hidden_BTH, forward):
         hidden_NH,n = hidden_BTH[0, :-1],head_rows(vocabulary_of(head), hidden_BTH.device.type, 16)
         for i in range(0, len(hidden_NH), n):
             logits_NV = after(forward(hidden_NH[i:i+n][None])[0].float())
             found.append(F.cross_entropy(logits_NV, next_N[i:i+n].to(logits_NV.device), reduction='none'))
         return hidden_BTH.new_zeros(*hidden_BTH.shape[:-1], 1)
-    with head_replaced(head, answer): model(input_ids=ids_BT, **where, use_cache=False)
+    with head_replaced(head, sliced_head): model(input_ids=ids_BT, **inputs, use_cache=False)
     return torch.cat(found)
 
-def _by_logits(model, ids_BT, where, n=256):
+# %% ../../nbs/ui/05_token_losses.ipynb #2091d692
+def _by_logits(model, ids_BT, inputs, n=256):
     "The same from the logits of `n` tokens at a time, where the head of a model cannot be replaced"
     found = []
     for i in range(0, ids_BT.shape[1]-1, n):
         at = torch.arange(i, min(i+n, ids_BT.shape[1]-1), device=ids_BT.device)
-        logits_BKV = model(input_ids=ids_BT, **where, logits_to_keep=at, use_cache=False).logits
+        logits_BKV = model(input_ids=ids_BT, **inputs, logits_to_keep=at, use_cache=False).logits
         if logits_BKV.shape[1]!=len(at): logits_BKV = logits_BKV[:, at]
         found.append(F.cross_entropy(logits_BKV[0].float(), ids_BT[0, at+1].to(logits_BKV.device), reduction='none'))
     return torch.cat(found)
@@ -81,6 +85,7 @@ def check_base(
         raise ValueError(f'`model` was trained with `bias="{bias}"`, so the biases of its base are gone: '
                          f'give the base itself as a second model')
 
+# %% ../../nbs/ui/05_token_losses.ipynb #87d9750a
 def _before_and_after(model, base, measure):
     "`measure` of the base and of the tuned model"
     if base is not None: return measure(base),measure(model)
@@ -88,21 +93,25 @@ def _before_and_after(model, base, measure):
     with base_of(model): before = measure(model)
     return before,measure(model)
 
+# %% ../../nbs/ui/05_token_losses.ipynb #d61a7173
 def _example(row, tokenizer):
-    "Ids, labels and positions of a row, and what the model is given for its pictures; prepared already, a conversation of any known shape, or plain text"
-    shown = []
+    "Ids, labels, positions and image inputs of a row: a prepared one, a conversation or plain text"
+    images = []
+    if isinstance(row, dict) and 'input_ids' not in row and isinstance(row.get('text'), str): row = row['text']
     if isinstance(row, str): row = dict(input_ids=tokenizer(row)['input_ids'])
     elif isinstance(row, dict) and 'input_ids' not in row:
-        if isinstance(row.get('text'), str): return _example(row['text'], tokenizer)
-        talk = to_conversation(row)
-        row,shown = encode(talk.messages, tokenizer, talk.tools),images_of(talk.messages)
+        conversation = to_conversation(row)
+        images = images_of(conversation.messages)
+        row = encode(conversation.messages, tokenizer, conversation.tools)
     if not isinstance(row, dict):
         raise ValueError(f'`row` must be a row of a data set or a text, got {type(row).__name__}')
     ids,labels,positions,_ = row_columns(row, list(row))
     if len(ids)<2: raise ValueError(f'`row` has {len(ids)} tokens, and only from the second on a token has a loss')
-    return ids,labels,positions,image_inputs(tokenizer, [shown or images_of_row(row)], torch.tensor([ids]))
+    return ids,labels,positions,image_inputs(tokenizer, [images or images_of_row(row)], torch.tensor([ids]))
 
 # %% ../../nbs/ui/05_token_losses.ipynb #217fe988
+_known = 1. # Nats; a token above it had a chance of less than 37 %
+
 @dataclass(repr=False)
 class TokenLosses:
     "A row with the loss of each of its tokens before and after tuning, which shows itself"
@@ -113,8 +122,8 @@ class TokenLosses:
 
     def of(self, piece): # Nats, of all tokens of the piece
         "Loss of a piece before and after"
-        return tuple(sum(x for x in losses[piece.at:piece.at+len(piece.ids)] if x==x)
-                     for losses in (self.before, self.after))
+        span = slice(piece.at, piece.at+len(piece.ids))
+        return tuple(sum(x for x in losses[span] if x==x) for losses in (self.before, self.after))
     @property
     def learned(self)->list: # Of (piece, before, after)
         "The pieces that training looked at"
@@ -136,15 +145,11 @@ class TokenLosses:
     @property
     def summary(self)->str: # One line
         "The counts"
-        n = len(self.learned)
-        return (f'{self.name}: loss {self.means[0]:.2f} → {self.means[1]:.2f} nats over {n:,} learned; '
-                f'it fell for {len(self.improved):,}; still above {_known:g}: {len(self.unknown):,}')
+        return _summary(self)
     def __str__(self): return str(_token_table(self))
     def __repr__(self): return str(self)
     def _repr_html_(self): return _html_losses(self)
     def __rich_console__(self, console, options): yield from _rich_losses(self, console)
-
-_known = 1. # Nats; a token above it had a chance of less than 37 %
 
 # %% ../../nbs/ui/05_token_losses.ipynb #e9f64c28
 def token_losses(
@@ -155,19 +160,24 @@ def token_losses(
     name:str='row', # For the title
 )->TokenLosses: # Shows itself
     "The loss of each token of a row before and after tuning"
-    ids,labels,positions,sight = _example(row, tokenizer)
-    before,after = _before_and_after(model, base, lambda m: row_losses(m, ids, positions, sight))
+    ids,labels,positions,images = _example(row, tokenizer)
+    before,after = _before_and_after(model, base, lambda m: row_losses(m, ids, positions, images))
     targets = [k>0 and label!=ignored for k,label in enumerate(labels)]
     starts = [k for k,p in enumerate(positions) if p==0] if positions else ()
     return TokenLosses(pieces_of(ids, tokenizer, targets, starts), before, after, name)
 
 # %% ../../nbs/ui/05_token_losses.ipynb #37fb0814
 _steps = 0.1, 1., 3. # Nats
-_blue,_orange = '0,114,178','213,94,0'
 
 def _level(change): return sum(abs(change)>=s for s in _steps)
 
 def _text_of(piece): return ''.join(s for _,parts in parts_shown([piece]) for s,_ in parts).replace('\n', '')
+
+def _summary(view):
+    "Mean loss, and how many tokens fell and are still not known"
+    n,(before,after) = len(view.learned),view.means
+    return (f'{view.name}: loss {before:.2f} → {after:.2f} nats over {n:,} learned; '
+            f'it fell for {len(view.improved):,}; still above {_known:g}: {len(view.unknown):,}')
 
 def _token_table(view, most=40):
     "The learned pieces, one in each line"
@@ -176,35 +186,38 @@ def _token_table(view, most=40):
     return Table(['token', 'before', 'after', 'change', ''], lines[:most], title=view.summary+more)
 
 # %% ../../nbs/ui/05_token_losses.ipynb #b63ac8d6
+_blue,_orange = '0,114,178','213,94,0'
+
 def _html_token(view, piece, parts):
     "A piece in its colour, with its figures on hover"
     b,a = view.of(piece)
-    inner = ''.join(styled('span', 'sign', html.escape(s)) if sign else html.escape(s) for s,sign in parts)
-    if piece.control: inner = styled('code', 'control', inner)
-    rule = styled('span', 'document', f'document {piece.document}') if piece.document else ''
     title = (f'{_text_of(piece)!r}: {b:.2f} → {a:.2f} nats ({math.exp(-b):.1%} → {math.exp(-a):.1%})'
              if view.before[piece.at]==view.before[piece.at] else 'nothing stands before it')
-    style = ''
-    if piece.learned:
-        alpha = (0, .16, .36, .6)[_level(a-b)]
-        style = f'background:rgba({_blue if a<b else _orange},{alpha})'+(
-            f';border-bottom:2px dotted rgb({_orange})' if a>_known else '')
-    return rule+f'<span title="{html.escape(title)}" style="{style or "opacity:.55"}">{inner}</span>'
+    if not piece.learned: return piece_html(piece, parts, title, 'opacity:.55')
+    alpha = (0, .16, .36, .6)[_level(a-b)]
+    line = f';border-bottom:2px dotted rgb({_orange})' if a>_known else ''
+    return piece_html(piece, parts, title, f'background:rgba({_blue if a<b else _orange},{alpha}){line}')
 
+# %% ../../nbs/ui/05_token_losses.ipynb #096b990a
 def _swatch(colour, alpha, text): return f'<span style="background:rgba({colour},{alpha});padding:0 4px">{text}</span>'
+
+_legend = ' '.join([
+    _swatch(_blue, .6, 'fell by 3 nats'), _swatch(_blue, .36, '1'), _swatch(_blue, .16, '0.1'),
+    _swatch(_orange, .16, 'rose by 0.1'), _swatch(_orange, .36, '1'), _swatch(_orange, .6, '3'),
+    f'<span style="border-bottom:2px dotted rgb({_orange})">still above {_known:g}</span>',
+    '<span style="opacity:.55">not learned</span>'])
 
 def _html_losses(view):
     body = ''.join(_html_token(view, p, parts) for p,parts in parts_shown(view.pieces))
-    legend = ' '.join([_swatch(_blue, .6, 'fell by 3 nats'), _swatch(_blue, .36, '1'), _swatch(_blue, .16, '0.1'),
-                       _swatch(_orange, .16, 'rose by 0.1'), _swatch(_orange, .36, '1'),
-                       _swatch(_orange, .6, '3'), f'<span style="border-bottom:2px dotted rgb({_orange})">still '
-                       f'above {_known:g}</span>', '<span style="opacity:.55">not learned</span>'])
-    return (f'<div style="{text_styles["head"]}">{html.escape(view.summary)}<br>{legend} · figures on '
-            f'hover</div><div style="{text_styles["box"]}">{body}</div>')
+    return (f'<div style="{text_styles["head"]}">{escape(view.summary)}<br>{_legend} · figures on hover</div>'
+            f'<div style="{text_styles["box"]}">{body}</div>')
 
 # %% ../../nbs/ui/05_token_losses.ipynb #7eaf6e97
 _fills = {-3: '#000000 on #4c9be0', -2: '#000000 on #9ecae9', -1: '#000000 on #d6e8f6', 0: '',
           1: '#000000 on #fde0c5', 2: '#000000 on #fdb07a', 3: '#000000 on #e8743b'}
+_rich_legend = ('loss ', ('fell by 3 nats', _fills[-3]), ' ', ('1', _fills[-2]), ' ', ('0.1', _fills[-1]),
+                ', ', ('rose by 0.1', _fills[1]), ' ', ('1', _fills[2]), ' ', ('3', _fills[3]),
+                ', ', (f'still above {_known:g}', 'underline'), ', ', ('not learned', 'dim'))
 
 def _rich_losses(view, console):
     "Coloured text, or the table where there are no colours"
@@ -213,9 +226,7 @@ def _rich_losses(view, console):
         yield _token_table(view)
         return
     yield Text.assemble((view.summary, 'bold'))
-    yield Text.assemble('loss ', ('fell by 3 nats', _fills[-3]), ' ', ('1', _fills[-2]), ' ', ('0.1', _fills[-1]),
-                        ', ', ('rose by 0.1', _fills[1]), ' ', ('1', _fills[2]), ' ', ('3', _fills[3]), ', ',
-                        (f'still above {_known:g}', 'underline'), ', ', ('not learned', 'dim'))
+    yield Text.assemble(*_rich_legend)
     out = Text(overflow='fold')
     for p,parts in parts_shown(view.pieces):
         b,a = view.of(p)
@@ -241,23 +252,25 @@ class WorstRows:
         "One line for each"
         lines = [(n, round(r.means[0], 2), round(r.means[1], 2), ' '.join(_text_of(p) for p,_,_ in r.unknown[:3]))
                  for n,r in zip(self.numbers, self.rows)]
-        told = (f'the worst {len(self.rows)} of {len(self.means):,} {self.which} rows'
-                + (f' (evenly taken from {self.of:,})' if len(self.means)<self.of else ''))
+        sample = f' (evenly taken from {self.of:,})' if len(self.means)<self.of else ''
         return Table(['row', 'before', 'after', 'worst tokens'], lines,
-                     title=f'{told}; half of them are below {sorted(self.means)[len(self.means)//2]:.2f}')
+                     title=f'the worst {len(self.rows)} of {len(self.means):,} {self.which} rows{sample}; '
+                     f'half of them are below {sorted(self.means)[len(self.means)//2]:.2f}')
     def __str__(self): return str(self.table)
     def __repr__(self): return str(self)
-    def _repr_html_(self): return self.table._repr_html_()+''.join(r._repr_html_() for r in self.rows)
-    def __rich_console__(self, console, options):
-        yield self.table
-        yield from self.rows
+    def _repr_html_(self): return Views([self.table, *self.rows])._repr_html_()
+    def __rich_console__(self, console, options): yield Views([self.table, *self.rows])
+
+# %% ../../nbs/ui/05_token_losses.ipynb #c5883556
+def _row_mean(run, row):
+    ids,labels,_,images = _example(row, run.tokenizer)
+    losses = [x for x,label in zip(row_losses(run.model, ids, images=images), labels) if label!=ignored and x==x]
+    return sum(losses)/len(losses) if losses else 0.
 
 def worst_rows(
     run, # `Run`, name of a run, or path of its folder
     n:int=3, # Rows to show
-    # Whether to look at held-out rows or at those that were trained on; None takes the held-out ones where there
-    # are any
-    held_out:bool|None=None,
+    held_out:bool|None=None, # True: held-out rows; False: training rows; None: the held-out ones where there are any
     among:int=200, # Rows to look at; evenly spaced where there are more
 )->WorstRows: # Shows itself
     "The rows that a tuned model does worst"
@@ -268,42 +281,36 @@ def worst_rows(
     rows,which = (train, 'training') if held_out is False or held is None else (held, 'held-out')
     some = sorted({i*len(rows)//min(among, len(rows)) for i in range(min(among, len(rows)))})
     means = [_row_mean(run, rows[i]) for i in some]
-    worst = sorted(range(len(some)), key=lambda k: -means[k])[:n]
-    numbers = [some[k] for k in worst]
+    numbers = [some[k] for k in sorted(range(len(some)), key=lambda k: -means[k])[:n]]
     return WorstRows([token_losses(run.model, run.tokenizer, rows[i], name=f'{which} row {i}') for i in numbers],
                      numbers, means, which, len(rows))
-
-def _row_mean(run, row):
-    ids,labels,_,sight = _example(row, run.tokenizer)
-    losses = [x for x,label in zip(row_losses(run.model, ids, sight=sight), labels) if label!=ignored and x==x]
-    return sum(losses)/len(losses) if losses else 0.
 
 # %% ../../nbs/ui/05_token_losses.ipynb #7b1b1341
 reference_texts = {
     'prose': 'The ferry left the harbour before sunrise, and nobody on the pier waved. '
     'Anna counted the lamps along the shore until the fog took the last one. She had packed two shirts, '
-             'a map that her father had drawn, and a loaf of bread that was still warm. '
+    'a map that her father had drawn, and a loaf of bread that was still warm. '
     'By noon the wind had turned. The captain, who had said nothing since the evening before, came down the '
-             'stairs and asked whether anyone could play chess. It was a long way to the islands, and there was '
+    'stairs and asked whether anyone could play chess. It was a long way to the islands, and there was '
     'time for more than one game.',
     'explanation': 'A bicycle stays upright because its rider keeps steering into the fall. '
     'When it leans to the left, the front wheel is turned a little to the left as well, and the wheels roll '
-                   'back under the weight. At walking speed this takes constant attention; '
+    'back under the weight. At walking speed this takes constant attention; '
     'at higher speed the motion of the wheels does most of the work. A child learns it within a few '
-                   'afternoons and rarely forgets it, although hardly anyone can say afterwards what it is that '
+    'afternoons and rarely forgets it, although hardly anyone can say afterwards what it is that '
     'the hands have learned to do.',
     'instructions': 'Question: How do I boil an egg so that the yolk stays soft?\nAnswer: Bring a small pot of '
     'water to the boil, lower the egg into it with a spoon, and wait six minutes. Then put the egg into cold '
-                    'water for one minute, so that it stops cooking.\nQuestion: Which is heavier, a litre of oil '
+    'water for one minute, so that it stops cooking.\nQuestion: Which is heavier, a litre of oil '
     'or a litre of water?\nAnswer: The litre of water. Oil is lighter, which is why it floats on top.\n',
     'code': 'def running_mean(values, width):\n    "Mean of the last `width` values at each place"\n    total, out '
     '= 0.0, []\n    for i, value in enumerate(values):\n        total += value\n        if i >= width:\n            '
-            'total -= values[i - width]\n        out.append(total / min(i + 1, width))\n    return out\n\n\n'
+    'total -= values[i - width]\n        out.append(total / min(i + 1, width))\n    return out\n\n\n'
     'class Counter:\n    def __init__(self, start=0):\n        self.count = start\n\n    def add(self, n=1):\n'
     '        self.count += n\n        return self.count\n',
     'numbers': 'The table has three rows. In March 14 trains were late out of 280, which is 5 percent. In April 21 '
     'of 300 were late, 7 percent, and in May 9 of 310, about 3 percent. Together 44 of 890 trains were late, '
-               'a little less than one in twenty. A ticket costs 12.50 euros, so four tickets cost 50 euros and '
+    'a little less than one in twenty. A ticket costs 12.50 euros, so four tickets cost 50 euros and '
     'ten cost 125.',
     'Chinese': '早上下了一点小雨，街上的人不多。他打着伞走到车站，等了十分钟，公共汽车才来。车上很安静，有人在看书，有人在看窗外。到了学校以后，他先去图书馆还了两本书，然后去教室上课。下午天晴了，同学们在操场上打球。'}
 
@@ -339,12 +346,18 @@ class Forgetting(Shown):
                      title='Loss on text that was not the task, in nats for each token')
     def shown(self): return self.table
 
+# %% ../../nbs/ui/05_token_losses.ipynb #410e1e88
+def _text_file(reference):
+    "The path of a text file, or None where a reference is something else"
+    short = isinstance(reference, str) and len(reference)<300 and '\n' not in reference
+    if not (short or isinstance(reference, Path)): return None
+    path = Path(reference).expanduser()
+    return path if path.is_file() else None
+
 def _texts(reference):
     "{name: text} of what was given as a reference"
     if reference is None: return reference_texts
-    if (isinstance(reference, Path) or isinstance(reference, str) and len(reference)<300 and '\n' not in reference
-        and Path(reference).expanduser().is_file()):
-        path = Path(reference).expanduser()
+    if path := _text_file(reference):
         try: return {path.name: path.read_text(encoding='utf-8')}
         except (OSError, UnicodeDecodeError) as e: raise SageError(f'{path} cannot be read as text: {e}') from None
     if isinstance(reference, str): return dict(text=reference)
@@ -358,7 +371,7 @@ def forgetting(
     run, # `Run`, name of a run, path of its folder, or (model, tokenizer)
     reference=None, # A text, a text file, a list of texts or a dict of them by name; None takes `reference_texts`
     base=None, # Another model for "before"; None takes the model without its adapter
-    max_length:int=512, # Tokens in one pass; a longer text is taken in parts
+    max_length:int=512, # Tokens at a time; a longer text is taken in parts
 )->Forgetting: # Shows itself
     "The loss on texts that have nothing to do with the task, before and after tuning"
     model,tokenizer = run if isinstance(run, tuple) else (run if isinstance(run, Run) else Run(run)).loaded

@@ -33,7 +33,9 @@ def address(root, scratch):
 
 @pytest.fixture
 def later(root, scratch, tmp_path):
-    "The addresses of two that open the notebooks of `root` without a kernel: who made them, and somebody else, who does not trust them"
+    """The addresses of two that open the notebooks of `root` without a kernel: who made them, and somebody else,
+    who does not trust them
+    """
     with lab.server(root, scratch, kernels=False) as own, lab.server(root, tmp_path/'other', kernels=False) as others:
         yield own,others
 

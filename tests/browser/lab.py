@@ -1,6 +1,8 @@
-"""A person at JupyterLab, for tests: a server of its own, a headless Chromium, and what such a person does and sees.
+"""A person at JupyterLab, for tests: a server of its own, a headless Chromium, and what such a person does and
+sees.
 
-Everything stays on this machine: a request to any other host is refused and remembered (`Page.strangers`). Settings, workspaces and kernels are thrown away at the end.
+Everything stays on this machine: a request to any other host is refused and remembered (`Page.strangers`).
+Settings, workspaces and kernels are thrown away at the end.
 """
 import json
 import os
@@ -63,7 +65,9 @@ def _free_port():
 
 @contextmanager
 def server(root, scratch, kernels=True):
-    "JupyterLab over the folder `root`; its address. Its scratch folder knows which notebooks are trusted: in a new one none is"
+    """JupyterLab over the folder `root`; its address. Its scratch folder knows which notebooks are trusted: in a
+    new one none is
+    """
     port,scratch,log = _free_port(),Path(scratch),Path(scratch)/'lab.log'
     for name,value in lab_settings.items():
         file = scratch/'settings'/f'{name}.jupyterlab-settings'
@@ -107,7 +111,9 @@ def person(size=(1280, 1500)):
     with sync_playwright() as play:
         chromium = play.chromium.launch(executable_path=browser(), args=browser_flags)
         new_page = lambda: chromium.new_context(viewport=dict(width=size[0], height=size[1])).new_page()
-        def opens(address, name, run=True, dark=False): return Page(new_page(), address, name, run, dark) # run: all cells (True), none (None), and without a kernel (False)
+        def opens(address, name, run=True, dark=False):
+            "A page; `run` says which cells run: all (True), none (None), or none and no kernel (False)"
+            return Page(new_page(), address, name, run, dark)
         opens.empty = new_page
         try: yield opens
         finally: chromium.close()
@@ -185,7 +191,9 @@ class Page:
     def cell(self, i): return self.page.locator('.jp-Notebook .jp-Cell').nth(i)
     def shown(self, i): return self.cell(i).locator('.jp-Cell-outputArea').inner_text()
     def see(self, pattern, cell=None, seconds=60):
-        "Wait until a text is to be seen in the outputs of a cell (or of any); its match. What a style hides is not seen"
+        """Wait until a text is to be seen in the outputs of a cell (or of any); its match. What a style hides is
+        not seen
+        """
         place = (self.page.locator('.jp-Notebook') if cell is None else self.cell(cell)).locator('.jp-Cell-outputArea')
         end = time.monotonic()+seconds
         while not (found := next(filter(None, (re.search(pattern, text) for text in place.all_inner_texts())), None)):

@@ -5,7 +5,7 @@ import lab
 
 cells = ('''from sage_finetune.ui.form import choose_config
 from sage_finetune.core.machine import Machine
-card = Machine('cuda', 'RTX 3060', memory=12*10**9, bf16=True)''',
+card = Machine('cuda', 'RTX 3060', memory=12*2**30, bf16=True)''',
          '''form = choose_config('sage-tiny', 'rows.jsonl', machine=card)
 form''')
 
@@ -30,19 +30,20 @@ def says(page, code, wanted): page.see(rf'^\s*(\[\d+\]:\s*)?{wanted}\s*$', page.
 def test_form(root, visit, opens, later, images):
     lab.notebook(root/'form.ipynb', *cells)
     page = visit('form.ipynb')
-    page.see('fits: .* of 12.00 GB', 1, seconds=180)
+    page.see('fits: .* of 12.0 Gi?B', 1, seconds=180)
     page.see(r"config = TrainingConfig\(\s*model_name='sage-tiny',\s*data_path='rows.jsonl'\)", 1)
 
-    fill(page, 'rows in a pass', '512')
-    page.see('does not fit: .* and RTX 3060 has 12.00 GB', 1, seconds=90)
-    page.see('take 256 instead of 512 rows in a pass, in 32 passes: the effective batch stays 8192', 1, seconds=90)
+    fill(page, 'per-device batch', '512')
+    page.see('does not fit: .* and RTX 3060 has 12.0 Gi?B', 1, seconds=90)
+    page.see('take 256 instead of 512 rows in a micro-batch, and 32 micro-batches: the effective batch stays 8192', 1,
+             seconds=90)
     for theme in ('Dark', 'Light'):
         page.theme(theme)
         page.picture(images/('form.png' if theme=='Light' else 'form_dark.png'), 1)
 
     line = page.cell(1).locator('.widget-hbox').filter(has_text='take 256 instead of 512').last
     line.locator('button', has_text='Do it').click()
-    page.see('256 × 1,024 tokens in a pass, effective batch 8192', 1, seconds=90)
+    page.see('256 × 1,024 tokens in a micro-batch, effective batch 8192', 1, seconds=90)
     says(page, 'form.config.per_device_train_batch_size, form.config.gradient_accumulation_steps', r'\(256, 32\)')
 
     fill(page, 'learning rate', 'fast')
@@ -54,7 +55,7 @@ def test_form(root, visit, opens, later, images):
 
     page.press('a100')
     page.see(r"config = PresetConfigs.a100\(\s*model_name='sage-tiny',\s*data_path='rows.jsonl'\)", 1)
-    field(page, 'hold weights').locator('select').select_option('4 bits')
+    field(page, 'base weights').locator('select').select_option('4 bits')
     field(page, 'packing').locator('input').check()
     page.see('packing=True', 1)
     says(page, 'from sage_finetune import LoRAConfig, PresetConfigs, TrainingConfig; eval(form.code)==form.config',
@@ -65,7 +66,7 @@ def test_form(root, visit, opens, later, images):
     for where in later: # nobody has pressed Keep
         text = opens(where, 'form.ipynb', run=False).shown(1)
         assert 'packing=True' in text and 'fits: ' in text and 'widget' not in text, text
-    assert 'Settings, from' not in page.shown(1), 'what stands still is to be seen beside the widgets'
+    assert 'Settings, from' not in page.shown(1), 'the form without widgets is to be seen beside the widgets'
 
     page.press('Keep')
     page.see('Settings, from the preset a100', 1, seconds=90)

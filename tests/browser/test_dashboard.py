@@ -17,10 +17,13 @@ class Rest(TrainerCallback): # so that a fast machine leaves time for the button
     def on_step_end(self, args, state, control, **kwargs): time.sleep(self.seconds)
 
 folder = Path(tempfile.mkdtemp())
-rooms = dict(microscope=12, printer=7, kettle=3, library=20, workshop=15, piano=9, archive=31, telescope=40, fridge=2, scanner=18)
+rooms = dict(microscope=12, printer=7, kettle=3, library=20, workshop=15, piano=9, archive=31, telescope=40,
+             fridge=2, scanner=18)
 ways = 'Where is the {}?', 'In which room do I find the {}?', 'Tell me where the {} is.', 'The {}: where?'
-data = save_rows(folder/'rooms.jsonl', [dict(question=way.format(thing), answer=f'The {thing} is in room {room}.') for way in ways for thing,room in rooms.items()])
-config = TrainingConfig(model_name='sage-tiny', data_path=data, output_dir=folder/'rooms', test_size=0.1, max_steps={steps}, eval_steps=20, per_device_train_batch_size=8,
+data = save_rows(folder/'rooms.jsonl', [dict(question=way.format(thing), answer=f'The {thing} is in room {room}.')
+                                        for way in ways for thing,room in rooms.items()])
+config = TrainingConfig(model_name='sage-tiny', data_path=data, output_dir=folder/'rooms', test_size=0.1,
+                        max_steps={steps}, eval_steps=20, per_device_train_batch_size=8,
                         gradient_accumulation_steps=1, learning_rate=5e-3, logging_steps=5, report_to='none')
 run = Slowly(config)'''
 prompts = "prompts=['Where is the microscope?', 'Tell me where the kettle is.'], every=10, max_new_tokens=24"

@@ -12,8 +12,10 @@ from sage_finetune.trainer import LoRATrainer
 folder = Path(tempfile.mkdtemp())
 sums = create_sample_data(folder/'sums.json', 'qa', 60)
 def train(name, r, learning_rate):
-    LoRATrainer(TrainingConfig(model_name='sage-tiny', data_path=sums, max_length=64, test_size=0.2, per_device_train_batch_size=8, gradient_accumulation_steps=1, max_steps=40, eval_steps=5,
-                               logging_steps=2, learning_rate=learning_rate, report_to='none', output_dir=folder/name, lora=LoRAConfig(r=r)), quiet=True).train()
+    LoRATrainer(TrainingConfig(
+        model_name='sage-tiny', data_path=sums, max_length=64, test_size=0.2, per_device_train_batch_size=8,
+        gradient_accumulation_steps=1, max_steps=40, eval_steps=5, logging_steps=2, learning_rate=learning_rate,
+        report_to='none', output_dir=folder/name, lora=LoRAConfig(r=r)), quiet=True).train()
     return Run(folder/name)
 large = train('large', 16, 5e-3)'''
 

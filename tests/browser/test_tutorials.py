@@ -1,4 +1,6 @@
-"Each tutorial as a reader meets it: run from top to bottom in JupyterLab, and its form, dashboard, chat and slider used on the way"
+"""Each tutorial as a reader meets it: run from top to bottom in JupyterLab, and its form, dashboard, chat and
+slider used on the way
+"""
 import re
 import subprocess
 import sys
@@ -66,7 +68,7 @@ def chosen(page):
     "Fill in the form: forty epochs instead of eight, which are two hundred steps"
     form = page.at('form = choose_config(')
     page.run_cells(0, form)
-    page.see('fits: .* of 15.84 GB', form, seconds=180)
+    page.see('fits: .* of 14.8 Gi?B', form, seconds=180)
     field = page.cell(form).locator('.widget-text').filter(has_text='epochs').locator('input')
     field.click()
     field.fill('forty')
@@ -190,7 +192,8 @@ def slid(page, cell, key, name):
     page.cell(cell).locator('.noUi-handle').first.focus()
     page.page.keyboard.press(key)
     page.page.wait_for_function(
-        f'''() => [...document.querySelectorAll('.jp-Notebook div[style*="flex:1 1 18em"]')].slice(1, 2).some(e => e.innerText.startsWith({name!r}) && !e.innerText.includes('▌'))''', timeout=60_000)
+        f'''() => [...document.querySelectorAll('.jp-Notebook div[style*="flex:1 1 18em"]')].slice(1, 2)
+        .some(e => e.innerText.startsWith({name!r}) && !e.innerText.includes('▌'))''', timeout=60_000)
     return boxes(page, cell)
 
 

@@ -6,11 +6,12 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from sage_finetune.training.batches import PackingReport
+from sage_finetune.training.packing import PackingReport
 from sage_finetune.ui.board import Board
 from sage_finetune.rows.codebase import read_codebase
 from sage_finetune.config import LoRAConfig, Shown, TrainingConfig
-from sage_finetune.inference.generate import Answer, Comparison, Exam
+from sage_finetune.inference.generate import Answer
+from sage_finetune.inference.exam import Comparison, Exam
 from sage_finetune.ui.token_losses import Forgetting
 from sage_finetune.core.machine import Change, Changes, Machine
 from sage_finetune.config import fit_config
@@ -34,7 +35,7 @@ things = {
     'exam': (lambda folder: Exam([True, False, True, True], [Answer('a', True, 2)]*3+[Answer('b', False, 9)]),
              '4 questions right, word for word 3 75.0% ended by themselves 3 75.0%'),
     'packing': (lambda folder: PackingReport(5, 2, 16, 8, 25), '5 documents with 16 tokens packed into 2 rows of 8 '
-                '(at least 2), 100.0% full packed 0 0.0% batches of 8, filled up to the longest 9 36.0%'),
+                '(at least 2), 100.0% full packed 0 0.0% batches of 8, padded to the longest 9 36.0%'),
     'changes': (lambda folder: fit_config(TrainingConfig(bf16=True), Machine(cores=2))[1],
                 'load_in_8bit True False quantised weights save GPU memory'),
     'no changes': (lambda folder: Changes(), 'Nothing was changed for this machine.'),

@@ -1,4 +1,6 @@
-"Imports run one way: a notebook imports only from what stands to its left, and inside a wing only from a smaller number"
+"""Imports run one way: a notebook imports only from what stands to its left, and inside a wing only from a smaller
+number
+"""
 import ast
 import re
 
@@ -74,7 +76,9 @@ def test_a_wing_is_small():
 
 
 def test_a_test_lies_where_its_notebook_does():
-    "Each test file is named after a notebook of its wing; those of the house and of the browser are about no single one"
+    """Each test file is named after a notebook of its wing; those of the house and of the browser are about no
+    single one
+    """
     stems = {name[:name.rindex('/')+1] + name.rpartition('/')[2][3:] if '/' in name else name[3:]
              for name in modules().values()}
     for path in (ROOT/'tests').rglob('test_*.py'):

@@ -33,11 +33,11 @@ def test_a_changed_first_line_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(tool, 'ROOT', tmp_path)
     monkeypatch.setattr(tool, 'NBS', tmp_path/'nbs')
     assert stale()==[]
-    path = tmp_path/'nbs'/'rows'/'00_sources.ipynb'
+    path = tmp_path/'nbs'/'00_config.ipynb'
     book = json.loads(path.read_text(encoding='utf-8'))
-    book['cells'][0]['source'] = ['# sources\n', '\n', '> Something else\n']
+    book['cells'][0]['source'] = ['# settings\n', '\n', '> Something else\n']
     path.write_text(json.dumps(book))
-    assert stale()==['index.ipynb', 'CONTRIBUTING.md']
+    assert stale()==['index.ipynb', 'CONTRIBUTING.md', '_quarto.yml']
     book['cells'][0]['source'] = ['sources']
     path.write_text(json.dumps(book))
     with pytest.raises(SystemExit, match='must begin with a cell'): stale()

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 script = '''
-from sage_finetune import (LoRATrainer, TrainingConfig, LoRAConfig, PresetConfigs, prepare_dataset, load_training_data, train_from_meta)
+from sage_finetune import (LoRATrainer, TrainingConfig, LoRAConfig, PresetConfigs, prepare_dataset, load_training_data,
+                           train_from_meta)
 from sage_finetune.trainer import LoRATrainer as same, train_from_meta as same_function
-from sage_finetune.data import (create_sample_data, detect_data_format, encode, format_alpaca_sample, format_conversation_sample,
-                                format_qa_sample, to_messages)
+from sage_finetune.data import (create_sample_data, detect_data_format, encode, format_alpaca_sample,
+                                format_conversation_sample, format_qa_sample, to_messages)
 import datasets, sys
 assert same is LoRATrainer and same_function is train_from_meta
 
@@ -23,7 +24,12 @@ folder = sys.argv[1]
 config = TrainingConfig(model_name="sage-tiny", output_dir=folder, max_steps=2, gradient_accumulation_steps=1)
 trainer = Mine(config, quiet=True)
 assert trainer.config is config and trainer.model is trainer.tokenizer is trainer.dataset is trainer.trainer is None
-trainer.load_model_and_tokenizer(); trainer.apply_lora(); trainer.prepare_data(); trainer.setup_trainer(); trainer.train(); trainer.save_model()
+trainer.load_model_and_tokenizer()
+trainer.apply_lora()
+trainer.prepare_data()
+trainer.setup_trainer()
+trainer.train()
+trainer.save_model()
 assert len(trainer.dataset) == 4 and trainer.trainer.state.global_step == 2
 '''
 

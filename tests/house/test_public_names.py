@@ -10,7 +10,8 @@ def public(module):
     tree = ast.parse(path_of(module).read_text(encoding='utf-8'))
     offered = next(ast.literal_eval(n.value) for n in tree.body
                    if isinstance(n, ast.Assign) and getattr(n.targets[0], 'id', '')=='__all__')
-    return [n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and n.name in offered]
+    return [n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+            and n.name in offered]
 
 
 def lessons():
@@ -22,7 +23,8 @@ def lessons():
 
 
 def test_every_public_name_is_called():
-    words = set(re.findall(r'\w+', '\n'.join(re.sub(r'^\s*(from|import) .*$', '', text, flags=re.M) for text in lessons())))
+    words = set(re.findall(r'\w+',
+                           '\n'.join(re.sub(r'^\s*(from|import) .*$', '', text, flags=re.M) for text in lessons())))
     uncalled = {module: names for module in modules() if (names := [n for n in public(module) if n not in words])}
     assert uncalled=={}
 

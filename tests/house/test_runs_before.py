@@ -1,7 +1,7 @@
 """Runs made before the notebooks were moved into wings are listed, talked to, merged and resumed
 
-`tests/data/runs_before.zip` holds two run folders that the commit before that change (cfe8507) trained on 24 small sums:
-`finished`, and `stopped` after 5 of its 9 steps.
+`tests/data/runs_before.zip` holds two run folders that the commit before that change (cfe8507) trained on 24 small
+sums: `finished`, and `stopped` after 5 of its 9 steps.
 """
 import json
 import zipfile

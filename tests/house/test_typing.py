@@ -61,7 +61,8 @@ def test_a_mistake_is_told(checked, line, told):
 @pytest.mark.parametrize('code,wanted', [
     ('import sage_finetune\nsage_finetune.', {'LoRATrainer', 'TrainingConfig', 'finetune', 'prepare_dataset'}),
     ('from sage_finetune import LoRATrainer\nLoRATrainer.', {'train', 'prepare_data', 'save_model', 'apply_lora'}),
-    ('from sage_finetune import TrainingConfig\nTrainingConfig().', {'learning_rate', 'replace', 'effective_batch_size'})])
+    ('from sage_finetune import TrainingConfig\nTrainingConfig().',
+     {'learning_rate', 'replace', 'effective_batch_size'})])
 def test_an_editor_completes(code, wanted):
     jedi = pytest.importorskip('jedi')
     line = code.splitlines()[-1]

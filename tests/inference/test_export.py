@@ -1,4 +1,4 @@
-"What leaves the machine: the folder, the adapter alone, the commits that reach a hub, GGUF through a converter, templates for Ollama"
+"What leaves the machine: the folder, the adapter alone, the commits that reach a hub, GGUF, templates for Ollama"
 import base64
 import hashlib
 import json
@@ -218,15 +218,21 @@ def test_what_the_hub_refuses_is_one_line(hub, run, pushed, monkeypatch):
 
 converter = '''
 import argparse, pathlib, sys
-p = argparse.ArgumentParser(); p.add_argument("model"); p.add_argument("--outfile"); p.add_argument("--outtype"); a = p.parse_args()
+p = argparse.ArgumentParser()
+for name in ("model", "--outfile", "--outtype"): p.add_argument(name)
+a = p.parse_args()
 assert (pathlib.Path(a.model)/"model.safetensors").is_file()
-if a.outtype == "bf16": print("working"); sys.exit("NotImplementedError: BPE pre-tokenizer was not recognized")
+if a.outtype == "bf16":
+    print("working")
+    sys.exit("NotImplementedError: BPE pre-tokenizer was not recognized")
 pathlib.Path(a.outfile).write_bytes(b"GGUF" + a.outtype.encode())
 '''
 
 
-def test_a_converter_is_run_and_what_it_says_is_told(run, tmp_path, monkeypatch):
-    "A stand-in with the converter's command line: the real one is no package, and refuses the vocabulary of the embedded model"
+def test_a_converter_is_run_and_its_error_is_passed_on(run, tmp_path, monkeypatch):
+    """A stand-in with the converter's command line: the real one is no package, and refuses the embedded model's
+    vocabulary
+    """
     (tmp_path/'llama.cpp').mkdir()
     (tmp_path/'llama.cpp'/'convert_hf_to_gguf.py').write_text(converter)
     monkeypatch.setenv('LLAMA_CPP', str(tmp_path/'llama.cpp'))

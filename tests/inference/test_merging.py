@@ -1,4 +1,6 @@
-"Merges of every kind against what was trained, on tiny models with random weights; planted faults; and the memory a merge needs"
+"""Merges of every kind against what was trained, on tiny models with random weights; planted faults; the memory of
+a merge
+"""
 import json
 import os
 import shutil
@@ -14,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from sage_finetune.inference import merging
+from sage_finetune.inference import merge_weights, merging
 from sage_finetune.model.adapter import ready_for_quantised_training
 from sage_finetune.core.disk import write_json
 from sage_finetune.config import read_json, SageError, TrainingConfig
@@ -166,7 +168,8 @@ def test_a_rounded_base(tmp_path, table, kind, tied, dora, bits):
     where = base(tmp_path/'base', kind, tied)
     report = proved(table, f'{kind} {bits}-bit{" dora" if dora else ""}',
                     adapter(tmp_path/'a', where, bits, use_dora=dora), tmp_path/'m')
-    full,written_out = (next(w for w in report.ways if part in w['onto']) for part in ('as it is stored', 'as rounded'))
+    ways = {w['onto'].partition(' (')[0]: w for w in report.ways}
+    full,written_out = ways['the base as it is stored'],ways['the base as quantised in training']
     assert (report.ways[0]['divergence']==report.divergence<=report.ways[1]['divergence']
             and report.divergence<report.bound)
     if bits==4: assert written_out['divergence']<1e-6 < full['divergence'] and report.same==report.asked
@@ -182,14 +185,15 @@ def test_rounding_is_that_of_the_loaded_model(tmp_path):
     for bits in (8, 4):
         model = load_model(str(where), torch.float32, 'cpu',
                            quantisation_of(TrainingConfig(load_in_8bit=bits==8, load_in_4bit=bits==4)))
-        assert ((dequantize_module_weight(model.model.layers[0].mlp.up_proj)-merging.rounded(weight, bits)).abs()
+        assert ((dequantize_module_weight(model.model.layers[0].mlp.up_proj)-merge_weights.dequantised_weight(
+            weight, bits)).abs()
                 .max()<1e-6)
 
 
 def test_a_proof_without_room_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
     a = adapter(tmp_path/'a', base(tmp_path/'base', 'llama'))
     monkeypatch.setattr(merging, '_free_memory', lambda: 10**6)
-    with pytest.raises(SageError, match=r'about 0.0 GB, and 0.0 GB are free: merge without it \(`rows=0`\)'):
+    with pytest.raises(SageError, match=r'about 0.0 GiB, and 0.0 GiB are free: merge without it \(`rows=0`\)'):
         merge_adapters(a, tmp_path/'m')
     assert merge_adapters(a, tmp_path/'m', rows=0).difference is None
 
@@ -302,9 +306,9 @@ def test_a_fault_is_caught_by_name(tmp_path, fault):
     assert not (tmp_path/'m').exists() and sorted(p.name for p in tmp_path.iterdir())==['a', 'base']
 
 
-@pytest.mark.parametrize('fault,told', [(other_shape, 'does not fit the base|another base'),
-                                        (fewer_layers, 'is that of another base: .*layers.1')])
-def test_the_adapter_of_another_base_is_caught_without_a_contract(tmp_path, fault, told):
+@pytest.mark.parametrize('fault,message', [(other_shape, 'does not fit the base|another base'),
+                                           (fewer_layers, 'is that of another base: .*layers.1')])
+def test_the_adapter_of_another_base_is_caught_without_a_contract(tmp_path, fault, message):
     where = base(tmp_path/'base', 'llama')
     a = adapter(tmp_path/'a', where)
     (a/'contract.json').unlink()
@@ -312,24 +316,24 @@ def test_the_adapter_of_another_base_is_caught_without_a_contract(tmp_path, faul
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         for use in (load_for_chat, lambda a: merge_adapters(a, tmp_path/'m')):
-            with pytest.raises(SageError, match=told): use(a)
+            with pytest.raises(SageError, match=message): use(a)
 
 
-@pytest.mark.parametrize('name,told', [('template', 'the chat template has changed'),
-                                       ('stops', 'no longer ends an answer'), ('shard', 'is cut short')])
-def test_a_merged_model_is_looked_at_as_well(tmp_path, name, told):
+@pytest.mark.parametrize('name,message', [('template', 'the chat template has changed'),
+                                          ('stops', 'no longer ends an answer'), ('shard', 'is cut short')])
+def test_a_merged_model_is_looked_at_as_well(tmp_path, name, message):
     where = base(tmp_path/'base', 'llama')
     merge_adapters(adapter(tmp_path/'a', where), tmp_path/'m', rows=0)
     load_plain(tmp_path/'m')
     if name=='template': changed_template(tmp_path/'m', where)
     if name=='stops': write_json(tmp_path/'m'/'generation_config.json', dict(eos_token_id=0))
     if name=='shard': cut(tmp_path/'m'/'model.safetensors')
-    with pytest.raises(SageError, match=told): load_plain(tmp_path/'m')
+    with pytest.raises(SageError, match=message): load_plain(tmp_path/'m')
     if name!='shard':
-        with pytest.warns(UserWarning, match=told): load_plain(tmp_path/'m', ignore_contract=True)
+        with pytest.warns(UserWarning, match=message): load_plain(tmp_path/'m', ignore_contract=True)
 
 
-def test_a_change_that_is_meant_goes_on_and_is_told(tmp_path):
+def test_a_change_that_is_meant_is_merged_and_noted(tmp_path):
     where = base(tmp_path/'base', 'llama')
     a = adapter(tmp_path/'a', where)
     other_weights(a, where)
@@ -337,14 +341,14 @@ def test_a_change_that_is_meant_goes_on_and_is_told(tmp_path):
     assert 'is not the base it was trained on' in report.notes[0] and report.notes[0] in str(report)
 
 
-def test_numbers_that_are_none_are_refused(tmp_path):
+def test_nan_is_refused(tmp_path):
     where = base(tmp_path/'base', 'llama')
     a = adapter(tmp_path/'a', where)
     tensors = load_file(a/'adapter_model.safetensors')
     name = next(k for k in tensors if 'layers.1.mlp.up_proj.lora_B' in k)
     tensors[name][0, 0] = float('nan')
     save_file(tensors, a/'adapter_model.safetensors', metadata=dict(format='pt'))
-    with pytest.raises(SageError, match='layers.1.mlp.up_proj.weight holds a number that is none'):
+    with pytest.raises(SageError, match='layers.1.mlp.up_proj.weight holds NaN or infinity'):
         merge_adapters(a, tmp_path/'m', rows=0)
     tensors[name][0, 0] = 1e30
     save_file(tensors, a/'adapter_model.safetensors', metadata=dict(format='pt'))
@@ -358,7 +362,7 @@ def test_numbers_that_are_none_are_refused(tmp_path):
 def test_a_wrong_merge_is_refused(tmp_path, monkeypatch, broken):
     where = base(tmp_path/'base', 'qwen2')
     a = adapter(tmp_path/'a', where)
-    monkeypatch.setattr(merging, 'merged_weight', broken)
+    monkeypatch.setattr(merge_weights, 'merged_weight', broken)
     with pytest.raises(SageError, match='merge refused'): merge_adapters(a, tmp_path/'m')
     assert sorted(p.name for p in tmp_path.iterdir())==['a', 'base']
 

@@ -1,4 +1,4 @@
-"A server that was really started, asked by the real `openai` client: the answers of `chat`, many clients, faults, signals"
+"A server that was really started, asked by the real `openai` client: the answers of `chat`, many clients, signals"
 import json
 import os
 import shutil
@@ -15,7 +15,7 @@ import pytest
 
 openai = pytest.importorskip('openai')
 
-from sage_finetune.inference import serve as module
+from sage_finetune.inference import chat_api, serve as module
 from sage_finetune.core.disk import write_json
 from sage_finetune.config import LoRAConfig, resolve_model, SageError, TrainingConfig
 from sage_finetune.inference.generate import answers, load_for_chat, stream_answer
@@ -144,11 +144,11 @@ def test_a_body_that_is_no_json_and_an_unknown_address(server):
 def test_a_client_that_goes_away_halts_its_answer(run, monkeypatch):
     "Here the application runs in a thread, with a model that never ends by itself, so that tokens can be counted"
     import uvicorn
-    write,written = module.write_answer,[]
-    monkeypatch.setattr('sage_finetune.model.contract.stop_ids', lambda *a: [10**6])
-    monkeypatch.setattr(module, 'write_answer', lambda *a: written.append(write(*a)) or written[-1])
-    desk,port = module.Engine(*load_for_chat(run)),module.free_port('127.0.0.1', 0)
-    server = uvicorn.Server(uvicorn.Config(module.chat_app(desk, 'code'), port=port, log_level='error'))
+    generate,written = chat_api.generate_answers,[]
+    monkeypatch.setattr('sage_finetune.inference.generate.stop_ids', lambda *a: [10**6])
+    monkeypatch.setattr(chat_api, 'generate_answers', lambda *a: written.append(generate(*a)) or written[-1])
+    engine,port = chat_api.Engine(*load_for_chat(run)),module.free_port('127.0.0.1', 0)
+    server = uvicorn.Server(uvicorn.Config(chat_api.chat_app(engine, 'code'), port=port, log_level='error'))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started: time.sleep(0.01)
@@ -163,8 +163,9 @@ def test_a_client_that_goes_away_halts_its_answer(run, monkeypatch):
     finally:
         server.should_exit = True
         thread.join()
-        desk.close()
-    assert [w.tokens for w in written[::len(written)-1]] == [60, 3] and all(w.tokens<1900 for w in written)
+        engine.close()
+    tokens = [answer.tokens for answer, in written]
+    assert (tokens[0], tokens[-1]) == (60, 3) and all(n<1900 for n in tokens)
 
 
 def test_the_log_lies_in_the_run_folder_and_holds_no_conversation(server, run):
@@ -287,16 +288,16 @@ def test_a_planted_fault_is_caught_by_name_before_anything_is_served(fault, run,
         write_json(tmp_path/kind/'training_config.json', settings | dict(model_name=base))
     plant(tmp_path/kind)
     for engine in ('native', 'vllm'):
-        with pytest.raises(SageError, match=words) as told: follow(tmp_path/kind, base, engine=engine)
-        assert '\n' not in str(told.value)
+        with pytest.raises(SageError, match=words) as error: follow(tmp_path/kind, base, engine=engine)
+        assert '\n' not in str(error.value)
 
 
 def test_a_server_that_cannot_start_says_why_in_one_line(run, tmp_path):
     shutil.copytree(run/'merged_model', tmp_path/'broken')
     cut(tmp_path/'broken'/'model.safetensors')
-    with pytest.raises(SageError) as told: start_server(tmp_path/'broken', port=0, log=tmp_path/'log')
-    assert ('the server did not start: ' in str(told.value) and 'model.safetensors is cut short' in str(told.value)
-            and '\n' not in str(told.value))
+    with pytest.raises(SageError) as error: start_server(tmp_path/'broken', port=0, log=tmp_path/'log')
+    assert ('the server did not start: ' in str(error.value) and 'model.safetensors is cut short' in str(error.value)
+            and '\n' not in str(error.value))
     with pytest.raises(SageError, match='did not answer within 0.01 s'):
         start_server(run, port=0, log=tmp_path/'log', timeout=0.01)
 

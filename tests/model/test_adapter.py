@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from sage_finetune.model.adapter import (
-    add_lora, best_evaluation, best_adapter_file, ready_for_quantised_training, save_adapter
+    add_lora, best_adapter_file, best_evaluation, ready_for_quantised_training, save_adapter
 )
 from sage_finetune.training.callbacks import read_metrics
 from sage_finetune.config import LoRAConfig, read_json, TrainingConfig
@@ -19,7 +19,7 @@ from sage_finetune.model.loading import load_model, quantisation_of
 from sage_finetune.model.loss import mean_loss
 from sage_finetune.merge_chat import logits_of, merge_run
 from sage_finetune.rows.formats import create_sample_data, to_messages
-from sage_finetune.rows.template import encode
+from sage_finetune.rows.tokens import encode
 from sage_finetune.trainer import CausalLMTrainer, LoRATrainer
 
 small = dict(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,

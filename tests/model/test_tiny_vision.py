@@ -17,10 +17,10 @@ from sage_finetune.model.loading import load_model, load_tokenizer, quiet_librar
 from sage_finetune.model.loss import loss_sum
 from sage_finetune.model.memory import estimate_memory
 from sage_finetune.inference.merging import merge_run
-from sage_finetune.rows.images import picture, processor_of
+from sage_finetune.rows.images import as_image, processor_of
 from sage_finetune.rows.formats import question
 from sage_finetune.training.split import split_dataset
-from sage_finetune.rows.template import encode
+from sage_finetune.rows.tokens import encode
 from sage_finetune.trainer import data_digest, LoRATrainer
 from sage_finetune.model.tiny_vision import tiny_vision_model
 
@@ -143,7 +143,7 @@ def test_a_row_has_the_places_of_its_processor_and_learns_only_its_answers(kind,
     for prepared,given in zip(data, rows):
         turns = (given.get('messages') or [dict(role='user', content=given['question']),
                                            dict(role='assistant', content=given['answer'])])
-        theirs = [m | dict(content=[c | dict(image=picture(c['image'], tmp_path).open()) if c['type']=='image'
+        theirs = [m | dict(content=[c | dict(image=as_image(c['image'], tmp_path).open()) if c['type']=='image'
                                     else c for c in m['content']]) if isinstance(m['content'], list) else m
                   for m in turns]
         own = processor.apply_chat_template(theirs, tokenize=True, return_dict=True)['input_ids']
@@ -215,7 +215,7 @@ def test_every_row_is_accounted_for(models, tmp_path):
     assert [d['line'] for d in report.dropped]==[*range(len(good)+2, len(good)+len(bad)+2)]
     assert (report.notes['images put before the first question']==1 and report.images==11
             and [len(r['images']) for r in made]==[1]*5+[2]+[1]*4+[0])
-    assert all(picture(p).digest==d for r in made for p,d in zip(r['images'], r['image_digests']))
+    assert all(as_image(p).digest==d for r in made for p,d in zip(r['images'], r['image_digests']))
     for overflow in ('truncate', 'split'):
         cut = DataReport()
         prepare_dataset(written(tmp_path, [good[0], bad['too long: 77 tokens with 12 images, `max_length` is 64']]),
@@ -377,7 +377,7 @@ def test_a_talk_about_a_picture(tuned, tmp_path):
         'Which colour is it?', str(tuned[0]/'1.png'))
 
 def test_the_server_opens_no_picture():
-    from sage_finetune.inference.serve import read_request, BadRequest
+    from sage_finetune.inference.chat_api import BadRequest, read_request
     body = dict(messages=[dict(role='user', content=[
         dict(type='image_url', image_url=dict(url='/etc/hostname')), dict(type='text', text='?')])])
     with pytest.raises(BadRequest, match='answers text only, and a turn holds an image'): read_request(body, 'm')
@@ -456,7 +456,7 @@ def test_a_pattern_reaches_the_part_that_sees(models, tmp_path):
 
 
 def test_a_config_of_llamafactory_brings_its_images(models, tmp_path):
-    from sage_finetune.runs.other_tools import foreign_config
+    from sage_finetune.runs.other_tools import config_from_other_tool
     (tmp_path/'data').mkdir()
     (tmp_path/'media').mkdir()
     saved(tmp_path/'media', 'a.png')
@@ -473,7 +473,7 @@ def test_a_config_of_llamafactory_brings_its_images(models, tmp_path):
                     template='llava', cutoff_len=256, output_dir=str(tmp_path/'run'), per_device_train_batch_size=2,
                     gradient_accumulation_steps=1, max_steps=1, freeze_vision_tower=True, report_to='none')
     (tmp_path/'lf.json').write_text(json.dumps(settings))
-    run = LoRATrainer(foreign_config(tmp_path/'lf.json', lambda line: None), quiet=True)
+    run = LoRATrainer(config_from_other_tool(tmp_path/'lf.json', lambda line: None), quiet=True)
     run.train()
     assert (run.data_report.used, run.data_report.images, len(run.data_report.dropped))==(4, 2, 0)
     assert {n.split('.lora_')[0].split('.')[3] for n,p in run.model.named_parameters() if p.requires_grad}=={

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from sage_finetune.rows.code_facts import code_facts, LANGUAGES, markdown_facts, notebook_facts
 from sage_finetune.rows.codebase import (
-    code_facts, code_files, held_out_rows, held_out_wordings, LANGUAGES, markdown_facts, notebook_facts,
-    read_codebase, train_rows, WORDINGS
+    code_files, held_out_rows, held_out_wordings, read_codebase, train_rows, WORDINGS
 )
-from sage_finetune.rows.repo_files import find_files, find_secret, is_generated, is_secret_name, largest_file
+from sage_finetune.core.repo_files import find_files, find_secret, is_generated, is_secret_name, largest_file
 
 STACK = ('"A stack"\nclass Stack(list):\n    "Last in, first out."\n    def push(self, item):\n'
          '        "Put `item` on top."\n')

@@ -117,12 +117,12 @@ def test_a_file_for_trl_runs_with_its_hyperparameters(folder, tmp_path):
     assert (run.model.peft_config['default'].r, run.config.train_on)==(4, 'assistant')
 
 def test_every_name_of_trl_has_a_place():
-    "So that a setting of a TRL file is honoured, told or refused for what it says, and never called unknown"
+    "So that a setting of a TRL file is honoured, explained or refused for what it says, and never called unknown"
     import dataclasses
     trl = pytest.importorskip('trl')
     from transformers import TrainingArguments
-    from sage_finetune.runs import other_tools as foreign
-    known = {*foreign._trl['places'], *foreign._trl['told'], *foreign._trl['off'], 'bf16', 'gradient_checkpointing',
+    from sage_finetune.runs import other_tools
+    known = {*other_tools._trl.places, *other_tools._trl.notes, *other_tools._trl.off, 'bf16', 'gradient_checkpointing',
              'assistant_only_loss', 'completion_only_loss', 'dataset_config', 'dataset_train_split',
              'dataset_test_split', 'dataset_name', 'eval_strategy', 'eval_steps', 'report_to'}
     own = ({f.name for c in (trl.SFTConfig, trl.ModelConfig, trl.ScriptArguments) for f in dataclasses.fields(c)}

@@ -22,7 +22,7 @@ def in_a_process(asked):
     return finetune(asked).to_dict()
 
 def test_twenty_runs_leave_twenty_sound_folders(tmp_path):
-    "Ten in this process, six of them from three threads, and ten in two others at the same time; the same seed gives the same bits wherever it ran"
+    "Ten in this process, six of them from three threads, and ten in two others at once; the same seed, the same bits"
     from sage_finetune import finetune
     done,faults = {},[]
     def some(names):
@@ -96,7 +96,7 @@ def test_a_terminated_command_says_so_and_goes_on(tmp_path):
     out,_ = run.communicate(timeout=300)
     result = json.loads(out)
     assert ((run.returncode, result['status'])==(143, 'stopped')
-            and 'running again goes on from there' in result['error'])
+            and 'running again resumes from there' in result['error'])
     assert RunFolder(tmp_path/'run').state=='stopped'
     run = started(asked)
     out,_ = run.communicate(timeout=300)

@@ -56,7 +56,7 @@ def test_replay_keeps_what_a_second_task_would_have_overwritten(first, tmp_path)
     new = report.examples-report.held_out
     assert (report.replayed==round(new*.3/.7)==len(run.dataset)-new and report.replay.read==90
             and report.replay.held_out==18)
-    held = {tuple(x) for x in run.earlier_dataset['input_ids']}
+    held = {tuple(x) for x in run.replay_eval_dataset['input_ids']}
     # measured on rows that nobody trained on
     assert len(held)==18 and not held & {tuple(x) for x in run.dataset['input_ids']}
     saved = read_json(tmp_path/'replay'/'results.json')

@@ -1,4 +1,4 @@
-"What a run computes, compared: any split of the batch, packed or not, the reported loss, the same seed, a run that goes on"
+"What a run computes, compared: any split of the batch, packed or not, the reported loss, the same seed, resumed"
 import dataclasses
 import math
 
@@ -9,12 +9,13 @@ from datasets import Dataset
 
 from sage_finetune.training import callbacks
 from sage_finetune.config import LoRAConfig, TrainingConfig
+from sage_finetune.core.disk import read_json
 from sage_finetune.core.run_folder import RunFolder
-from sage_finetune.rows.formats import to_messages
-from sage_finetune.rows.template import encode
+from sage_finetune.rows.formats import create_sample_data, to_messages
+from sage_finetune.rows.tokens import encode
 from sage_finetune.trainer import CausalLMTrainer, LoRATrainer, Stopped
 
-# words of the answers, so that no two passes learn equally many tokens
+# words of the answers, so that no two micro-batches learn equally many tokens
 lengths = [1, 19, 3, 7, 12, 2, 5, 16, 9, 4, 11, 6, 1, 14, 8, 3]
 
 
@@ -56,11 +57,11 @@ def gradients(*args, **more):
             if 'lora_B' in n:
                 # with B = 0, A would have no gradient
                 p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(n)))*.02)
-    step = run.trainer.finite
+    step = run.trainer.loss_and_gradient_finite
     def keep():
         held.append(torch.cat([p.grad.flatten() for p in run.model.parameters() if p.requires_grad]).clone())
         return step()
-    run.trainer.finite = keep
+    run.trainer.loss_and_gradient_finite = keep
     run.train()
     return held[0]
 
@@ -87,7 +88,8 @@ def test_packed_or_not_gives_the_same_loss_gradient_and_adapter(tmp_path):
 
 
 def test_by_document_or_with_a_mask_a_packed_row_gives_the_same(tmp_path, monkeypatch):
-    from sage_finetune.model import attention, trainer
+    from sage_finetune.model import attention
+    from sage_finetune.training import packing
     calls,by_document = [],attention._by_document
     def counted(*args):
         calls.append(1)
@@ -96,7 +98,7 @@ def test_by_document_or_with_a_mask_a_packed_row_gives_the_same(tmp_path, monkey
         m.setattr(attention, '_by_document', counted)
         g = gradients(tmp_path/'documents', 4, packing=True, max_grad_norm=0)
     assert len(calls)>=6, 'each of the six layers'
-    monkeypatch.setattr(trainer, 'use_documents', lambda model, on=True: False)
+    monkeypatch.setattr(packing, 'use_documents', lambda model, on=True: False)
     masked = gradients(tmp_path/'mask', 4, packing=True, max_grad_norm=0)
     assert (g-masked).abs().max()<=1e-5*max(1, g.abs().max())
     checkpointed = gradients(tmp_path/'twice', 4, packing=True, max_grad_norm=0, gradient_checkpointing=True)
@@ -180,8 +182,8 @@ def test_the_same_seed_gives_the_same_run(tmp_path):
 
 
 @pytest.mark.parametrize('rows', [{}, dict(packing=True, max_length=64), dict(tokens_per_step=192)],
-                         ids=['filled up', 'packed', 'by tokens'])
-def test_a_run_that_goes_on_is_the_same_to_the_bit(rows, tmp_path):
+                         ids=['padded', 'packed', 'by tokens'])
+def test_a_resumed_run_is_bit_exact(rows, tmp_path):
     how = dict(max_steps=7, save_steps=100, lora=LoRAConfig(r=4, lora_dropout=0.2), learning_rate=5e-3) | rows
     whole,w = after(tmp_path/'whole', 2, 2, **how)
     for stop in (3,) if rows else range(1, 7): # at each step, in and between the passes over the rows
@@ -190,7 +192,7 @@ def test_a_run_that_goes_on_is_the_same_to_the_bit(rows, tmp_path):
         run.apply_lora()
         run.prepare_data()
         run.setup_trainer()
-        run.trainer.asked = lambda: 2 if run.trainer.state.global_step==stop else None
+        run.trainer.stop_requested = lambda: 2 if run.trainer.state.global_step==stop else None
         with pytest.raises(Stopped): run.train()
         again,v = after(tmp_path/f'stop{stop}', 2, 2, **how)
         assert torch.equal(v, w), stop
@@ -209,16 +211,16 @@ def test_what_is_measured_beside_the_loss(tmp_path):
     every = sum(len(r['input_ids']) for r in run.dataset)
     whole,_ = after(tmp_path/'whole', 16)
     line = logged(whole)[-1]
-    # filling is not counted
+    # padding is not counted
     assert math.isclose(line['tokens_per_second']/line['learned_tokens_per_second'], every/learned, rel_tol=1e-2)
 
 
 def test_measuring_changes_no_bit(tmp_path, monkeypatch):
-    from sage_finetune import trainer
+    from sage_finetune.training import loop
     _,w = after(tmp_path/'with', 2, 2, max_steps=3, lora=LoRAConfig(r=4, lora_dropout=0.2))
     def other_peak(device, dtype): return 1.0
-    monkeypatch.setattr(trainer, 'matmul_peak', other_peak)
-    monkeypatch.setattr(trainer, 'peak_memory', lambda device: None)
+    monkeypatch.setattr(loop, 'matmul_peak', other_peak)
+    monkeypatch.setattr(loop, 'peak_memory', lambda device: None)
     _,v = after(tmp_path/'without', 2, 2, max_steps=3, logging_steps=100, lora=LoRAConfig(r=4, lora_dropout=0.2))
     assert torch.equal(v, w)
 
@@ -228,14 +230,39 @@ def compiled(run):
                for m in run.trainer.model_wrapped.modules())
 
 def test_a_compiled_run_is_the_same_but_for_rounding(tmp_path, monkeypatch):
-    from sage_finetune import trainer
+    from sage_finetune.training import loop
     plain,w = after(tmp_path/'plain', 2, 2, max_steps=3)
-    arguments = trainer.TrainingArguments
+    arguments = loop.TrainingArguments
     with monkeypatch.context() as m: # traced and differentiated as always; "inductor" would need a C++ compiler on top
-        m.setattr(trainer, 'TrainingArguments', lambda **kw: arguments(**kw, torch_compile_backend='aot_eager'))
-        m.setattr(trainer, 'fields', lambda cls: dataclasses.fields(arguments))
+        m.setattr(loop, 'TrainingArguments', lambda **kw: arguments(**kw, torch_compile_backend='aot_eager'))
+        m.setattr(loop, 'fields', lambda cls: dataclasses.fields(arguments))
         fast,v = after(tmp_path/'compiled', 2, 2, max_steps=3, torch_compile=True)
     assert compiled(fast)==6, 'each layer'
     assert (w-v).abs().max()<=1e-4 and abs(logged(plain)[-1]['loss']-logged(fast)[-1]['loss'])<=1e-4
     after_it,x = after(tmp_path/'after', 2, 2, max_steps=3)
     assert not compiled(after_it) and torch.equal(x, w), 'the next run is not compiled'
+
+
+def sums(folder, n=60, **more):
+    "A run on `n` sums from a file"
+    data = create_sample_data(folder/'sums.jsonl', 'qa', num_samples=n)
+    settings = dict(data_path=data, test_size=0.1, max_steps=10, learning_rate=5e-3, logging_steps=10) | more
+    run = LoRATrainer(config(folder/'run', 8, **settings), quiet=True)
+    return run,run.train()
+
+
+def test_a_packed_run_reports_how_full_its_rows_are_and_packs_no_held_out_row(tmp_path):
+    run,_ = sums(tmp_path, n=200, packing=True, max_steps=-1, num_train_epochs=1)
+    report = read_json(run.folder.data_report)['packing']
+    assert (report['documents'], report['rows'])==(180, len(run.trainer.train_dataset)) and report['fill']>.9
+    assert 'position_ids' not in run.eval_dataset.column_names
+
+
+@pytest.mark.parametrize('how', ['load_in_8bit', 'load_in_4bit'])
+def test_quantised_runs_learn_on_a_cpu(how, tmp_path):
+    plain = sums(tmp_path/'plain', max_steps=1)[1]
+    run,result = sums(tmp_path/how, **{how: True})
+    assert result.loss_after<result.loss_before and run.model.get_base_model().is_quantized
+    # rounding moves the loss a little; a broken kernel moves it to 10
+    assert abs(result.loss_before-plain.loss_before)<.2
+    assert RunFolder(run.folder.path).state=='trained'

@@ -1,6 +1,9 @@
-"""Several processes that train as one, on a CPU over gloo: against one process, row by row, through kills and stops, and with the model divided among them.
+"""Several processes that train as one, on a CPU over gloo
 
-The processes are forked from one that has imported everything, with the environment that a launcher gives them; the launcher itself is started where it is what is tested.
+Against one process, row by row, through kills and stops, and with the model divided among them.
+
+The processes are forked from one that has imported everything, with the environment that a launcher gives them;
+the launcher itself is started where it is what is tested.
 """
 import json
 import multiprocessing
@@ -239,7 +242,7 @@ def test_a_killed_process_ends_the_run_and_it_goes_on(base, data, two):
     codes,said = together(base/'crew_killed', train, folder, data, at=5, who=1, do=die, within=60)
     assert codes==[1, -signal.SIGKILL]
     assert (said[0].count('\n')==1 and 'SageError: process 0 of 2 cannot reach the others any more; '
-            'the same command goes on' in said[0])
+            'the same command resumes' in said[0])
     assert last_checkpoint(RunFolder(folder).checkpoints).name=='checkpoint-3' and RunFolder(folder).state=='started'
     codes,said = together(base/'crew_killed', train, folder, data)
     assert codes==[0, 0], said
@@ -272,7 +275,7 @@ def train_to_nothing(folder, data):
 def test_the_loss_of_one_is_no_number(base, data):
     codes,said = together(base/'crew_nan', train_to_nothing, base/'nan', data, within=60)
     assert codes==[1, 1]
-    assert all('NotFinite: the loss is not a number at step' in s for s in said), said
+    assert all('NotFinite: the loss is not finite (NaN or infinity) at step' in s for s in said), said
     assert last_checkpoint(RunFolder(base/'nan').checkpoints) is None or RunFolder(base/'nan').state=='started'
 
 def test_another_number_of_processes(base, data, one):
@@ -353,7 +356,8 @@ def test_deepspeed(way, base, data, one, tmp_path):
     said = started.communicate(timeout=300)[0]
     assert started.returncode==0, said
     assert near(one, folder)<=2e-5
-    with pytest.raises(SageError, match='what divides the model among processes: DeepSpeed → None'): alone(folder, data)
+    with pytest.raises(SageError, match='what divides the model among processes: DeepSpeed → None'):
+        alone(folder, data)
 
 @pytest.mark.slow
 def test_deepspeed_goes_on_after_a_kill(base, data, one):

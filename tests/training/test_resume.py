@@ -1,6 +1,7 @@
-"""A run and what can happen to it: what was lost, and how it went on. `pytest -s tests/training/test_resume.py` prints the table.
+"""A run and what can happen to it: what was lost, and how it was resumed
 
-Faults that end a process happen in a process of their own, forked from one that has imported everything. What comes of a run is compared to the bit with a run that nothing happened to.
+`pytest -s tests/training/test_resume.py` prints the table. Faults that end a process happen in a process of their own,
+forked from one that has imported everything. What comes of a run is compared bit by bit with an undisturbed one.
 """
 import gc
 import json
@@ -19,7 +20,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from sage_finetune.training import callbacks, trainer
+from sage_finetune.training import callbacks, loop, resume
 from sage_finetune.config import LoRAConfig, read_json, SageError, TrainingConfig
 from sage_finetune.core.run_folder import checkpoint_fault, complete_marker, last_checkpoint, only_run, RunFolder
 from sage_finetune.rows.formats import create_sample_data
@@ -42,7 +43,10 @@ def config(folder, data, **more):
 
 
 class Trouble(TrainerCallback):
-    "Calls `do(trainer, place)` once, at `step`: where a step begins ('begin'), after its first pass ('pass'), when it is done ('end') or saved ('save')"
+    """Calls `do(run)` once, at `step`
+
+    Where a step begins ('begin'), after its first micro-batch ('pass'), when it is done ('end') or saved ('save').
+    """
     def __init__(self, run, place, step, do): self.run,self.place,self.step,self.do = run,place,step,do
 
     def _at(self, place, step):
@@ -185,7 +189,7 @@ def test_killed_at_twenty_random_moments(base, data, told):
         process = start(train, folder, data, **long)
         began = time.time()
         def trains(): # its own first step is done
-            begin = process.said.read_text().rpartition('Going on from step ')[2].split('\n')[0]
+            begin = process.said.read_text().rpartition('Resuming from step ')[2].split('\n')[0]
             return (metrics.is_file() and metrics.stat().st_mtime>began
                     and reached(folder)>(int(begin) if begin.isdigit() else 0))
         if dice.random()<.9: wait_until(trains, process) # else it is killed while it loads
@@ -209,7 +213,7 @@ def test_killed_while_a_checkpoint_is_written(place, step, goes_on, base, data, 
     assert finished(start(killed_while_writing, folder, data, place, step))[0]==-signal.SIGKILL
     assert last_checkpoint(RunFolder(folder).checkpoints).name==f'checkpoint-{goes_on}'
     code,said = finished(start(train, folder, data))
-    assert code==0 and f'Going on from step {goes_on}' in said, said
+    assert code==0 and f'Resuming from step {goes_on}' in said, said
     if place!='removing': assert f'checkpoint-{step} is passed over: it was not finished' in said
     assert same(folder, undisturbed)
     told(f'kill -9 in a checkpoint ({place})', f'from step {goes_on}, the checkpoint before',
@@ -237,7 +241,7 @@ def test_each_file_of_a_checkpoint_torn_in_turn(base, data, undisturbed, told):
     os.truncate(newest/'optimizer.pt', 1000)
     run = Troubled(config(folder, data), quiet=True)
     run.train()
-    assert any('optimizer.pt has 1,000 of' in h for h in run.heard) and 'Going on from step 3' in run.heard
+    assert any('optimizer.pt has 1,000 of' in h for h in run.heard) and 'Resuming from step 3' in run.heard
     assert same(folder, undisturbed)
     told(f'each of {len(files)} files of a checkpoint torn', 'told which file; from the checkpoint before',
          'at most 3 steps, repeated')
@@ -265,7 +269,7 @@ def test_interrupted_anywhere(place, step, kept, base, data, undisturbed, told):
         assert last_checkpoint(RunFolder(folder).checkpoints).name==f'checkpoint-{kept}'
     again = Troubled(config(folder, data), quiet=True)
     again.train()
-    if kept: assert f'Going on from step {kept}' in again.heard
+    if kept: assert f'Resuming from step {kept}' in again.heard
     assert same(folder, undisturbed)
     told(f'Ctrl-C, step {step} ({place})', f'saved, freed; from step {kept}',
          'the step under way' if kept<step else 'nothing')
@@ -292,15 +296,15 @@ def test_what_an_interrupt_leaves_can_be_asked_and_holds_no_memory(base, data, u
 
 @needs_posix
 def test_interrupted_in_an_evaluation(base, data, undisturbed, told, monkeypatch):
-    folder,real,calls = base/'in_evaluation', trainer.mean_loss, []
+    folder,real,calls = base/'in_evaluation', loop.mean_loss, []
     def slow(model, batches, add=None):
         calls.append(1)
         if len(calls)==2: os.kill(os.getpid(), signal.SIGINT) # the first in training: after step 6
         return real(model, batches, add)
-    monkeypatch.setattr(trainer, 'mean_loss', slow)
+    monkeypatch.setattr(loop, 'mean_loss', slow)
     with pytest.raises(Stopped) as stop: LoRATrainer(config(folder, data), quiet=True).train()
     assert 'stopped at step 5 of 14' in str(stop.value), str(stop.value)
-    monkeypatch.setattr(trainer, 'mean_loss', real)
+    monkeypatch.setattr(loop, 'mean_loss', real)
     LoRATrainer(config(folder, data), quiet=True).train()
     assert same(folder, undisturbed)
     told('Ctrl-C in an evaluation', 'from the step before it', 'the step before it, repeated')
@@ -313,7 +317,7 @@ def test_sigterm_and_the_exit_code(base, data, undisturbed, told):
     os.kill(process.pid, signal.SIGTERM)
     code,said = finished(process)
     assert (code==128+signal.SIGTERM and 'Stopping after the last whole step' in said
-            and 'running again goes on from there' in said), said
+            and 'running again resumes from there' in said), said
     assert RunFolder(folder).state=='stopped'
     assert finished(start(train, folder, data))[0]==0
     assert same(folder, undisturbed)
@@ -378,7 +382,7 @@ def test_the_disk_is_full(tracker, base, data, undisturbed, told):
         subprocess.run(['mount', '-o', 'remount,size=64m', small], check=True)
         run = Troubled(config(small/'run', data, report_to=tracker), quiet=True)
         run.train()
-        assert 'Going on from step 6' in run.heard
+        assert 'Resuming from step 6' in run.heard
         assert same(small/'run', undisturbed)
     finally: subprocess.run(['umount', '-l', small])
     told(f'full disk (tracker: {tracker})', 'one line; once there is room, from step 6', 'at most 3 steps, repeated')
@@ -454,7 +458,8 @@ def test_the_loss_is_no_number(where, base, data, undisturbed, told):
             return loss*float('nan')
         run.trainer.compute_loss = compute_loss
     run = Troubled(config(folder, data), quiet=True, trouble=('begin', 8, spoil))
-    with pytest.raises(SageError, match='not a number at step 8.*lower `learning_rate`') as stop: run.train()
+    with pytest.raises(SageError, match=r'not finite \(NaN or infinity\) at step 8.*lower `learning_rate`') as stop:
+        run.train()
     assert '\n' not in str(stop.value) and run.model is None
     # what step 6 gave step 7 is known to be a number
     assert RunFolder(folder).state=='stopped' and read_json(RunFolder(folder).stopped)['step']==6
@@ -502,7 +507,7 @@ def test_memory_runs_out(step, what, base, data, plain, told):
     run = Troubled(config(folder, data, **exact), quiet=True, trouble=out_of_memory_at(step, 2, what=what))
     run.train()
     assert (run.fitted.per_device_train_batch_size, run.fitted.gradient_accumulation_steps)==(1, 4)
-    if step>1: assert f'Going on from step {step-1}' in run.heard
+    if step>1: assert f'Resuming from step {step-1}' in run.heard
     assert any('memory ran out; the effective batch stays the same' in h for h in run.heard)
     assert [c['setting'] for c in read_json(run.folder.config)['_changes'][-2:]]==[
         'per_device_train_batch_size', 'gradient_accumulation_steps']
@@ -520,7 +525,7 @@ def test_a_smaller_pass_is_remembered_by_a_run_that_goes_on(base, data, plain, t
     with pytest.raises(Stopped): run.train()
     again = Troubled(config(folder, data, **exact), quiet=True)
     again.train()
-    assert again.fitted.per_device_train_batch_size==1 and 'Going on from step 7' in again.heard
+    assert again.fitted.per_device_train_batch_size==1 and 'Resuming from step 7' in again.heard
     assert near(folder, plain)<=1e-6
     told('memory runs out, then Ctrl-C', 'goes on with 1 × 4 rows', 'nothing')
 
@@ -535,23 +540,23 @@ def test_memory_runs_out_with_one_row(base, data, undisturbed, told):
 
 def test_three_rows_are_divided_by_three(data, base):
     run = LoRATrainer(config(base/'three', data, per_device_train_batch_size=3), quiet=True)
-    assert [c.used for c in trainer._halved(run)]==[1, 6]
+    assert [c.used for c in resume.smaller_micro_batches(run.config, run.fitted)]==[1, 6]
 
 def test_memory_runs_out_in_an_evaluation(base, data, undisturbed, told, monkeypatch):
-    folder,real,calls = base/'evaluation', trainer.mean_loss, []
+    folder,real,calls = base/'evaluation', loop.mean_loss, []
     def fails(model, batches, add=None):
         calls.append(1)
         if len(calls)==2: raise torch.OutOfMemoryError('simulated') # after step 6
         return real(model, batches, add)
-    monkeypatch.setattr(trainer, 'mean_loss', fails)
+    monkeypatch.setattr(loop, 'mean_loss', fails)
     run = Troubled(config(folder, data), quiet=True)
     run.train()
-    assert run.evaluation_rows==1 and sum('in one pass (memory ran out' in h for h in run.heard)==1
+    assert run.evaluation_rows==1 and sum('in a batch (memory ran out' in h for h in run.heard)==1
     assert read_json(run.folder.config)['_evaluation_rows']==1
     assert adapter(folder)==adapter(undisturbed), 'an evaluation is no part of training'
     told('memory runs out in an evaluation', 'evaluated again, 1 row in each pass')
 
-    monkeypatch.setattr(trainer, 'mean_loss', lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError('simulated')))
+    monkeypatch.setattr(loop, 'mean_loss', lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError('simulated')))
     with pytest.raises(SageError, match='evaluation of a single row'):
         LoRATrainer(config(base/'evaluation_2', data), quiet=True).train()
 

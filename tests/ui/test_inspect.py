@@ -1,4 +1,4 @@
-"Seeing the data: nothing in it can command a page or a terminal, no character is broken, and the command takes any source"
+"Seeing the data: nothing in it commands a page or a terminal, no character is broken, the command takes any source"
 import csv
 import gzip
 import io
@@ -14,14 +14,19 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from rich.cells import cell_len
 from rich.console import Console
 
 from sage_finetune.ui import inspect as module
-from sage_finetune.training.batches import pack_dataset
+from sage_finetune.training.packing import pack_dataset
 from sage_finetune.cli import main
-from sage_finetune.data import ignored, prepare_dataset, save_rows
-from sage_finetune.ui.inspect import inspect_data, pieces_of, show_row, show_rows, text_histogram, token_lengths
+from sage_finetune.data import DataReport, ignored, prepare_dataset, save_rows
+from sage_finetune.core.display import save_figure
+from sage_finetune.core.run_folder import write_meta
+from sage_finetune.ui.inspect import (
+    inspect_data, Inspection, pieces_of, plot_lengths, show_row, show_rows, text_histogram, token_lengths
+)
 from sage_finetune.model.loading import load_tokenizer
 
 
@@ -256,6 +261,78 @@ def test_some_rows_are_the_same_for_the_same_seed(tok):
 
 
 # Lengths
+
+def test_padding_wrong_lengths_and_odd_data_sets(tok):
+    padded = dict(input_ids=[1, 42, 75, 2, 0, 0], labels=[ignored, 42, 75, 2, ignored, ignored],
+                  attention_mask=[1, 1, 1, 1, 0, 0])
+    assert str(show_row([padded], tokenizer=tok))==(
+        'example 0 of 1: 4 tokens, 3 learned (75.0%), 2 of padding not shown\n<|im_start|>⟦Hi<|im_end|>⟧')
+    left = dict(input_ids=[0, 0, 1, 42], labels=[0, 0, 1, 42], attention_mask=[0, 0, 1, 1])
+    both = Dataset.from_list([padded, left])
+    assert [x.tolist() for x in token_lengths(both)]==[[4, 2], [3, 1]]
+    assert [show_row(both, i, tok).learned for i in range(2)]==[3, 1]
+    rows = prepare_dataset([qa('Hi', 'Yo'), qa('Hi', 'Yo yo yo')], tok, cache=False)
+    once = [x.tolist() for x in token_lengths(rows)]
+    assert [x.tolist() for x in token_lengths(rows.select([1, 0, 1]))]==[[x[1], x[0], x[1]] for x in once]
+    assert [x.tolist() for x in token_lengths(rows.select([]))]==[[], []]
+    with pytest.raises(ValueError, match='different lengths'):
+        token_lengths(Dataset.from_list([dict(input_ids=[1, 2], labels=[1])]))
+    with pytest.raises(ValueError, match='must be a `datasets.Dataset`, got list'): token_lengths([padded])
+    with pytest.raises(ValueError, match='got question'): token_lengths(Dataset.from_list([dict(question='?')]))
+
+
+def test_what_show_row_refuses(tok):
+    rows = prepare_dataset([qa('Hi', 'Yo')], tok, cache=False)
+    for args,how,match in (
+            (([dict(input_ids=[1, 2], labels=[1])],), dict(tokenizer=tok),
+             '`labels` has 1 values and `input_ids` has 2'),
+            (([dict(question='?')],), dict(tokenizer=tok), 'must have a column `input_ids`, got question'),
+            (([dict(input_ids=[1])],), {}, 'give `tokenizer`'), (([],), dict(tokenizer=tok), 'is empty'),
+            ((rows, 'first'), {}, '`i` must be'), ((iter([]),), dict(tokenizer=tok), 'must have a length'),
+            ((rows,), dict(most=0), '`most` must be at least 1')):
+        with pytest.raises(ValueError, match=match): show_row(*args, **how)
+
+
+def test_the_middle_of_a_long_row_and_ids_as_text(tok):
+    long = show_row([dict(input_ids=list(range(3, 1003)), labels=[ignored]*500+list(range(503, 1003)))], tokenizer=tok,
+                    most=100)
+    assert [l for l in terminal(long).splitlines() if l.startswith('… ')]==['… 450 tokens before',
+                                                                            '… 450 tokens after']
+    view = view_of(tok, 'a <b>bold</b> word')
+    assert '&lt;b&gt;bold&lt;/b&gt;' in ''.join(re.split('</?span[^>]*>', view._repr_html_()))
+    assert 'title="token 0: id 1"' in view._repr_html_()
+    assert str(view)!=str(view_of(tok, 'a <b>bold</b> word', ids=True))
+
+
+def test_histograms_of_nothing_of_one_length_and_of_many():
+    hundred = Inspection(DataReport(), np.array([4]*80+[6]*19+[30]), np.ones(100, int), 32, rows=[], dataset=None)
+    assert hundred.lengths(width=20).splitlines()[:2]==['all tokens: median 4, 95 % up to 6, limit 32',
+                                                        'learned tokens: median 1, 95 % up to 1']
+    assert text_histogram([])=='no examples'
+    assert text_histogram([7, 7]).splitlines()==['7 │'+'█'*50+' 2']
+    for top in (1, 11, 12, 13, 99, 1234, 10**6): assert len(text_histogram([0, top]).splitlines())<=12
+
+
+def test_a_figure_of_lengths_and_a_file_of_it(tok, tmp_path):
+    rows = prepare_dataset([qa('Hi', 'Yo')], tok, cache=False)
+    assert save_figure(plot_lengths(rows, 64), tmp_path/'l.svg').read_text(encoding='utf-8').startswith('<?xml')
+    with pytest.raises(ValueError, match='is empty'): plot_lengths(rows.select([]))
+
+
+def test_an_inspection_of_a_run(tok, tmp_path):
+    file = save_rows(tmp_path/'rows.jsonl', [qa('Hi', 'Yo'), qa('Hi '*30, 'Yo')])
+    write_meta(tmp_path/'run', 'sage-tiny', str(file), config=dict(max_length=48, packing=True))
+    found = inspect_data(tmp_path/'run')
+    assert (found.max_length, found.report.used, found.report.dropped[0]['reason'][:8],
+            found.report.packing['rows'])==(48, 1, 'too long', 1)
+    assert inspect_data(tmp_path/'run', max_length=128).max_length==128
+    assert found.rows[0].summary.endswith(', 1 document packed') and 'data:image/png' in found._repr_html_()
+    assert len(inspect_data(file, tok, rows=0).rows)==0
+    assert module._run_settings(tmp_path) is module._run_settings([]) is None
+    with pytest.raises(ValueError, match='no row of'): inspect_data([qa('?', '')], tok)
+    with pytest.raises(ValueError, match='`i` must be'): inspect_data(file, tok, rows=[7])
+    assert 'those of sage-tiny' in inspect_data(file).notes[0]
+
 
 def test_a_million_lengths_are_read_in_batches_without_python_lists(monkeypatch):
     import pyarrow as pa

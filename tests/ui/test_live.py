@@ -154,8 +154,9 @@ def test_in_a_terminal_ctrl_c_stops_and_saves(tmp_path, data):
     finally:
         child.kill()
         os.close(ours)
-    said = seen.decode(errors='replace')
-    assert 'held-out loss' in said and 'Stopped: stopped at step' in said and RunFolder(tmp_path/'run').state=='stopped'
+    text = seen.decode(errors='replace')
+    assert 'held-out loss' in text and 'Stopped: stopped at step' in text
+    assert RunFolder(tmp_path/'run').state=='stopped'
 
 
 def read(terminal, seconds=90):
@@ -167,15 +168,16 @@ def read(terminal, seconds=90):
 
 def test_where_nobody_watches_it_is_an_ordinary_run(tmp_path, data, capfd):
     result = train_in_terminal(config(tmp_path/'run', data))
-    assert result.steps==6 and 'loss over steps' not in capfd.readouterr().err
+    assert result.steps==6 and 'held-out loss' not in capfd.readouterr().err
 
 
 # Nothing that is not used
 
 def test_what_shows_is_imported_only_when_something_is_shown():
-    code = ("import sys, sage_finetune.trainer; print([m for m in ('sage_finetune.ui.live', "
-            "'sage_finetune.core.display') if m in sys.modules])\n" \
-           "import sage_finetune.ui.live; print([m for m in ('ipywidgets', 'matplotlib', 'rich.live') if m in "
-            "sys.modules])")
-    said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
-    assert said.stdout.split('\n')[:2]==['[]', '[]'], said
+    "`core.display` lies below the trainer and must bring nothing with it that draws"
+    shows = 'ipywidgets', 'matplotlib', 'rich.live'
+    code = (f"import sys, sage_finetune.trainer; print([m for m in {('sage_finetune.ui', 'rich', 'IPython', *shows)} "
+            f"if m in sys.modules])\n"
+            f"import sage_finetune.ui.live; print([m for m in {shows} if m in sys.modules])")
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split('\n')[:2]==['[]', '[]'], done

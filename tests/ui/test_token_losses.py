@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
-from sage_finetune.training.batches import pack_dataset
+from sage_finetune.training.packing import pack_dataset
+from sage_finetune.model.loss import head_bytes
 from sage_finetune.runs.run import adapter_difference, compare, not_exact, Run, runs
 from sage_finetune.config import LoRAConfig, SageError, TrainingConfig
 from sage_finetune.ui.adapter_sizes import adapter_sizes
@@ -74,7 +75,7 @@ def test_what_cannot_be_repeated_says_why(tmp_path):
     from sage_finetune.core.disk import write_json
     write_json(run.folder.config, run.record | dict(_machine='another one'))
     assert not_exact(run)[0].startswith('machine another one → ')
-    with pytest.raises(SageError, match='cannot be repeated to the bit here'): run.repeat(tmp_path/'again')
+    with pytest.raises(SageError, match='cannot be repeated bit-exactly here'): run.repeat(tmp_path/'again')
     (tmp_path/'full').mkdir()
     (tmp_path/'full'/'diary.txt').write_text('mine')
     with pytest.raises(ValueError, match='is not empty'): run.repeat(tmp_path/'full')
@@ -115,7 +116,7 @@ def test_losses_of_tokens_of_models_that_change_their_logits(kind, changes, monk
     model,ids = tiny(kind, **changes),torch.randint(3, 300, (50,), generator=torch.Generator().manual_seed(0)).tolist()
     with torch.no_grad(): logp = model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
     wanted = [-logp[k, t].item() for k,t in enumerate(ids[1:])]
-    monkeypatch.setitem(__import__('sage_finetune.model.loss').loss.head_bytes, 'cpu', 1) # slices of 16
+    monkeypatch.setitem(head_bytes, 'cpu', 1) # slices of 16
     torch.testing.assert_close(torch.tensor(row_losses(model, ids)[1:]), torch.tensor(wanted), atol=1e-4, rtol=1e-4)
 
 

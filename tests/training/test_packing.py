@@ -8,9 +8,8 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from sage_finetune.training.batches import (
-    best_fit, check_packing, Collator, pack_dataset, packing_leak, PackingReport
-)
+from sage_finetune.training.batches import Collator
+from sage_finetune.training.packing import best_fit, check_packing, pack_dataset, packing_leak, PackingReport
 from sage_finetune.config import SageError
 from sage_finetune.model.loading import load_model
 
@@ -210,7 +209,7 @@ def test_every_document_is_there_once_and_whole():
     assert (report.documents, report.rows, report.tokens,
             report.least_rows) == (400, len(packed), tokens, -(-tokens//64))
     longest = [max(len(r['input_ids']) for r in rows[i:i+8]) for i in range(0, 400, 8)]
-    assert report.filled_up == 8*sum(longest)
+    assert report.padded == 8*sum(longest)
     assert ('packed' in report._repr_html_() and f'{report.fill:.1%} full' in str(report)
             and report.to_dict()['least_rows'] == report.least_rows)
 
@@ -256,29 +255,29 @@ def test_bad_rows_are_refused_by_number():
 def test_a_packed_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     Dataset.from_list(random_documents(50)).save_to_disk(tmp_path/'saved')
     data,before = Dataset.load_from_disk(tmp_path/'saved'),sorted(tmp_path.rglob('*'))
-    import sage_finetune.training.batches as batches
+    import sage_finetune.training.packing as packing
     def full(*args): raise OSError(28, 'No space left on device')
     with monkeypatch.context() as m:
-        m.setattr(batches, '_packed_rows', full)
+        m.setattr(packing, '_packed_rows', full)
         with pytest.raises(SageError, match='no space left on device'): pack_dataset(data, 64)
     assert sorted(tmp_path.rglob('*')) == before
     first = pack_dataset(data, 64)
     with monkeypatch.context() as m: # the second time nothing is written
-        m.setattr(batches, '_packed_rows', full)
+        m.setattr(packing, '_packed_rows', full)
         assert pack_dataset(data, 64)['input_ids'] == first['input_ids']
     assert len(sorted(tmp_path.rglob('*'))) == len(before)+1
 
 
 @pytest.mark.parametrize('multiple', [1, 8, 64])
-def test_filling_up_packed_rows_changes_nothing(multiple):
+def test_padding_packed_rows_changes_nothing(multiple):
     model = tiny('llama', small)
     packed = pack_dataset(Dataset.from_list([dict(input_ids=[i+1]*k, labels=[i+1]*k)
                                              for i,k in enumerate([5, 4, 3, 2, 2, 1])]), 9)
-    bare,filled = Collator(0, multiple=1)(list(packed)),Collator(0, multiple)(list(packed))
+    bare,padded = Collator(0, multiple=1)(list(packed)),Collator(0, multiple)(list(packed))
     with torch.no_grad():
         a,b = (model(input_ids=x['input_ids'], position_ids=x['position_ids'], use_cache=False).logits
-               for x in (bare, filled))
+               for x in (bare, padded))
     for row,x,y in zip(packed, a, b):
         n = len(row['input_ids'])
         assert (x[:n]-y[:n]).abs().max() < 1e-6
-    assert (filled['labels'][:, bare['labels'].shape[1]:] == -100).all()
+    assert (padded['labels'][:, bare['labels'].shape[1]:] == -100).all()

@@ -1,4 +1,6 @@
-"""The templates of real models: TRL ships some seventy of them, and each is asked what is learned from ten conversations"""
+"""The templates of real models: TRL ships some seventy of them, and each is asked what is learned from ten
+conversations
+"""
 import re
 from collections import Counter
 from importlib.util import find_spec
@@ -8,7 +10,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from sage_finetune.config import resolve_model
-from sage_finetune.rows.template import chat_form, encode, encode_prompt, ensure_template, render, render_learned
+from sage_finetune.rows.template import chat_form, ensure_template, render
+from sage_finetune.rows.learned import render_learned
+from sage_finetune.rows.tokens import encode, encode_prompt
 
 _trl = find_spec('trl')
 templates = sorted(Path(_trl.origin).parent.glob('chat_templates/*.jinja')) if _trl else []
@@ -49,7 +53,9 @@ def tokenizer_for(source):
     return tok
 
 def judge(source, messages, tools):
-    "What is wrong with the mask, by the words in it and not by the code under test: 'right', 'refused: …' or 'wrong: …'"
+    """What is wrong with the mask, by the words in it and not by the code under test: 'right', 'refused: …' or
+    'wrong: …'
+    """
     tok = tokenizer_for(source)
     try: out = encode(messages, tok, tools)
     except ValueError as e: return f'refused: {e}'
