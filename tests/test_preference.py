@@ -82,6 +82,32 @@ def test_what_is_learned_is_the_answers_with_their_end_of_turn_and_nothing_else(
         assert tok.decode(r['input_ids'][:n]).endswith('<|im_start|>assistant\n')
 
 
+def test_what_is_too_long_copied_renamed_or_of_several_turns(tmp_path):
+    def prepared(name, rows, **more):
+        made = prepare_preferences(PreferenceConfig(model_name='sage-tiny', max_length=128, data_path=save_rows(
+            tmp_path/f'{name}.jsonl', rows), **more), tok, report := DataReport())
+        return made,report
+    question = dict(role='user', content='2+3?')
+    long = dict(prompt=[dict(role='user', content='Say it. '*200), dict(role='assistant', content='It.'), question],
+                chosen='5', rejected='6')
+    with pytest.raises(ValueError, match='too long'): prepared('long', [long], strict=True, overflow='drop')
+    rows = [dict(prompt='Say a number.', chosen='Five.', rejected='No.'), dict(
+        messages=[question, dict(role='assistant', content='5'), dict(role='user', content='And one more?')],
+        chosen='6', rejected='It is 7.')]
+    twice = [rows[0], rows[1], rows[0]]
+    _,report = prepared('twice', twice)
+    assert (report.duplicates, report.examples) == (1, 3)
+    _,report = prepared('twice', twice, duplicates='drop')
+    assert (report.used, len(report.dropped)) == (2, 1)
+    made,_ = prepared('renamed', [dict(ask='Say it.', good='It.', bad='No.')],
+                      columns=dict(ask='prompt', good='chosen', bad='rejected'))
+    assert len(made) == 1
+    turns = dict(prompt='a?', rejected='C', chosen=[dict(role='assistant', content='A'), dict(
+        role='user', content='b?'), dict(role='assistant', content='B')])
+    assert [said(prepared('turns', [turns], train_on=t)[0][0]['labels']) for t in ('assistant', 'last')] == [
+        'A<|im_end|>B<|im_end|>', 'B<|im_end|>']
+
+
 @needs_real
 def test_every_row_of_a_real_file_is_accounted_for():
     rows,report = list(read_rows(real)),DataReport()
@@ -179,7 +205,7 @@ def test_settings_reach_the_loss(tmp_path):
 # Runs
 
 @pytest.mark.parametrize('method', ['orpo', 'kto']) # the notebook has DPO
-def test_a_stopped_run_goes_on_to_the_same_bits_and_the_same_log(method, tmp_path):
+def test_a_stopped_run_resumes_to_the_same_bits_and_the_same_log(method, tmp_path):
     class Stops(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 3: cell.stop()
@@ -197,21 +223,21 @@ def test_a_stopped_run_goes_on_to_the_same_bits_and_the_same_log(method, tmp_pat
     assert weights(cut) == weights(whole) and told(cut) == told(whole)
 
 
-def test_memory_that_runs_out_halves_the_pass_and_leaves_the_same_run(tmp_path, monkeypatch):
+def test_memory_that_runs_out_halves_the_micro_batch_and_leaves_the_same_run(tmp_path, monkeypatch):
     judged = PreferenceMixin.judged
     def full(self, model, inputs):
         if model.training and len(inputs['input_ids']) > 4: raise torch.OutOfMemoryError('full')
         return judged(self, model, inputs)
-    asked = config(tmp_path/'small', max_steps=2, warmup_ratio=0)
+    requested = config(tmp_path/'small', max_steps=2, warmup_ratio=0)
     monkeypatch.setattr(PreferenceMixin, 'judged', full)
-    small,_ = after(asked)
+    small,_ = after(requested)
     monkeypatch.undo()
     assert ([(c.setting, c.used) for c in small.while_running] == [('gradient_accumulation_steps', 2), (
         'per_device_train_batch_size', 2)] or small.fitted.per_device_train_batch_size == 2)
     assert (vector(small)-vector(after(config(tmp_path/'large', max_steps=2, warmup_ratio=0))[0])).abs().max() < 1e-5
 
 
-def test_the_adapter_merges_with_its_proof_answers_and_is_repeated_to_the_bit(tmp_path):
+def test_the_adapter_merges_with_its_proof_answers_and_is_repeated_bit_exactly(tmp_path):
     c = config(tmp_path/'run')
     run,_ = after(c)
     assert ([*run.model.peft_config] == ['default'] and {p.dtype for p in run.model.parameters() if p.requires_grad}

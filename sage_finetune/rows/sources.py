@@ -205,6 +205,7 @@ def _csv_lines(f, damage):
             text = line.decode(errors='replace')
         yield text.replace('\0', '')
 
+# %% ../../nbs/rows/00_sources.ipynb #5d0a17d3
 def _records(f, delimiter):
     "(line, cells, error) for each record of the stream `f`"
     csv.field_size_limit(max(csv.field_size_limit(), _longest_cell))
@@ -288,6 +289,35 @@ def _paragraph_end(text, longest):
     empty = text.rfind('\n\n', 0, longest)
     return empty+2 if empty>=0 else text.rfind('\n', 0, longest)+1 or longest
 
+# %% ../../nbs/rows/00_sources.ipynb #1aeaed24
+_objects = {'datasets.Dataset': 'dataset', 'datasets.IterableDataset': 'dataset', 'datasets.DatasetDict': 'dataset',
+            'datasets.IterableDatasetDict': 'dataset', 'pandas.DataFrame': 'frame'}
+
+def _is_glob(path): return any(c in str(path) for c in '*?[') and not os.path.lexists(path)
+
+def _kind(source):
+    "How `source` is read ('files', 'saved', 'hub', 'list', 'dataset' or 'frame'), and what is read; a path as `Path`"
+    if isinstance(source, (list, tuple)): return 'list',source
+    if isinstance(source, (str, os.PathLike)):
+        path = checked('source', source, Path)
+        if os.path.lexists(path): return 'saved' if _is_saved(path) else 'files', path
+        is_id = re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', str(path), re.ASCII) and not re.search(r'\.[A-Za-z]+$', str(path))
+        return 'hub' if is_id and not os.path.lexists(path.parent) else 'files', path
+    for c in type(source).__mro__:
+        if kind := _objects.get(f"{c.__module__.partition('.')[0]}.{c.__name__}"): return kind,source
+    raise ValueError('`source` must be a file, folder or pattern, the id of a data set on the Hub ("owner/name"), '
+                     'a list of dicts, '
+                     f'a datasets.Dataset or a pandas.DataFrame; got {type(source).__name__}')
+
+def _only_where_they_act(kind, split, revision, subset):
+    "Refuse options that a source of this kind would pass over"
+    for name,value in dict(revision=revision, subset=subset).items():
+        if value and kind!='hub':
+            raise ValueError(f'`{name}` is for a data set of the Hub: leave it out, got {value!r}')
+    if split!='train' and kind in ('files', 'list', 'frame'):
+        raise ValueError(f'`split` is for data sets that have splits: leave it out, or give the file of that '
+                         f'split; got {split!r}')
+
 # %% ../../nbs/rows/00_sources.ipynb #2a07d21b
 _readers = {'.json': _json_rows, '.jsonl': _jsonl_rows, '.csv': _csv_rows, '.tsv': _tsv_rows, '.parquet': _parquet_rows,
             '.txt': _text_rows, '.md': _text_rows}
@@ -356,35 +386,6 @@ def _checked_file(path):
     if not stat.S_ISREG(mode): raise ValueError(f'{path} is not a plain file')
     return path
 
-# %% ../../nbs/rows/00_sources.ipynb #1aeaed24
-_objects = {'datasets.Dataset': 'dataset', 'datasets.IterableDataset': 'dataset', 'datasets.DatasetDict': 'dataset',
-            'datasets.IterableDatasetDict': 'dataset', 'pandas.DataFrame': 'frame'}
-
-def _is_glob(path): return any(c in str(path) for c in '*?[') and not os.path.lexists(path)
-
-def _kind(source):
-    "How `source` is read ('files', 'saved', 'hub', 'list', 'dataset' or 'frame'), and what is read; a path as `Path`"
-    if isinstance(source, (list, tuple)): return 'list',source
-    if isinstance(source, (str, os.PathLike)):
-        path = checked('source', source, Path)
-        if os.path.lexists(path): return 'saved' if _is_saved(path) else 'files', path
-        is_id = re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', str(path), re.ASCII) and not re.search(r'\.[A-Za-z]+$', str(path))
-        return 'hub' if is_id and not os.path.lexists(path.parent) else 'files', path
-    for c in type(source).__mro__:
-        if kind := _objects.get(f"{c.__module__.partition('.')[0]}.{c.__name__}"): return kind,source
-    raise ValueError('`source` must be a file, folder or pattern, the id of a data set on the Hub ("owner/name"), '
-                     'a list of dicts, '
-                     f'a datasets.Dataset or a pandas.DataFrame; got {type(source).__name__}')
-
-def _only_where_they_act(kind, split, revision, subset):
-    "Refuse options that a source of this kind would pass over"
-    for name,value in dict(revision=revision, subset=subset).items():
-        if value and kind!='hub':
-            raise ValueError(f'`{name}` is for a data set of the Hub: leave it out, got {value!r}')
-    if split!='train' and kind in ('files', 'list', 'frame'):
-        raise ValueError(f'`split` is for data sets that have splits: leave it out, or give the file of that '
-                         f'split; got {split!r}')
-
 # %% ../../nbs/rows/00_sources.ipynb #891076f4
 def _hub_dataset(name, split, revision=None, subset=None):
     "One split of a data set on the Hub; a folder of data files stands in for it in tests"
@@ -401,6 +402,7 @@ def _saved_dataset(folder):
     try: return load_from_disk(str(folder))
     except Exception as e: raise ValueError(f'{folder} is a broken saved dataset: {_one_line(e)}') from None
 
+# %% ../../nbs/rows/00_sources.ipynb #5d0a17d2
 def _one_split(data, split, name):
     "The split of `data` that was asked for"
     if isinstance(data, dict):
@@ -409,7 +411,6 @@ def _one_split(data, split, name):
     if split in ('train', str(data.split)): return data
     raise SageError(f"{name} has no split {split!r}: it is one data set, so leave `split` out")
 
-# %% ../../nbs/rows/00_sources.ipynb #9b8c442d
 def _load(kind, source, split, revision, subset):
     "(name, `datasets` object) of a source that is one or names one"
     if kind=='hub': return str(source), _hub_dataset(source, split, revision, subset)
@@ -427,7 +428,8 @@ def _is_plain(data):
     return hasattr(data, '__len__') and data.format['type']!='custom'
 
 def _by_batches(data):
-    "The rows of a `Dataset`, eight times faster than one by one; images as their bytes or paths, so that a broken one breaks no other row"
+    "The rows of a `Dataset`, eight times faster than one by one"
+    # images as their bytes or paths, so that a broken one breaks no other row
     if 'Image(' in str(data.features):
         for table in data.with_format('arrow').iter(_batch): yield from table.to_pylist()
         return
@@ -487,7 +489,7 @@ def load_training_data(
         rows.append(r.value)
     return rows
 
-# %% ../../nbs/rows/00_sources.ipynb #03e97f4c
+# %% ../../nbs/rows/00_sources.ipynb #5d0a17d1
 def save_rows(
     path, # A .json or .jsonl file
     rows:list, # Of dicts
@@ -501,6 +503,33 @@ def save_rows(
         return write_text(path, ''.join(json.dumps(r, ensure_ascii=False, default=os.fspath)+'\n' for r in rows))
     except (TypeError, ValueError, RecursionError) as e:
         raise ValueError(f'`rows` must hold what JSON can hold: {_one_line(e)}') from None
+
+# %% ../../nbs/rows/00_sources.ipynb #b2f71614
+def _content(value):
+    "The bytes that stand for a value in a checksum"
+    todo,inside = [(value, False)], set() # (value, whether it is the id of a container that ends here)
+    while todo:
+        v,ends = todo.pop()
+        if ends: inside.discard(v)
+        elif isinstance(v, (dict, list, tuple)):
+            if id(v) in inside: raise ValueError('`source`: a row holds itself')
+            inside.add(id(v))
+            yield f'{type(v).__name__}{len(v)}:'.encode()
+            within = [x for pair in v.items() for x in pair] if isinstance(v, dict) else v
+            todo += [(id(v), True), *((x, False) for x in reversed(within))]
+        else:
+            data = _leaf(v)
+            yield f'{type(v).__name__}{len(data)}:'.encode()
+            yield data
+
+def _leaf(value):
+    "The bytes of a value that is no container; other bytes each time where nobody can say what it holds"
+    import pickle
+    if isinstance(value, str): return value.encode('utf-8', 'surrogatepass')
+    if isinstance(value, int): return b'%x' % value
+    if isinstance(value, (float, bytes)) or value is None: return repr(value).encode()
+    try: return pickle.dumps(value)
+    except Exception: return os.urandom(16)
 
 # %% ../../nbs/rows/00_sources.ipynb #a7a2b0c6
 def source_digest(
@@ -525,38 +554,6 @@ def _file_digest(path):
     with _opened(path, unpack=False) as f:
         while block := f.read(2**20): digest.update(block)
     return f"{_ending(path)}{path.suffix.lower()}:".encode(), digest.digest()
-
-# %% ../../nbs/rows/00_sources.ipynb #b2f71614
-def _content(value):
-    "The bytes that stand for a value in a checksum"
-    todo,inside = [value], set()
-    while todo:
-        v = todo.pop()
-        if isinstance(v, _Close): inside.discard(v.id)
-        elif isinstance(v, (dict, list, tuple)):
-            if id(v) in inside: raise ValueError('`source`: a row holds itself')
-            inside.add(id(v))
-            yield f'{type(v).__name__}{len(v)}:'.encode()
-            todo += [_Close(id(v)), *reversed([x for pair in v.items() for x in pair] if isinstance(v, dict) else v)]
-        else:
-            data = _leaf(v)
-            yield f'{type(v).__name__}{len(data)}:'.encode()
-            yield data
-
-@dataclass(frozen=True, slots=True)
-class _Close:
-    "Marks the end of a container while its content is walked"
-    id: int # Of the container
-
-# %% ../../nbs/rows/00_sources.ipynb #1d19664e
-def _leaf(value):
-    "The bytes of a value that is no container; other bytes each time where nobody can say what it holds"
-    import pickle
-    if isinstance(value, str): return value.encode('utf-8', 'surrogatepass')
-    if isinstance(value, int): return b'%x' % value
-    if isinstance(value, (float, bytes)) or value is None: return repr(value).encode()
-    try: return pickle.dumps(value)
-    except Exception: return os.urandom(16)
 
 def _dataset_parts(data):
     "The content of a `datasets` object, piece by piece"

@@ -1,5 +1,6 @@
 "Rows of every kind of source: the duller edges, damage of any kind, and memory that stays flat"
 import gzip
+import io
 import json
 import os
 import pickle
@@ -175,6 +176,45 @@ def test_a_parquet_file_keeps_types_and_counts_rows_over_batches(tmp_path):
     for broken in (b'', b'PAR1', data[:-1], data[:200] + bytes(50) + data[250:], b'PAR1' + data[100:]):
         (tmp_path/'y.parquet').write_bytes(broken)
         assert f'{tmp_path/"y.parquet"} is no parquet file' in refused(ValueError, tmp_path/'y.parquet')
+
+
+# --- the parts that read JSON ---
+
+def json_values(data, size=2**18):
+    "Rows of the JSON `data`, read in blocks of `size`"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, '_block', size)
+        return [(r.line, r.value, r.error) for r in sources._json_rows(io.BytesIO(data), 'x.json')]
+
+
+@pytest.mark.parametrize('line,error', [
+    (b'\xff\n', 'not UTF-8 at byte 1'), (b'[[1]]]', 'not JSON: more after the row a'),
+    (b'9'*5000, 'a whole number has too many di'), (b'['*100_000, 'not JSON: nested too deeply at'),
+    (b'\xef\xbb\xbf {"a": NaN}\r\n', ''),
+], ids=['bad byte', 'text after', 'many digits', 'deep', 'NaN'])
+def test_odd_lines_of_json(line, error):
+    assert next(sources._jsonl_rows(io.BytesIO(line), 'x')).error[:30] == error
+
+
+def test_a_list_reads_the_same_in_blocks_of_any_size():
+    mixed = ('[ 1.5e3 , -Infinity,\n"\\ud83d\\ude00 é😀",null,\n\n{"a":[true,{"b":12345}]} ,{"c":1,"c":2}, 17\n]\n').encode()
+    whole = json_values(mixed)
+    assert [n for n,_,_ in whole] == [1, 1, 2, 2, 4, 4, 4]
+    assert [v for _,v,_ in whole] == [1500.0, float('-inf'), '😀 é😀', None, {'a': [True, {'b': 12345}]}, None, 17]
+    for size in range(1, 40): assert json_values(mixed, size) == whole
+    assert json_values(b'') == json_values(b' [ ] ') == []
+    assert json_values(b'{"a": 1}{"a": 2}\n\n{"a": 3}')[2] == (3, {'a': 3}, '')
+
+
+@pytest.mark.parametrize('data,why', [
+    (b'[1,]', '1: not JSON: Expecting value at column 4'), (b'[1 2]', 'expected , or ]'),
+    (b'[1]\n2', 'x.json:2: not JSON: text after the list at column 1'), (b'[', 'Expecting value at column 2'),
+    (b'7', 'must hold a list'), (b'['*100_000, 'nested too deeply'), (b'[1, \xff]', '(byte 5)'),
+], ids=['comma', 'no comma', 'text after', 'open', 'number', 'deep', 'bad byte'])
+def test_a_broken_list_names_its_place_in_blocks_of_any_size(data, why):
+    for size in (1, 2, 3, 2**18):
+        with pytest.raises(ValueError) as caught: json_values(data, size)
+        assert why in str(caught.value)
 
 
 # --- paths ---
