@@ -197,7 +197,8 @@ def test_odd_lines_of_json(line, error):
 
 
 def test_a_list_reads_the_same_in_blocks_of_any_size():
-    mixed = ('[ 1.5e3 , -Infinity,\n"\\ud83d\\ude00 é😀",null,\n\n{"a":[true,{"b":12345}]} ,{"c":1,"c":2}, 17\n]\n').encode()
+    mixed = ('[ 1.5e3 , -Infinity,\n"\\ud83d\\ude00 é😀",null,\n\n'
+             '{"a":[true,{"b":12345}]} ,{"c":1,"c":2}, 17\n]\n').encode()
     whole = json_values(mixed)
     assert [n for n,_,_ in whole] == [1, 1, 2, 2, 4, 4, 4]
     assert [v for _,v,_ in whole] == [1500.0, float('-inf'), '😀 é😀', None, {'a': [True, {'b': 12345}]}, None, 17]
