@@ -69,8 +69,8 @@ class RunState:
         self.quiet,self.machine,self.folder = quiet,machine or Machine.here(),RunFolder(self.config.output_dir)
         self.model = self.tokenizer = self.dataset = self.eval_dataset = self.replay_eval_dataset = None
         self.trainer = self.data_report = self.probe = None # `probe`: memory of the longest batch
-        self.while_running,self.evaluation_rows = [],None # What running out of memory changed, in training and in evaluation
-        self.stop_signal,self.unfinished = StopSignal(),None # `unfinished`: a note saved with the adapter of a stopped run
+        self.while_running,self.evaluation_rows = [],None # Changes after memory ran out, of training and evaluation
+        self.stop_signal,self.unfinished = StopSignal(),None # `unfinished`: noted beside the adapter of a stopped run
         self.watcher = None # Gets the messages instead: has `heard(what)`, and `callbacks()` for the loop
         self._packed,self._digest,self._before = (None, None),RowsDigest(),None
 
