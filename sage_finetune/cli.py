@@ -63,7 +63,7 @@ def _fail(text, status):
 
 # %% ../nbs/05_cli.ipynb #f0b62197
 def _typer_status(e, argv):
-    "Exit status of an error of typer or of memory, told in a line; None for any other"
+    "Report an error of typer or of memory in one line and return its exit status; None for any other error"
     kind = type(e).__name__
     if kind=='OutOfMemoryError': return _fail('out of memory: choose a smaller model, or a machine with more', 1)
     if kind=='NoArgsIsHelpError':

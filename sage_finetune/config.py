@@ -27,17 +27,17 @@ _ways_to_begin = 'gaussian', 'orthogonal', 'pissa', 'olora'
 
 @dataclass
 class LoRAConfig(Settings):
-    "The shape of the correction that LoRA learns"
-    r: int = 8 # Rank: the numbers the correction passes through
-    lora_alpha: int = 16 # The correction is scaled by `lora_alpha / r`
-    target_modules: list|str = field( # Layers that get a correction, or "all-linear"
+    "The low-rank update that LoRA learns"
+    r: int = 8 # Rank: the inner dimension of B·A
+    lora_alpha: int = 16 # B·A is scaled by `lora_alpha / r`
+    target_modules: list|str = field( # Layers that get an adapter, or "all-linear"
         default_factory=lambda: ["q_proj", "v_proj", "k_proj", "o_proj"])
-    lora_dropout: float = 0.05 # Share of the inputs of A that training drops
+    lora_dropout: float = 0.05 # Dropout probability of the inputs of A while training
     bias: str = "none" # Which biases train too: "none", "all" or "lora_only"
-    task_type: str = "CAUSAL_LM" # The task, in peft's words
-    use_rslora: bool = False # Scale by `lora_alpha / sqrt(r)`, which keeps high ranks alive
-    use_dora: bool = False # Learn the length of each weight vector apart from its direction
-    # How A and B begin: True, "gaussian", "orthogonal", "pissa", "pissa_niter_16" or "olora"
+    task_type: str = "CAUSAL_LM" # The task, as peft names it
+    use_rslora: bool = False # Scale by `lora_alpha / sqrt(r)`, so that the update does not shrink at high rank
+    use_dora: bool = False # DoRA: train the magnitude and the direction of each weight vector separately
+    # Initialisation of A and B: True, "gaussian", "orthogonal", "pissa", "pissa_niter_16" or "olora"
     init_lora_weights: bool|str = True
 
     _added = 'use_rslora', 'use_dora', 'init_lora_weights'
@@ -53,10 +53,10 @@ class LoRAConfig(Settings):
 
     @property
     def scaling(self)->float: # Factor on B·A
-        "How strongly the correction acts: `lora_alpha / r`, or over the root of `r` with `use_rslora`"
+        "The scale of the update: `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`"
         return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
 
-# %% ../nbs/00_config.ipynb #47325d7a
+# %% ../nbs/00_config.ipynb #f87b779c
 def _at_least(low): return f'at least {low}', lambda v: v>=low
 
 def _one_of(*words): return ' or '.join(f'"{w}"' for w in words), words.__contains__
@@ -64,7 +64,6 @@ _above_zero = 'above 0', lambda v: v>0
 _share = 'between 0 and 1', lambda v: 0<=v<=1
 _below_one = 'at least 0 and below 1', lambda v: 0<=v<1
 
-# %% ../nbs/00_config.ipynb #f87b779c
 _training_rules = dict(
     max_length=_at_least(8),
     num_train_epochs=_above_zero,
@@ -101,50 +100,50 @@ class TrainingConfig(Settings):
     load_in_8bit: bool = True # Hold the frozen weights in 8 bits
     load_in_4bit: bool = False # Hold the frozen weights in 4 bits
     data_path: str|Path|None = None # Training rows; every path is kept as a `Path`
-    max_length: int = 1024 # Tokens of one row at most
+    max_length: int = 1024 # Tokens of one row, at most
     output_dir: str|Path = field(default_factory=lambda: default_output_dir) # The run folder
-    num_train_epochs: float = 3 # Times that each row is seen
+    num_train_epochs: float = 3 # Passes over the training rows
     per_device_train_batch_size: int = 1 # Rows in one micro-batch on one device
     gradient_accumulation_steps: int = 16 # Micro-batches behind one optimizer step
-    learning_rate: float = 5e-5 # At its highest, after the warm-up
-    lr_scheduler_type: str = "cosine" # How it falls after that, in transformers' words
-    warmup_ratio: float = 0.1 # Share of the steps in which the learning rate rises
+    learning_rate: float = 5e-5 # The highest one, reached after the warm-up
+    lr_scheduler_type: str = "cosine" # Schedule after the warm-up, as transformers names it
+    warmup_ratio: float = 0.1 # Share of the steps that warm up the learning rate
     fp16: bool = True # Compute in fp16 where it pays, with loss scaling
     bf16: bool = False # Compute in bf16 where it pays
-    gradient_checkpointing: bool = True # Compute activations twice instead of keeping them
-    optim: str = "paged_adamw_8bit" # The optimizer, in transformers' words
+    gradient_checkpointing: bool = True # Recompute activations in the backward pass instead of keeping them
+    optim: str = "paged_adamw_8bit" # The optimizer, as transformers names it
     logging_steps: int = 10 # Optimizer steps between two lines in the log
     save_steps: int = 500 # Optimizer steps between two checkpoints
     save_total_limit: int|None = 2 # Checkpoints to keep; None keeps all
     report_to: str = "tensorboard" # "tensorboard", "wandb" or "none"
     lora: LoRAConfig = field(default_factory=LoRAConfig) # The adapter
-    seed: int = 42 # Of shuffling, dropout and the start of A
+    seed: int = 42 # Seed of shuffling, dropout and the initialisation of A
     dataloader_num_workers: int = 0 # Processes that prepare batches
     test_size: float = 0.05 # Share of the rows held out for evaluation
     eval_data_path: str|Path|None = None # Rows for evaluation, instead of a share of the training rows
     eval_data_split: str = "train" # Which split of `eval_data_path`, where it has splits
-    format_type: str|None = None # Shape of the rows; None looks at each row
+    format_type: str|None = None # Format of the rows; None detects it per row
     columns: dict|None = None # {name in the file: known name} for rows with other names
     data_split: str = "train" # Which split, where the data has splits
     data_subset: str|None = None # Which part of a data set on the Hub
     data_revision: str|None = None # Branch, tag or commit of a data set on the Hub
     train_on: str = "assistant" # What is learned: "assistant", the "last" answer or "all"
-    overflow: str = "drop" # What becomes of rows that are too long: "drop", "truncate" or "split"
+    overflow: str = "drop" # What to do with rows that are too long: "drop", "truncate" or "split"
     cut_answers: bool = False # Whether "truncate" may cut the end of an answer
-    duplicates: str = "keep" # What becomes of copies of a row: "keep" or "drop"
+    duplicates: str = "keep" # What to do with copies of a row: "keep" or "drop"
     strict: bool = False # Stop at the first row that cannot be used
     packing: bool = False # Fill rows of `max_length` tokens with several examples
     max_steps: int = -1 # Optimizer steps, whatever the epochs; -1 for as many as they need
-    weight_decay: float = 0.0 # Pull of the trained weights towards zero
-    max_grad_norm: float = 1.0 # Longest gradient; 0 for no limit
+    weight_decay: float = 0.0 # Weight decay of the trained weights
+    max_grad_norm: float = 1.0 # Gradient norm above which gradients are clipped; 0 never clips
     eval_steps: int|None = None # Optimizer steps between two evaluations; None evaluates after each epoch
     # Evaluations without a better loss after which to stop; None never stops early
     early_stopping_patience: int|None = None
     load_best_model_at_end: bool = False # Keep the adapter of the best evaluation instead of the last
-    loraplus_lr_ratio: float|None = None # Learning rate of B over that of A (LoRA+); None for the same
-    neftune_noise_alpha: float|None = None # Noise on the embeddings while training (NEFTune); None for none
+    loraplus_lr_ratio: float|None = None # Ratio of the learning rate of B to that of A (LoRA+); None uses one rate
+    neftune_noise_alpha: float|None = None # Noise added to the embeddings in training (NEFTune); None adds none
     torch_compile: bool = False # Compile the model, which pays on long runs
-    # Tokens behind one optimizer step, padding included, instead of a number of rows; None counts rows
+    # Tokens behind one optimizer step, padding included; None counts rows instead
     tokens_per_step: int|None = None
     init_adapter: str|Path|None = None # Run folder or adapter to continue from; None begins with a new adapter
     stack_adapter: bool = False # Leave `init_adapter` as it is, and train a second adapter on top of it
@@ -187,7 +186,7 @@ class TrainingConfig(Settings):
         "Where TensorBoard looks"
         return RunFolder(self.output_dir).logs
 
-# %% ../nbs/00_config.ipynb #9fcc0002
+# %% ../nbs/00_config.ipynb #6c3f643a
 _preference_rules = _training_rules | dict(
     method=_one_of('dpo', 'orpo', 'kto'), beta=_above_zero, loss_type=_one_of('sigmoid', 'hinge', 'ipo', 'robust'),
     label_smoothing=('at least 0 and below 0.5', lambda v: 0<=v<.5),
@@ -195,7 +194,6 @@ _preference_rules = _training_rules | dict(
     format_type=_one_of('preference', 'unpaired'),
     train_on=_one_of('assistant', 'last'), overflow=_one_of('drop', 'truncate'))
 
-# %% ../nbs/00_config.ipynb #6c3f643a
 _not_for_pairs = dict(packing=False, tokens_per_step=None, neftune_noise_alpha=None, cut_answers=False,
                       stack_adapter=False, replay_path=None, replay_share=0.0, torch_compile=False)
 _only_with = dict(loss_type='dpo', label_smoothing='dpo', sft_weight='dpo', desirable_weight='kto',
@@ -221,7 +219,7 @@ class PreferenceConfig(TrainingConfig):
     "Every setting of one run that learns from preferences"
     per_device_train_batch_size: int = 2 # Rows in one micro-batch on one device: pairs, or single answers for KTO
     gradient_accumulation_steps: int = 8 # Micro-batches behind one optimizer step
-    learning_rate: float = 5e-6 # At its highest, after the warm-up
+    learning_rate: float = 5e-6 # The highest one, reached after the warm-up
     lora: LoRAConfig = field(default_factory=lambda: LoRAConfig().adapted(lora_dropout=0.0)) # The adapter
     method: str = "dpo" # "dpo", "orpo" or "kto"
     beta: float = 0.1 # How closely the model is held to its reference; for ORPO, the weight of the odds ratio
@@ -247,12 +245,12 @@ class PreferenceConfig(TrainingConfig):
         config:TrainingConfig, # Of a run that learns answers
         **more, # Settings of preferences
     )->'PreferenceConfig':
-        "What `config` says by hand or for its machine; the rest has the defaults for preferences"
+        "What `config` was given, or changed for its machine; the rest has the defaults for preferences"
         return _preference_like(cls, config, more)
 
 # %% ../nbs/00_config.ipynb #895398c7
 def _preference_like(cls, config, more):
-    "A config for preferences that says what `config` says by hand or for its machine"
+    "A config for preferences with what `config` was given, or changed for its machine"
     if isinstance(config, PreferenceConfig): return config.replace(**more)
     plain = TrainingConfig()
     own = {f.name: getattr(config, f.name) for f in fields(TrainingConfig) if f.name in config.given
@@ -275,12 +273,12 @@ _presets = dict(
     cpu=lambda: dict(load_in_8bit=False, gradient_checkpointing=False, optim='adamw_torch', max_length=512, fp16=False))
 
 def _preset(name, changes):
-    "A preset of which only `changes` count as given by hand"
+    "A preset of which only `changes` count as given"
     return TrainingConfig().adapted(**_presets[name]()).replace(**changes)
 
 # %% ../nbs/00_config.ipynb #2bf1814a
 class PresetConfigs:
-    "Starting points for seven kinds of machine; a keyword changes a setting by hand"
+    "Starting points for seven kinds of machine; keywords change settings"
     # GB of 1,000 MB that the default model needs at most
     fits_in = dict(minimal=6, rtx_3060=10, colab_t4=14, rtx_4090=20, a100=35, h200=120, cpu=12)
 
@@ -315,9 +313,9 @@ class PresetConfigs:
     @staticmethod
     def auto(
         machine:Machine|None=None, # This machine if None
-        **changes, # Settings by hand
+        **changes, # Settings that count as given
     )->TrainingConfig: # One of the others
-        "The preset for a machine; a processor with units for bf16 computes in it"
+        "The largest preset that fits a machine; a CPU with native bf16 computes in it"
         return _auto_preset(machine, changes)
 
 # %% ../nbs/00_config.ipynb #cfecd8b2
@@ -331,7 +329,7 @@ def preset_for(
     return next((n for n in order if PresetConfigs.fits_in[n]*1e9 <= (machine.memory or 0)), 'minimal')
 
 def _auto_preset(machine, changes):
-    "The preset for a machine; a processor with units for bf16 computes in it"
+    "The largest preset that fits a machine; a CPU with native bf16 computes in it"
     machine = machine or Machine.here()
     fast = dict(bf16=True) if machine.device=='cpu' and machine.bf16 and not changes.get('fp16') else {}
     return _preset(preset_for(machine), fast | changes)

@@ -119,7 +119,7 @@ def _encode_row(state, example, tokenizer, settings):
 
 # %% ../nbs/01_data.ipynb #4bd50a04
 def _render_ahead(batches, tokenizer, settings, report, album):
-    "(states of the rows of a batch, their tokens to come), one batch rendered ahead of the one that is used"
+    "Yields the states of each batch and a future with its tokens; the next batch is rendered meanwhile"
     from concurrent.futures import ThreadPoolExecutor
     waiting,form = None,chat_form(tokenizer)
     with ThreadPoolExecutor(1) as pool:
@@ -132,7 +132,7 @@ def _render_ahead(batches, tokenizer, settings, report, album):
         if waiting: yield waiting
 
 def _encode_batch(states, encodings, tokenizer, settings, report):
-    "The rows of a batch that can be used, with their examples; why the others cannot goes into `report`"
+    "Yields the usable rows of a batch with their examples; `report` gets the others with the reason"
     encoded = iter(encode_rendered([s.rendered for s in states if s.rendered], tokenizer, encodings))
     for s in states:
         if s.rendered: s = guarded(s.row, report, _encode_row, s, next(encoded), tokenizer, settings)
@@ -309,17 +309,17 @@ def prepare_dataset(
     data_path, # A file, folder, pattern or Hub id, a list of dicts, a `datasets.Dataset` or a pandas frame
     tokenizer, # A fast `transformers` tokenizer
     max_length:int=1024, # Tokens of one example at most
-    format_type:str|None=None, # Format of the rows, such as "qa"; None looks at each row
-    report:DataReport|None=None, # Filled in, if given; else a warning tells of dropped rows
+    format_type:str|None=None, # Format of the rows, such as "qa"; None detects it per row
+    report:DataReport|None=None, # Filled in if given; otherwise a warning lists the dropped rows
     *,
     split:str='train', # Which split, where the source has splits
     revision:str|None=None, # Branch, tag or commit of a data set on the Hub
     subset:str|None=None, # Which part of a data set on the Hub that has several
     columns:dict|None=None, # {name in the file: known name}
     train_on:str='assistant', # What is learned: "assistant", "last" answer or "all"
-    overflow:str='drop', # What becomes of rows that are too long: "drop", "truncate" or "split"
+    overflow:str='drop', # What to do with rows that are too long: "drop", "truncate" or "split"
     cut_answers:bool=False, # Whether "truncate" may cut the end of an answer
-    duplicates:str='keep', # What becomes of copies: "keep" or "drop"
+    duplicates:str='keep', # What to do with copies: "keep" or "drop"
     strict:bool=False, # Whether to raise at the first row that cannot be used
     cache=True, # Whether to keep the result; or the folder to keep it in
 ): # `datasets.Dataset` with `input_ids` and `labels`, unpadded
@@ -357,7 +357,7 @@ def how_of(
 # %% ../nbs/01_data.ipynb #c4380a02
 def conversations(
     source, # As `data_path` of `prepare_dataset`
-    format_type:str|None=None, # Format of the rows, such as "qa"; None looks at each row
+    format_type:str|None=None, # Format of the rows, such as "qa"; None detects it per row
     columns:dict|None=None, # {name in the file: known name}
     **where, # `split`, `revision`, `subset`
 ): # Yields a `Conversation` for each row that holds one

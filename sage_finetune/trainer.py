@@ -57,21 +57,21 @@ def _checked_config(config, is_preference):
 
 # %% ../nbs/02_trainer.ipynb #2f01f0d0
 class RunState:
-    "What a run knows: the config as asked and as fitted, the parts that its steps make, and whom it tells"
+    "The state of a run: its config as asked and as fitted, what its steps have made, and who sees its messages"
     is_preference = False # Whether it learns from preferences
 
     def __init__(self,
-        config:TrainingConfig, # What is asked for; it is fitted to the machine when it is used
-        quiet:bool=False, # Say nothing and show no progress
+        config:TrainingConfig, # As asked; it is fitted to the machine when it is used
+        quiet:bool=False, # Print nothing and show no progress
         machine:Machine|None=None, # What to fit to; this machine if None
     ):
         self.config = with_adapter(_checked_config(config, self.is_preference))
         self.quiet,self.machine,self.folder = quiet,machine or Machine.here(),RunFolder(self.config.output_dir)
         self.model = self.tokenizer = self.dataset = self.eval_dataset = self.replay_eval_dataset = None
-        self.trainer = self.data_report = self.probe = None # `probe`: what the longest batch took
-        self.while_running,self.evaluation_rows = [],None # Changes where memory ran out, in training and evaluation
-        self.stop_signal,self.unfinished = StopSignal(),None # `unfinished`: what is noted beside a stopped adapter
-        self.watcher = None # Shows the run instead: has `heard(what)`, and `callbacks()` for the loop
+        self.trainer = self.data_report = self.probe = None # `probe`: memory of the longest batch
+        self.while_running,self.evaluation_rows = [],None # Changes after memory ran out, of training and evaluation
+        self.stop_signal,self.unfinished = StopSignal(),None # `unfinished`: noted beside the adapter of a stopped run
+        self.watcher = None # Gets the messages instead: has `heard(what)`, and `callbacks()` for the loop
         self._packed,self._digest,self._before = (None, None),RowsDigest(),None
 
     @property
@@ -88,28 +88,28 @@ class RunState:
         return self.stop_signal.number
 
     def say(self, what):
-        "Tell the user, or whoever watches"
+        "Show a message to the user, or to the watcher"
         if self.watcher: self.watcher.heard(what)
         elif not (self.quiet or process()): tell(what)
 
 # %% ../nbs/02_trainer.ipynb #2f01f0d5
 class LoopParts(RunState):
-    "What the loop is made of; each part may be replaced"
+    "The parts of the loop; a subclass may replace each"
     def arguments(self)->TrainingArguments:
-        "The settings of the loop"
+        "The arguments of the loop"
         return training_arguments(self.fitted, self.eval_dataset is not None, self.machine.device)
 
     def loop(self, **how)->Trainer: # With `ResumableTrainer` among its bases
-        "The loop with its loss"
+        "The loop, with its loss"
         return CausalLMTrainer(**how, data_collator=self.collator(), tokens_per_step=self.config.tokens_per_step)
 
     def collator(self)->Collator:
-        "What makes a batch of rows"
+        "What makes a batch from rows"
         return Collator(pad_token_id(self.tokenizer),
                         tokenizer=self.tokenizer if processor_of(self.tokenizer) else None)
 
     def callbacks(self)->list: # Of `TrainerCallback`
-        "What hangs around the loop"
+        "The hooks of the loop"
         c,held_out = self.config,self.eval_dataset is not None
         shown = self.watcher.callbacks() if self.watcher else [] if self.quiet else [Progress()]
         # `BestAdapter` writes into a checkpoint, so it comes before `Checkpoints`
@@ -119,7 +119,7 @@ class LoopParts(RunState):
                 *_before_first_step(self), *shown]
 
     def try_longest(self):
-        "What the longest batch takes in one forward and backward pass"
+        "Memory that the longest batch takes in one forward and backward pass"
         t,c = self.trainer,self.config
         micro_batches = t.args.gradient_accumulation_steps*t.args.world_size
         batch = longest_batch(t.train_dataset, t.args.per_device_train_batch_size, t.data_collator,
@@ -127,7 +127,7 @@ class LoopParts(RunState):
         return probe_step(self.model, batch, self.fitted, self.machine)
 
     def result(self, result:TrainingResult)->TrainingResult:
-        "What is written down at the end; a subclass adds its own figures"
+        "The results to save; a subclass adds its own"
         return result
 
 # %% ../nbs/02_trainer.ipynb #8c099757
@@ -145,7 +145,7 @@ class LoRATrainer(LoopParts):
         self.say(adapter_line(self.model))
 
     def prepare_data(self):
-        "Read the rows, hold some back, and report what became of each"
+        "Read the rows, hold some out, and report what became of each"
         self.data_report = report = DataReport()
         rows,self.eval_dataset = read_data(self.config, self.tokenizer, report)
         self.dataset,self.replay_eval_dataset = add_replay_rows(rows, self.config, self.tokenizer, report)
@@ -158,7 +158,7 @@ class LoRATrainer(LoopParts):
         self.trainer = _build_loop(self, _packed_rows(self) if self.config.packing else self.dataset)
 
     def train(self,
-        fresh:bool=False, # Start anew, and remove what an earlier run left in the folder
+        fresh:bool=False, # Start from scratch, and remove what an earlier run left in the folder
     )->TrainingResult: # Steps and losses
         "Run the steps that were not yet run, then train, resuming from the last whole checkpoint, and save"
         self.stop_signal.clear()
@@ -178,7 +178,7 @@ class LoRATrainer(LoopParts):
 
 # %% ../nbs/02_trainer.ipynb #2f01f0e3
 def _announce(run):
-    "Tell what runs where and what memory it will need"
+    "Report the machine, what was changed for it, and the expected memory"
     check_settings(run.fitted)
     run.say(f'{run.machine}\n{show_changes(run.changes)}')
     if run.quiet or process(): return
@@ -186,11 +186,11 @@ def _announce(run):
     except SageError as e: run.say(str(e)) # it cannot be counted
 
 def _loaded(config, device):
-    "The model in the precision that was asked for, and its tokenizer"
+    "The model, in the precision of the config, and its tokenizer"
     tokenizer = load_tokenizer(config.model_name)
     if config.packing and processor_of(tokenizer):
-        raise ValueError(f'`packing`: {config.model_name} counts places by image, which packed rows have no room '
-                         f'for; set `packing=False`')
+        raise ValueError(f'`packing=True` is not supported for {config.model_name}: its position ids depend on images; '
+                         f'set `packing=False`')
     return load_model(config.model_name, dtype_of(config), device, quantisation_of(config)),tokenizer
 
 # %% ../nbs/02_trainer.ipynb #2f01f0f2
@@ -202,7 +202,7 @@ def _with_lora(model, config):
 
 # %% ../nbs/02_trainer.ipynb #2f01f0b2
 def _packed_rows(run):
-    "The training rows, packed, once it is proved that this model keeps documents apart"
+    "The training rows, packed; first it is proved that this model keeps documents apart"
     if run._packed[0] is run.dataset: return run._packed[1]
     c,report = run.fitted,PackingReport()
     prove_packing(run.model, c.rows_per_micro_batch)
@@ -219,7 +219,7 @@ def _losses_before(run, resumed):
     return losses_before(run.trainer, run.replay_eval_dataset, run.folder.metrics, bool(resumed))
 
 def _before_first_step(run):
-    "What happens once the loop is ready: the longest batch is tried, so that too little memory shows now"
+    "Callbacks that run once the loop is ready; one tries the longest batch"
     def longest_batch_fits(step):
         run.probe = run.try_longest()
         run.say(run.probe)
@@ -228,7 +228,7 @@ def _before_first_step(run):
     return [BeforeFirstStep(longest_batch_fits)] if not run.quiet or run.machine.device=='cuda' else []
 
 def _build_loop(run, rows):
-    "The loop for training rows, as the settings and the parts of a run have it"
+    "The loop over `rows`, from the settings and parts of a run"
     args = run.arguments()
     # rows without images, and routers, leave some parameters without a gradient
     args.ddp_find_unused_parameters = (bool(processor_of(run.tokenizer)) or any(
@@ -245,13 +245,13 @@ def _build_loop(run, rows):
     return trainer
 
 def _smaller_evaluation(run, rows):
-    "Tell and remember that an evaluation needs smaller batches"
+    "Report and remember that evaluation needs smaller batches"
     run.evaluation_rows = rows
     run.say(f'evaluation: {rows} row(s) in a batch (memory ran out; the loss is the same)')
 
 # %% ../nbs/02_trainer.ipynb #2f01f1a2
 def _run_missing_steps(run, fresh=False):
-    "The steps that were not called by hand"
+    "The steps that the user has not called"
     own_data = type(run).prepare_data is not LoRATrainer.prepare_data
     if run.dataset is None and not own_data: check_data_path(run.config) # before minutes go into loading a model
     if run.model is None: run.load_model_and_tokenizer()
@@ -263,15 +263,14 @@ def _run_missing_steps(run, fresh=False):
     if not fresh: _remember(run)
     run.setup_trainer()
 
-# %% ../nbs/02_trainer.ipynb #2f01f1a5
 def _start_anew(run):
     "Remove what an earlier run left in the folder, in memory too"
     clear_run(run.folder)
     wait_for_all()
-    if run.trainer is not None: run.model = run.trainer = None # trained already: begin with the base again
+    if run.trainer is not None: run.model = run.trainer = None # trained already: load the base again
 
 def _remember(run):
-    "Begin with the smaller micro-batches that the run needed before on this machine"
+    "Use the smaller micro-batches that this run needed before on this machine"
     known,rows = remembered_changes(run.folder, run.config, run.machine)
     if known and known!=run.while_running: run.say(show_changes(known))
     run.while_running,run.evaluation_rows = known or run.while_running,rows or run.evaluation_rows
@@ -295,7 +294,7 @@ def _resume_point(run, fresh):
 
 # %% ../nbs/02_trainer.ipynb #2f01f1c2
 def _fit(run, start):
-    "One attempt after another, until all steps are done"
+    "Attempts until all steps are done"
     while not (start and is_last_step(start)):
         if start: run.say(f'Resuming from step {checkpoint_step(start)}')
         fault = _attempt(run, start)
@@ -304,9 +303,8 @@ def _fit(run, start):
     run.say('All steps are done; nothing is left to train')
     load_last_step(run.trainer, start)
 
-# %% ../nbs/02_trainer.ipynb #2f01f1c5
 def _attempt(run, start):
-    "Train; None when all steps are done, else what stopped them, without the tensors that its traceback holds"
+    "Train; returns None when all steps are done, else what stopped them, without its traceback"
     try: run.trainer.train(resume_from_checkpoint=str(start) if start else None)
     except (Stopped, NotFinite) as e: return without_traceback(e)
     except Exception as e:
@@ -319,7 +317,7 @@ def _attempt(run, start):
 
 # %% ../nbs/02_trainer.ipynb #2f01f1c3
 def _next_attempt(run, fault):
-    "The step to resume from with smaller micro-batches; raises where that is no help"
+    "Set smaller micro-batches and return the checkpoint to resume from; raises where that cannot help"
     free_memory()
     try:
         if not out_of_memory(fault): changes = None
@@ -336,7 +334,7 @@ def _next_attempt(run, fault):
     return start
 
 def _stop_here(run, fault):
-    "What to raise once the last step and its adapter are saved"
+    "Save the last step and its adapter, and return what to raise"
     checkpoint = keep_last_step(run.trainer, run.folder.checkpoints, good=isinstance(fault, NotFinite))
     step,last = checkpoint and checkpoint_step(checkpoint), run.trainer.state.max_steps
     # else the other processes may not be here, and the last checkpoint is what there is
@@ -351,7 +349,7 @@ def _stop_here(run, fault):
 
 # %% ../nbs/02_trainer.ipynb #2f01f1d2
 def _result(run, before, seconds):
-    "The figures of a run; `before` are its losses before the first step"
+    "The results of a run; `before` holds its losses before the first step"
     log,steps = run.trainer.state.log_history,run.trainer.state.global_step # the same in every process
     best = keep_best(run.trainer, run.config, run.folder.checkpoints, run.say)
     at = steps if best is None else best
@@ -363,7 +361,7 @@ def _result(run, before, seconds):
 
 # %% ../nbs/02_trainer.ipynb #2f01f1e2
 def _finish(run, result, new_adapter):
-    "Save what the run came to"
+    "Save adapter and results"
     folder = run.folder
     if new_adapter and folder.merged_model.exists() and not process():
         run.say('The merged model was made of an earlier adapter and is removed')
@@ -376,7 +374,7 @@ def _finish(run, result, new_adapter):
 
 # %% ../nbs/02_trainer.ipynb #ca466627
 def _train_and_save(run, start):
-    "Train to the last step, and write down what came of it"
+    "Train to the last step, and save the results"
     new_adapter = not (start and is_last_step(start) and run.folder.state in ('trained', 'merged'))
     fault = None
     with run.stop_signal.listening(run.say):
@@ -393,7 +391,7 @@ def _train_and_save(run, start):
     return result
 
 def _let_go(run, fault):
-    "Free the model and give back what stopped the run, without its traceback, which holds tensors"
+    "Release the model, and return what stopped the run without its traceback, which holds tensors"
     run.model = run.trainer = None
     without_traceback(fault)
     free_memory()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 # %% ../../nbs/core/00_disk.ipynb #8c54638b
 class SageError(Exception):
-    "A problem outside the arguments (file, machine, network), told in one line together with its fix"
+    "A problem outside the arguments (file, machine, network), reported in one line together with its fix"
 
 _fixes = {errno.ENOSPC: 'free some space or choose another folder',
           errno.EDQUOT: 'free some space or choose another folder',
@@ -34,7 +34,7 @@ def cannot_write(
 # %% ../../nbs/core/00_disk.ipynb #882fb876
 def is_running(
     pid:int, # Number of a process
-)->bool: # True where it cannot be told
+)->bool: # True where that cannot be known
     "Whether a process of this machine is alive"
     if os.name!='posix': return True
     try: os.kill(pid, 0)

@@ -129,7 +129,7 @@ class Settings(Shown):
         return write_json(path, with_given(self))
     @classmethod
     def load(cls:type[_Self], path:str|Path)->_Self: # A config equal to the one that was saved
-        "Read a config back: saved by `save`, dumped by the earlier module, or written by hand"
+        "Read a config back: saved by `save`, saved by the module this one replaces, or written by hand"
         return _config_of_file(cls, path)
     def shown(self): return config_table(self)
 

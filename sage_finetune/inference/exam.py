@@ -53,7 +53,7 @@ class Exam(Shown):
 def examine(
     model, # A causal language model, in evaluation mode
     tokenizer, # With a chat template
-    rows:list, # Of any shape that ends with an answer
+    rows:list, # Of any format that ends with an answer
     max_new_tokens:int=128, # Tokens of one answer at most
 )->Exam: # Which answers are correct
     "Ask every row's question and compare with its answer"

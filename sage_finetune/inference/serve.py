@@ -407,7 +407,7 @@ def _opened(url, body=None, api_key=None, timeout=600):
 # %% ../../nbs/inference/05_serve.ipynb #34e587f2
 def models_at(
     url:str, # Address of a server, with or without "/v1"
-    api_key:str|None=None, # What the server wants to be told
+    api_key:str|None=None, # The API key it expects
     timeout:float=30.0, # Seconds to wait
 )->list: # Names
     "The models of a server"
@@ -419,7 +419,7 @@ def models_at(
 def find_model(
     url:str, # Address of a server, with or without "/v1"
     name:str|None=None, # Name or folder of a run; the first model of the server if None
-    api_key:str|None=None, # What the server wants to be told
+    api_key:str|None=None, # The API key it expects
 )->str: # What the server calls the model
     "The model of a server that a name stands for"
     there = models_at(url, api_key)
@@ -443,7 +443,7 @@ def stream_from(
     max_new_tokens:int=512, # Tokens at most
     temperature:float=0.0, # 0 takes the likeliest token each time
     model:str|None=None, # What the server calls the model; its first one if None
-    api_key:str|None=None, # What the server wants to be told
+    api_key:str|None=None, # The API key it expects
     timeout:float=600.0, # Seconds to wait for the next piece
 ): # Yields pieces of text
     "Ask a server, piece by piece"
@@ -462,7 +462,7 @@ def speaker_at(
     url:str, # Address of a server, with or without "/v1"
     name:str|None=None, # Name or folder of a run; the first model of the server if None
     max_new_tokens:int=512, # Tokens of an answer at most
-    api_key:str|None=None, # What the server wants to be told
+    api_key:str|None=None, # The API key it expects
 ): # Called with messages and a temperature, yields the pieces of an answer
     "A server as somebody to talk to"
     model = find_model(url, name, api_key)

@@ -172,7 +172,7 @@ def new_run(
     model:str=embedded_model, # Hub name, folder, or "sage-tiny"
     data=None, # Data file; for the task `code`, the folder of a codebase
     output=None, # Run folder; `~/.sage/finetune_output/TASK` if None
-    format_type:str|None=None, # Shape of the rows; None looks at each row
+    format_type:str|None=None, # Format of the rows; None detects it per row
     settings:dict|None=None, # Settings that differ from the defaults
     max_facts:int=120, # Facts to take from a codebase
     fresh:bool=False, # Replace what the folder asked for before

@@ -1,4 +1,4 @@
-"""From examples to the tensors of a micro-batch: padded, or packed into full rows with every document kept apart
+"""From examples to the tensors of a micro-batch, padded to one length
 
 Docs: https://sage-finetune.github.io/sage_finetune/training/batches.html.md"""
 

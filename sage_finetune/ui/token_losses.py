@@ -155,7 +155,7 @@ class TokenLosses:
 def token_losses(
     model, # With an adapter; or any, where `base` is given
     tokenizer, # That made the ids
-    row, # A prepared row, a conversation of any known shape, or a text
+    row, # A prepared row, a conversation in any known format, or a text
     base=None, # Another model for "before"; None takes `model` without its adapter
     name:str='row', # For the title
 )->TokenLosses: # Shows itself
