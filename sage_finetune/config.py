@@ -18,7 +18,10 @@ from sage_finetune.core.disk import (
     cannot_write, is_running, read_json, SageError, to_disk, whole_folder, write_json, write_text
 )
 from .core.display import Shown, Table # Shown: handed on
-from .core.settings import checked, config_table, refuse_unknown, Settings, with_given # handed on
+# handed on: checked, refuse_unknown, Settings, with_given
+from sage_finetune.core.settings import (
+    checked, config_table, OptionalPathSetting, PathSetting, refuse_unknown, Settings, with_given
+)
 from .core.machine import Change, Changes, division, Machine, show_changes # show_changes: handed on
 from .core.run_folder import default_output_dir, read_meta, run_folder, RunFolder # run_folder: handed on
 
@@ -99,9 +102,9 @@ class TrainingConfig(Settings):
     model_name: str = "Qwen/Qwen2.5-Coder-1.5B-Instruct" # Hub name, folder, or "sage-tiny" for the embedded model
     load_in_8bit: bool = True # Hold the frozen weights in 8 bits
     load_in_4bit: bool = False # Hold the frozen weights in 4 bits
-    data_path: str|Path|None = None # Training rows; every path is kept as a `Path`
+    data_path: OptionalPathSetting = None # Training rows
     max_length: int = 1024 # Tokens of one row, at most
-    output_dir: str|Path = field(default_factory=lambda: default_output_dir) # The run folder
+    output_dir: PathSetting = field(default_factory=lambda: default_output_dir) # The run folder
     num_train_epochs: float = 3 # Passes over the training rows
     per_device_train_batch_size: int = 1 # Rows in one micro-batch on one device
     gradient_accumulation_steps: int = 16 # Micro-batches behind one optimizer step
@@ -120,7 +123,7 @@ class TrainingConfig(Settings):
     seed: int = 42 # Seed of shuffling, dropout and the initialisation of A
     dataloader_num_workers: int = 0 # Processes that prepare batches
     test_size: float = 0.05 # Share of the rows held out for evaluation
-    eval_data_path: str|Path|None = None # Rows for evaluation, instead of a share of the training rows
+    eval_data_path: OptionalPathSetting = None # Rows for evaluation, instead of a share of the training rows
     eval_data_split: str = "train" # Which split of `eval_data_path`, where it has splits
     format_type: str|None = None # Format of the rows; None detects it per row
     columns: dict|None = None # {name in the file: known name} for rows with other names
@@ -145,9 +148,9 @@ class TrainingConfig(Settings):
     torch_compile: bool = False # Compile the model, which pays on long runs
     # Tokens behind one optimizer step, padding included; None counts rows instead
     tokens_per_step: int|None = None
-    init_adapter: str|Path|None = None # Run folder or adapter to continue from; None begins with a new adapter
+    init_adapter: OptionalPathSetting = None # Run folder or adapter to continue from; None begins with a new adapter
     stack_adapter: bool = False # Leave `init_adapter` as it is, and train a second adapter on top of it
-    replay_path: str|Path|None = None # Replay rows; None takes those of the run in `init_adapter`
+    replay_path: OptionalPathSetting = None # Replay rows; None takes those of the run in `init_adapter`
     replay_share: float = 0.0 # Share of the trained rows that are replay rows, against forgetting
 
     _rules = _training_rules

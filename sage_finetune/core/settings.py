@@ -16,7 +16,7 @@ from dataclasses import fields
 from difflib import get_close_matches
 from operator import index
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from .disk import read_json, write_json
 from .display import Shown, Table
@@ -73,6 +73,18 @@ def checked(
         with suppress(TypeError, ValueError, KeyError, OverflowError, RuntimeError): return _kinds[k][0](value)
     wanted = ' or '.join(_kinds[k][1] for k in kinds)
     raise ValueError(f"`{name}` must be {wanted}, got {value!r}")
+
+# %% ../../nbs/core/02_settings.ipynb #5a0e0032
+if TYPE_CHECKING:
+    class PathSetting:
+        "Set as `str` or `Path`, read as `Path`"
+        def __get__(self, config:object, owner:object=None)->Path: ...
+        def __set__(self, config:object, value:str|Path)->None: ...
+    class OptionalPathSetting:
+        "The same, or None"
+        def __get__(self, config:object, owner:object=None)->Path|None: ...
+        def __set__(self, config:object, value:str|Path|None)->None: ...
+else: PathSetting,OptionalPathSetting = str|Path,str|Path|None
 
 # %% ../../nbs/core/02_settings.ipynb #1997a9b4
 def refuse_unknown(

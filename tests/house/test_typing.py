@@ -18,6 +18,11 @@ config = TrainingConfig(model_name='sage-tiny', data_path='rows.jsonl', output_d
 again = TrainingConfig(data_path=Path('rows.jsonl'), output_dir='runs/one')
 preset = PresetConfigs.rtx_3060(num_train_epochs=1)
 folder: Path = config.checkpoint_dir
+place: Path = config.output_dir/'lora_weights'
+rows = config.data_path
+if rows is not None:
+    beside: Path = rows.with_suffix('.csv')
+config.output_dir = 'runs/two'
 batch: int = config.effective_batch_size
 run = LoRATrainer(config, quiet=True)
 run.load_model_and_tokenizer()
