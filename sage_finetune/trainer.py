@@ -303,6 +303,7 @@ def _fit(run, start):
     run.say('All steps are done; nothing is left to train')
     load_last_step(run.trainer, start)
 
+# %% ../nbs/02_trainer.ipynb #2f01f1c5
 def _attempt(run, start):
     "Train; returns None when all steps are done, else what stopped them, without its traceback"
     try: run.trainer.train(resume_from_checkpoint=str(start) if start else None)
