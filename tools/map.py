@@ -9,12 +9,16 @@ NBS = ROOT/'nbs'
 
 # A wing's own line, in reading order; what each notebook is for stands in its first cell
 SECTIONS = {
-    'core': 'files that appear whole, what shows itself, values that check themselves, the machine, the run folder',
-    'rows': 'rows of any file, in any form, as conversations and as text; rows made from code',
+    'core': 'files that appear whole, what shows itself, checked settings, the machine, the run folder with lock '
+    'and checkpoints',
+    'rows': 'rows of any file and format, as conversations, as text by the chat template, as token ids; '
+    'rows made from code',
     'model': 'loading, the adapter, the loss, packed attention, memory, weights on disk',
-    'training': 'batches, the held-out split, the loop, resuming, several processes',
-    'inference': 'answers, the exam, the proved merge, export, serving',
-    'runs': 'tasks, runs read back and compared, other tools\' configs, launching',
+    'training': 'batches and padding, the held-out split, the loop (loss, optimizer, out of memory), resuming, '
+    'several processes',
+    'inference': 'answers token by token, the exam, the proved merge, serving, export',
+    'runs': 'tasks, which kind of file a run was given (ours, LLaMA-Factory, TRL), runs read back and '
+    'compared, launching',
     'ui': 'looking at rows and tokens, the dashboard, the form, what was learned',
 }
 OTHER = {'tutorials': 'Tutorials', 'recipes': 'Recipes'}
