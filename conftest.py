@@ -34,6 +34,13 @@ def is_lesson(path):
     return not hidden and not (path.parent/'.notest').exists()
 
 
+# The files that take longest come first, so that two workers are both busy to the end
+LONG = 'test_resume', 'test_processes', 'test_loop', 'test_adapter', 'test_memory', 'test_live', 'test_pipeline'
+
+
+def pytest_collection_modifyitems(items): items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 def pytest_collect_file(file_path, parent):
     if is_lesson(file_path): return NotebookFile.from_parent(parent, path=file_path)
 

@@ -406,7 +406,8 @@ def chat(
     else: say,base = _loaded(name, adapter, max_new_tokens, ignore_contract)
     if prompt is None:
         from sage_finetune.merge_chat import converse
-        return converse(say, system=system, temperature=temperature, base=base, images=image or ())
+        converse(say, system=system, temperature=temperature, base=base, images=image or ())
+        return
     from sage_finetune.rows.formats import question
     system_message = [dict(role='system', content=system)] if system else []
     for piece in say([*system_message, question(prompt, *(image or ()))], temperature): echo(piece, nl=False)
