@@ -10,9 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from sage_finetune.config import resolve_model
-from sage_finetune.rows.template import chat_form, ensure_template, render
-from sage_finetune.rows.learned import render_learned
-from sage_finetune.rows.tokens import encode, encode_prompt
+from sage_finetune.rows.tokens import encode
 
 _trl = find_spec('trl')
 templates = sorted(Path(_trl.origin).parent.glob('chat_templates/*.jinja')) if _trl else []

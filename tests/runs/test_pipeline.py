@@ -1,9 +1,8 @@
 """`finetune` as a step of something larger: many runs at once, no word on standard output, JSON in and out"""
-import json, multiprocessing, os, signal, subprocess, sys, threading, time
+import json, multiprocessing, os, signal, subprocess, sys, threading
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import pytest
 from safetensors.torch import load_file
 from sage_finetune.core.run_folder import RunFolder
 

@@ -4,7 +4,6 @@
 forked from one that has imported everything. What comes of a run is compared bit by bit with an undisturbed one.
 """
 import gc
-import json
 import multiprocessing
 import os
 import random
