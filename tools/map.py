@@ -11,14 +11,13 @@ NBS = ROOT/'nbs'
 SECTIONS = {
     'core': 'files that appear whole, what shows itself, checked settings, the machine, the run folder with lock '
     'and checkpoints',
-    'rows': 'rows of any file and format, as conversations, as text by the chat template, as token ids; '
-    'rows made from code',
+    'rows': 'rows of any file and format, as conversations, as text by the chat template, as token ids',
     'model': 'loading, the adapter, the loss, packed attention, memory, weights on disk',
     'training': 'batches and padding, the held-out split, the loop (loss, optimizer, out of memory), resuming, '
     'several processes',
     'inference': 'answers token by token, the exam, the proved merge, serving, export',
-    'runs': 'tasks, which kind of file a run was given (ours, LLaMA-Factory, TRL), runs read back and '
-    'compared, launching',
+    'runs': 'tasks, rows made from code, which kind of file a run was given (ours, LLaMA-Factory, TRL), runs read '
+    'back and compared, launching',
     'ui': 'looking at rows and tokens, the dashboard, the form, what was learned',
 }
 OTHER = {'tutorials': 'Tutorials', 'recipes': 'Recipes'}
