@@ -17,7 +17,7 @@ import hashlib,json,operator,os,re,tempfile,time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from .core.disk import read_json, SageError, whole_folder
+from .core.disk import cache_root, manifest_fault, read_json, SageError, whole_folder, write_manifest
 from .rows.sources import load_training_data, read_rows, Row, save_rows, source_digest, source_files
 from sage_finetune.rows.formats import (
     checked_columns, Conversation, create_sample_data, detect_data_format, format_alpaca_sample,
@@ -193,6 +193,7 @@ def _prepare(source, where, tokenizer, settings, report, strict, place, digest):
         if not n: raise ValueError(f'no row of {_name_of(source)} can be used: {why_none(report)}')
         report.save(new/'data_report.json')
         if album.seen: album.save(new/_album)
+        write_manifest(new)
     return _open(place, report, tokenizer, digest)
 
 def _open(folder, report, tokenizer, digest):
@@ -230,7 +231,7 @@ def _files_of(source):
 # %% ../nbs/01_data.ipynb #47b10a02
 def cache_folder()->Path: # It need not exist
     "Where prepared data is kept"
-    return Path(os.environ.get('SAGE_CACHE') or '~/.sage/cache').expanduser()/'data'
+    return cache_root()/'data'
 
 def _place(cache):
     "The folder for prepared data, and whether it is kept"
@@ -253,13 +254,16 @@ def _writable(folder):
 # %% ../nbs/01_data.ipynb #6b40914e
 def _from_cache(place, report, tokenizer, digest):
     "What was prepared before, or None where it was not or is damaged"
+    import warnings
     from shutil import rmtree
     if not (place/'data_report.json').is_file() or not images_unchanged(place/_album): return None
     try:
+        if fault := manifest_fault(place): raise ValueError(fault)
         os.utime(place)
         dataset = _open(place, report, tokenizer, digest)
         if len(dataset)!=report.examples: raise ValueError('the file was cut short')
-    except (OSError, ValueError, TypeError, AttributeError, SageError):
+    except (OSError, ValueError, TypeError, AttributeError, SageError) as e:
+        warnings.warn(f'the data prepared in {place} is damaged ({e}) and is prepared again')
         rmtree(place, ignore_errors=True)
         vars(report).update(vars(DataReport()))
         return None

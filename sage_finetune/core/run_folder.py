@@ -10,13 +10,15 @@ __all__ = ['default_output_dir', 'complete_marker', 'RunFolder', 'run_folder', '
            'list_runs', 'find_run', 'remove_run']
 
 # %% ../../nbs/core/04_run_folder.ipynb #35e36b9a
-import errno,os,platform,re,shutil,time,zlib
+import errno,os,platform,re,shutil,time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from .disk import cannot_write, is_running, read_json, SageError, to_disk, write_json
+from sage_finetune.core.disk import (
+    cannot_write, is_running, manifest_fault, read_json, SageError, to_disk, write_json, write_manifest
+)
 from .settings import checked, Settings, with_given
 
 # %% ../../nbs/core/04_run_folder.ipynb #5de553c7
@@ -73,13 +75,6 @@ def run_folder(
 # %% ../../nbs/core/04_run_folder.ipynb #67ddd8e6
 complete_marker = 'COMPLETE'
 
-def _size_and_sum(path):
-    "Size of a file in bytes, and its CRC-32"
-    size = crc = 0
-    with open(path, 'rb') as f:
-        while block := f.read(2**22): size,crc = size+len(block), zlib.crc32(block, crc)
-    return [size, crc]
-
 def mark_complete(
     checkpoint:str|Path, # Folder whose files are all written
 )->Path: # The marker
@@ -87,27 +82,16 @@ def mark_complete(
     checkpoint = Path(checkpoint)
     try:
         for p in checkpoint.rglob('*'): to_disk(p)
-        files = {p.relative_to(checkpoint).as_posix(): _size_and_sum(p) for p in sorted(checkpoint.rglob('*'))
-                 if p.is_file() and p.name!=complete_marker}
     except OSError as err: raise cannot_write(checkpoint, err) from None
-    return write_json(checkpoint/complete_marker, files)
+    return write_manifest(checkpoint, complete_marker)
 
 # %% ../../nbs/core/04_run_folder.ipynb #9c329bf8
 def checkpoint_fault(
     checkpoint:str|Path, # A `checkpoint-N` folder
 )->str|None: # None where it is whole
     "What is wrong with a checkpoint"
-    checkpoint = Path(checkpoint)
-    if not (checkpoint/complete_marker).is_file(): return 'it was not finished'
-    try: files = read_json(checkpoint/complete_marker)
-    except SageError: return f'its file {complete_marker} is broken'
-    for name,expected in files.items():
-        path = checkpoint/name
-        if not path.is_file(): return f'its file {name} is missing'
-        if path.stat().st_size!=expected[0]:
-            return f'its file {name} has {path.stat().st_size:,} of {expected[0]:,} bytes'
-        if _size_and_sum(path)!=expected: return f'its file {name} has changed since it was written'
-    return None if files else f'its file {complete_marker} names no file'
+    if not (Path(checkpoint)/complete_marker).is_file(): return 'it was not finished'
+    return manifest_fault(checkpoint, complete_marker)
 
 # %% ../../nbs/core/04_run_folder.ipynb #bf30dd6e
 def last_checkpoint(
