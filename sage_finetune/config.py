@@ -6,7 +6,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/config.html.md"""
 
 # %% auto #0
 __all__ = ['embedded_model', 'LoRAConfig', 'TrainingConfig', 'PreferenceConfig', 'PresetConfigs', 'preset_for', 'precision_of',
-           'show_presets', 'fit_config', 'show_config', 'config_from_meta', 'resolve_model']
+           'show_presets', 'fit_config', 'show_config', 'config_from_meta', 'resolve_model', 'base_place']
 
 # %% ../nbs/00_config.ipynb #8d5faccc
 import warnings
@@ -496,3 +496,14 @@ def resolve_model(
         return str(folder) if folder and folder.is_dir() else name
     package = find_spec('sage_finetune').submodule_search_locations[0]
     return str(Path(package)/'models'/embedded_model)
+
+def base_place(
+    folder:str|Path, # Of an adapter
+    base:str|None=None, # Where it is now, if known
+)->str|None: # Hub name, folder, or "sage-tiny"; None where nothing names it
+    "Where the base of an adapter lies: as given, else where it was trained, else where `adapter_config.json` says"
+    if base: return str(base)
+    asked,said = ((read_json(file) if (file := Path(folder)/name).is_file() else {}).get(key) for name,key in
+                  (('training_config.json', 'model_name'), ('adapter_config.json', 'base_model_name_or_path')))
+    if asked and (Path(resolve_model(asked)).is_dir() or not (said and Path(resolve_model(said)).is_dir())): return asked
+    return said or asked

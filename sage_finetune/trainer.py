@@ -25,6 +25,7 @@ from .rows.report import DataReport
 from sage_finetune.model.adapter import (
     adapter_line, add_lora, BestAdapter, check_settings, ready_for_quantised_training
 )
+from .model.shards import base_digest
 from .model.memory import estimate_memory, probe_step
 from .training.batches import check_rows, Collator, longest_batch, pad_token_id
 from .training.split import check_data_path, read_data
@@ -72,7 +73,7 @@ class RunState:
         self.while_running,self.evaluation_rows = [],None # Changes after memory ran out, of training and evaluation
         self.stop_signal,self.unfinished = StopSignal(),None # `unfinished`: noted beside the adapter of a stopped run
         self.watcher = None # Gets the messages instead: has `heard(what)`, and `callbacks()` for the loop
-        self._packed,self._digest,self._before = (None, None),RowsDigest(),None
+        self._packed,self._digest,self._before,self._base = (None, None),RowsDigest(),None,None
 
     @property
     def changes(self)->list: # Of `Change`
@@ -280,10 +281,12 @@ def _record(run):
     "Content of `training_config.json`"
     parent = parent_adapter(run.config)
     return run_record(run.config, run.changes, run.machine, run._digest(run.dataset, run.eval_dataset),
-                      run.evaluation_rows, parent.digest if parent else None)
+                      run.evaluation_rows, parent.digest if parent else None,
+                      run._base or base_digest(run.config.model_name))
 
 def _resume_point(run, fresh):
     "The checkpoint to resume from, or None; from here on the folder holds this run"
+    run._base = one_after_another(lambda: base_digest(run.config.model_name)) # whole files, read once
     record = _record(run)
     if not fresh: check_same_run(run.folder, record, run.say)
     start = agreed(None if fresh else last_checkpoint(run.folder.checkpoints, run.say))

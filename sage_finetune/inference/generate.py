@@ -7,11 +7,11 @@ Docs: https://sage-finetune.github.io/sage_finetune/inference/generate.html.md""
 # %% auto #0
 __all__ = ['trained_settings', 'adapter_tensors', 'bare_name', 'put_adapter', 'load_adapter', 'load_plain', 'load_for_chat',
            'as_messages', 'encode_question', 'Answer', 'StopStreamer', 'generate_answers', 'answers', 'stream_answer',
-           'base_of', 'most_positions', 'fit_history']
+           'most_positions', 'fit_history', 'base_of']
 
 # %% ../../nbs/inference/00_generate.ipynb #e571ad98
 import threading,warnings
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
@@ -21,7 +21,7 @@ import torch
 from ..core.disk import read_json, SageError
 from ..core.machine import Machine
 from ..core.run_folder import RunFolder
-from ..config import fit_config, TrainingConfig
+from ..config import base_place, fit_config, TrainingConfig
 from ..rows.formats import to_messages
 from ..rows.images import image_inputs
 from ..rows.template import images_of
@@ -29,7 +29,7 @@ from ..rows.tokens import encode_prompt
 from ..model.loading import dtype_of, load_model, load_tokenizer, quantisation_of, quiet_libraries
 from ..model.adapter import ready_for_quantised_training
 from ..model.shards import local_folder, read_header, stored_tensors
-from ..model.contract import check_contract, contract_file, stop_ids
+from ..model.contract import base_of, check_contract, check_witness, contract_file, stop_ids
 
 # %% ../../nbs/inference/00_generate.ipynb #97042e74
 def trained_settings(
@@ -100,6 +100,12 @@ def _places(model, name):
             if '.lora_' in k and (f'.{name}.' in k or k.endswith(f'.{name}'))}
 
 # %% ../../nbs/inference/00_generate.ipynb #77a45ab5
+def _biases_below(base, folder, tensors):
+    "The biases of a base that an adapter replaces"
+    if read_json(Path(folder)/'adapter_config.json').get('bias') in (None, 'none'): return {}
+    replaced = {bare_name(k) for k in tensors if k.endswith('.bias') and '.lora_' not in k}
+    return {n: p.detach().clone() for n,p in base.named_parameters() if n in replaced}
+
 def put_adapter(
     base, # A causal language model
     folder, # Of an adapter
@@ -110,6 +116,7 @@ def put_adapter(
     "Put a saved adapter on its base; one of another base is refused"
     from peft import PeftModel
     tensors,how = adapter_tensors(folder),dict(low_cpu_mem_usage=empty, **dict(torch_device='cpu') if empty else {})
+    biases = _biases_below(base, folder, tensors) if on is None and not empty else {}
     try:
         with quiet_libraries(), warnings.catch_warnings():
             warnings.simplefilter('ignore')
@@ -119,6 +126,9 @@ def put_adapter(
     except (ValueError, RuntimeError, KeyError, TypeError) as e:
         raise SageError(f'the adapter {folder} does not fit the base: {" ".join(str(e).split())[:300]}') from None
     _refuse_strangers(folder, _places(on, name), {k.removesuffix('.weight') for k in tensors if '.lora_' in k})
+    if biases:
+        on.base_biases = {n: biases[bare_name(n)] for n,_ in on.named_parameters()
+                          if bare_name(n) in biases and '.lora_' not in n}
     return on
 
 # %% ../../nbs/inference/00_generate.ipynb #8bfd6069
@@ -137,14 +147,16 @@ def load_adapter(
     adapter_tensors(folder)
     settings = trained_settings(folder)
     if not quantised: settings = settings.adapted(load_in_8bit=False, load_in_4bit=False)
-    config,base = fit_config(settings, machine)[0],base or settings.model_name
+    config,base = fit_config(settings, machine)[0],base_place(folder, base)
     tokenizer = load_tokenizer(str(folder) if (folder/'tokenizer_config.json').is_file() else base)
     if place := local_folder(base): stored_tensors(place)
     _note(check_contract(folder, tokenizer, base, ignore_contract))
     if quantised: config = config.adapted(load_in_8bit=settings.load_in_8bit, load_in_4bit=settings.load_in_4bit)
     model = load_model(base, dtype_of(config), machine.device, quantisation_of(config) if quantised else None)
     if quantised: model = ready_for_quantised_training(model)
-    return put_adapter(model, folder).eval(),tokenizer
+    model = put_adapter(model, folder).eval()
+    _note(check_witness(folder, model, ignore_contract))
+    return model,tokenizer
 
 # %% ../../nbs/inference/00_generate.ipynb #cbb21128
 def load_plain(
@@ -159,13 +171,16 @@ def load_plain(
         stored_tensors(place)
         if any((place/n).is_file() for n in (contract_file, 'merge_report.json')):
             _note(check_contract(place, tokenizer, ignore=ignore_contract))
-    return load_model(str(folder), dtype, device).eval(),tokenizer
+    model = load_model(str(folder), dtype, device).eval()
+    if place: _note(check_witness(place, model, ignore_contract))
+    return model,tokenizer
 
 # %% ../../nbs/inference/00_generate.ipynb #51289670
 def load_for_chat(
     path, # Run folder, folder of an adapter, or folder of a model
     adapter:bool=False, # Take the adapter even where a merged model exists
     ignore_contract:bool=False, # Load it even where the form it was trained in has changed
+    base:str|None=None, # Where the base of an adapter is now; None: where it was
 )->tuple: # Model in evaluation mode, and its tokenizer
     "What a folder offers to talk to: the merged model, else the adapter on its base, else the model that it is"
     run = RunFolder(path)
@@ -173,7 +188,7 @@ def load_for_chat(
         raise FileNotFoundError(f'{run.path} does not exist: give a run, or a folder that holds a model')
     if run.state=='merged' and not adapter: return load_plain(run.merged_model, ignore_contract)
     for place in (run.lora_weights, run.path):
-        if (place/_adapter_file).is_file(): return load_adapter(place, ignore_contract=ignore_contract)
+        if (place/_adapter_file).is_file(): return load_adapter(place, base=base, ignore_contract=ignore_contract)
     if (run.path/'config.json').is_file(): return load_plain(run.path, ignore_contract)
     raise SageError(f'{run.path} holds nothing to talk to: train it first (`sage-finetune run {run.path}`)')
 
@@ -350,11 +365,7 @@ def stream_answer(
     if failed: raise failed[0]
 
 # %% ../../nbs/inference/00_generate.ipynb #41c0ffee
-def base_of(
-    model, # A model, perhaps with an adapter
-): # A context manager
-    "Inside this block a model with an adapter answers as its base: the adapter is switched off"
-    return model.disable_adapter() if hasattr(model, 'disable_adapter') else nullcontext()
+_all_ = ['base_of']
 
 # %% ../../nbs/inference/00_generate.ipynb #7a4bcb4c
 def most_positions(

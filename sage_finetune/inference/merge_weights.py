@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from ..core.disk import read_json, SageError, write_json
+from ..config import base_place
 from ..model.loading import dtype_of, load_model, model_class, no_model, quiet_libraries
 from ..model.shards import local_folder, stored_tensors, write_model
 from .generate import adapter_tensors, bare_name, put_adapter, trained_settings
@@ -280,7 +281,7 @@ def merge_plan(
     bits = 8 if settings.load_in_8bit else 4 if settings.load_in_4bit else None
     compute = dtype_of(settings) if (pairs[0][0]/'training_config.json').is_file() else None
     return MergePlan({'default' if not i else f'second{i}': p for i,p in enumerate(pairs)},
-                     base or settings.model_name, _formats.get(dtype) or compute, bits, compute or torch.float32)
+                     base_place(pairs[0][0], base), _formats.get(dtype) or compute, bits, compute or torch.float32)
 
 # %% ../../nbs/inference/02_merge_weights.ipynb #a200001e
 def put_adapters(

@@ -23,7 +23,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 from ..core.disk import read_json, SageError
 from ..core.settings import refuse_unknown
 from ..core.run_folder import default_output_dir, find_run
-from ..config import resolve_model, TrainingConfig
+from ..config import base_place, resolve_model
 
 # %% ../../nbs/inference/05_serve.ipynb #6e241508
 @dataclass(frozen=True)
@@ -34,16 +34,16 @@ class Served:
     base: str|None # Model below the adapter: hub name or folder; None for a whole model
     log: Path # File that the server writes to
 
-def _base_of(folder):
+def _base_of(folder, base=None):
     "The base model of the adapter in `folder`"
-    if (folder/'training_config.json').is_file():
-        return resolve_model(TrainingConfig.load(folder/'training_config.json').model_name)
-    return read_json(folder/'adapter_config.json').get('base_model_name_or_path') or None
+    place = base_place(folder, base)
+    return resolve_model(place) if place else None
 
 # %% ../../nbs/inference/05_serve.ipynb #ee73cc91
 def what_to_serve(
     name:str, # Name or folder of a run, or folder of a model or an adapter
     adapter:bool=False, # Take the adapter even where a merged model exists
+    base:str|None=None, # Where the base of an adapter is now; None: where it was
 )->Served: # Which files, under which name
     "Find out what a name stands for"
     path = Path(resolve_model(str(name))).expanduser()
@@ -51,12 +51,12 @@ def what_to_serve(
     if lora or (path/'config.json').is_file():
         path = path.resolve()
         log = default_output_dir.parent/'logs'/f'serve-{path.name}.log'
-        return Served(path.name, path, _base_of(path) if lora else None, log)
+        return Served(path.name, path, _base_of(path, base) if lora else None, log)
     run = find_run(name)
     log,called = run.logs/'serve.log',run.path.resolve().name
     if run.state=='merged' and not adapter: return Served(called, run.merged_model, None, log)
     if (run.lora_weights/'adapter_model.safetensors').is_file():
-        return Served(called, run.lora_weights, _base_of(run.lora_weights), log)
+        return Served(called, run.lora_weights, _base_of(run.lora_weights, base), log)
     raise SageError(f'run {run.path} is not trained yet: train it first (`sage-finetune run {run.path}`)')
 
 # %% ../../nbs/inference/05_serve.ipynb #7898f829
@@ -167,7 +167,8 @@ def _serve_here(served, order):
     import uvicorn
     from sage_finetune.inference.generate import load_for_chat
     from sage_finetune.inference.chat_api import chat_app, Engine
-    engine = Engine(*load_for_chat(served.folder, ignore_contract=order['ignore_contract']), order['max_new_tokens'])
+    loaded = load_for_chat(served.folder, ignore_contract=order['ignore_contract'], base=served.base)
+    engine = Engine(*loaded, order['max_new_tokens'])
     app = chat_app(engine, served.name, order['api_key'])
     server = uvicorn.Server(uvicorn.Config(app, host=order['host'], port=order['port'], timeout_graceful_shutdown=2,
                                            log_config=_log_settings()))
@@ -327,13 +328,14 @@ def start_server(
     adapter:bool=False, # Take the adapter even where a merged model exists
     max_new_tokens:int=512, # Tokens of an answer at most, where a client names no number; for the engine "native"
     ignore_contract:bool=False, # Serve even where template, tokenizer or base are not those of training
+    base:str|None=None, # Where the base of an adapter is now; None: where it was
     timeout:float=600.0, # Seconds until it must answer
     log=None, # File that the server writes to; `logs/serve.log` in the run folder if None
 )->Server: # It answers
     "Start a server and wait until it answers"
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip()==api_key!=''):
         raise ValueError('`api_key` must be a word of plain letters, digits and signs, without spaces around it')
-    served = what_to_serve(name, adapter)
+    served = what_to_serve(name, adapter, base)
     engine,port = choose_engine(engine, api_key, served),free_port(host, port)
     log,folder = Path(log).expanduser() if log else served.log,str(served.folder.resolve())
     order = dict(name=served.name, folder=folder, base=served.base, log=str(log), host=host, port=port, api_key=api_key,

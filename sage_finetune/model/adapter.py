@@ -77,6 +77,8 @@ def add_lora(
             **lora.to_dict() | _only_language(model, lora.target_modules, layers), fan_in_fan_out=conv))
     for p in adapted.parameters():
         if p.requires_grad: p.data = p.data.float() # biases too: the optimizer's steps are below what 16 bits resolve
+    adapted.base_biases = {n: p.detach().clone() for n,p in adapted.named_parameters()
+                           if p.requires_grad and n.endswith('bias') and '.lora_' not in n}
     if changes_base(lora): adapted.adapter_start = low_rank(get_peft_model_state_dict(adapted))
     return adapted
 

@@ -28,6 +28,7 @@ from ..rows.tokens import ignored
 from sage_finetune.model.adapter import (
     check_settings, full_tensor, load_lora_init, lora_plus, save_lora_init, trained_tensors
 )
+from ..model.contract import check_witness, save_witness
 from ..model.loss import loss_sum, mean_loss
 from .samplers import SeededOrder
 from sage_finetune.training.callbacks import (
@@ -302,7 +303,10 @@ class WholeCheckpoints:
     "Checkpoints of an adapter, whole or not at all"
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
-        if self.args.should_save: save_lora_init(self.model, output_dir or self.args.output_dir)
+        if not self.args.should_save: return
+        folder = output_dir or self.args.output_dir
+        save_lora_init(self.model, folder)
+        if not division(): save_witness(folder, self.model, self.processing_class)
 
     def save_model(self, output_dir=None, _internal_call=False):
         if not self.is_fsdp_enabled: return super().save_model(output_dir, _internal_call)
@@ -311,6 +315,7 @@ class WholeCheckpoints:
     def _load_from_checkpoint(self, checkpoint, model=None):
         with only_top_adapter(self.model): super()._load_from_checkpoint(checkpoint, model)
         load_lora_init(self.model, checkpoint)
+        if not division(): check_witness(checkpoint, self.model)
 
     def _save_checkpoint(self, model, trial):
         save = super()._save_checkpoint

@@ -21,14 +21,14 @@ import sage_finetune.model.loading # before transformers: it quiets bitsandbytes
 from peft import PeftModel
 from transformers import TrainerState
 
-from ..core.disk import read_json, SageError, whole_folder, write_json
+from ..core.disk import read_json, SageError, whole_folder, write_json, write_manifest
 from ..core.display import falling, Shown, Table
 from ..core.machine import Change, division, Machine, process, processes
 from ..core.run_folder import checkpoint_fault, last_checkpoint, RunFolder
 from ..config import TrainingConfig
 from .batches import example_lengths, flat_chunks
 from ..model.adapter import best_evaluation, load_best_adapter, save_adapter, trained_tensors
-from ..model.contract import save_contract
+from ..model.contract import save_contract, save_witness
 from .callbacks import read_metrics, remove_checkpoint
 from .loop import evaluate_held_out
 
@@ -82,15 +82,27 @@ def _with_other_processes(before, new, found):
     return [*found, f'processes × gradient_accumulation_steps: {one[0]} × {one[1]} → {two[0]} × {two[1]}']
 
 # %% ../../nbs/training/05_resume.ipynb #5b01f0d7
+def _as_path(name): return str(Path(name).expanduser().resolve()) if name and Path(str(name)).is_dir() else name
+
+def _base_differences(before, new):
+    "Another base: other weights, or where they are not known, another name"
+    was,now = before.get('_base'),new.get('_base')
+    if was and now:
+        return [] if was==now else [f"the weights of the base {new['model_name']} are others ({was} → {now})"]
+    names = before.get('model_name'),new.get('model_name')
+    return [] if _as_path(names[0])==_as_path(names[1]) else [f'model_name: {names[0]} → {names[1]}']
+
 def differences(
     old:dict, # A saved `training_config.json`
     new:dict, # What would be saved now
 )->list: # One phrase for each setting that makes it another run
     "What distinguishes two runs"
-    keys = [k for k in [*new, *old] if not (k.startswith('_') and k not in _named) and k not in _may_change]
+    keys = [k for k in [*new, *old] if not (k.startswith('_') and k not in _named) and k not in _may_change
+            and k!='model_name']
     before = TrainingConfig().to_dict() | old # a setting that an older version did not have
-    found = [f'{_named.get(k, k)}: {before.get(k)} → {new.get(k)}' for k in dict.fromkeys(keys)
-             if before.get(k)!=new.get(k)]
+    found = _base_differences(before, new) if 'model_name' in {*old, *new} else []
+    found += [f'{_named.get(k, k)}: {before.get(k)} → {new.get(k)}' for k in dict.fromkeys(keys)
+              if before.get(k)!=new.get(k)]
     if before.get('_processes', 1)==new.get('_processes', 1): return found
     return _with_other_processes(before, new, found)
 
@@ -103,6 +115,13 @@ def library_versions()->dict: # {package: version}
                 peft=peft.__version__, accelerate=accelerate.__version__)
 
 # %% ../../nbs/training/05_resume.ipynb #5b01f0ed
+_named_places = 'model_name', 'data_path', 'eval_data_path'
+
+def _from_anywhere(settings):
+    "Settings whose names of files and folders hold wherever the next command is given"
+    found = {k: Path(str(settings[k])).expanduser() for k in _named_places if settings.get(k)}
+    return settings | {k: str(p.resolve()) for k,p in found.items() if p.exists()}
+
 def run_record(
     config:TrainingConfig, # As asked
     changes:list, # Of `Change`, for this machine and while running
@@ -110,12 +129,14 @@ def run_record(
     data:str, # Checksum of the rows
     evaluation_rows:int|None=None, # In a batch of an evaluation, where memory was too small for more
     init_adapter:str|None=None, # Checksum of the adapter it begins with
+    base:str|None=None, # Checksum of the base, from `base_digest`
 )->dict: # Settings, and what was found out under names that begin with "_"
     "Content of `training_config.json`"
-    return dict(config.to_dict(), _given=sorted(config.given), _fitted={c.setting: c.used for c in changes},
+    return dict(_from_anywhere(config.to_dict()), _given=sorted(config.given), _fitted={c.setting: c.used for c in changes},
                 _changes=[vars(c) for c in changes], _evaluation_rows=evaluation_rows,
                 _machine=str(machine), _versions=library_versions(), _data=data,
                 _processes=processes(), _division=division(),
+                **({} if base is None else dict(_base=base)),
                 **({} if init_adapter is None else dict(_init_adapter=init_adapter)))
 
 # %% ../../nbs/training/05_resume.ipynb #5b01f0e3
@@ -152,6 +173,8 @@ def save_run(
         save_contract(new, tokenizer, model, record['model_name'])
         write_json(new/'training_config.json', record)
         if unfinished: write_json(new/folder.stopped.name, unfinished)
+        if not division(): save_witness(new, model, tokenizer)
+        write_manifest(new)
 
 # %% ../../nbs/training/05_resume.ipynb #5b01f0e6
 def clear_run(
