@@ -344,6 +344,7 @@ def _stop_here(run, fault):
     # else the other processes may not be here, and the last checkpoint is what there is
     if step and (processes()==1 or isinstance(fault, Stopped)):
         run.unfinished = dict(step=step, of=last, why=str(fault))
+        _drop_merged(run)
         run.save_model()
     if not process(): write_json(run.folder.config, _record(run))
     if not isinstance(fault, Stopped): return fault
@@ -364,12 +365,16 @@ def _result(run, before, seconds):
                                      replay_loss(run.trainer, run.replay_eval_dataset)))
 
 # %% ../nbs/02_trainer.ipynb #2f01f1e2
+def _drop_merged(run):
+    "Remove a merged model that another adapter takes the place of"
+    if process() or not run.folder.merged_model.exists(): return
+    run.say('The merged model was made of an earlier adapter and is removed')
+    shutil.rmtree(run.folder.merged_model)
+
 def _finish(run, result, new_adapter):
     "Save adapter and results"
     folder = run.folder
-    if new_adapter and folder.merged_model.exists() and not process():
-        run.say('The merged model was made of an earlier adapter and is removed')
-        shutil.rmtree(folder.merged_model)
+    if new_adapter: _drop_merged(run)
     run.save_model()
     if process(): return
     write_json(folder.config, read_json(folder.lora_weights/'training_config.json')) # with changes while running

@@ -8,16 +8,19 @@ Docs: https://sage-finetune.github.io/sage_finetune/inference/export.html.md"""
 __all__ = ['model_card', 'export_files', 'export_folder', 'push_to_hub', 'export_gguf', 'ollama_template', 'modelfile']
 
 # %% ../../nbs/inference/06_export.ipynb #04cbbda0
-import json,os,re,shutil,subprocess,sys
+import json,os,re,shutil,subprocess,sys,warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 
-from ..core.disk import cannot_write, read_json, SageError, whole_folder, write_text
+from sage_finetune.core.disk import (
+    cannot_write, file_digest, manifest_file, read_json, SageError, whole_folder, write_manifest, write_text
+)
 from ..core.settings import refuse_unknown
-from ..core.run_folder import find_run
-from ..config import embedded_model
+from ..core.run_folder import find_run, stopped_at
+from ..config import base_place, embedded_model
 from ..rows.images import processor_files
 from ..rows.template import chat_form, render
 from ..rows.tokens import end_of_turn_id
@@ -25,8 +28,8 @@ from ..core.repo_files import find_secret
 
 # %% ../../nbs/inference/06_export.ipynb #89d462d2
 _goes_out = ('config.json', 'generation_config.json', '*.safetensors', '*.safetensors.index.json',
-             'adapter_config.json', 'contract.json', 'tokenizer.json', 'tokenizer_config.json',
-             'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'vocab.txt', 'merges.txt',
+             'adapter_config.json', 'contract.json', 'witness.json', 'stopped.json', 'tokenizer.json',
+             'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'vocab.txt', 'merges.txt',
              'tokenizer.model', 'chat_template.jinja', 'processor_config.json', 'preprocessor_config.json',
              'video_preprocessor_config.json', 'LICENSE*', 'NOTICE*')
 _kinds = dict(merged='The whole model', adapter='The adapter alone')
@@ -56,6 +59,27 @@ def _find_source(name, kind='merged'):
     settings = read_json(run.lora_weights/'training_config.json')
     return _Source(run, kind, folder, settings | settings.get('_fitted', {}))
 
+_largest_asked = 16*2**30 # Bytes of a base that is loaded to ask it; with a larger one, `chat` and `merge` compare
+
+@cache
+def _ask(folder, written, base):
+    "Load an adapter on its base, which compares its answers with those of the model that was trained"
+    from sage_finetune.inference.generate import load_adapter
+    load_adapter(folder, base=base)
+
+def _check_adapter(source, base=None):
+    "Refuse an adapter that is not, or on its base does not answer as, what was trained; what could not be compared is said"
+    from sage_finetune.model.contract import check_contract, read_witness
+    from sage_finetune.model.shards import local_folder, stored_tensors
+    where = base_place(source.folder, base if base and Path(str(base)).expanduser().is_dir() else None)
+    notes,place = check_contract(source.folder, base=where),local_folder(where)
+    if read_witness(source.folder):
+        small = place and sum(t.size for t in stored_tensors(place).values())<=_largest_asked
+        if small: _ask(source.folder, file_digest(source.folder/manifest_file), where)
+        else: notes.append(f'the base {where} is {"too large to be loaded" if place else "not on this machine"}, so the '
+                           f'answers of the adapter were not compared with those of the model that was trained')
+    for note in notes: warnings.warn(note, stacklevel=3)
+
 # %% ../../nbs/inference/06_export.ipynb #9244d117
 def _is_hub_name(name):
     "Whether a name can be one of the Hub's"
@@ -66,6 +90,7 @@ def _is_hub_name(name):
 
 def _base_elsewhere(source, base=None):
     "Where others find the base, a name of the Hub; None where there is none"
+    if base and Path(str(base)).expanduser().is_dir(): base = None # where it is here
     name = base or source.settings['model_name']
     if base and not _is_hub_name(base):
         raise ValueError(f'`base` must be the name of a model on the Hub such as '
@@ -165,6 +190,8 @@ def _figures_part(source):
     run = source.run
     rows = [*_named(run.results, _figures), *_named(run.path/'quickstart.json', _exam)]
     if source.kind=='merged': rows += _named(run.merged_model/'merge_report.json', _merge)
+    if at := stopped_at(run.lora_weights):
+        rows.insert(0, ('stopped before its end, at step', f"{at.get('step')} of {at.get('of')}"))
     return _markdown_table(rows, 'figure', 'value') if rows else 'None were measured.'
 
 # %% ../../nbs/inference/06_export.ipynb #c000000a
@@ -268,13 +295,14 @@ def _check_weights(source):
 def export_files(
     name, # Name or folder of a run
     kind:str='merged', # Or "adapter"
-    **card, # As for `model_card`
+    **card, # As for `model_card`; `base` may also be the folder where the base is now
 )->dict: # Name of each file → its path, or its text
     "What an export consists of"
     from sage_finetune.model.contract import check_contract
     source = _find_source(name, kind)
-    check_contract(source.folder, base=source.settings['model_name'] if kind=='adapter' else None)
     _check_weights(source)
+    if kind=='adapter': _check_adapter(source, card.get('base'))
+    else: check_contract(source.folder)
     files = {p.name: p for p in sorted(source.folder.iterdir())
              if p.is_file() and any(fnmatch(p.name, g) for g in _goes_out)}
     files |= _with_base_name(source, _base_elsewhere(source, card.get('base')))
@@ -300,6 +328,7 @@ def export_folder(
         for n,content in files.items():
             if isinstance(content, str): write_text(new/n, content)
             else: shutil.copyfile(content, new/n)
+        write_manifest(new)
     return target
 
 # %% ../../nbs/inference/06_export.ipynb #c0000012

@@ -127,7 +127,7 @@ def put_adapter(
         raise SageError(f'the adapter {folder} does not fit the base: {" ".join(str(e).split())[:300]}') from None
     _refuse_strangers(folder, _places(on, name), {k.removesuffix('.weight') for k in tensors if '.lora_' in k})
     if biases:
-        on.base_biases = {n: biases[bare_name(n)] for n,_ in on.named_parameters()
+        on.base_values = {n: biases[bare_name(n)] for n,_ in on.named_parameters()
                           if bare_name(n) in biases and '.lora_' not in n}
     return on
 

@@ -99,6 +99,7 @@ class BaseWeights:
     converted: set # Names in the model that are made of other tensors
     head: str|None # Name of the head's weight where it is tied to the embedding
     embedding: str # Name of the embedding's weight
+    untied: bool = False # Whether `config.json` says that head and embedding are one, while the files hold two
 
     def key(self,
         name:str, # Of a weight in the model
@@ -114,6 +115,11 @@ def _ends(model, parameters):
             if m is not None]
     return ends,len(ends)==2 and parameters[ends[0]] is parameters[ends[1]]
 
+def _two_matrices(embedding, head):
+    "Whether the files hold a head of its own; transformers then uses it, whatever the settings say"
+    if not (embedding and head) or embedding==head: return False
+    return embedding.shape!=head.shape or not torch.equal(embedding.read(), head.read())
+
 def base_weights(
     model, # A causal language model, perhaps without numbers
     stored:dict, # Its tensors, from `stored_tensors`
@@ -126,10 +132,12 @@ def base_weights(
         else: key_of[name] = key
     parameters = dict(model.named_parameters(remove_duplicate=False))
     ends,tied = _ends(model, parameters)
+    untied = tied and _two_matrices(*(stored.get(key_of.get(n)) for n in ends))
+    tied = tied and not untied
     known = set(key_of) | converted | ({ends[1]} if tied else set())
     if not converted and (missing := [n for n in parameters if n not in known]):
         raise SageError(f'the base has no weight {missing[0]} on disk: copy or download it again')
-    return BaseWeights(stored, key_of, converted, ends[1] if tied else None, ends[0])
+    return BaseWeights(stored, key_of, converted, ends[1] if tied else None, ends[0], untied)
 
 # %% ../../nbs/inference/02_merge_weights.ipynb #fd1f7b3f
 @dataclass
@@ -385,7 +393,7 @@ def _write_config(folder, plan):
     config[key] = str(plan.dtype).removeprefix('torch.')
     for part in (config, config.get('text_config')):
         if not isinstance(part, dict): continue
-        if changes.unties: part['tie_word_embeddings'] = False
+        if changes.unties or plan.weights.untied: part['tie_word_embeddings'] = False
         if changes.rows and 'vocab_size' in part: part['vocab_size'] = changes.rows
     write_json(Path(folder)/'config.json', config)
 

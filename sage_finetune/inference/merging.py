@@ -17,18 +17,21 @@ from pathlib import Path
 
 import torch
 
-from ..core.disk import read_json, SageError, whole_folder, write_json
+from ..core.disk import read_json, SageError, whole_folder, write_json, write_manifest
 from ..core.display import Shown, Table
 from ..core.settings import checked
-from ..core.run_folder import RunFolder
+from ..core.run_folder import RunFolder, stopped_at
 from ..config import config_from_meta
 from ..rows.images import image_inputs
 from ..rows.template import images_of
 from ..rows.tokens import encode, encode_prompt
 from ..data import conversations, source_of
-from ..model.loading import dtype_of, model_class, quiet_libraries
+from ..model.loading import dtype_of, load_model, model_class, quiet_libraries
 from ..model.shards import fetched_folder, local_folder, stored_tensors
-from ..model.contract import check_contract, save_contract
+from sage_finetune.model.contract import (
+    answered, check_contract, log_probs_of, read_witness, save_contract, witness_bound, witness_difference, witness_fault,
+    witness_file, witness_rows
+)
 from sage_finetune.inference.generate import (
     adapter_tensors, answers, bare_name, base_of, load_adapter, trained_settings
 )
@@ -132,14 +135,18 @@ class _ProofSample:
     effect_divergence: float = 0.0 # Divergence of the base alone
     quantised: set = field(default_factory=set) # Names of weights that were quantised when the base was loaded
     dtype: torch.dtype = torch.float32 # Number format of the model
+    asked: list = field(default_factory=list) # Rows of the witness
+    log_probs: list = field(default_factory=list) # What it answers to them
+    base: tuple = () # Where the base is quantised: its logits, and its answers to the rows of the witness
     device: object = 'cpu' # Where it was
 
-def _sample(model, tokenizer, rows, prompts):
+def _sample(model, tokenizer, rows, prompts, asked=()):
     "Logits, and greedy answers where there are prompts"
-    if not prompts: return _ProofSample(logits_of(model, rows), [])
+    more = dict(asked=[*asked], log_probs=answered(model, asked))
+    if not prompts: return _ProofSample(logits_of(model, rows), [], **more)
     with torch.inference_mode():
         return _ProofSample(logits_of(model, rows, max(1, 256//len(rows))),
-                            [(a.text, a.tokens) for a in answers(model, tokenizer, prompts, max_new_tokens=32)])
+                            [(a.text, a.tokens) for a in answers(model, tokenizer, prompts, max_new_tokens=32)], **more)
 
 # %% ../../nbs/inference/03_merging.ipynb #b0000004
 def _quantised_layers(model):
@@ -147,14 +154,16 @@ def _quantised_layers(model):
     return {bare_name(f'{n}.weight') for n,m in model.named_modules()
             if type(getattr(m, 'weight', None)).__name__ in ('Params4bit', 'Int8Params')}
 
-def _reference(plan, tokenizer, probes):
+def _reference(plan, tokenizer, probes, asked=()):
     "What base and adapter predict, how far that is from the base alone, and which weights were quantised"
     rows,prompts = probes
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # what there is to say is in the notes already
         model,_ = load_adapter(plan.first, quantised=bool(plan.bits), base=plan.base, ignore_contract=True)
-        tuned = _sample(put_adapters(None, plan.adapters, model).eval(), tokenizer, rows, prompts)
-        with base_of(model): plain = logits_of(model, rows, max(1, 256//len(rows)) if prompts else None)
+        tuned = _sample(put_adapters(None, plan.adapters, model).eval(), tokenizer, rows, prompts, asked)
+        with base_of(model):
+            plain = logits_of(model, rows, max(1, 256//len(rows)) if prompts else None)
+            if plan.bits: tuned.base = plain,answered(model, asked)
     tuned.effect,tuned.effect_divergence = largest_difference(tuned.logits, plain),divergence(tuned.logits, plain)
     tuned.quantised,tuned.dtype,tuned.device = _quantised_layers(model),model.dtype,model.device
     return tuned
@@ -246,16 +255,21 @@ def _streamed(plan, dtype):
 
 def _next_tokens(logits): return [t for l in logits for t in l.argmax(-1).tolist()]
 
-def _sample_streamed(folder, rows, dtype):
+def _apart(logits, rows, asked):
+    "The logits of the rows of a proof, and what was answered to those of the witness"
+    n = len(rows)
+    return logits[:n],dict(asked=[*asked], log_probs=[log_probs_of(l, r) for l,r in zip(logits[n:], asked)])
+
+def _sample_streamed(folder, rows, dtype, asked=()):
     "What a merged model predicts, read from disk as needed"
     model = _model_without_weights(folder, dtype)
     base = base_weights(model, stored_tensors(folder))
     with read_as_needed(model, lambda n: base.stored[base.key(n)].read().to(dtype)):
-        logits = _logits_together(model, rows)
-    return _ProofSample(logits, _next_tokens(logits))
+        logits,more = _apart(_logits_together(model, [*rows, *asked]), rows, asked)
+    return _ProofSample(logits, _next_tokens(logits), **more)
 
 # %% ../../nbs/inference/03_merging.ipynb #b0000009
-def _reference_streamed(plan, dtype, rows):
+def _reference_streamed(plan, dtype, rows, asked=()):
     "What base and adapter predict, and how far that is from the base alone, read as needed"
     model = _model_without_weights(local_folder(plan.base), dtype)
     base = base_weights(model, plan.weights.stored)
@@ -269,13 +283,13 @@ def _reference_streamed(plan, dtype, rows):
         whole = plan.changes.replaced.get(plain) if '.original_module.' not in name else None
         return (whole or base.stored[base.key(plain)]).read().to(dtype)
     with read_as_needed(on.eval(), read):
-        tuned = _logits_together(on, rows)
+        tuned,more = _apart(_logits_together(on, [*rows, *asked]), rows, asked)
         with warnings.catch_warnings(), base_of(on):
             warnings.simplefilter('ignore')
             plain = _logits_together(on, rows)
     known = [t[:, :p.shape[1]] for t,p in zip(tuned, plain)] # without the tokens that the base does not have
     return _ProofSample(tuned, _next_tokens(tuned), largest_difference(known, plain), divergence(known, plain),
-                        dtype=dtype)
+                        dtype=dtype, **more)
 
 # %% ../../nbs/inference/03_merging.ipynb #2ed8ba65
 @dataclass(frozen=True, repr=False)
@@ -300,6 +314,9 @@ class MergeReport(Shown):
     # What was tried: {onto, divergence, difference, same}, the one that was kept first
     ways: list = field(default_factory=list)
     notes: list = field(default_factory=list) # What could not be checked, or was ignored
+    # Of the merged model's answers from those of the model that was trained, nats a token; None where they are not known
+    witness: float|None = None
+    witness_bound: float|None = None # Largest such difference that is accepted
 
     @property
     def table(self)->Table: # Shows itself
@@ -315,6 +332,9 @@ def _report_table(r):
     if r.effect is not None: rows.append(['the base without the adapter', r.effect_divergence, r.effect, ''])
     compared = (f'compared on {r.rows} rows; a divergence of up to {r.bound:g} is accepted' if rows
                 else 'not compared with anything')
+    if r.witness is not None:
+        compared += (f'; {r.witness:.1g} nats a token from the answers of the model in training '
+                     f'(accepted: {r.witness_bound:.1g})')
     return Table(['merged onto', 'divergence (nats a token)', 'largest logit difference', f'{r.compared} the same'],
                  rows, f'Merged into {r.path}', '. '.join([f'{r.dtype}, {r.how}; {compared}', *r.notes]),
                  marks=(0,) if len(r.ways)>1 else ())
@@ -333,12 +353,17 @@ def _refuse_target(target):
         raise SageError(f'{target} is not empty and not a merged model: give a new folder')
     if target.exists() and not target.is_dir(): raise SageError(f'{target} is a file: give a folder')
 
+def _stopped(folder):
+    at = stopped_at(folder)
+    return f"the run was stopped at step {at.get('step')} of {at.get('of')}: this is its adapter at that step"
+
 def _checked_form(plan, ignore):
     "Notes, and the tokenizer that all adapters were trained with"
     from sage_finetune.model.loading import load_tokenizer
     tokenizer = load_tokenizer(str(plan.first) if (plan.first/'tokenizer_config.json').is_file() else plan.base)
     folders = [path for path,_ in plan.adapters.values()]
-    return [n for path in folders for n in check_contract(path, tokenizer, plan.base, ignore)],tokenizer
+    return [*map(_stopped, filter(stopped_at, folders)),
+            *(n for path in folders for n in check_contract(path, tokenizer, plan.base, ignore))],tokenizer
 
 # %% ../../nbs/inference/03_merging.ipynb #b000000e
 def _free_memory():
@@ -356,17 +381,19 @@ def _check_room(plan, dtype):
                     'or on a machine with more memory')
 
 # %% ../../nbs/inference/03_merging.ipynb #0ba6cebe
+_as_quantised = 'the base as quantised in training'
+
 def _ways(plan, quantised):
     "(what it is merged onto, how the base is quantised): all that are worth a try"
     yield 'the base as it is stored' if plan.bits else 'the base',None
     if plan.bits and quantised and plan.weights:
-        yield f'the base as quantised in training ({plan.bits} bits)',(quantised, plan.bits, plan.compute)
+        yield f'{_as_quantised} ({plan.bits} bits)',(quantised, plan.bits, plan.compute)
 
-def _bound(plan, reference):
-    "The divergence that is accepted"
+def _bound(plan, reference, rounding=0.0):
+    "The divergence that is accepted; `rounding` is what quantising did to the base, where that is part of it"
     formats = [plan.dtype, plan.compute, *([reference.dtype] if reference else [])]
     plain = max(merge_bounds.get(str(d).removeprefix('torch.'), merge_bounds['float32']) for d in formats)
-    return plain if not (plan.bits and reference) else max(merge_bounds['bfloat16'], reference.effect_divergence/2)
+    return max(plain, merge_bounds['bfloat16'])+2*rounding if plan.bits and reference else plain
 
 # %% ../../nbs/inference/03_merging.ipynb #b0000011
 def _generation_settings(plan):
@@ -380,42 +407,115 @@ def _generation_settings(plan):
 
 def _measured(place, tokenizer, probes, reference, streamed):
     "How far a merged model, read back from disk, is from what was trained"
-    now = (_sample_streamed(place, probes[0], reference.dtype) if streamed
-           else _sample(_reload(place, reference.dtype, reference.device), tokenizer, *probes))
-    return dict(divergence=divergence(reference.logits, now.logits),
+    now = (_sample_streamed(place, probes[0], reference.dtype, reference.asked) if streamed
+           else _sample(_reload(place, reference.dtype, reference.device), tokenizer, *probes, reference.asked))
+    return dict(log_probs=now.log_probs, divergence=divergence(reference.logits, now.logits),
                 difference=largest_difference(reference.logits, now.logits),
                 same=sum(a==b for a,b in zip(reference.answers, now.answers)))
 
-# %% ../../nbs/inference/03_merging.ipynb #b0000012
-def _prove(plan, tokenizer, probes, dtype):
-    "What was trained, a function that measures a merged model against it, and what is compared"
-    if not _streamed(plan, dtype):
-        reference = _reference(plan, tokenizer, probes)
-        return reference,lambda place: _measured(place, tokenizer, probes, reference, False),'greedy answers'
-    short = [r if isinstance(r, dict) else r[:64] for r in probes[0]],()
-    if not plan.bits: reference = _reference_streamed(plan, dtype, short[0])
+def _quantised_apart(plan, proof):
+    "How far the stored base is from the quantised one: divergence, and on the rows of the witness"
+    reference,rows = proof.reference,proof.rows
+    if proof.streamed: stored = _sample_streamed(local_folder(plan.base), rows, reference.dtype, reference.asked)
     else:
-        reference = _reference(plan, tokenizer, short)
+        model = load_model(plan.base, reference.dtype, reference.device).eval()
+        logits = logits_of(model, rows, max(1, 256//len(rows)) if proof.prompts else None)
+        stored = _ProofSample(logits, [], log_probs=answered(model, reference.asked))
+    return divergence(reference.base[0], stored.logits),witness_difference(reference.base[1], stored.log_probs)
+
+# %% ../../nbs/inference/03_merging.ipynb #b0000012
+@dataclass
+class _Proof:
+    "What a merge is compared with"
+    reference: _ProofSample # What base and adapter predict
+    rows: list # For `logits_of`
+    prompts: list # Conversations that wait for an answer; empty where weights are read as needed
+    streamed: bool # Whether weights are read as they are needed
+    trained: dict|None # What the trained model answered, from `read_witness`; None where it is not known
+
+    @property
+    def compared(self): return 'next tokens' if self.streamed else 'greedy answers'
+
+def _trained_witness(plan):
+    "What the trained model answered, where the merge is of one adapter as it is"
+    return read_witness(plan.first) if [w for _,w in plan.adapters.values()]==[1.0] else None
+
+def _prove(plan, tokenizer, probes, dtype):
+    "What a merged model is to be, from base and adapter; and what was trained"
+    trained,streamed = _trained_witness(plan),_streamed(plan, dtype)
+    config = read_json(fetched_folder(plan.base)/'config.json')
+    vocabulary = config.get('vocab_size') or (config.get('text_config') or {}).get('vocab_size') or len(tokenizer)
+    asked = (trained['rows'] if trained else witness_rows(tokenizer, vocabulary))[:2 if streamed else None]
+    rows,prompts = probes
+    if not streamed:
+        return _Proof(_reference(plan, tokenizer, probes, asked), rows, prompts, False, trained)
+    rows = [r if isinstance(r, dict) else r[:64] for r in rows]
+    if not plan.bits: reference = _reference_streamed(plan, dtype, rows, asked)
+    else:
+        reference = _reference(plan, tokenizer, (rows, ()), asked)
         reference.answers = _next_tokens(reference.logits)
-    return reference,lambda place: _measured(place, tokenizer, short, reference, True),'next tokens'
+    return _Proof(reference, rows, [], True, trained)
+
+# %% ../../nbs/inference/03_merging.ipynb #b0000022
+def _now(plan, reference, log_probs, bits=None, **more):
+    "What a model that was computed here answers, as a witness"
+    return dict(format=str(reference.dtype).removeprefix('torch.'), device=str(torch.device(reference.device).type), bits=bits,
+                log_probs=log_probs, **more)
+
+def _held_against_training(plan, proof, ignore):
+    "Refuse base and adapter that answer otherwise than the model that was trained; notes where that is ignored"
+    if proof.trained is None: return []
+    fault = witness_fault(proof.trained, _now(plan, proof.reference, proof.reference.log_probs, plan.bits))
+    if not fault: return []
+    proof.trained = None # what differs already is no measure of the merge
+    if ignore: return [f'{plan.first}: {fault}']
+    raise SageError(f'merge refused: {plan.first}: {fault}. Its base, its files or the libraries are not those of its '
+                    f'training; `ignore_contract=True` goes on all the same')
+
+def _witness_figures(plan, proof, way, rounding):
+    "The witness of the merged model, and how far that is from its answers"
+    reference,n = proof.reference,len(proof.reference.asked)
+    then = proof.trained or _now(plan, reference, reference.log_probs, plan.bits, version=1, rows=reference.asked)
+    then = {k: v for k,v in then.items() if k!='base'} | dict(merged=str(plan.dtype).removeprefix('torch.'))
+    bound = witness_bound(then, _now(plan, reference, way['log_probs'])) + 2*rounding
+    then |= dict(allowed=bound) if plan.bits else {}
+    return then,dict(witness=witness_difference(then['log_probs'][:n], way['log_probs']), witness_bound=bound)
 
 # %% ../../nbs/inference/03_merging.ipynb #b0000015
-def _merge_ways(folder, plan, tokenizer, probes, dtype):
-    "Write every way, keep the nearest, and give its figures"
-    reference,measure,compared = _prove(plan, tokenizer, probes, dtype) if probes else (None, lambda place: {}, '')
+def _written_ways(folder, plan, tokenizer, proof):
+    "Every way to merge, written and measured, the nearest first: folder → figures"
     ways = {}
-    for i,(onto,quantised) in enumerate(_ways(plan, reference and reference.quantised)):
+    for i,(onto,quantised) in enumerate(_ways(plan, proof and proof.reference.quantised)):
         place = folder/f'way{i}'
         write_merged(place, plan, quantised)
         save_contract(place, tokenizer, _generation_settings(plan), plan.base)
-        ways[place] = dict(onto=onto) | measure(place)
-    best,*_ = order = sorted(ways, key=lambda p: ways[p].get('divergence', 0.0))
+        found = _measured(place, tokenizer, (proof.rows, proof.prompts), proof.reference, proof.streamed) if proof else {}
+        ways[place] = dict(onto=onto) | found
+    return dict(sorted(ways.items(), key=lambda w: w[1].get('divergence', 0.0)))
+
+def _merge_ways(folder, plan, tokenizer, proof):
+    "Write every way, keep the nearest, and give its figures"
+    ways = _written_ways(folder, plan, tokenizer, proof)
+    best = next(iter(ways))
     for p in list(best.iterdir()): p.rename(folder/p.name)
-    for place in order: shutil.rmtree(place)
-    if not probes: return dict(rows=0, difference=None, bound=_bound(plan, None), effect=None)
-    return dict(rows=len(probes[0]), bound=_bound(plan, reference), effect=reference.effect,
-                effect_divergence=reference.effect_divergence, asked=len(reference.answers), compared=compared,
-                ways=[ways[p] for p in order], **{k: ways[best][k] for k in ('difference', 'divergence', 'same')})
+    for place in ways: shutil.rmtree(place)
+    if not proof: return _without_proof(folder, plan)
+    reference,way = proof.reference,ways[best]
+    rounding = ((0.0, 0.0) if not plan.bits or way['onto'].startswith(_as_quantised)
+                else _quantised_apart(plan, proof))
+    witness,figures = _witness_figures(plan, proof, way, rounding[1])
+    write_json(folder/witness_file, witness)
+    for w in ways.values(): w.pop('log_probs')
+    return dict(rows=len(proof.rows), bound=_bound(plan, reference, rounding[0]), effect=reference.effect,
+                effect_divergence=reference.effect_divergence, asked=len(reference.answers), compared=proof.compared,
+                ways=[*ways.values()], **{k: way[k] for k in ('difference', 'divergence', 'same')},
+                **(figures if proof.trained else {}))
+
+def _without_proof(folder, plan):
+    "Figures of a merge that is compared with nothing; the witness goes with it where its bound is known"
+    if not plan.bits and (trained := _trained_witness(plan)):
+        write_json(folder/witness_file, trained | dict(merged=str(plan.dtype).removeprefix('torch.')))
+    return dict(rows=0, difference=None, bound=_bound(plan, None), effect=None)
 
 # %% ../../nbs/inference/03_merging.ipynb #ed2457d3
 def _machine_format(plan):
@@ -427,6 +527,9 @@ def _machine_format(plan):
 
 def _refuse_difference(report):
     "A merged model that is not what was trained"
+    if report.witness is not None and report.witness>report.witness_bound:
+        raise SageError(f'merge refused: the merged model answers otherwise than the model that was trained, by '
+                        f'{report.witness:.2g} nats a token, bound {report.witness_bound:.2g}')
     if report.divergence<=report.bound: return
     raise SageError(f'merge refused: the merged model differs from base and adapter by {report.divergence:.2g} nats a '
                     f'token, bound {report.bound:g} (largest logit difference {report.difference:.2g})')
@@ -452,12 +555,15 @@ def merge_adapters(
     if rows: _check_room(plan, compute)
     if plan.weights is None: notes.append(f'merged in memory, because {plan.why}')
     with whole_folder(target) as new:
-        figures = _merge_ways(new, plan, tokenizer, probes_of(run, tokenizer, rows) if rows else None, compute)
+        proof = _prove(plan, tokenizer, probes_of(run, tokenizer, rows), compute) if rows else None
+        if proof: notes += _held_against_training(plan, proof, ignore_contract)
+        figures = _merge_ways(new, plan, tokenizer, proof)
         report = MergeReport(str(target), str(plan.dtype).removeprefix('torch.'), seconds=time.monotonic()-began,
                              how='weight by weight' if plan.weights else 'in memory', base=str(plan.base),
                              adapters=[(str(p), w) for p,w in plan.adapters.values()], notes=notes, **figures)
         if rows: _refuse_difference(report)
         write_json(new/'merge_report.json', asdict(report))
+        write_manifest(new)
     return report
 
 # %% ../../nbs/inference/03_merging.ipynb #5e35a91e
@@ -467,10 +573,10 @@ def merge_run(
     rows:int=8, # Rows to compare on; 0 leaves the proof out
     dtype:str|None=None, # "float32", "float16" or "bfloat16"; None: as in training
     ignore_contract:bool=False, # Merge even where base or form are not those of training
+    base:str|None=None, # Where the base is now; None: where it was
 )->MergeReport: # What it did, measured
     "Merge the adapter of a run into its base, prove the result, and write it whole or not at all"
     run = RunFolder(path)
-    if run.state not in ('trained', 'merged'):
+    if run.state not in ('trained', 'merged', 'stopped'):
         raise SageError(f'{run.path} has no adapter to merge: train it first (`sage-finetune run {run.path}`)')
-    return merge_adapters(run.lora_weights, output or run.merged_model, rows, dtype, run=run.path,
-                          ignore_contract=ignore_contract)
+    return merge_adapters(run.lora_weights, output or run.merged_model, rows, dtype, base, run.path, ignore_contract)

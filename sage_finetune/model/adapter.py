@@ -60,6 +60,11 @@ def _targets(model, wanted):
     return {n: m for layers in found.values() for n,m in layers.items()}
 
 # %% ../../nbs/model/02_adapter.ipynb #8a1354be
+def _values_of_base(adapted, moved):
+    "What is trained and belongs to the base: biases, and the lengths of DoRA where its weights were moved"
+    return {n: p.detach().clone() for n,p in adapted.named_parameters() if p.requires_grad
+            and (n.endswith('bias') and '.lora_' not in n or moved and 'lora_magnitude_vector' in n)}
+
 def add_lora(
     model, # A causal language model
     lora, # A `LoRAConfig`
@@ -77,8 +82,7 @@ def add_lora(
             **lora.to_dict() | _only_language(model, lora.target_modules, layers), fan_in_fan_out=conv))
     for p in adapted.parameters():
         if p.requires_grad: p.data = p.data.float() # biases too: the optimizer's steps are below what 16 bits resolve
-    adapted.base_biases = {n: p.detach().clone() for n,p in adapted.named_parameters()
-                           if p.requires_grad and n.endswith('bias') and '.lora_' not in n}
+    adapted.base_values = _values_of_base(adapted, changes_base(lora))
     if changes_base(lora): adapted.adapter_start = low_rank(get_peft_model_state_dict(adapted))
     return adapted
 
@@ -108,6 +112,10 @@ def _check_start(model, lora, layers):
     if init=='orthogonal' and lora.r%2: raise ValueError(f'{what} needs an even rank, got `r={lora.r}`')
     if not changes_base(lora): return
     if getattr(model, 'is_quantized', False): raise ValueError(_no_quantised.format(what))
+    head,embedding = model.get_output_embeddings(),model.get_input_embeddings()
+    if head in layers.values() and head.weight is embedding.weight:
+        raise ValueError(f'{what} would move the embedding of this model too, which is one matrix with its head: '
+                         f'leave the head out of `target_modules`, or set `init_lora_weights=True`')
     if other := [n for n,m in layers.items() if not isinstance(m, (torch.nn.Linear, Conv1D))]:
         raise ValueError(f'{what} needs linear layers, and {other[0]} is none: '
                          f'leave it out of `target_modules`, or set `init_lora_weights=True`')
@@ -172,10 +180,17 @@ def _sum_of_products(parts):
     return {k: torch.cat(pieces(k), dim=0 if '.lora_A.' in k else 1).contiguous() for k in shapes},sum(ranks)
 
 # %% ../../nbs/model/02_adapter.ipynb #7c3b1b9c
-def _as_plain_lora(folder, scaling, more):
+def _put_back(tensors, start, scaling):
+    "Frozen weights in an adapter's file (peft writes that of a head), as they were before the adapter took its part"
+    for key in [k for k in tensors if k.endswith('.base_layer.weight')]:
+        A,B = (start.get(key.replace('base_layer', f'lora_{x}')) for x in 'AB')
+        if A is not None: tensors[key] = (tensors[key].float()+scaling*B.float()@A.float()).to(tensors[key].dtype)
+
+def _as_plain_lora(folder, scaling, more, start=None):
     "Rewrite a saved adapter as the sum of itself and `more`, each (factor, tensors); the factors go into B"
     file,settings = folder/'adapter_model.safetensors',read_json(folder/'adapter_config.json')
     tensors = load_file(file)
+    _put_back(tensors, start or {}, scaling)
     whole,r = _sum_of_products([(scaling, low_rank(tensors)), *more])
     layers = sorted({k.rpartition('.lora_')[0] for k in whole})
     if any(k not in tensors for k in whole):
@@ -196,7 +211,8 @@ def save_adapter(
     scaling = scaling_of(read_json(Path(folder)/'adapter_config.json'))
     start,below = getattr(model, 'adapter_start', None),getattr(model, 'adapter_below', None)
     if start or below:
-        _as_plain_lora(Path(folder), scaling, [*([(-scaling, start)] if start else []), *([below] if below else [])])
+        _as_plain_lora(Path(folder), scaling, [*([(-scaling, start)] if start else []), *([below] if below else [])],
+                       start)
 
 # %% ../../nbs/model/02_adapter.ipynb #f9c88229
 start_file = 'adapter_start.safetensors'

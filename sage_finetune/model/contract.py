@@ -152,7 +152,7 @@ def _missing_notes(folder):
         yield f'{folder} does not say in which form it was trained (no {contract_file}), so that is not checked'
     elif any((folder/n).is_file() for n in ('adapter_config.json', 'config.json')):
         if not (folder/manifest_file).is_file():
-            yield f'{folder} has no {manifest_file} (an older version wrote it), so changed bytes are not noticed'
+            yield f'{folder} has no {manifest_file}, so bytes that changed are not noticed'
 
 # %% ../../nbs/model/05_contract.ipynb #15a21804
 def check_contract(
@@ -210,9 +210,9 @@ def base_of(
     if not hasattr(model, 'disable_adapter'):
         yield
         return
-    start,biases = _start_values(model),getattr(model, 'base_biases', {})
-    with _holding(model, start | biases), warnings.catch_warnings():
-        if biases: warnings.filterwarnings('ignore', message='Careful, disabling adapter layers with bias')
+    start,own = _start_values(model),getattr(model, 'base_values', {})
+    with _holding(model, start | own), warnings.catch_warnings():
+        if own: warnings.filterwarnings('ignore', message='Careful, disabling adapter layers with bias')
         with _without_others(model) if start else model.disable_adapter(): yield
 
 # %% ../../nbs/model/05_contract.ipynb #c0b5e007
@@ -306,7 +306,9 @@ def witness_bound(
     "How far two computations of one model may be apart"
     formats = [then['format'], now['format'], *([then['merged']] if then.get('merged') else [])]
     bound = max(witness_bounds.get(f, witness_bounds['bfloat16']) for f in formats)
-    if then.get('bits') or now.get('bits'): bound = max(bound, witness_bounds['float16'])
+    if then.get('bits') or now.get('bits'):
+        same = then.get('device')==now.get('device')
+        bound = max(bound, witness_bounds['float16' if same else 'bfloat16'])
     if then.get('bits')!=now.get('bits') and then.get('base') and now.get('base'):
         bound += 2*witness_difference(then['base'], now['base'])
     return max(bound, then.get('allowed') or 0)

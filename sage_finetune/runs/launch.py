@@ -68,6 +68,7 @@ def launch_command(
     main_process_ip:str|None=None, # Address of machine 0
     main_process_port:int|None=None, # Free port there; None takes any on one machine, and 29500 on several
     fresh:bool=False, # Start from scratch instead of resuming
+    base:str|None=None, # Where the base model is now; None: where it was
     threads:int|None=None, # Processor threads of each process; None leaves it to accelerate
 )->list: # The words of the command
     "The command that trains `target` with several processes"
@@ -79,7 +80,8 @@ def launch_command(
     number = [] if nproc is None else [f'--num_processes={nproc*nodes}']
     own = [] if threads is None else [f'--num_cpu_threads_per_process={threads}']
     return ['accelerate', 'launch', *options, *number, *many, f'--main_process_port={port}', *own, '--module',
-            'sage_finetune.runs.launch', str(target), *(['--fresh'] if fresh else [])]
+            'sage_finetune.runs.launch', str(target), *(['--fresh'] if fresh else []),
+            *(['--base', str(base)] if base else [])]
 
 # %% ../../nbs/runs/06_launch.ipynb #b8d09c20
 def _message(failure):
@@ -207,14 +209,15 @@ def _leave_group():
 def main(
     argv:list|None=None, # Arguments; those of the process if None
 )->int: # Exit status
-    "One process of a launched run: `python -m sage_finetune.runs.launch TARGET [--fresh]`"
+    "One process of a launched run: `python -m sage_finetune.runs.launch TARGET [--fresh] [--base PLACE]`"
     argv = sys.argv[1:] if argv is None else argv
-    target,fresh = [a for a in argv if a!='--fresh'],'--fresh' in argv
+    *target,base = argv if argv[-2:-1]==['--base'] else [*argv, None]
+    target,fresh = [a for a in target if a not in ('--fresh', '--base')],'--fresh' in argv
     if len(target)!=1 or target[0].startswith('-'):
-        print('usage: python -m sage_finetune.runs.launch TARGET [--fresh]', file=sys.stderr)
+        print('usage: python -m sage_finetune.runs.launch TARGET [--fresh] [--base PLACE]', file=sys.stderr)
         return 2
     try:
-        run = trainer_of(target[0], quiet=bool(process())) # one process reports
+        run = trainer_of(target[0], bool(process()), base) # one process reports
         run.quiet = False # whether to try the longest batch is the same for all
         _end_with_parent(run)
         result = run.train(fresh=fresh)

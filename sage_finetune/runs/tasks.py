@@ -6,7 +6,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/runs/tasks.html.md"""
 
 # %% auto #0
 __all__ = ['TASKS', 'TaskRows', 'code_rows', 'quick_settings', 'start_settings', 'HoldsAnotherRun', 'new_run', 'config_of_file',
-           'trainer_of', 'QuickstartResult', 'quickstart']
+           'config_of_run', 'config_of', 'trainer_of', 'QuickstartResult', 'quickstart']
 
 # %% ../../nbs/runs/03_tasks.ipynb #9978827a
 import json,sys,time
@@ -20,7 +20,7 @@ from ..core.disk import read_json, SageError, write_json
 from ..core.settings import checked, refuse_unknown
 from ..core.run_folder import find_run, is_run, run_folder, RunFolder
 from ..core.display import Panel, Shown, Table
-from ..config import config_from_meta, embedded_model, TrainingConfig
+from ..config import config_from_meta, embedded_model, resolve_model, TrainingConfig
 from ..rows.sources import load_training_data, read_rows, save_rows
 from sage_finetune.rows.formats import (
     checked_columns, detect_data_format, renamed, sample_rows, to_messages, to_preference
@@ -130,6 +130,7 @@ def _absolute(data):
 
 def _meta(run, task, model, file, format_type, settings, data):
     "Content of the meta file"
+    model = str(Path(model).resolve()) if model!=embedded_model and Path(model).is_dir() else model
     meta = dict(task_type=task, model=model, framework='native', format=format_type,
                 dataset=str(file or f'training_data_{task}.json'), config=settings,
                 output_dir=str(run.path))
@@ -214,17 +215,55 @@ def config_of_file(
     return TrainingConfig.load(path) if path.suffix=='.json' else TrainingConfig.from_dict(given)
 
 # %% ../../nbs/runs/03_tasks.ipynb #ce3d1355
-def trainer_of(
+def _found(file, folder):
+    "A file of data where it was, or under its name in the folder of the run"
+    moved = file and not Path(file).exists() and (folder/Path(file).name).exists()
+    return folder/Path(file).name if moved else file
+
+def config_of_run(
+    folder, # Run folder
+)->TrainingConfig: # Its `output_dir` is `folder`
+    "What the run in a folder is trained with: a run is its folder, wherever that lies now"
+    run = RunFolder(folder)
+    if not run.meta.is_file():
+        c = TrainingConfig.load(run.config)
+        return c.replace(output_dir=run.path, data_path=_found(c.data_path, run.path),
+                         eval_data_path=_found(c.eval_data_path, run.path))
+    config = config_from_meta(run.path)
+    begun = read_json(run.config).get('model_name') if run.config.is_file() else None
+    if not begun or not Path(begun).is_dir() or Path(resolve_model(config.model_name)).is_dir(): return config
+    return config.replace(model_name=begun) # a relative name, from the folder in which it was begun
+
+def _run_of(path):
+    "The run that a file of settings stands in, where it was begun already; else None"
+    run = RunFolder(path.parent)
+    if path.resolve() not in (run.config.resolve(), run.meta.resolve()) or not is_run(run.path): return None
+    return run if run.state!='new' else None
+
+# %% ../../nbs/runs/03_tasks.ipynb #ce3d1356
+def config_of(
     target, # A config, run folder, name of a run, or file of settings, of LLaMA-Factory and TRL too
+    quiet:bool=False, # Say nothing of a translation
+    base:str|None=None, # Where the base model is now; None: where it was
+)->TrainingConfig: # To be trained
+    "The config of what `target` asks for"
+    if isinstance(target, TrainingConfig): config = target
+    else:
+        path = checked('target', target, Path)
+        file = path.is_file()
+        run = _run_of(path) if file else find_run(target)
+        config = config_of_run(run.path) if run else config_of_file(path, quiet)
+    if base is None: return config
+    return config.replace(model_name=str(Path(base).expanduser().resolve()) if Path(base).expanduser().is_dir() else base)
+
+def trainer_of(
+    target, # As for `config_of`
     quiet:bool=False, # Say nothing and show no progress
+    base:str|None=None, # Where the base model is now; None: where it was
 ): # A `LoRATrainer`; a `PreferenceTrainer` where the settings have a `method` or the rows are judged answers
     "The trainer of what `target` asks for"
     from sage_finetune.preference import trainer_for
-    if isinstance(target, TrainingConfig): return trainer_for(target, quiet)
-    path = checked('target', target, Path)
-    if path.is_file(): return trainer_for(config_of_file(path, quiet), quiet)
-    run = find_run(target)
-    return trainer_for(config_from_meta(run.path) if run.meta.is_file() else TrainingConfig.load(run.config), quiet)
+    return trainer_for(config_of(target, quiet, base), quiet)
 
 # %% ../../nbs/runs/03_tasks.ipynb #f66ddbc4
 @dataclass(repr=False)

@@ -25,7 +25,7 @@ from ..core.disk import read_json, SageError, whole_folder, write_json, write_ma
 from ..core.display import falling, Shown, Table
 from ..core.machine import Change, division, Machine, process, processes
 from ..core.run_folder import checkpoint_fault, last_checkpoint, RunFolder
-from ..config import TrainingConfig
+from ..config import embedded_model, TrainingConfig
 from .batches import example_lengths, flat_chunks
 from ..model.adapter import best_evaluation, load_best_adapter, save_adapter, trained_tensors
 from ..model.contract import save_contract, save_witness
@@ -119,7 +119,8 @@ _named_places = 'model_name', 'data_path', 'eval_data_path'
 
 def _from_anywhere(settings):
     "Settings whose names of files and folders hold wherever the next command is given"
-    found = {k: Path(str(settings[k])).expanduser() for k in _named_places if settings.get(k)}
+    found = {k: Path(str(settings[k])).expanduser() for k in _named_places
+             if settings.get(k) and settings[k]!=embedded_model}
     return settings | {k: str(p.resolve()) for k,p in found.items() if p.exists()}
 
 def run_record(
@@ -132,8 +133,8 @@ def run_record(
     base:str|None=None, # Checksum of the base, from `base_digest`
 )->dict: # Settings, and what was found out under names that begin with "_"
     "Content of `training_config.json`"
-    return dict(_from_anywhere(config.to_dict()), _given=sorted(config.given), _fitted={c.setting: c.used for c in changes},
-                _changes=[vars(c) for c in changes], _evaluation_rows=evaluation_rows,
+    return dict(_from_anywhere(config.to_dict()), _given=sorted(config.given),
+                _fitted={c.setting: c.used for c in changes}, _changes=[vars(c) for c in changes], _evaluation_rows=evaluation_rows,
                 _machine=str(machine), _versions=library_versions(), _data=data,
                 _processes=processes(), _division=division(),
                 **({} if base is None else dict(_base=base)),
