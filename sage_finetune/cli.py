@@ -314,7 +314,8 @@ def run(
     prompt: Annotated[Optional[list[str]], Option('--prompt', help='With --live: a question that is answered again '
                                                   'and again; may be repeated')] = None,
     fresh: Fresh = False, base: Base = None, nproc: Nproc = None, config: Share = None, nodes: Nodes = 1,
-    machine_rank: MachineRank = 0, main_process_ip: MainIp = None, main_process_port: MainPort = None, dry_run: DryRun = False,
+    machine_rank: MachineRank = 0, main_process_ip: MainIp = None, main_process_port: MainPort = None,
+    dry_run: DryRun = False,
 ):
     "Train what a run folder or a file of settings asks for; a killed run resumes"
     many = nproc or config or nodes>1 or dry_run or machine_rank or main_process_ip or main_process_port

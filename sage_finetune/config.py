@@ -505,5 +505,5 @@ def base_place(
     if base: return str(base)
     asked,said = ((read_json(file) if (file := Path(folder)/name).is_file() else {}).get(key) for name,key in
                   (('training_config.json', 'model_name'), ('adapter_config.json', 'base_model_name_or_path')))
-    if asked and (Path(resolve_model(asked)).is_dir() or not (said and Path(resolve_model(said)).is_dir())): return asked
-    return said or asked
+    here = lambda name: bool(name) and Path(resolve_model(name)).is_dir()
+    return asked if asked and (here(asked) or not here(said)) else said or asked

@@ -16,9 +16,9 @@ from .model.loading import dtype_of, load_model, load_tokenizer, quantisation_of
 from peft import PeftModel
 from transformers import Trainer, TrainingArguments, set_seed
 
-from .core.disk import cannot_write, read_json, SageError, write_json
+from .core.disk import cannot_write, manifest_file, read_json, SageError, write_json
 from .core.machine import division, Machine, process, processes, show_changes
-from .core.run_folder import last_checkpoint, only_run, RunFolder
+from .core.run_folder import last_checkpoint, only_run, RunFolder, write_record
 from .config import config_from_meta, fit_config, PreferenceConfig, TrainingConfig
 from .rows.images import processor_of
 from .rows.report import DataReport
@@ -291,6 +291,7 @@ def _resume_point(run, fresh):
     if not fresh: check_same_run(run.folder, record, run.say)
     start = agreed(None if fresh else last_checkpoint(run.folder.checkpoints, run.say))
     if not process():
+        (run.folder.path/manifest_file).unlink(missing_ok=True) # from here on its files change
         write_json(run.folder.config, record)
         if run.data_report: run.data_report.save(run.folder.data_report)
     return start
@@ -380,6 +381,7 @@ def _finish(run, result, new_adapter):
     write_json(folder.config, read_json(folder.lora_weights/'training_config.json')) # with changes while running
     plot_losses(read_metrics(folder.metrics), folder.loss_curve)
     write_json(folder.results, vars(result))
+    write_record(folder.path)
 
 # %% ../nbs/02_trainer.ipynb #ca466627
 def _train_and_save(run, start):

@@ -10,7 +10,7 @@ __all__ = ['manifest_file', 'SageError', 'cannot_write', 'is_running', 'to_disk'
 
 # %% ../../nbs/core/00_disk.ipynb #194002a8
 import errno,hashlib,json,os,platform,re,time,zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -217,11 +217,13 @@ def _entry(path, again=False):
 def write_manifest(
     folder:str|Path, # Folder whose files are all written
     name:str=manifest_file, # Of the manifest in it
+    only:Iterable|None=None, # Paths of some of its files; None takes all
 )->Path: # The manifest
     "Write down size and checksum of each file in a folder"
     folder = Path(folder)
     try:
-        files = [p for p in sorted(folder.rglob('*')) if p.is_file() and p.name!=name and p.suffix!='.md']
+        files = [p for p in sorted(folder.rglob('*') if only is None else only)
+                 if p.is_file() and p.name!=name and p.suffix!='.md']
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             return write_json(folder/name, {p.relative_to(folder).as_posix(): entry
                                             for p,entry in zip(files, pool.map(_entry, files))})

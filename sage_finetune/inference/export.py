@@ -68,7 +68,7 @@ def _ask(folder, written, base):
     load_adapter(folder, base=base)
 
 def _check_adapter(source, base=None):
-    "Refuse an adapter that is not, or on its base does not answer as, what was trained; what could not be compared is said"
+    "Refuse an adapter that does not answer as the trained model did; what could not be compared is said"
     from sage_finetune.model.contract import check_contract, read_witness
     from sage_finetune.model.shards import local_folder, stored_tensors
     where = base_place(source.folder, base if base and Path(str(base)).expanduser().is_dir() else None)
@@ -76,8 +76,10 @@ def _check_adapter(source, base=None):
     if read_witness(source.folder):
         small = place and sum(t.size for t in stored_tensors(place).values())<=_largest_asked
         if small: _ask(source.folder, file_digest(source.folder/manifest_file), where)
-        else: notes.append(f'the base {where} is {"too large to be loaded" if place else "not on this machine"}, so the '
-                           f'answers of the adapter were not compared with those of the model that was trained')
+        else:
+            why = 'too large to be loaded for it' if place else 'not on this machine'
+            notes.append(f'the base {where} is {why}, so the answers of the adapter were not compared with those of the '
+                         f'model that was trained')
     for note in notes: warnings.warn(note, stacklevel=3)
 
 # %% ../../nbs/inference/06_export.ipynb #9244d117

@@ -29,8 +29,8 @@ from ..data import conversations, source_of
 from ..model.loading import dtype_of, load_model, model_class, quiet_libraries
 from ..model.shards import fetched_folder, local_folder, stored_tensors
 from sage_finetune.model.contract import (
-    answered, check_contract, log_probs_of, read_witness, save_contract, witness_bound, witness_difference, witness_fault,
-    witness_file, witness_rows
+    answered, check_contract, log_probs_of, read_witness, save_contract, witness_bound, witness_difference,
+    witness_fault, witness_file, witness_rows
 )
 from sage_finetune.inference.generate import (
     adapter_tensors, answers, bare_name, base_of, load_adapter, trained_settings
@@ -314,7 +314,7 @@ class MergeReport(Shown):
     # What was tried: {onto, divergence, difference, same}, the one that was kept first
     ways: list = field(default_factory=list)
     notes: list = field(default_factory=list) # What could not be checked, or was ignored
-    # Of the merged model's answers from those of the model that was trained, nats a token; None where they are not known
+    # How far its answers are from those of the model that was trained, nats a token; None where they are not known
     witness: float|None = None
     witness_bound: float|None = None # Largest such difference that is accepted
 
@@ -352,6 +352,11 @@ def _refuse_target(target):
     if target.is_dir() and any(target.iterdir()) and not (target/'merge_report.json').is_file():
         raise SageError(f'{target} is not empty and not a merged model: give a new folder')
     if target.exists() and not target.is_dir(): raise SageError(f'{target} is a file: give a folder')
+
+def _refuse_cut_files(plan):
+    "A file that is cut short or missing is named as that"
+    for path,_ in plan.adapters.values(): adapter_tensors(path)
+    stored_tensors(fetched_folder(plan.base))
 
 def _stopped(folder):
     at = stopped_at(folder)
@@ -459,8 +464,8 @@ def _prove(plan, tokenizer, probes, dtype):
 # %% ../../nbs/inference/03_merging.ipynb #b0000022
 def _now(plan, reference, log_probs, bits=None, **more):
     "What a model that was computed here answers, as a witness"
-    return dict(format=str(reference.dtype).removeprefix('torch.'), device=str(torch.device(reference.device).type), bits=bits,
-                log_probs=log_probs, **more)
+    return dict(format=str(reference.dtype).removeprefix('torch.'), device=torch.device(reference.device).type,
+                bits=bits, log_probs=log_probs, **more)
 
 def _held_against_training(plan, proof, ignore):
     "Refuse base and adapter that answer otherwise than the model that was trained; notes where that is ignored"
@@ -489,8 +494,9 @@ def _written_ways(folder, plan, tokenizer, proof):
         place = folder/f'way{i}'
         write_merged(place, plan, quantised)
         save_contract(place, tokenizer, _generation_settings(plan), plan.base)
-        found = _measured(place, tokenizer, (proof.rows, proof.prompts), proof.reference, proof.streamed) if proof else {}
-        ways[place] = dict(onto=onto) | found
+        ways[place] = dict(onto=onto)
+        if not proof: continue
+        ways[place] |= _measured(place, tokenizer, (proof.rows, proof.prompts), proof.reference, proof.streamed)
     return dict(sorted(ways.items(), key=lambda w: w[1].get('divergence', 0.0)))
 
 def _merge_ways(folder, plan, tokenizer, proof):
@@ -549,6 +555,7 @@ def merge_adapters(
     _refuse_target(target)
     plan = merge_plan(adapters, base, dtype)
     _refuse_quantised(plan.base)
+    _refuse_cut_files(plan)
     notes,tokenizer = _checked_form(plan, ignore_contract)
     find_weights(plan)
     compute = _machine_format(plan)

@@ -9,18 +9,18 @@ __all__ = ['Run', 'RunList', 'runs', 'on_any_background', 'RunComparison', 'comp
            'repeat_run']
 
 # %% ../../nbs/runs/04_run.ipynb #2dec1d9d
-import html,json
+import html,json,warnings
 from base64 import b64encode
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import cycle
 from pathlib import Path
 
-from ..core.disk import read_json, SageError
+from ..core.disk import manifest_fault, manifest_file, read_json, SageError
 from ..core.display import falling, Panel, Shown, shown_figure, size_text, Table
 from ..config import config_from_meta, PreferenceConfig, TrainingConfig
 from ..core.machine import Change, Changes
-from ..core.run_folder import find_run, list_runs, RunFolder
+from ..core.run_folder import find_run, list_runs, record_fault, RunFolder
 from ..rows.report import DataReport
 
 # %% ../../nbs/runs/04_run.ipynb #9b89aefd
@@ -42,9 +42,12 @@ def _lines(path):
     "The logged numbers of a run, or one line that says why they cannot be read"
     import sage_finetune.model.loading # before transformers: it quiets bitsandbytes
     from sage_finetune.training.callbacks import read_metrics # imports torch
-    try: return read_metrics(path)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise SageError(f'{path} cannot be read: {e}') from None
+    try:
+        with open(path, 'rb') as f: begins = f.readline().strip(b'\0 \r\n')[:1]
+        if begins not in (b'', b'{'): raise SageError(f'{path} cannot be read: it holds no lines of numbers')
+        return read_metrics(path)
+    except FileNotFoundError: return []
+    except OSError as e: raise SageError(f'{path} cannot be read: {e}') from None
 
 def _optional_json(path): return read_json(path) if path.is_file() else {}
 
@@ -57,6 +60,8 @@ def _adapter_of(run):
     from safetensors.torch import load_file
     file = run.folder.lora_weights/'adapter_model.safetensors'
     if not file.is_file(): raise _no_adapter(run)
+    if (file.parent/manifest_file).is_file() and (fault := manifest_fault(file.parent)):
+        raise SageError(f'{file.parent}: {fault}: put back what was there')
     try: return load_file(file)
     except Exception as e: raise SageError(f'{file} cannot be read: {e}') from None
 
@@ -115,7 +120,9 @@ class Run(Shown):
     def __init__(self,
         path, # Name of a run, or path of its folder
         root=None, # Folder of all runs; `~/.sage/finetune_output` if None
-    ): self.folder = find_run(path, root)
+    ):
+        self.folder = find_run(path, root)
+        if fault := record_fault(self.folder.path): warnings.warn(f'{self.folder.path}: {fault}', stacklevel=2)
 
     name = property(lambda self: self.folder.path.name, doc='Name of the folder')
     state = property(lambda self: self.folder.state, doc='"new", "started", "stopped", "trained" or "merged"')

@@ -254,7 +254,8 @@ def config_of(
         run = _run_of(path) if file else find_run(target)
         config = config_of_run(run.path) if run else config_of_file(path, quiet)
     if base is None: return config
-    return config.replace(model_name=str(Path(base).expanduser().resolve()) if Path(base).expanduser().is_dir() else base)
+    place = Path(base).expanduser()
+    return config.replace(model_name=str(place.resolve()) if place.is_dir() else base)
 
 def trainer_of(
     target, # As for `config_of`

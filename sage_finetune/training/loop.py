@@ -32,7 +32,8 @@ from ..model.contract import check_witness, save_witness
 from ..model.loss import loss_sum, mean_loss
 from .samplers import SeededOrder
 from sage_finetune.training.callbacks import (
-    EvaluateFirst, LastSteps, matmul_peak, NotFinite, peak_memory, random_state, remove_checkpoint, training_flops
+    EvaluateFirst, kept_before, LastSteps, matmul_peak, NotFinite, peak_memory, random_state, remove_checkpoint,
+    training_flops
 )
 
 # %% ../../nbs/training/04_loop.ipynb #4a01f0d1
@@ -162,6 +163,7 @@ class StepGuard(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         t,saved = self.trainer, Path(args.output_dir)/f'checkpoint-{state.global_step}'/'window.json'
         t.meter.window.zero_()
+        t.first_logs = kept_before(saved.parent) | t.first_logs
         if state.global_step and saved.is_file() and state.is_world_process_zero:
             t.meter.window += torch.tensor(read_json(saved)['sums'], dtype=t.window.dtype, device=t.window.device)
         t.peak = matmul_peak(t.args.device.type,
@@ -276,7 +278,7 @@ def _save_whole(trainer, save):
     refused = None
     try:
         save()
-        if first: write_json(folder/'window.json', dict(sums=sums))
+        if first: write_json(folder/'window.json', dict(sums=sums, before=trainer.first_logs))
     except Exception as e:
         refused = None if out_of_memory(e) else disk_error(e)
         if refused or isinstance(e, SageError): remove_checkpoint(folder)
@@ -330,6 +332,7 @@ class ResumableTrainer(StepChecks, SeededOrder, WholeCheckpoints):
                  **kwargs):
         self.by_length,self.stop_requested,self.on_smaller_evaluation = by_length,stop_requested,on_smaller_evaluation
         super().__init__(*args, **kwargs)
+        self.first_logs = {} # what was measured before the first step
         self.steps = None if self.args.world_size>1 else LastSteps()
         self.meter,self.peak = self.metrics_class(self.args.device),1.0
         # right after the callback that decides what is due
@@ -362,6 +365,7 @@ class ResumableTrainer(StepChecks, SeededOrder, WholeCheckpoints):
         return metrics
 
     def log(self, logs, *args, **kwargs):
+        if not self.state.global_step: self.first_logs |= {k: v for k,v in logs.items() if isinstance(v, float)}
         if 'loss' in logs: logs.update(self.meter.line(self.accelerator.gather, self.count_operations, self.peak))
         super().log(logs, *args, **kwargs)
 

@@ -21,7 +21,7 @@ import sage_finetune.model.loading # before transformers: it quiets bitsandbytes
 from peft import PeftModel
 from transformers import TrainerState
 
-from ..core.disk import read_json, SageError, whole_folder, write_json, write_manifest
+from ..core.disk import manifest_file, read_json, SageError, whole_folder, write_json, write_manifest
 from ..core.display import falling, Shown, Table
 from ..core.machine import Change, division, Machine, process, processes
 from ..core.run_folder import checkpoint_fault, last_checkpoint, RunFolder
@@ -29,7 +29,7 @@ from ..config import embedded_model, TrainingConfig
 from .batches import example_lengths, flat_chunks
 from ..model.adapter import best_evaluation, load_best_adapter, save_adapter, trained_tensors
 from ..model.contract import save_contract, save_witness
-from .callbacks import read_metrics, remove_checkpoint
+from .callbacks import kept_before, read_metrics, remove_checkpoint
 from .loop import evaluate_held_out
 
 # %% ../../nbs/training/05_resume.ipynb #5b01f0d1
@@ -183,7 +183,7 @@ def clear_run(
 )->None: # Nothing: what was asked (the meta file, the data) stays
     "Remove what a run has written"
     written = (folder.checkpoints, folder.lora_weights, folder.merged_model, folder.logs, folder.metrics,
-               folder.loss_curve, folder.results)
+               folder.loss_curve, folder.results, folder.path/manifest_file)
     left = [p for p in written if p.exists()]
     if left and not (folder.meta.is_file() or folder.config.is_file()):
         raise SageError(f'{folder.path} is not a run folder, so {left[0].name} in it is left alone: '
@@ -242,10 +242,11 @@ def losses_before(
     resumed:bool, # Whether the run was begun before
 )->tuple: # On held-out rows, on replay rows; None where there are none
     "Losses before the first step"
-    def known(name): return logged_before_training(metrics, name) if resumed else None
+    kept = kept_before(last_checkpoint(metrics.parent/'checkpoints')) if resumed else {}
+    def known(name): return kept.get(name, logged_before_training(metrics, name)) if resumed else None
     held_out = None if trainer.eval_dataset is None else known('eval_loss')
     if held_out is None and trainer.eval_dataset is not None:
-        if not process(): metrics.unlink(missing_ok=True)
+        if not (process() or resumed): metrics.unlink(missing_ok=True)
         held_out = trainer.evaluate()['eval_loss']
     replay = known('earlier_loss')
     return held_out,replay_loss(trainer, replay_rows) if replay is None else replay

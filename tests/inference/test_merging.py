@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sage_finetune.inference import merge_weights, merging
 from sage_finetune.model.adapter import ready_for_quantised_training
-from sage_finetune.core.disk import write_json
+from sage_finetune.core.disk import write_json, write_manifest
 from sage_finetune.config import read_json, SageError, TrainingConfig
-from sage_finetune.model.contract import save_contract
+from sage_finetune.model.contract import read_witness, save_contract, save_witness, witness_file
 from sage_finetune.inference.generate import load_adapter, load_for_chat, load_plain
 from sage_finetune.model.loading import load_model, load_tokenizer, quantisation_of
 from sage_finetune.inference.merging import merge_adapters
@@ -66,7 +66,9 @@ def adapter(folder, where, bits=None, dtype='fp32', by=0.1, seed=1, grow=0, **lo
             if p.requires_grad: p.data = p.data.float()+by*torch.randn(p.shape)*(0.1 if p.numel()>50_000 else 1)
         model.save_pretrained(folder)
     save_contract(folder, tok, model, str(where))
+    save_witness(folder, model, tok)
     config.save(folder/'training_config.json')
+    write_manifest(folder)
     return folder
 
 
@@ -74,9 +76,10 @@ def adapter(folder, where, bits=None, dtype='fp32', by=0.1, seed=1, grow=0, **lo
 def table():
     rows = []
     yield rows
-    print(f'\n{"merge":44}{"difference":>12}{"divergence":>12}{"effect":>9}{"answers":>9}{"memory":>9}')
+    print(f'\n{"merge":44}{"difference":>12}{"divergence":>12}{"witness":>9}{"effect":>9}{"answers":>9}{"memory":>9}')
     for name,r,memory in rows:
-        print(f'{name:44}{r.difference:12.2g}{r.divergence:12.2g}{r.effect_divergence:9.2g}'
+        witness = 'none' if r.witness is None else f'{r.witness:.2g}'
+        print(f'{name:44}{r.difference:12.2g}{r.divergence:12.2g}{witness:>9}{r.effect_divergence:9.2g}'
               f'{f"{r.same} of {r.asked}":>9}{memory:>9}')
         for w in r.ways[1:] if len(r.ways)>1 else ():
             print(f'{"    not kept: "+w["onto"]:44}{w["difference"]:12.2g}{w["divergence"]:12.2g}')
@@ -94,6 +97,7 @@ def proved(table, name, *args, **kwargs):
     "A merge, its figures kept"
     before = high_water(reset=True)
     report = merge_adapters(*args, rows=4, **kwargs)
+    assert report.witness is None or report.witness<=report.witness_bound
     after = high_water()
     table.append((name, report, f'{(after-before)/1024:.0f} MB' if before and after else '?'))
     return report
@@ -311,7 +315,7 @@ def test_a_fault_is_caught_by_name(tmp_path, fault):
 def test_the_adapter_of_another_base_is_caught_without_a_contract(tmp_path, fault, message):
     where = base(tmp_path/'base', 'llama')
     a = adapter(tmp_path/'a', where)
-    (a/'contract.json').unlink()
+    for name in ('contract.json', 'checksums.json', witness_file): (a/name).unlink()
     fault(a, where)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -333,6 +337,110 @@ def test_a_merged_model_is_looked_at_as_well(tmp_path, name, message):
         with pytest.warns(UserWarning, match=message): load_plain(tmp_path/'m', ignore_contract=True)
 
 
+# --- the witness: what the trained model answered, against files that agree with each other
+
+def changed_tensors(change):
+    def fault(a):
+        tensors = load_file(a/'adapter_model.safetensors')
+        change(tensors)
+        save_file(tensors, a/'adapter_model.safetensors', metadata=dict(format='pt'))
+    return fault
+
+def changed_settings(**more):
+    return lambda a: write_json(a/'adapter_config.json', read_json(a/'adapter_config.json') | more)
+
+def exchanged(tensors):
+    one,other = (f'base_model.model.model.layers.{i}.mlp.up_proj.lora_A.weight' for i in (0, 1))
+    tensors[one],tensors[other] = tensors[other],tensors[one]
+
+def zero(tensors): tensors['base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight'].zero_()
+def one_row(tensors): tensors['base_model.model.model.layers.0.mlp.down_proj.lora_B.weight'][3] *= -1
+
+
+@pytest.mark.parametrize('fault', [changed_tensors(zero), changed_tensors(exchanged), changed_tensors(one_row),
+                                   changed_settings(lora_alpha=10), changed_settings(use_rslora=True)],
+                         ids=['a matrix is lost', 'two are exchanged', 'a row is turned', 'alpha', 'scaling'])
+@pytest.mark.parametrize('dtype', ['fp32', 'bf16'])
+def test_files_that_agree_are_not_what_was_trained(tmp_path, monkeypatch, fault, dtype):
+    where = base(tmp_path/'base', 'qwen2', dtype=dtype)
+    a = adapter(tmp_path/'a', where, dtype=dtype, by=.3)
+    fault(a)
+    write_manifest(a) # the checksums are those of the wrong files
+    with pytest.raises(SageError, match='answers otherwise than the model that was trained'): load_for_chat(a)
+    for limit in (merging.stream_above, 0):
+        monkeypatch.setattr(merging, 'stream_above', limit)
+        with pytest.raises(SageError, match='merge refused: .*answers otherwise than the model that was trained'):
+            merge_adapters(a, tmp_path/'m', rows=4)
+    assert not (tmp_path/'m').exists()
+    with pytest.warns(UserWarning, match='answers otherwise'): load_for_chat(a, ignore_contract=True)
+
+
+@pytest.mark.parametrize('streamed', [False, True])
+def test_a_merge_is_held_against_what_was_trained(tmp_path, monkeypatch, streamed):
+    "Also where base and adapter, as they are loaded, would agree with it"
+    where = base(tmp_path/'base', 'llama')
+    a = adapter(tmp_path/'a', where)
+    if streamed: monkeypatch.setattr(merging, 'stream_above', 0)
+    report = merge_adapters(a, tmp_path/'m', rows=4)
+    assert report.witness<1e-4<report.witness_bound and 'answers of the model in training' in str(report)
+    assert read_witness(tmp_path/'m')['merged']=='float32'
+    own = merging._measured
+    off = lambda *args: (found := own(*args)) | dict(log_probs=[[x-.01 for x in r] for r in found['log_probs']])
+    monkeypatch.setattr(merging, '_measured', off)
+    with pytest.raises(SageError, match='merge refused: the merged model answers otherwise .*by 0.01 nats a token'):
+        merge_adapters(a, tmp_path/'n', rows=4)
+
+
+def test_a_merged_model_is_compared_when_it_is_loaded(tmp_path):
+    a = adapter(tmp_path/'a', base(tmp_path/'base', 'llama'))
+    for name,how in dict(m={}, half=dict(dtype='bfloat16'), quick=dict(rows=0)).items():
+        merge_adapters(a, tmp_path/name, **how)
+        load_plain(tmp_path/name)
+    file = tmp_path/'m'/'model.safetensors'
+    tensors = load_file(file)
+    tensors['model.layers.0.mlp.up_proj.weight'] *= 1.1
+    save_file(tensors, file, metadata=dict(format='pt'))
+    with pytest.raises(SageError, match='its file model.safetensors has changed'): load_plain(tmp_path/'m')
+    write_manifest(tmp_path/'m')
+    with pytest.raises(SageError, match='answers otherwise'): load_plain(tmp_path/'m')
+
+
+def test_what_a_quantised_merge_may_add_does_not_grow_with_the_adapter(tmp_path, monkeypatch):
+    "A quarter of the adapter is lost, which is less than half of what it does"
+    pytest.importorskip('bitsandbytes')
+    a = adapter(tmp_path/'a', base(tmp_path/'base', 'llama'), 4)
+    own = merge_weights.merged_weight
+    def most(layer, weight, tensors, names): return weight.float()+.75*(own(layer, weight, tensors, names)-weight.float())
+    monkeypatch.setattr(merge_weights, 'merged_weight', most)
+    (a/witness_file).unlink()
+    write_manifest(a)
+    with pytest.raises(SageError, match='merge refused: the merged model differs from base and adapter'):
+        merge_adapters(a, tmp_path/'m', rows=4)
+
+
+heads = dict(tied_file=lambda t: t.pop('lm_head.weight'), same=lambda t: t.update(
+    {'lm_head.weight': t['model.embed_tokens.weight'].clone()}), other=lambda t: t.update(
+    {'lm_head.weight': t['model.embed_tokens.weight']*.5}))
+
+
+@pytest.mark.parametrize('stored', ['other', 'same'])
+@pytest.mark.parametrize('target', ['q_proj', 'lm_head', 'embed_tokens'])
+@pytest.mark.parametrize('streamed', [False, True])
+def test_a_base_that_only_says_that_its_head_is_tied(tmp_path, monkeypatch, stored, target, streamed):
+    where = base(tmp_path/'base', 'qwen2', tied=True)
+    index = read_json(where/'model.safetensors.index.json')
+    tensors = {k: v for f in where.glob('*.safetensors') for k,v in load_file(f).items()}
+    heads[stored](tensors)
+    for f in {*index['weight_map'].values()}: (where/f).unlink()
+    (where/'model.safetensors.index.json').unlink()
+    save_file(tensors, where/'model.safetensors', metadata=dict(format='pt'))
+    a = adapter(tmp_path/'a', where, target_modules=[target])
+    if streamed: monkeypatch.setattr(merging, 'stream_above', 0)
+    report = merge_adapters(a, tmp_path/'m', rows=4)
+    assert report.witness<1e-4 and report.divergence<1e-6
+    load_plain(tmp_path/'m')
+
+
 def test_a_change_that_is_meant_is_merged_and_noted(tmp_path):
     where = base(tmp_path/'base', 'llama')
     a = adapter(tmp_path/'a', where)
@@ -348,10 +456,12 @@ def test_nan_is_refused(tmp_path):
     name = next(k for k in tensors if 'layers.1.mlp.up_proj.lora_B' in k)
     tensors[name][0, 0] = float('nan')
     save_file(tensors, a/'adapter_model.safetensors', metadata=dict(format='pt'))
+    write_manifest(a)
     with pytest.raises(SageError, match='layers.1.mlp.up_proj.weight holds NaN or infinity'):
         merge_adapters(a, tmp_path/'m', rows=0)
     tensors[name][0, 0] = 1e30
     save_file(tensors, a/'adapter_model.safetensors', metadata=dict(format='pt'))
+    write_manifest(a)
     with pytest.raises(SageError, match='float16 cannot hold'): merge_adapters(a, tmp_path/'m', rows=0, dtype='float16')
     assert not (tmp_path/'m').exists()
 
