@@ -13,9 +13,10 @@ __all__ = ['duplicate_choices', 'cache_folder', 'prepare_dataset', 'source_of', 
            'guarded', 'in_batches', 'refuse_first', 'why_none', 'files_passed_over', 'tokenizer_digest', 'tokenizer_of']
 
 # %% ../nbs/01_data.ipynb #11d4dc68
-import hashlib,json,operator,os,re,tempfile,time
+import hashlib,json,operator,os,re,tempfile,time,warnings
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from shutil import rmtree
 
 from .core.disk import cache_root, manifest_fault, read_json, SageError, whole_folder, write_manifest
 from .rows.sources import load_training_data, read_rows, Row, save_rows, source_digest, source_files
@@ -254,8 +255,7 @@ def _writable(folder):
 # %% ../nbs/01_data.ipynb #6b40914e
 def _from_cache(place, report, tokenizer, digest):
     "What was prepared before, or None where it was not or is damaged"
-    import warnings
-    from shutil import rmtree
+
     if not (place/'data_report.json').is_file() or not images_unchanged(place/_album): return None
     try:
         if fault := manifest_fault(place): raise ValueError(fault)

@@ -261,6 +261,7 @@ def _run_missing_steps(run, fresh=False):
         if run.dataset is None: run.dataset = made
     if not isinstance(run.model, PeftModel): run.apply_lora()
     if run.trainer is not None: return
+    run._base = one_after_another(lambda: base_digest(run.config.model_name)) # whole files, read once
     if not fresh: _remember(run)
     run.setup_trainer()
 
@@ -286,12 +287,12 @@ def _record(run):
 
 def _resume_point(run, fresh):
     "The checkpoint to resume from, or None; from here on the folder holds this run"
-    run._base = one_after_another(lambda: base_digest(run.config.model_name)) # whole files, read once
+
     record = _record(run)
     if not fresh: check_same_run(run.folder, record, run.say)
     start = agreed(None if fresh else last_checkpoint(run.folder.checkpoints, run.say))
     if not process():
-        (run.folder.path/manifest_file).unlink(missing_ok=True) # from here on its files change
+
         write_json(run.folder.config, record)
         if run.data_report: run.data_report.save(run.folder.data_report)
     return start
@@ -386,6 +387,7 @@ def _finish(run, result, new_adapter):
 # %% ../nbs/02_trainer.ipynb #ca466627
 def _train_and_save(run, start):
     "Train to the last step, and save the results"
+    if not process(): (run.folder.path/manifest_file).unlink(missing_ok=True) # its files change from here on
     new_adapter = not (start and is_last_step(start) and run.folder.state in ('trained', 'merged'))
     fault = None
     with run.stop_signal.listening(run.say):

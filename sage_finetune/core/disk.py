@@ -171,9 +171,9 @@ _read_each_time = 2**24 # Bytes of the largest file whose checksum is not rememb
 def _text_digest(text): return hashlib.blake2b(text.encode('utf-8', 'surrogatepass'), digest_size=16).hexdigest()
 
 def _read_digest(path):
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, 'rb') as f:
-        while block := f.read(2**22): digest.update(block)
+    digest,block = hashlib.blake2b(digest_size=16),memoryview(bytearray(2**20))
+    with open(path, 'rb', buffering=0) as f:
+        while n := f.readinto(block): digest.update(block[:n])
     return digest.hexdigest()
 
 def _state_of(path):
@@ -206,13 +206,15 @@ _places = {'adapter_config.json': ('base_model_name_or_path',),
            'training_config.json': ('model_name', 'data_path', 'eval_data_path', 'output_dir', 'init_adapter',
                                     'replay_path')}
 
-def _entry(path, again=False):
+def _exact(path): return [path.stat().st_size, file_digest(path)]
+
+def _entry(path):
     "Size and checksum of a file; of settings that name places, 0 and the checksum of the rest of what they say"
     if path.name in _places:
         with suppress(SageError):
             said = {k: v for k,v in read_json(path).items() if k not in _places[path.name]}
             return [0, _text_digest(json.dumps(said, sort_keys=True))]
-    return [path.stat().st_size, file_digest(path, again)]
+    return _exact(path)
 
 def write_manifest(
     folder:str|Path, # Folder whose files are all written
@@ -222,11 +224,12 @@ def write_manifest(
     "Write down size and checksum of each file in a folder"
     folder = Path(folder)
     try:
+        exact = name!=manifest_file # in a checkpoint nothing is edited
         files = [p for p in sorted(folder.rglob('*') if only is None else only)
-                 if p.is_file() and p.name!=name and p.suffix!='.md']
+                 if p.is_file() and p.name!=name and (exact or p.suffix!='.md')]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             return write_json(folder/name, {p.relative_to(folder).as_posix(): entry
-                                            for p,entry in zip(files, pool.map(_entry, files))})
+                                            for p,entry in zip(files, pool.map(_exact if exact else _entry, files))})
     except OSError as err: raise cannot_write(folder, err) from None
 
 # %% ../../nbs/core/00_disk.ipynb #a4d10e09
@@ -244,7 +247,7 @@ def _file_fault(folder, name, expected):
     path,(size,digest) = folder/name,expected
     try:
         if not path.is_file(): return f'its file {name} is missing'
-        if isinstance(digest, str) and path.name in _places: same = _entry(path)==expected
+        if not size and path.name in _places: same = _entry(path)==expected
         elif (now := path.stat().st_size)!=size: return f'its file {name} has {now:,} of {size:,} bytes'
         elif isinstance(digest, int): same = _crc(path)==digest
         else: same = digest in (file_digest(path), file_digest(path, again=True))

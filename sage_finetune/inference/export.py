@@ -29,8 +29,8 @@ from ..core.repo_files import find_secret
 # %% ../../nbs/inference/06_export.ipynb #89d462d2
 _goes_out = ('config.json', 'generation_config.json', '*.safetensors', '*.safetensors.index.json',
              'adapter_config.json', 'contract.json', 'witness.json', 'stopped.json', 'tokenizer.json',
-             'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'vocab.txt', 'merges.txt',
-             'tokenizer.model', 'chat_template.jinja', 'processor_config.json', 'preprocessor_config.json',
+             'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'vocab.txt',
+             'merges.txt', 'tokenizer.model', 'chat_template.jinja', 'processor_config.json', 'preprocessor_config.json',
              'video_preprocessor_config.json', 'LICENSE*', 'NOTICE*')
 _kinds = dict(merged='The whole model', adapter='The adapter alone')
 
@@ -59,6 +59,7 @@ def _find_source(name, kind='merged'):
     settings = read_json(run.lora_weights/'training_config.json')
     return _Source(run, kind, folder, settings | settings.get('_fitted', {}))
 
+# %% ../../nbs/inference/06_export.ipynb #c0000021
 _largest_asked = 16*2**30 # Bytes of a base that is loaded to ask it; with a larger one, `chat` and `merge` compare
 
 @cache
@@ -78,8 +79,8 @@ def _check_adapter(source, base=None):
         if small: _ask(source.folder, file_digest(source.folder/manifest_file), where)
         else:
             why = 'too large to be loaded for it' if place else 'not on this machine'
-            notes.append(f'the base {where} is {why}, so the answers of the adapter were not compared with those of the '
-                         f'model that was trained')
+            notes.append(f'the base {where} is {why}, so the answers of the adapter were not compared with those '
+                         f'of the model that was trained')
     for note in notes: warnings.warn(note, stacklevel=3)
 
 # %% ../../nbs/inference/06_export.ipynb #9244d117

@@ -6,7 +6,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/inference/merging.html.md"""
 
 # %% auto #0
 __all__ = ['merge_bounds', 'stream_above', 'logits_of', 'largest_difference', 'divergence', 'probes_of', 'probe_rows',
-           'read_as_needed', 'MergeReport', 'merge_adapters', 'merge_run']
+           'MergeReport', 'merge_adapters', 'merge_run']
 
 # %% ../../nbs/inference/03_merging.ipynb #442b0081
 import re,shutil,time,warnings
@@ -27,7 +27,9 @@ from ..rows.template import images_of
 from ..rows.tokens import encode, encode_prompt
 from ..data import conversations, source_of
 from ..model.loading import dtype_of, load_model, model_class, quiet_libraries
-from ..model.shards import fetched_folder, local_folder, stored_tensors
+from sage_finetune.model.shards import (
+    fetched_folder, local_folder, logits_together, model_without_weights, read_as_needed, stored_tensors
+)
 from sage_finetune.model.contract import (
     answered, check_contract, log_probs_of, read_witness, save_contract, witness_bound, witness_difference,
     witness_fault, witness_file, witness_rows
@@ -174,75 +176,6 @@ def _reload(folder, dtype, device):
     with quiet_libraries():
         return model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=dtype).to(device).eval()
 
-# %% ../../nbs/inference/03_merging.ipynb #ecd2b6c6
-@contextmanager
-def _no_initialisation():
-    "While the block runs, new layers get no random numbers"
-    names = [n for n in dir(torch.nn.init) if n.endswith('_') and not n.startswith('_')]
-    before = {n: getattr(torch.nn.init, n) for n in names}
-    try:
-        for n in names: setattr(torch.nn.init, n, lambda t,*args,**kwargs: t)
-        yield
-    finally:
-        for n,f in before.items(): setattr(torch.nn.init, n, f)
-
-def _model_without_weights(folder, dtype):
-    "A model without its weights, but with the tables that it computes by itself"
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    with quiet_libraries(), _no_initialisation(), init_empty_weights(include_buffers=False):
-        model = model_class(config).from_config(config, dtype=dtype).eval()
-    model.tie_weights() # each had become a parameter of its own
-    return model
-
-# %% ../../nbs/inference/03_merging.ipynb #b0000007
-def _read_layer(path, layer, names, read):
-    "Hooks that give a layer its weights before it is called and take them away afterwards"
-    places = [(layer.get_submodule(n.rpartition('.')[0]), n.rpartition('.')[2], f'{path}.{n}' if path else n)
-              for n in names]
-    held = [m._parameters[last] for m,last,_ in places]
-    def fill(*_):
-        for m,last,name in places: m._parameters[last] = torch.nn.Parameter(read(name), requires_grad=False)
-    def empty(*_):
-        for (m,last,_),p in zip(places, held): m._parameters[last] = p
-    return layer.register_forward_pre_hook(fill),layer.register_forward_hook(empty)
-
-# %% ../../nbs/inference/03_merging.ipynb #b0000016
-@contextmanager
-def read_as_needed(
-    model, # Without its weights
-    read, # Called with the name of a weight, gives the tensor
-): # While the block runs, the model can be called
-    "Give each layer its weights when its turn comes, and take them away when it is done"
-    from unittest.mock import patch
-    from peft.tuners.lora import LoraLayer
-    from transformers import PreTrainedModel
-    hooks,inside = [],set()
-    for path,layer in model.named_modules():
-        if layer in inside: continue
-        whole = isinstance(layer, LoraLayer) # some look at the weight of their base outside of its own call
-        if whole: inside.update(layer.modules())
-        if names := [n for n,p in layer.named_parameters(recurse=whole) if p.device.type=='meta']:
-            hooks.extend(_read_layer(path, layer, names, read))
-    # some move their inputs to where their weights seem to be
-    with patch.object(PreTrainedModel, 'device', torch.device('cpu')):
-        try: yield model
-        finally:
-            for h in hooks: h.remove()
-
-# %% ../../nbs/inference/03_merging.ipynb #b0000008
-@torch.inference_mode()
-def _logits_together(model, rows):
-    "Logits of rows that go through at once; causal attention never looks at the padding behind a row"
-    if any(isinstance(r, dict) for r in rows): # images differ in size
-        given = [r if isinstance(r, dict) else dict(input_ids=torch.tensor([r])) for r in rows]
-        return [model(**r, use_cache=False).logits[0].float() for r in given]
-    longest = max(map(len, rows))
-    ids = torch.tensor([[*r, *[0]*(longest-len(r))] for r in rows])
-    logits = model(input_ids=ids, use_cache=False).logits
-    return [l[:len(r)].float() for l,r in zip(logits, rows)]
-
 # %% ../../nbs/inference/03_merging.ipynb #48537814
 stream_above = 5*10**8 # Bytes of a model that is not loaded for its proof
 
@@ -255,6 +188,7 @@ def _streamed(plan, dtype):
 
 def _next_tokens(logits): return [t for l in logits for t in l.argmax(-1).tolist()]
 
+# %% ../../nbs/inference/03_merging.ipynb #b0000031
 def _apart(logits, rows, asked):
     "The logits of the rows of a proof, and what was answered to those of the witness"
     n = len(rows)
@@ -262,16 +196,16 @@ def _apart(logits, rows, asked):
 
 def _sample_streamed(folder, rows, dtype, asked=()):
     "What a merged model predicts, read from disk as needed"
-    model = _model_without_weights(folder, dtype)
+    model = model_without_weights(folder, dtype)
     base = base_weights(model, stored_tensors(folder))
     with read_as_needed(model, lambda n: base.stored[base.key(n)].read().to(dtype)):
-        logits,more = _apart(_logits_together(model, [*rows, *asked]), rows, asked)
+        logits,more = _apart(logits_together(model, [*rows, *asked]), rows, asked)
     return _ProofSample(logits, _next_tokens(logits), **more)
 
 # %% ../../nbs/inference/03_merging.ipynb #b0000009
 def _reference_streamed(plan, dtype, rows, asked=()):
     "What base and adapter predict, and how far that is from the base alone, read as needed"
-    model = _model_without_weights(local_folder(plan.base), dtype)
+    model = model_without_weights(local_folder(plan.base), dtype)
     base = base_weights(model, plan.weights.stored)
     adapters = {n: adapter_tensors(f) for n,(f,_) in plan.adapters.items()}
     on = put_adapters(model, plan.adapters, empty=True)
@@ -283,10 +217,10 @@ def _reference_streamed(plan, dtype, rows, asked=()):
         whole = plan.changes.replaced.get(plain) if '.original_module.' not in name else None
         return (whole or base.stored[base.key(plain)]).read().to(dtype)
     with read_as_needed(on.eval(), read):
-        tuned,more = _apart(_logits_together(on, [*rows, *asked]), rows, asked)
+        tuned,more = _apart(logits_together(on, [*rows, *asked]), rows, asked)
         with warnings.catch_warnings(), base_of(on):
             warnings.simplefilter('ignore')
-            plain = _logits_together(on, rows)
+            plain = logits_together(on, rows)
     known = [t[:, :p.shape[1]] for t,p in zip(tuned, plain)] # without the tokens that the base does not have
     return _ProofSample(tuned, _next_tokens(tuned), largest_difference(known, plain), divergence(known, plain),
                         dtype=dtype, **more)
@@ -418,6 +352,7 @@ def _measured(place, tokenizer, probes, reference, streamed):
                 difference=largest_difference(reference.logits, now.logits),
                 same=sum(a==b for a,b in zip(reference.answers, now.answers)))
 
+# %% ../../nbs/inference/03_merging.ipynb #b0000033
 def _quantised_apart(plan, proof):
     "How far the stored base is from the quantised one: divergence, and on the rows of the witness"
     reference,rows = proof.reference,proof.rows
@@ -428,7 +363,7 @@ def _quantised_apart(plan, proof):
         stored = _ProofSample(logits, [], log_probs=answered(model, reference.asked))
     return divergence(reference.base[0], stored.logits),witness_difference(reference.base[1], stored.log_probs)
 
-# %% ../../nbs/inference/03_merging.ipynb #b0000012
+# %% ../../nbs/inference/03_merging.ipynb #b0000034
 @dataclass
 class _Proof:
     "What a merge is compared with"
@@ -477,6 +412,7 @@ def _held_against_training(plan, proof, ignore):
     raise SageError(f'merge refused: {plan.first}: {fault}. Its base, its files or the libraries are not those of its '
                     f'training; `ignore_contract=True` goes on all the same')
 
+# %% ../../nbs/inference/03_merging.ipynb #b0000035
 def _witness_figures(plan, proof, way, rounding):
     "The witness of the merged model, and how far that is from its answers"
     reference,n = proof.reference,len(proof.reference.asked)
@@ -485,6 +421,12 @@ def _witness_figures(plan, proof, way, rounding):
     bound = witness_bound(then, _now(plan, reference, way['log_probs'])) + 2*rounding
     then |= dict(allowed=bound) if plan.bits else {}
     return then,dict(witness=witness_difference(then['log_probs'][:n], way['log_probs']), witness_bound=bound)
+
+def _without_proof(folder, plan):
+    "Figures of a merge that is compared with nothing; the witness goes with it where its bound is known"
+    if not plan.bits and (trained := _trained_witness(plan)):
+        write_json(folder/witness_file, trained | dict(merged=str(plan.dtype).removeprefix('torch.')))
+    return dict(rows=0, difference=None, bound=_bound(plan, None), effect=None)
 
 # %% ../../nbs/inference/03_merging.ipynb #b0000015
 def _written_ways(folder, plan, tokenizer, proof):
@@ -499,6 +441,7 @@ def _written_ways(folder, plan, tokenizer, proof):
         ways[place] |= _measured(place, tokenizer, (proof.rows, proof.prompts), proof.reference, proof.streamed)
     return dict(sorted(ways.items(), key=lambda w: w[1].get('divergence', 0.0)))
 
+# %% ../../nbs/inference/03_merging.ipynb #b0000036
 def _merge_ways(folder, plan, tokenizer, proof):
     "Write every way, keep the nearest, and give its figures"
     ways = _written_ways(folder, plan, tokenizer, proof)
@@ -516,12 +459,6 @@ def _merge_ways(folder, plan, tokenizer, proof):
                 effect_divergence=reference.effect_divergence, asked=len(reference.answers), compared=proof.compared,
                 ways=[*ways.values()], **{k: way[k] for k in ('difference', 'divergence', 'same')},
                 **(figures if proof.trained else {}))
-
-def _without_proof(folder, plan):
-    "Figures of a merge that is compared with nothing; the witness goes with it where its bound is known"
-    if not plan.bits and (trained := _trained_witness(plan)):
-        write_json(folder/witness_file, trained | dict(merged=str(plan.dtype).removeprefix('torch.')))
-    return dict(rows=0, difference=None, bound=_bound(plan, None), effect=None)
 
 # %% ../../nbs/inference/03_merging.ipynb #ed2457d3
 def _machine_format(plan):

@@ -217,8 +217,7 @@ def base_of(
 
 # %% ../../nbs/model/05_contract.ipynb #c0b5e007
 witness_file = 'witness.json'
-_texts = ('The sum of 17 and 25 is 42, and 微调 means to adapt a model. Grüße aus Köln!',
-          'def mean(values):\n    "Arithmetic mean"\n    return sum(values) / len(values)  # 3.5')
+_texts = 'The sum of 17 and 25 is 42, and 微调 means to adapt.','def mean(x):\n    return sum(x)/len(x)  # 3.5'
 
 def witness_rows(
     tokenizer, # Of the model

@@ -6,12 +6,12 @@ Docs: https://sage-finetune.github.io/sage_finetune/model/shards.html.md"""
 
 # %% auto #0
 __all__ = ['Stored', 'read_header', 'local_folder', 'fetched_folder', 'stored_tensors', 'weights_digest', 'base_files',
-           'base_digest', 'write_tensors', 'write_model']
+           'base_digest', 'model_without_weights', 'read_as_needed', 'logits_together', 'write_tensors', 'write_model']
 
 # %% ../../nbs/model/04_shards.ipynb #ed9686ce
 import hashlib,json,os
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import contextmanager, ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 
 from ..core.disk import file_digest, read_json, SageError
 from ..config import resolve_model
-from .loading import no_model
+from .loading import model_class, no_model, quiet_libraries
 
 # %% ../../nbs/model/04_shards.ipynb #adcead12
 _tensor_types = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
@@ -160,6 +160,81 @@ def base_digest(
     "One checksum of all that `base_files` tells"
     files = base_files(name)
     return hashlib.blake2b(json.dumps(files, sort_keys=True).encode(), digest_size=8).hexdigest() if files else None
+
+# %% ../../nbs/model/04_shards.ipynb #ecd2b6c6
+@contextmanager
+def _no_initialisation():
+    "While the block runs, new layers get no random numbers"
+    names = [n for n in dir(torch.nn.init) if n.endswith('_') and not n.startswith('_')]
+    before = {n: getattr(torch.nn.init, n) for n in names}
+    try:
+        for n in names: setattr(torch.nn.init, n, lambda t,*args,**kwargs: t)
+        yield
+    finally:
+        for n,f in before.items(): setattr(torch.nn.init, n, f)
+
+def model_without_weights(
+    folder, # Of a model
+    dtype:torch.dtype, # Number format to compute in
+): # A model whose parameters hold no numbers
+    "A model without its weights, but with the tables that it computes by itself"
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with quiet_libraries(), _no_initialisation(), init_empty_weights(include_buffers=False):
+        model = model_class(config).from_config(config, dtype=dtype).eval()
+    model.tie_weights() # each had become a parameter of its own
+    return model
+
+# %% ../../nbs/model/04_shards.ipynb #b0000007
+def _read_layer(path, layer, names, read):
+    "Hooks that give a layer its weights before it is called and take them away afterwards"
+    places = [(layer.get_submodule(n.rpartition('.')[0]), n.rpartition('.')[2], f'{path}.{n}' if path else n)
+              for n in names]
+    held = [m._parameters[last] for m,last,_ in places]
+    def fill(*_):
+        for m,last,name in places: m._parameters[last] = torch.nn.Parameter(read(name), requires_grad=False)
+    def empty(*_):
+        for (m,last,_),p in zip(places, held): m._parameters[last] = p
+    return layer.register_forward_pre_hook(fill),layer.register_forward_hook(empty)
+
+# %% ../../nbs/model/04_shards.ipynb #b0000016
+@contextmanager
+def read_as_needed(
+    model, # Without its weights
+    read, # Called with the name of a weight, gives the tensor
+): # While the block runs, the model can be called
+    "Give each layer its weights when its turn comes, and take them away when it is done"
+    from unittest.mock import patch
+    from peft.tuners.lora import LoraLayer
+    from transformers import PreTrainedModel
+    hooks,inside = [],set()
+    for path,layer in model.named_modules():
+        if layer in inside: continue
+        whole = isinstance(layer, LoraLayer) # some look at the weight of their base outside of its own call
+        if whole: inside.update(layer.modules())
+        if names := [n for n,p in layer.named_parameters(recurse=whole) if p.device.type=='meta']:
+            hooks.extend(_read_layer(path, layer, names, read))
+    # some move their inputs to where their weights seem to be
+    with patch.object(PreTrainedModel, 'device', torch.device('cpu')):
+        try: yield model
+        finally:
+            for h in hooks: h.remove()
+
+# %% ../../nbs/model/04_shards.ipynb #b0000008
+@torch.inference_mode()
+def logits_together(
+    model, # A causal language model
+    rows:list, # Lists of token ids; or dicts of what the model is given, (1, time)
+)->list: # Tensors of logits in 32 bits, (time, vocabulary) each
+    "Logits of rows that go through at once; causal attention never looks at the padding behind a row"
+    if any(isinstance(r, dict) for r in rows): # images differ in size
+        given = [r if isinstance(r, dict) else dict(input_ids=torch.tensor([r])) for r in rows]
+        return [model(**r, use_cache=False).logits[0].float() for r in given]
+    longest = max(map(len, rows))
+    ids = torch.tensor([[*r, *[0]*(longest-len(r))] for r in rows])
+    logits = model(input_ids=ids, use_cache=False).logits
+    return [l[:len(r)].float() for l,r in zip(logits, rows)]
 
 # %% ../../nbs/model/04_shards.ipynb #14322d26
 def write_tensors(

@@ -215,25 +215,23 @@ def config_of_file(
     return TrainingConfig.load(path) if path.suffix=='.json' else TrainingConfig.from_dict(given)
 
 # %% ../../nbs/runs/03_tasks.ipynb #ce3d1355
-def _found(file, folder):
-    "A file of data where it was, or under its name in the folder of the run"
-    moved = file and not Path(file).exists() and (folder/Path(file).name).exists()
-    return folder/Path(file).name if moved else file
+def _found(c, folder):
+    "A config whose files of data are taken from the folder of the run, where they are no longer where they were"
+    old = {n: Path(p) for n in ('data_path', 'eval_data_path') if (p := getattr(c, n))}
+    return c.replace(**{n: folder/p.name for n,p in old.items() if not p.exists() and (folder/p.name).exists()})
 
 def config_of_run(
     folder, # Run folder
 )->TrainingConfig: # Its `output_dir` is `folder`
     "What the run in a folder is trained with: a run is its folder, wherever that lies now"
     run = RunFolder(folder)
-    if not run.meta.is_file():
-        c = TrainingConfig.load(run.config)
-        return c.replace(output_dir=run.path, data_path=_found(c.data_path, run.path),
-                         eval_data_path=_found(c.eval_data_path, run.path))
+    if not run.meta.is_file(): return _found(TrainingConfig.load(run.config).replace(output_dir=run.path), run.path)
     config = config_from_meta(run.path)
-    begun = read_json(run.config).get('model_name') if run.config.is_file() else None
-    if not begun or not Path(begun).is_dir() or Path(resolve_model(config.model_name)).is_dir(): return config
-    return config.replace(model_name=begun) # a relative name, from the folder in which it was begun
+    begun = read_json(run.config).get('model_name') if run.config.is_file() else None # a relative name, resolved
+    moved = begun and Path(begun).is_dir() and not Path(resolve_model(config.model_name)).is_dir()
+    return config.replace(model_name=begun) if moved else config
 
+# %% ../../nbs/runs/03_tasks.ipynb #ce3d1358
 def _run_of(path):
     "The run that a file of settings stands in, where it was begun already; else None"
     run = RunFolder(path.parent)
@@ -257,6 +255,7 @@ def config_of(
     place = Path(base).expanduser()
     return config.replace(model_name=str(place.resolve()) if place.is_dir() else base)
 
+# %% ../../nbs/runs/03_tasks.ipynb #ce3d1359
 def trainer_of(
     target, # As for `config_of`
     quiet:bool=False, # Say nothing and show no progress

@@ -134,7 +134,8 @@ def run_record(
 )->dict: # Settings, and what was found out under names that begin with "_"
     "Content of `training_config.json`"
     return dict(_from_anywhere(config.to_dict()), _given=sorted(config.given),
-                _fitted={c.setting: c.used for c in changes}, _changes=[vars(c) for c in changes], _evaluation_rows=evaluation_rows,
+                _fitted={c.setting: c.used for c in changes}, _changes=[vars(c) for c in changes],
+                _evaluation_rows=evaluation_rows,
                 _machine=str(machine), _versions=library_versions(), _data=data,
                 _processes=processes(), _division=division(),
                 **({} if base is None else dict(_base=base)),
