@@ -385,11 +385,12 @@ def _prove(plan, tokenizer, probes, dtype):
     trained,streamed = _trained_witness(plan),_streamed(plan, dtype)
     config = read_json(fetched_folder(plan.base)/'config.json')
     vocabulary = config.get('vocab_size') or (config.get('text_config') or {}).get('vocab_size') or len(tokenizer)
-    asked = (trained['rows'] if trained else witness_rows(tokenizer, vocabulary))[:2 if streamed else None]
-    rows,prompts = probes
+    asked,(rows,prompts) = trained['rows'] if trained else witness_rows(tokenizer, vocabulary),probes
     if not streamed:
         return _Proof(_reference(plan, tokenizer, probes, asked), rows, prompts, False, trained)
     rows = [r if isinstance(r, dict) else r[:64] for r in rows]
+    longest = max(48 if isinstance(r, dict) else len(r) for r in rows) # they go through together
+    asked = [r[:longest] for r in asked[:2]]
     if not plan.bits: reference = _reference_streamed(plan, dtype, rows, asked)
     else:
         reference = _reference(plan, tokenizer, (rows, ()), asked)
@@ -415,12 +416,13 @@ def _held_against_training(plan, proof, ignore):
 # %% ../../nbs/inference/03_merging.ipynb #b0000035
 def _witness_figures(plan, proof, way, rounding):
     "The witness of the merged model, and how far that is from its answers"
-    reference,n = proof.reference,len(proof.reference.asked)
+    reference = proof.reference
     then = proof.trained or _now(plan, reference, reference.log_probs, plan.bits, version=1, rows=reference.asked)
     then = {k: v for k,v in then.items() if k!='base'} | dict(merged=str(plan.dtype).removeprefix('torch.'))
     bound = witness_bound(then, _now(plan, reference, way['log_probs'])) + 2*rounding
     then |= dict(allowed=bound) if plan.bits else {}
-    return then,dict(witness=witness_difference(then['log_probs'][:n], way['log_probs']), witness_bound=bound)
+    known = [r[:len(s)] for r,s in zip(then['log_probs'], way['log_probs'])]
+    return then,dict(witness=witness_difference(known, way['log_probs']), witness_bound=bound)
 
 def _without_proof(folder, plan):
     "Figures of a merge that is compared with nothing; the witness goes with it where its bound is known"

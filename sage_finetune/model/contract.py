@@ -330,11 +330,11 @@ def _computed(w):
 
 def witness_fault(
     then:dict, # What the trained model answered, from `read_witness`
-    now:dict, # From `witness_of` for the same rows
+    now:dict, # From `witness_of` for the same rows, or their beginnings
 )->str|None: # A phrase; None where they agree
     "How far a model is from the one that was trained, where that is more than computing explains"
-    n = len(now['log_probs'])
-    off,bound = witness_difference(then['log_probs'][:n], now['log_probs']),witness_bound(then, now)
+    known = [r[:len(s)] for r,s in zip(then['log_probs'], now['log_probs'])] # perhaps fewer rows, or their beginnings
+    off,bound = witness_difference(known, now['log_probs']),witness_bound(then, now)
     if off<=bound: return None
     tokens = sum(map(len, now['log_probs']))
     return (f'it answers otherwise than the model that was trained: the log-probabilities of {tokens} tokens differ by '
