@@ -30,8 +30,8 @@ from ..core.repo_files import find_secret
 _goes_out = ('config.json', 'generation_config.json', '*.safetensors', '*.safetensors.index.json',
              'adapter_config.json', 'contract.json', 'witness.json', 'stopped.json', 'tokenizer.json',
              'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'vocab.txt',
-             'merges.txt', 'tokenizer.model', 'chat_template.jinja', 'processor_config.json', 'preprocessor_config.json',
-             'video_preprocessor_config.json', 'LICENSE*', 'NOTICE*')
+             'merges.txt', 'tokenizer.model', 'chat_template.jinja', 'processor_config.json', 'LICENSE*',
+             'preprocessor_config.json', 'video_preprocessor_config.json', 'NOTICE*')
 _kinds = dict(merged='The whole model', adapter='The adapter alone')
 
 @dataclass(frozen=True)
