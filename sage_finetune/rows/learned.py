@@ -143,7 +143,9 @@ def _with_next_speaker(text, end, limit, form):
     if not any(form.closers) or not form.controls: return end
     at = end+len(text[end:limit])-len(text[end:limit].lstrip())
     found = form.controls.match(text, at, limit)
-    return found.end() if found and found[0]!=form.header.strip() else end
+    if not found: return end
+    known = found[0] in map(str.strip, form.closers)
+    return found.end() if known or form.closers[0] and found[0]!=form.header.strip() else end
 
 # %% ../../nbs/rows/06_learned.ipynb #de644129
 def _all_spans(tokenizer, text, places, messages, tools, form):
@@ -334,8 +336,8 @@ def _check_order(text, learned, form):
     "Refuse turns that overlap; notes on answers without an end"
     if any(b>c for (_,b,_),(c,_,_) in zip(learned, learned[1:])):
         raise ValueError('the chat template mixes the turns, so the answers cannot be told apart')
-    ends = (*form.ends, *(c.strip() for c in form.closers if c.strip())) or ('\0',)
-    endless = any(not text[a:b].rstrip().endswith(ends) and text[b:].strip() for a,b,_ in learned[:-1])
+    ended = re.compile(f'(?:{form.controls.pattern if form.controls else chr(0)})$')
+    endless = any(text[b:].strip() and not ended.search(text[a:b].rstrip()) for a,b,_ in learned[:-1])
     return ['an earlier answer has no end of its own'] if endless else []
 
 def _with_images(rendered, images, tokenizer):
@@ -349,7 +351,7 @@ def _with_images(rendered, images, tokenizer):
 def _closed_by_next(text, messages, form):
     "A text whose last turn ends as earlier ones do, where the marker of the next speaker is what ends them"
     closer = form.closers[bool(_calls(messages[-1]))] if messages[-1]['role']=='assistant' else ''
-    return text.rstrip()+closer if closer and not text.rstrip().endswith(form.ends or '\0') else text
+    return text.rstrip()+closer if closer and not text.rstrip().endswith((*form.ends, closer.strip())) else text
 
 # %% ../../nbs/rows/06_learned.ipynb #c1952776
 def _proved_spans(tokenizer, messages, tools, form):

@@ -46,7 +46,8 @@ class ChatForm:
     skeletons: dict = field(default_factory=dict, compare=False, repr=False) # Cache of `render_learned`
     several: bool = True # A turn may hold several calls
     ids: str = 'given' # Which ids of calls it takes, a key of `_id_forms`; "unwritten": no id comes out
-    closers: tuple = ('', '') # What stands between an answer, a call and the next turn where no end of their own does
+    closers: tuple = ('', '') # What ends an answer, and a call, where `ends` do not
+    thoughts: str = 'reasoning_content' # Key under which thoughts go in
     opens: str = '' # What a prompt opens beyond the header, such as "<think>\n"
     tags: object = None # Pattern of what the template looks for in texts, such as "</think>"
 
@@ -55,6 +56,8 @@ def _in_form(messages, form):
     "Messages in the form that a template takes"
     out = [_with_calls({k: v for k,v in m.items() if k!='train'}, form) for m in _with_ids(messages, form)]
     out = [_with_image_parts(m) if m.get('images') else m for m in out]
+    if form.thoughts!='reasoning_content':
+        out = [{form.thoughts if k=='reasoning_content' else k: v for k,v in m.items()} for m in out]
     return _text_parts(out) if form.parts else out
 
 def _text_parts(messages):
@@ -167,7 +170,9 @@ def _find_form(tokenizer):
     parts = not comes_out(talk, ChatForm(), U, A) and comes_out(talk, ChatForm(parts=True), U, A)
     bare = ChatForm(parts)
     system = comes_out([dict(role='system', content=S), *talk], bare, S, U, A)
-    form = _form_of_calls(tokenizer, ChatForm(parts, system))
+    thoughts = next((k for k in ('reasoning_content', 'thinking', 'reasoning') if comes_out(
+        [_user(U), _assistant(A, **{k: S})], bare, U, A, S)), 'reasoning_content')
+    form = _form_of_calls(tokenizer, ChatForm(parts, system, thoughts=thoughts))
     (header,opens),ends = _header(tokenizer, bare),_turn_ends(tokenizer, bare)
     added = tokenizer.added_tokens_decoder.items()
     special = {i: str(t) for i,t in added if t.special}
@@ -259,18 +264,20 @@ def _closer(tokenizer, form, calling, header, ends, answer=''):
     "What stands between an answer (or a call) without an end and the next turn, and the token that opens that"
     if calling and form.calls=='text': return ''
     call = dict(type='function', function=dict(name=marker(1), arguments=dict(at='x')))
-    turn = _assistant('', tool_calls=[call]) if calling else _assistant(marker(1))
+    turn = _assistant('', tool_calls=[call]*(1+form.several)) if calling else _assistant(marker(1))
     following = dict(role='tool', content=marker(2), name='look') if calling else _user(marker(2))
     talk,tools = [_user(marker(0)), turn, following, _assistant(marker(3))],[_probe_tool] if calling else None
     alone,whole = (try_template(t, tokenizer, form, tools) for t in (talk[:2], talk))
     alone,opening = alone.rstrip(),sorted(map(str, tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
     for e in ends: alone = alone.removesuffix(e)
-    # a call may have an end of its own
-    if not alone or not whole.startswith(alone) or calling and not answer and alone.endswith(tuple(opening)): return ''
+    if not alone or not whole.startswith(alone): return ''
+    # a call may have an end of its own, as in gpt-oss
+    own = next((t for t in opening if alone.endswith(t)), '') if calling and not answer else ''
+    if own: return own if alone.count(own)==1 else ''
     rest = whole[len(alone):].partition(marker(2))[0]
     found = next((t for t in opening if rest.lstrip().startswith(t)), '')
-    own = any(e in rest for e in ends) or not found or found==header.strip()
-    return '' if own else rest[:rest.index(found)+len(found)]
+    ended = any(e in rest for e in ends) or not found or found==header.strip()
+    return '' if ended else rest[:rest.index(found)+len(found)]
 
 _searched = r"""(?:split|startswith|endswith|partition|find|replace)\(\s*('[^'\n]+'|"[^"\n]+")"""
 _asked_for = r"""('[^'\n]+'|"[^"\n]+")\s+(?:not\s+)?in\s"""
