@@ -431,7 +431,7 @@ def _faults(text, spans, bodies, messages):
         for c in _calls(messages[i]):
             lost = next((v for v in _leaves(c['function']['arguments']) if not _stands_in(v, own)), None)
             if found and lost is not None:
-                faults[i] = f'the chat template leaves out {str(lost)[:40]!r} among the arguments of turn {i+1}'
+                faults.setdefault(i, f'the chat template leaves out {str(lost)[:40]!r} among the arguments of turn {i+1}')
     return faults
 
 _nobody = _Body('', 0, '', False)

@@ -205,13 +205,13 @@ def _tried_calls(tokenizer, form, n=1, id=None):
 
 def _form_of_calls(tokenizer, form):
     "`form` with what a template takes of calls: how, how many in a turn, and with which ids"
-    ways = (replace(form, calls=calls, empty=empty) for calls,empty in _ways_to_call)
-    form = next((way for way in ways if _tried_calls(tokenizer, way)), form)
-    if form.calls=='text': return form
-    id = 'call_a1B2c3D4e5F6g7H8i9J0k1L2'
-    texts = {ids: _tried_calls(tokenizer, replace(form, ids=ids), id=id) for ids in _id_forms}
-    ids = next((ids for ids,text in texts.items() if text), 'given')
-    form = replace(form, ids=ids if not texts[ids] or _id_forms[ids](id) in texts[ids] else 'unwritten')
+    long,short = 'call_a1B2c3D4e5F6g7H8i9J0k1L2','1'
+    ways = (replace(form, ids=ids, calls=calls, empty=empty) for ids in _id_forms for calls,empty in _ways_to_call)
+    form,text = next(((way, text) for way in ways if (text := _tried_calls(tokenizer, way, id=long))
+                      and _tried_calls(tokenizer, way, id=short)), (form, ''))
+    if not text: return form
+    numbered = replace(form, ids='unwritten')
+    if _id_forms[form.ids](long) not in text and _tried_calls(tokenizer, numbered): form = numbered
     return replace(form, several=bool(_tried_calls(tokenizer, form, 2)))
 
 # %% ../../nbs/rows/05_template.ipynb #47ffe692
