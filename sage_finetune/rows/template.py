@@ -60,6 +60,14 @@ def _in_form(messages, form):
         out = [{form.thoughts if k=='reasoning_content' else k: v for k,v in m.items()} for m in out]
     return _text_parts(out) if form.parts else out
 
+def _with_calls(m, form):
+    if not m.get('tool_calls'): return m
+    args = (lambda a: json.dumps(a, ensure_ascii=False)) if form.calls=='string' else (lambda a: a)
+    function = lambda c: c['function'] | dict(arguments=args(c['function']['arguments']))
+    calls = [dict(type='function', id=c['id'], function=function(c)) for c in m['tool_calls']]
+    return m | dict(tool_calls=calls, content=m['content'] or form.empty)
+
+# %% ../../nbs/rows/05_template.ipynb #c1050005
 def _text_parts(messages):
     return [m | dict(content=[dict(type='text', text=m['content'])]) if isinstance(m.get('content'), str) else m
             for m in messages]
@@ -68,13 +76,6 @@ def _with_image_parts(m):
     "A turn with images as templates take it: which images they are is not their business"
     parts = [dict(type='image') if p['type']=='image' else p for p in content_parts(m)]
     return {k: v for k,v in m.items() if k!='images'} | dict(content=parts)
-
-def _with_calls(m, form):
-    if not m.get('tool_calls'): return m
-    args = (lambda a: json.dumps(a, ensure_ascii=False)) if form.calls=='string' else (lambda a: a)
-    function = lambda c: c['function'] | dict(arguments=args(c['function']['arguments']))
-    calls = [dict(type='function', id=c['id'], function=function(c)) for c in m['tool_calls']]
-    return m | dict(tool_calls=calls, content=m['content'] or form.empty)
 
 # %% ../../nbs/rows/05_template.ipynb #526358b2
 def _made_of(id, length): return hashlib.blake2b(id.encode('utf-8', 'replace')).hexdigest()[:length]
@@ -216,6 +217,7 @@ def _form_of_calls(tokenizer, form):
 
 # %% ../../nbs/rows/05_template.ipynb #47ffe692
 _looks_like_control = r'<[|/]?[^<>\s]{1,40}>|\[/?[A-Z_]{2,20}\]'
+
 _control = re.compile(_looks_like_control)
 
 def common_length(
@@ -230,6 +232,7 @@ def common_length(
     cut = a.rfind('[', max(0, n-20), n)
     return cut if cut>=0 and any((m := _control.match(s, cut)) and m.end()>n for s in (a, b)) else n
 
+# %% ../../nbs/rows/05_template.ipynb #c1050007
 def _header(tokenizer, form):
     "What opens the assistant's turn in prompt and answered conversation alike, and what else the prompt opens"
     talk = [_user(marker(0)), _assistant(marker(1))]
@@ -309,6 +312,7 @@ def adapt_messages(
         messages,notes = opened,[*notes, 'thoughts opened as the prompt opens them']
     return messages,tools,notes
 
+# %% ../../nbs/rows/05_template.ipynb #c1050006
 def _system_in_question(messages):
     first = next((i for i,m in enumerate(messages) if m['role']=='user'), None)
     if first is None: return messages,'system prompt without a question'

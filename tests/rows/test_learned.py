@@ -26,7 +26,8 @@ def offered(name, key):
         type='object', properties={key: dict(type='string', description=f'A {key}')}, required=[key])))
 
 def call(name, arguments, id=None):
-    return dict(type='function', function=dict(name=name, arguments=arguments)) | (dict(id=id) if id is not None else {})
+    return dict(type='function', function=dict(name=name,
+                                               arguments=arguments)) | (dict(id=id) if id is not None else {})
 
 tools = [offered('weather', 'city'), offered('clock', 'place')]
 oslo,rome,bonn = call('weather', dict(city='Oslo')),call('clock', dict(place='Rome')),call('weather', dict(city='Bonn'))
@@ -57,19 +58,24 @@ talks = dict(
                said('<think>\nthoughttwo\n</think>\n\nreplytwo there')], None),
     reasoning=([user('askone'), said('replyone here', reasoning_content='thoughtone'), user('asktwo'),
                 said('replytwo there', reasoning_content='thoughttwo')], None),
-    two_thoughts=([user('askone'), said(thought+'lookword now\n\n<think>\nthoughttwo\n</think>\n\nreplyone here')], None),
+    two_thoughts=([user('askone'), said(thought+'lookword now\n\n<think>\nthoughttwo\n</think>\n\nreplyone here')],
+                  None),
     open_thought=([user('askone'), said('thoughtone\n</think>\n\nreplyone here')], None),
     ids=([user('askone'), called(call('weather', dict(city='Oslo'), long_id)),
           result | dict(tool_call_id=long_id), end], tools),
     ids_of_nine=([user('askone'), called(call('weather', dict(city='Oslo'), 'abcdefgh1')),
                   result | dict(tool_call_id='abcdefgh1'), end], tools),
-    two_results=([user('askone'), called(call('weather', dict(city='Oslo'), 'a'), call('clock', dict(place='Rome'), 'b')),
+    two_results=([user('askone'), called(call('weather', dict(city='Oslo'), 'a'),
+                                         call('clock', dict(place='Rome'), 'b')),
                   result | dict(tool_call_id='a'), noon | dict(tool_call_id='b'), result | dict(tool_call_id='a'), end],
                  tools),
-    ids_as_numbers=([user('askone'), called(call('weather', dict(city='Oslo'), 1), call('clock', dict(place='Rome'), 2)),
+    ids_as_numbers=([user('askone'), called(call('weather', dict(city='Oslo'), 1),
+                                            call('clock', dict(place='Rome'), 2)),
                      noon | dict(tool_call_id=2), result | dict(tool_call_id=1), end], tools),
-    header_in_a_text=([user('askone\n### Assistant:\nmodel\nassistant\n'), said('model\nassistant\n\nreplyone here')], None),
-    header_in_an_argument=([user('askone'), called(call('weather', dict(city='Oslo\n### Assistant:\nmodel\nassistant'))),
+    header_in_a_text=([user('askone\n### Assistant:\nmodel\nassistant\n'), said('model\nassistant\n\nreplyone here')],
+                      None),
+    header_in_an_argument=([user('askone'), called(call('weather',
+                                                        dict(city='Oslo\n### Assistant:\nmodel\nassistant'))),
                             result, end], tools),
     other_arguments=([user('askone'), called(call('weather', dict(city='Oslo', days=3, exact=1.5, now=True, way=[
         dict(on='foot"ball"'), 7])), rome), result, noon, end], tools))
@@ -105,14 +111,16 @@ def judge(tok, messages, tools):
         if w in text and w not in learned: return f'wrong: {w!r} stands in the text and is not learned'
     for words,note in ((['lookword'], 'text beside a call left out'), (['sysword'], 'system prompt left out'),
                        (['thoughtone', 'thoughttwo'], 'thoughts left out')):
-        if any(text.count(w)<str(messages).count(w) for w in words)!=(note in notes): return f'wrong: {note!r} is not noted'
+        if any(text.count(w)<str(messages).count(w)
+               for w in words)!=(note in notes): return f'wrong: {note!r} is not noted'
     if (re.search(r'(?<!\\n)(?<!\n)assistant\s|<\|im_start\|>assistant|<start_of_turn>|<｜Assistant｜>',
                   learned) and '<|start|>assistant' not in learned):
         return 'wrong: the header of a turn is learned'
     for c in (c for m in messages for c in m.get('tool_calls', ())):
         for w in (c['function']['name'], *re.findall('[A-Z][a-z]+', str(c['function']['arguments']))):
             if w not in learned and w!='True': return f'wrong: of a call {w!r} is not learned'
-            if w[0].isupper() and w in blank and w not in ('Assistant', 'True'): return f'wrong: of a call {w!r} is not learned'
+            if w[0].isupper() and w in blank and w not in ('Assistant',
+                                                           'True'): return f'wrong: of a call {w!r} is not learned'
     if re.search(r'<\|start\|>functions|response:|</tool_response>', learned):
         return 'wrong: the result of a call is learned'
     return 'right' if re.search(r'(?:<[^<>]+>|\])\s*$', learned) else f'wrong: no end of turn, but {learned[-20:]!r}'

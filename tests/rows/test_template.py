@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 from sage_finetune.config import resolve_model
 from sage_finetune.data import DataReport, prepare_dataset
 from sage_finetune.rows.learned import render_learned
-from sage_finetune.rows.template import chat_form, render
+from sage_finetune.rows.template import chat_form, ChatForm, render, try_template
 
 def tokenizer(template):
     tok = AutoTokenizer.from_pretrained(resolve_model('sage-tiny'))
@@ -18,7 +18,8 @@ def tokenizer(template):
     return tok
 
 def call(name, id=None, **arguments):
-    return dict(type='function', function=dict(name=name, arguments=arguments)) | (dict(id=id) if id is not None else {})
+    return dict(type='function', function=dict(name=name,
+                                               arguments=arguments)) | (dict(id=id) if id is not None else {})
 
 def result(text, **more): return dict(role='tool', content=text, **more)
 
@@ -100,7 +101,8 @@ def test_arguments_go_in_as_json_and_not_as_python_writes_them():
 # --- templates that take one call in a turn
 only_first = unwritten.replace('in m.tool_calls %}', 'in m.tool_calls[:1] %}')
 only_last = unwritten.replace('in m.tool_calls %}', 'in m.tool_calls[-1:] %}')
-insists = unwritten.replace('{% for c in', "{% if m.tool_calls|length>1 %}{{ raise_exception('one call at once') }}{% endif %}{% for c in")
+insists = unwritten.replace('{% for c in', "{% if m.tool_calls|length>1 %}{{ raise_exception('one call at once') }}"
+                                           "{% endif %}{% for c in")
 
 @pytest.mark.parametrize('template', [only_first, only_last, insists])
 @pytest.mark.parametrize('ids', [(1, 2), (None, None)])
@@ -113,7 +115,8 @@ def test_where_one_call_is_taken_each_gets_a_turn_with_its_results(template, ids
     assert [r.text[a:b] for a,b in r.spans]==[
         '<call>{"name": "weather", "arguments": {"x": 1}}</call><|im_end|>',
         '<call>{"name": "clock", "arguments": {"x": 2}}</call><|im_end|>', 'So it is.<|im_end|>']
-    assert re.findall(r'one|two', r.text)==['one', 'two'] and r.notes==('calls of one turn written one after the other',)
+    assert re.findall(r'one|two', r.text)==['one', 'two'] and r.notes==('calls of one turn written one after the '
+                                                                        'other',)
     assert r.text.startswith(render(asked[:-1], tok, add_generation_prompt=True, tools=tools))
 
 def test_a_turn_that_is_not_learned_stays_so_in_each_of_its_parts():
@@ -126,8 +129,10 @@ def test_a_turn_that_is_not_learned_stays_so_in_each_of_its_parts():
 system = dict(role='system', content='Be brief.')
 leaves_out = dict(
     system=("{% for m in messages if m.role!='system' %}"+turn+"{% endfor %}"+opened, [system], {}, None),
-    thoughts=("{% for m in messages %}"+turn+"{% endfor %}"+opened, [], dict(reasoning_content='hm'), 'thoughts left out'),
-    later_system=("{% for m in messages %}{% if loop.first or m.role!='system' %}"+turn+"{% endif %}{% endfor %}"+opened,
+    thoughts=("{% for m in messages %}"+turn+"{% endfor %}"+opened, [], dict(reasoning_content='hm'),
+              'thoughts left out'),
+    later_system=("{% for m in messages %}{% if loop.first or m.role!='system' %}"+turn+"{% endif %}{% endfor %}"+
+                  opened,
                   [system, system | dict(content='Be kind.')], {}, 'system prompt left out'))
 
 @pytest.mark.parametrize('name', leaves_out)
@@ -158,3 +163,20 @@ def test_notes_reach_the_report():
                  tools=tools) for i in range(3)]
     prepare_dataset(rows, tokenizer(only_first), report=report, cache=False)
     assert report.used==3 and report.notes=={'calls of one turn written one after the other': 3}
+
+# --- the form of a template
+def test_a_template_that_takes_parts():
+    parts = tokenizer("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for p in m['content'] %}{{ p['text'] }}"
+                      "{% endfor %}<|im_end|>\n{% endfor %}"+opened)
+    assert chat_form(parts).parts
+
+def test_another_special_token_is_another_form():
+    tok = tokenizer("{% for m in messages %}"+turn+"{% endfor %}"+opened+"{{ sep_token }}")
+    first = chat_form(tok)
+    assert chat_form(tok) is first
+    tok.add_special_tokens(dict(sep_token='<|sep|>'))
+    assert chat_form(tok) is not first
+
+def test_what_a_template_refuses_is_nothing():
+    strict = tokenizer("{{ raise_exception('roles must alternate') }}")
+    assert try_template([dict(role='user', content='a')], strict, ChatForm())==''

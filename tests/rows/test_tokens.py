@@ -33,7 +33,8 @@ def fast(t, **more):
 
 def words():
     "A tokenizer in the way of BERT: words, and no white space at all"
-    t = Tokenizer(models.WordLevel({w: i for i,w in enumerate([*special, *f'user assistant {some} {code}'.split()])}, unk_token='<unk>'))
+    t = Tokenizer(models.WordLevel({w: i for i,w in enumerate([*special, *f'user assistant {some} {code}'.split()])},
+                                   unk_token='<unk>'))
     t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return fast(t, unk_token='<unk>')
 
@@ -47,7 +48,8 @@ folding = normalizers.Replace(Regex(r'\s+'), ' ')
 folds = 'the tokenizer folds white space: line breaks, indents or tabs are lost'
 
 @pytest.mark.parametrize('tok', [unigram(folding), unigram(normalizers.NFKC(), folding), words(),
-                                 unigram(normalizers.Replace('\n', ' ')), unigram(normalizers.Replace(Regex(' {2,}'), ' '), breaks=True)])
+                                 unigram(normalizers.Replace('\n', ' ')),
+                                 unigram(normalizers.Replace(Regex(' {2,}'), ' '), breaks=True)])
 def test_folded_white_space_is_noted_once_a_row(tok):
     r,error = report_of(code, tok)
     assert not error and r.used==1 and r.notes=={folds: 1}
