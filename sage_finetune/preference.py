@@ -133,7 +133,7 @@ def prepare_preferences(
     report = DataReport() if report is None else report
     path,c = config.eval_data_path if evaluation else config.data_path,config
     columns = checked_columns(c.columns)
-    if isinstance(path, (str, Path)): report.passed_over = files_passed_over(path)
+    if isinstance(path, (str, Path)): report.passed_over = files_passed_over(path, source_of(c, evaluation)['split'])
     rows = _prepared(read_rows(path, **source_of(c, evaluation)), ensure_template(tokenizer), c, columns, report)
     if not rows: raise ValueError(f'no row of {path} can be used: {why_none(report)}')
     return Dataset.from_dict({k: [r[k] for r in rows] for k in rows[0]},
