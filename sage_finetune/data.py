@@ -21,7 +21,8 @@ from .core.disk import read_json, SageError, whole_folder
 from .rows.sources import load_training_data, read_rows, Row, save_rows, source_digest, source_files
 from sage_finetune.rows.formats import (
     checked_columns, Conversation, create_sample_data, detect_data_format, format_alpaca_sample,
-    format_conversation_sample, format_keys, format_qa_sample, renamed, sample_rows, to_conversation, to_messages
+    format_conversation_sample, format_keys, format_qa_sample, read_text, renamed, sample_rows, to_conversation,
+    to_messages
 )
 from .rows.images import Album, images_unchanged, processor_of
 from sage_finetune.rows.template import (
@@ -89,19 +90,20 @@ class _RowState:
     rendered: object = None # `Rendered`, its text and what of it is learned
     examples: list = () # Ids and labels, as int32 arrays
     cut: list = () # What was cut off to fit
+    notes: tuple = () # What was done to read it
+    unused: tuple = () # Keys that nobody read
 
 def _render_row(row, tokenizer, settings, form, album):
     "A row up to its text; plain text is an example at once"
     value,format = _format_of(row, settings)
     if format=='text':
-        if value.get('image') or value.get('images'):
-            raise ValueError('a `text` row has no place for an image: give a question and an answer')
-        return _RowState(row, format, None, None, *encode_text(value.get('text'), tokenizer, settings.max_length,
-                                                               settings.overflow))
+        text,unused = read_text(value)
+        return _RowState(row, format, None, None, *encode_text(text, tokenizer, settings.max_length,
+                                                               settings.overflow), unused=unused)
     c = to_conversation(value, format)
     if processor_of(tokenizer): c.messages = album.take(c.messages, Path(row.file).parent)
     rendered = render_learned(c.messages, tokenizer, c.tools, settings.train_on, form)
-    return _RowState(row, format, c, replace(rendered, notes=(*c.notes, *rendered.notes)))
+    return _RowState(row, format, c, rendered, notes=c.notes, unused=c.unused)
 
 # %% ../nbs/01_data.ipynb #4bd50a03
 def _encode_row(state, example, tokenizer, settings):
@@ -149,12 +151,13 @@ def _is_kept(state, writer, duplicates):
 
 def _examples(rows, tokenizer, settings, report, strict, album):
     "Batches of examples, each row counted"
-    writer = ReportWriter(report)
+    writer = ReportWriter(report, settings.columns)
     for states,encodings in _render_ahead(writer.counted(in_batches(rows)), tokenizer, settings, report, album):
         out = []
         for s in _encode_batch(states, encodings.result(), tokenizer, settings, report):
             if not _is_kept(s, writer, settings.duplicates): continue
             writer.count(s.format, s.examples, s.cut, s.rendered)
+            writer.tell(s.row, s.format, s.notes, s.unused)
             out += s.examples
         if strict and report.dropped: refuse_first(writer.in_order())
         if out: yield out
@@ -185,7 +188,7 @@ _album = 'images.json' # Path → checksum of each image that the rows name
 
 def _prepare(source, where, tokenizer, settings, report, strict, place, digest):
     "Prepare the examples of `source` in the folder `place`, whole or not at all"
-    if isinstance(source, (str, Path)): report.passed_over = files_passed_over(source)
+    if isinstance(source, (str, Path)): report.passed_over = files_passed_over(source, where['split'])
     with whole_folder(place) as new:
         album = Album(new/'images', place/'images')
         batches = _examples(read_rows(source, **where), tokenizer, settings, report, strict, album)
@@ -210,8 +213,8 @@ def _key(*parts):
         h.update(b'\0')
     return h.hexdigest()
 
-_code_files = ('rows/sources.py', 'rows/formats.py', 'rows/images.py', 'rows/template.py', 'rows/learned.py',
-               'rows/tokens.py', 'rows/report.py', 'data.py')
+_code_files = ('rows/files.py', 'rows/sources.py', 'rows/turns.py', 'rows/formats.py', 'rows/images.py',
+               'rows/template.py', 'rows/learned.py', 'rows/tokens.py', 'rows/report.py', 'data.py')
 
 def _code_digest():
     "Checksum of the code that prepares data, and of what it stands on"
@@ -220,10 +223,10 @@ def _code_digest():
     code = [(folder/f).read_bytes() for f in _code_files] if folder else []
     return _key(*code, [m.__version__ for m in (datasets, jinja2, tokenizers, transformers)])
 
-def _files_of(source):
+def _files_of(source, split):
     "What the report will name: the files that are read and those that are passed over"
     try:
-        return ([_name_of(source), *map(str, source_files(source))] if isinstance(source, (str, Path))
+        return ([_name_of(source), *map(str, source_files(source, split))] if isinstance(source, (str, Path))
                 else [_name_of(source)])
     except (ValueError, OSError, SageError): return [_name_of(source)]
 
@@ -283,7 +286,7 @@ def _kept_or_prepared(source, where, tokenizer, settings, report, strict, cache)
     "The data set from the cache, or prepared and put there"
     folder,kept = _place(cache)
     digest = tokenizer_digest(tokenizer)
-    place = folder/_key(source_digest(source, **where), _files_of(source), digest, asdict(settings),
+    place = folder/_key(source_digest(source, **where), _files_of(source, where['split']), digest, asdict(settings),
                            _code_digest())
     dataset = _from_cache(place, report, tokenizer, digest) if kept else None
     if dataset is None: dataset = _prepare(source, where, tokenizer, settings, report, strict, place, digest)
@@ -310,11 +313,12 @@ def prepare_dataset(
     tokenizer, # A fast `transformers` tokenizer
     max_length:int=1024, # Tokens of one example at most
     format_type:str|None=None, # Format of the rows, such as "qa"; None detects it per row
-    report:DataReport|None=None, # Filled in if given; otherwise a warning lists the dropped rows
+    report:DataReport|None=None, # Filled in if given; otherwise a warning lists what was dropped or not used
     *,
     split:str='train', # Which split, where the source has splits
     revision:str|None=None, # Branch, tag or commit of a data set on the Hub
     subset:str|None=None, # Which part of a data set on the Hub that has several
+    sample_by:str='document', # What a row of a text file is: a "line", a "paragraph" or the whole "document"
     columns:dict|None=None, # {name in the file: known name}
     train_on:str='assistant', # What is learned: "assistant", "last" answer or "all"
     overflow:str='drop', # What to do with rows that are too long: "drop", "truncate" or "split"
@@ -328,11 +332,11 @@ def prepare_dataset(
                                  cut_answers=cut_answers, duplicates=duplicates)
     _check_tokenizer(tokenizer)
     ensure_template(tokenizer)
-    where,account = dict(split=split, revision=revision, subset=subset),DataReport()
+    where,account = dict(split=split, revision=revision, subset=subset, sample_by=sample_by),DataReport()
     try: dataset = _kept_or_prepared(data_path, where, tokenizer, settings, account, strict, cache)
     finally:
         if report is not None: vars(report).update(vars(account))
-    if report is None and account.dropped: _warn(account)
+    if report is None and (account.dropped or account.unused or account.notes): _warn(account)
     return dataset
 
 # %% ../nbs/01_data.ipynb #c43878b0

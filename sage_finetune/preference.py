@@ -32,7 +32,7 @@ from sage_finetune.rows.report import (
     DataReport, files_passed_over, guarded, in_batches, refuse_first, ReportWriter, why_none
 )
 from .data import source_of
-from .training.batches import Collator, example_lengths, flat_chunks, pad_token_id
+from .training.batches import Collator, example_lengths, flat_chunks, padding_of
 from .training.split import check_data_path, overlap, split_dataset
 from .training.samplers import LengthGroupedSampler
 from .model.adapter import changes_base
@@ -82,7 +82,7 @@ def _check_pair(examples):
     if a[:n]!=b[:n]: raise ValueError('the chat template writes the prompt in another way before each answer')
 
 def _judged_row(row, tokenizer, config, columns, form):
-    "(shape, judgements, examples, what was cut off, rendered) of a row"
+    "(shape, judgements, examples, what was cut off, rendered, what it was read from) of a row"
     if row.error: raise ValueError(row.error)
     if not isinstance(row.value, dict):
         raise ValueError(f'a row must be an object {{…}}, got {type(row.value).__name__}')
@@ -93,7 +93,7 @@ def _judged_row(row, tokenizer, config, columns, form):
         raise ValueError(f'one judged answer, and `method="{config.method}"` compares two: take `method="kto"`')
     examples,cut,rendered = _fitting(p, tokenizer, config, form)
     _check_pair(examples)
-    return shape,[liked for _,liked in p.answers],examples,cut,rendered
+    return shape,[liked for _,liked in p.answers],examples,cut,rendered,p
 
 # %% ../nbs/04_preference.ipynb #5d0b17c2
 def _columns(judgements, examples, method):
@@ -104,11 +104,11 @@ def _columns(judgements, examples, method):
 
 def _prepared(rows, tokenizer, config, columns, report):
     "Rows of the data set, each row of the source counted"
-    book,form,out,each = ReportWriter(report),chat_form(tokenizer),[],1 if config.method=='kto' else 2
+    book,form,out,each = ReportWriter(report, columns),chat_form(tokenizer),[],1 if config.method=='kto' else 2
     for batch in book.counted(in_batches(rows)):
         for row in batch:
             if (made := guarded(row, report, _judged_row, row, tokenizer, config, columns, form)) is None: continue
-            shape,judgements,examples,cut,rendered = made
+            shape,judgements,examples,cut,rendered,read = made
             first = book.copies(row, examples)
             if first!=(row.file, row.line):
                 if config.duplicates=='drop':
@@ -116,6 +116,7 @@ def _prepared(rows, tokenizer, config, columns, report):
                     continue
                 report.duplicates += len(examples)//each
             book.count(shape, examples, cut, rendered, each)
+            book.tell(row, shape, read.notes, read.unused)
             out += _columns(judgements, examples, config.method)
         if config.strict and report.dropped: refuse_first(book.in_order())
     book.close()
@@ -133,7 +134,7 @@ def prepare_preferences(
     report = DataReport() if report is None else report
     path,c = config.eval_data_path if evaluation else config.data_path,config
     columns = checked_columns(c.columns)
-    if isinstance(path, (str, Path)): report.passed_over = files_passed_over(path)
+    if isinstance(path, (str, Path)): report.passed_over = files_passed_over(path, source_of(c, evaluation)['split'])
     rows = _prepared(read_rows(path, **source_of(c, evaluation)), ensure_template(tokenizer), c, columns, report)
     if not rows: raise ValueError(f'no row of {path} can be used: {why_none(report)}')
     return Dataset.from_dict({k: [r[k] for r in rows] for k in rows[0]},
@@ -448,7 +449,7 @@ def _predicted(config, machine, model_config):
 # %% ../nbs/04_preference.ipynb #79ed87da
 class PreferenceTrainer(LoRATrainer):
     "A run that learns from preferences, step by step"
-    is_preference = True
+    is_preference = packaged = True
 
     def __init__(self,
         config:PreferenceConfig, # What is requested; it is fitted to the machine when it is used
@@ -484,7 +485,7 @@ class PreferenceTrainer(LoRATrainer):
     def loop(self, **how):
         "TRL's trainer of the method"
         _check_batch(self.config.method, self.fitted, how['args'].world_size)
-        pad,method = pad_token_id(self.tokenizer),self.config.method
+        pad,method = padding_of(self.tokenizer, self.model),self.config.method
         collator = PreferenceCollator(pad, self.config.max_length) if method=='kto' else PairCollator(pad)
         return _trl_loop(method)[0](**how, data_collator=collator)
 

@@ -10,7 +10,7 @@ __all__ = ['ignored', 'overflow_choices', 'token_ids', 'encode_prompt', 'byte_le
            'encode_text']
 
 # %% ../../nbs/rows/07_tokens.ipynb #3683bead
-import os,unicodedata
+import json,os,re,unicodedata
 from bisect import bisect_left
 
 from .learned import render_learned
@@ -35,8 +35,65 @@ def encode_prompt(
     tokenizer, # With a chat template
     tools:list|None=None, # JSON schemas of functions on offer
 )->list: # Token ids that end where the answer begins
-    "Token ids of a conversation that waits for an answer"
-    return token_ids([render(messages, tokenizer, add_generation_prompt=True, tools=tools)], tokenizer)[0].ids
+    "Token ids of a conversation that waits for an answer; control tokens in its texts are text"
+    (messages, tools),typed = _without_controls((messages, tools), chat_form(tokenizer).controls)
+    text = render(messages, tokenizer, add_generation_prompt=True, tools=tools)
+    return _typed_ids(text, typed, tokenizer) if typed else token_ids([text], tokenizer)[0].ids
+
+def _without_controls(value, controls):
+    "A value with a character of private use for each control token in its texts, and {character: token}"
+    texts,marks = [],{}
+    def walk(v, step):
+        if isinstance(v, str): return step(v)
+        if isinstance(v, dict): return {walk(k, step): x if k=='images' else walk(x, step) for k,x in v.items()}
+        return type(v)(walk(x, step) for x in v) if isinstance(v, (list, tuple)) else v
+    walk(value, texts.append)
+    whole = '\0'.join(texts)
+    found = dict.fromkeys(controls.findall(whole)) if controls else ()
+    if not found: return value,{}
+    free = (c for c in map(chr, range(0x10FFFD, 0xF0000, -1)) if c not in whole)
+    marks = dict(zip(found, free))
+    return walk(value, lambda text: controls.sub(lambda m: marks[m[0]], text)),{c: t for t,c in marks.items()}
+
+# %% ../../nbs/rows/07_tokens.ipynb #6c0a71d0
+def _typed_ids(text, typed, tokenizer):
+    "Token ids of a rendered text with the control tokens `typed`, {character: token}, written as text"
+    added = sorted(tokenizer.added_tokens_decoder.values(), key=lambda t: -len(str(t)))
+    own = '|'.join(r'\s*'*t.lstrip+re.escape(str(t))+r'\s*'*t.rstrip for t in added)
+    ids,run = [],''
+    for piece in re.split(f'({own})', text) if own else [text]:
+        if not any(c in piece for c in typed):
+            run += piece
+            continue
+        ids += token_ids([run], tokenizer)[0].ids + _as_text(piece, typed, tokenizer)
+        run = ''
+    return ids + token_ids([run], tokenizer)[0].ids
+
+def _as_text(piece, typed, tokenizer):
+    "Token ids of a text with characters for control tokens, none of them encoded as one"
+    plain,text,cut = _plain_backend(tokenizer),piece,piece
+    for c,token in typed.items(): text,cut = text.replace(c, token),cut.replace(c, f'{token[0]}\0{token[1:]}')
+    encoded = lambda *texts: [i for t in texts for i in plain.encode(t, add_special_tokens=False).ids]
+    says = lambda ids: ''.join(plain.decode(ids, skip_special_tokens=False).split())
+    whole = says(token_ids([text], tokenizer)[0].ids)
+    controls = {tokenizer.convert_tokens_to_ids(t) for t in typed.values()}
+    for ids in (encoded(text), encoded(*cut.split('\0'))): # some find them without being asked to
+        if not controls & {*ids} and says(ids)==whole: return ids
+    raise ValueError(f'the tokenizer cannot encode {next(iter(typed.values()))!r} as text: '
+                     f'leave it out of the question')
+
+def _plain_backend(tokenizer):
+    "The tokenizer without control tokens: a copy, for others encode at the same time; made once"
+    known = getattr(tokenizer, '_sage_plain', None)
+    if known and known[0]==len(tokenizer): return known[1]
+    form = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in form['added_tokens']: token['special'] = True # those that are not are found in any text
+    plain = tokenizer.backend_tokenizer.from_str(json.dumps(form))
+    plain.encode_special_tokens = True
+    plain.no_truncation()
+    plain.no_padding()
+    tokenizer._sage_plain = len(tokenizer),plain
+    return plain
 
 # %% ../../nbs/rows/07_tokens.ipynb #e3c35a24
 def byte_letters()->dict: # Letter → byte

@@ -111,7 +111,7 @@ def both(**more): return dict(prompt='2+3?', chosen='5', rejected='6') | more
     (both(image='d.png'), 'takes text only'), (both(chosen=' '), '`chosen` is empty'),
     (both(rejected=7), '`rejected` must be a string'), (both(prompt=None), 'no question before'),
     (dict(messages=[asked, said('5')], chosen='6', rejected='7'), 'the prompt ends with an answer'),
-    (dict(prompt='2+3?', completion='6', label=1), 'no judgement'),
+    (dict(prompt='2+3?', completion='6', label=7), 'no judgement'),
     (dict(messages=[asked], label=True), 'must begin with a turn of the assistant'),
     (dict(chosen=[asked], rejected=[asked, said('6')]), 'must begin with a turn of the assistant'),
     ([1], 'a row must be')])
@@ -121,9 +121,9 @@ def test_a_bad_judgement_is_refused_by_name(row, why):
 
 def test_a_label_must_be_true_or_false():
     with pytest.raises(ValueError, match='`label` must be true or false'):
-        to_preference(dict(prompt='2+3?', completion='6', label=1), 'unpaired')
-    assert [detect_data_format(dict(prompt='a', completion='b', label=x)) for x in (True, 3)]==['unpaired',
-                                                                                                'prompt_completion']
+        to_preference(dict(prompt='2+3?', completion='6', label=7), 'unpaired')
+    found = [detect_data_format(dict(prompt='a', completion='b', label=x)) for x in (True, 0, 'False', 3)]
+    assert found==['unpaired']*3+['prompt_completion']
 
 def test_the_prompt_of_a_judgement_comes_from_any_format():
     turns = to_preference(dict(prompt='old', chosen=[asked, said('5')], rejected=[asked, said('6')]))
