@@ -210,8 +210,8 @@ def _key(*parts):
         h.update(b'\0')
     return h.hexdigest()
 
-_code_files = ('rows/files.py', 'rows/sources.py', 'rows/formats.py', 'rows/images.py', 'rows/template.py',
-               'rows/learned.py', 'rows/tokens.py', 'rows/report.py', 'data.py')
+_code_files = ('core/text_stream.py', 'rows/files.py', 'rows/sources.py', 'rows/formats.py', 'rows/images.py',
+               'rows/template.py', 'rows/learned.py', 'rows/tokens.py', 'rows/report.py', 'data.py')
 
 def _code_digest():
     "Checksum of the code that prepares data, and of what it stands on"
