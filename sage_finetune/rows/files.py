@@ -77,7 +77,7 @@ def _head(f):
     lines,found = [],0
     while found<2 and (line := f.readline(_longest_line)):
         lines.append(line)
-        found += bool(line.strip())
+        found += bool(line.removeprefix(codecs.BOM_UTF8).strip())
     return lines
 
 # %% ../../nbs/rows/00_files.ipynb #f11e0023
@@ -87,8 +87,9 @@ def _by_lines(head):
     lines = [t for line in head if (t := line.removeprefix(codecs.BOM_UTF8).decode(errors='replace').strip())]
     if not lines or lines[0][0] not in '[{': return True
     try: value,end,_ = decoded_json(lines[0])
-    except json.JSONDecodeError as e: # cut off where the line ends, so it goes on, unless the next line is a row
-        return e.pos<len(lines[0]) or len(lines)<2 or lines[0][0]=='{' and _is_row(lines[1])
+    except json.JSONDecodeError as e: # where it is cut off at its end it goes on, unless a row of its own follows
+        opens = lines[0]=='[' or lines[0][0]=='[' and lines[0][-1]==','
+        return e.pos<len(lines[0]) or len(lines)<2 or not opens and _is_row(lines[1])
     return len(lines)>1 or end<len(lines[0]) or isinstance(value, list) and not _holds_rows(value)
 
 def _is_row(line):

@@ -128,7 +128,7 @@ def _other_splits(files, path, split):
     names = [*(s for s in split_keywords if s in found), *sorted(found-{*split_keywords})] or ['train']
     if split=='train' and (not found or not is_folder and len(found)==1): return {}
     known = {word: name for name,words in split_keywords.items() for word in words}
-    wanted = {s: s if s in names else known.get(s) for s in split.split('+')}
+    wanted = {s: s if s in names else known.get(s) for s in str(split).split('+')}
     if missing := [s for s,name in wanted.items() if name not in names]: raise _no_split(path, missing[0], names)
     return {p: _why_not(splits.get(p, set()), {*wanted.values()}, is_folder) for p in files}
 
