@@ -15,9 +15,10 @@ from pathlib import Path
 
 from ..core.disk import SageError, write_json, write_text
 from ..core.settings import checked
+from ..core.text_stream import cannot_read, one_line, open_file
 from sage_finetune.rows.files import (
-    cannot_read, column_names, file_ending, known_endings, made_row, one_line, open_file, read_file, Row,
-    sample_choices, split_keywords, table_rows, text_endings
+    column_names, file_ending, known_endings, made_row, read_file, Row, sample_choices, split_keywords, table_rows,
+    text_endings
 )
 
 # %% ../../nbs/rows/01_sources.ipynb #5ce00001
@@ -127,15 +128,16 @@ def _other_splits(files, path, split):
     names = [*(s for s in split_keywords if s in found), *sorted(found-{*split_keywords})] or ['train']
     if split=='train' and (not found or not is_folder and len(found)==1): return {}
     known = {word: name for name,words in split_keywords.items() for word in words}
-    wanted = {s: s if s in names else known.get(s) for s in split.split('+')}
+    wanted = {s: s if s in names else known.get(s) for s in str(split).split('+')}
     if missing := [s for s,name in wanted.items() if name not in names]: raise _no_split(path, missing[0], names)
     return {p: _why_not(splits.get(p, set()), {*wanted.values()}, is_folder) for p in files}
 
+# %% ../../nbs/rows/01_sources.ipynb #5ce00008
 def _why_not(mine, wanted, is_folder):
     "Why a file of the splits `mine` is passed over; empty where it is read"
     if mine & wanted or not mine and not is_folder: return ''
     name = min(mine, default='')
-    return f'of the split {name!r}: split={name!r} reads it' if mine else 'of no split, as its name is: give its own path'
+    return f'of the split {name!r}: split={name!r} reads it' if mine else 'its name says no split: give its own path'
 
 def _no_split(name, split, has): return SageError(f"{name} has no split {split!r}; it has: {', '.join(map(str, has))}")
 
@@ -159,6 +161,7 @@ def source_files(
     found = [(p, why or others.get(p)) for p,why in found]
     return [p for p,why in found if not why], [(p, why) for p,why in found if why]
 
+# %% ../../nbs/rows/01_sources.ipynb #5ce0000a
 def _checked_file(path):
     "A single file that was asked for by its name, or a refusal"
     try: mode = os.stat(path).st_mode
@@ -249,6 +252,7 @@ def read_rows(
         name,data = _load(kind, source, split, revision, subset)
         yield from _dataset_rows(data, name)
 
+# %% ../../nbs/rows/01_sources.ipynb #5ce0000b
 def _files_to_read(path, split, sample_by):
     "The files of a path; refused where none of them is a text and yet `sample_by` was asked for"
     files = source_files(path, split)[0]
@@ -331,6 +335,7 @@ def source_digest(
     for part in parts: digest.update(part)
     return digest.hexdigest()
 
+# %% ../../nbs/rows/01_sources.ipynb #5ce00009
 def _file_digest(path):
     "The ending of a file and the checksum of its bytes"
     digest = blake2b()
