@@ -194,6 +194,7 @@ def _joined(*parts): return '\n\n'.join(filter(None, parts))
 
 def _more(row, key):
     "A text that belongs to a question, or several in a list"
+    if key not in row: return ''
     value = row.get(key)
     if isinstance(value, (list, tuple)) and value and all(isinstance(t, str) for t in value): value = _joined(*value)
     return '' if is_empty(value) else checked_text(value, f'`{key}`')
@@ -204,19 +205,25 @@ def _asked(row, key, reading):
         return read_turns(found, key, reading)
     text,context,more = _part(row, key),_more(row, 'context'),_more(row, 'input')
     text = _joined(text, context, more) if key=='instruction' else _joined(context, text, more)
-    return [*read_history(row.get('history'), reading), dict(role='user', content=text)]
+    past = read_history(row.get('history'), reading) if 'history' in row else []
+    return [*past, dict(role='user', content=text)]
+
+_system_keys = 'system', 'system_prompt', 'system_message'
 
 def _system_first(row, messages):
     "Turns with the system prompt of the row, which may have another name; a turn of the system stays as it is"
     if messages[0]['role']=='system' and messages[0]['content']: return messages
-    key = next((k for k in ('system', 'system_prompt', 'system_message') if not is_empty(dict.get(row, k))), 'system')
-    system = _part(row, key, optional=True)
-    if not system: return messages
+    key = next((k for k in _system_keys if k in row and not is_empty(dict.get(row, k))), None)
+    if key is None: return messages
+    system = _part(row, key)
     return [dict(role='system', content=system), *messages[messages[0]['role']=='system':]]
 
 # %% ../../nbs/rows/03_formats.ipynb #5789068d
+_image_keys = frozenset(('image', 'images', 'videos'))
+
 def _beside(row):
     "The images beside the text of a row; None where it has no column of them"
+    if _image_keys.isdisjoint(row): return None
     if row.get('videos'): raise ValueError('`videos` holds something; only images can be looked at')
     found = [_images(v) for k in ('images', 'image')
              if (v := row.get(k)) is not None and not isinstance(v, str) or v]
@@ -300,7 +307,7 @@ def _tools(row, reading):
     "The functions on offer: those of the row, else those of a turn; what is offered twice and differs is told"
     tools = None
     for key in tool_keys:
-        if key not in row or is_empty(value := dict.get(row, key)): continue
+        if key not in row or is_empty(value := dict.get(row, key)): continue # most rows have none
         try: found = read_tools(value, f'`{key}`')
         except ValueError:
             if key=='tools': raise

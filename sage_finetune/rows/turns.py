@@ -283,7 +283,7 @@ def _train_flag(turn, role, reading):
         raise ValueError(f"{' and '.join(f'`{n}`' for n in learned)} disagree on whether the turn is learned")
     if False in learned.values(): return dict(train=False)
     if role!='assistant' and (asking := [n for n in learned if n not in inverted_flags]):
-        reading.notes[f'`{asking[0]}` of a turn that is no answer: only answers are learned'] = True
+        reading.notes[f'`{asking[0]}` of a turn that is no answer has no effect'] = True
     return {}
 
 # %% ../../nbs/rows/02_turns.ipynb #a3970a04
