@@ -195,7 +195,7 @@ _album = 'images.json' # Path → checksum of each image that the rows name
 
 def _prepare(source, where, tokenizer, settings, report, strict, place, digest):
     "Prepare the examples of `source` in the folder `place`, whole or not at all"
-    if isinstance(source, (str, Path)): report.passed_over = files_passed_over(source)
+    if isinstance(source, (str, Path)): report.passed_over = files_passed_over(source, where['split'])
     with whole_folder(place) as new:
         album = Album(new/'images', place/'images')
         batches = _examples(read_rows(source, **where), tokenizer, settings, report, strict, album)
@@ -220,8 +220,8 @@ def _key(*parts):
         h.update(b'\0')
     return h.hexdigest()
 
-_code_files = ('rows/sources.py', 'rows/turns.py', 'rows/formats.py', 'rows/images.py', 'rows/template.py',
-               'rows/learned.py', 'rows/tokens.py', 'rows/report.py', 'data.py')
+_code_files = ('rows/files.py', 'rows/sources.py', 'rows/turns.py', 'rows/formats.py', 'rows/images.py',
+               'rows/template.py', 'rows/learned.py', 'rows/tokens.py', 'rows/report.py', 'data.py')
 
 def _code_digest():
     "Checksum of the code that prepares data, and of what it stands on"
@@ -230,10 +230,10 @@ def _code_digest():
     code = [(folder/f).read_bytes() for f in _code_files] if folder else []
     return _key(*code, [m.__version__ for m in (datasets, jinja2, tokenizers, transformers)])
 
-def _files_of(source):
+def _files_of(source, split):
     "What the report will name: the files that are read and those that are passed over"
     try:
-        return ([_name_of(source), *map(str, source_files(source))] if isinstance(source, (str, Path))
+        return ([_name_of(source), *map(str, source_files(source, split))] if isinstance(source, (str, Path))
                 else [_name_of(source)])
     except (ValueError, OSError, SageError): return [_name_of(source)]
 
@@ -293,7 +293,7 @@ def _kept_or_prepared(source, where, tokenizer, settings, report, strict, cache)
     "The data set from the cache, or prepared and put there"
     folder,kept = _place(cache)
     digest = tokenizer_digest(tokenizer)
-    place = folder/_key(source_digest(source, **where), _files_of(source), digest, asdict(settings),
+    place = folder/_key(source_digest(source, **where), _files_of(source, where['split']), digest, asdict(settings),
                            _code_digest())
     dataset = _from_cache(place, report, tokenizer, digest) if kept else None
     if dataset is None: dataset = _prepare(source, where, tokenizer, settings, report, strict, place, digest)
@@ -325,6 +325,7 @@ def prepare_dataset(
     split:str='train', # Which split, where the source has splits
     revision:str|None=None, # Branch, tag or commit of a data set on the Hub
     subset:str|None=None, # Which part of a data set on the Hub that has several
+    sample_by:str='document', # What a row of a text file is: a "line", a "paragraph" or the whole "document"
     columns:dict|None=None, # {name in the file: known name}
     train_on:str='assistant', # What is learned: "assistant", "last" answer or "all"
     overflow:str='drop', # What to do with rows that are too long: "drop", "truncate" or "split"
@@ -338,7 +339,7 @@ def prepare_dataset(
                                  cut_answers=cut_answers, duplicates=duplicates)
     _check_tokenizer(tokenizer)
     ensure_template(tokenizer)
-    where,account = dict(split=split, revision=revision, subset=subset),DataReport()
+    where,account = dict(split=split, revision=revision, subset=subset, sample_by=sample_by),DataReport()
     try: dataset = _kept_or_prepared(data_path, where, tokenizer, settings, account, strict, cache)
     finally:
         if report is not None: vars(report).update(vars(account))

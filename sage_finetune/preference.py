@@ -32,7 +32,7 @@ from sage_finetune.rows.report import (
     DataReport, files_passed_over, guarded, in_batches, refuse_first, ReportWriter, why_none
 )
 from .data import source_of
-from .training.batches import Collator, example_lengths, flat_chunks, pad_token_id
+from .training.batches import Collator, example_lengths, flat_chunks, padding_of
 from .training.split import check_data_path, overlap, split_dataset
 from .training.samplers import LengthGroupedSampler
 from .model.adapter import changes_base
@@ -134,7 +134,7 @@ def prepare_preferences(
     report = DataReport() if report is None else report
     path,c = config.eval_data_path if evaluation else config.data_path,config
     columns = checked_columns(c.columns)
-    if isinstance(path, (str, Path)): report.passed_over = files_passed_over(path)
+    if isinstance(path, (str, Path)): report.passed_over = files_passed_over(path, source_of(c, evaluation)['split'])
     rows = _prepared(read_rows(path, **source_of(c, evaluation)), ensure_template(tokenizer), c, columns, report)
     if not rows: raise ValueError(f'no row of {path} can be used: {why_none(report)}')
     return Dataset.from_dict({k: [r[k] for r in rows] for k in rows[0]},
@@ -449,7 +449,7 @@ def _predicted(config, machine, model_config):
 # %% ../nbs/04_preference.ipynb #79ed87da
 class PreferenceTrainer(LoRATrainer):
     "A run that learns from preferences, step by step"
-    is_preference = True
+    is_preference = packaged = True
 
     def __init__(self,
         config:PreferenceConfig, # What is requested; it is fitted to the machine when it is used
@@ -485,7 +485,7 @@ class PreferenceTrainer(LoRATrainer):
     def loop(self, **how):
         "TRL's trainer of the method"
         _check_batch(self.config.method, self.fitted, how['args'].world_size)
-        pad,method = pad_token_id(self.tokenizer),self.config.method
+        pad,method = padding_of(self.tokenizer, self.model),self.config.method
         collator = PreferenceCollator(pad, self.config.max_length) if method=='kto' else PairCollator(pad)
         return _trl_loop(method)[0](**how, data_collator=collator)
 

@@ -212,9 +212,10 @@ def why_none(
 # %% ../../nbs/rows/08_report.ipynb #63e1a001
 def files_passed_over(
     source, # Path of a file or folder, or a pattern
+    split:str='train', # Which split is read
 )->dict: # File → why it is not read
     "Files of a folder that hold no rows"
-    try: return {str(p): why for p,why in source_files(source)[1]}
+    try: return {str(p): why for p,why in source_files(source, split)[1]}
     except (ValueError, OSError, SageError): return {} # a Hub id; others are refused where they are read
 
 # %% ../../nbs/rows/08_report.ipynb #84473811
