@@ -37,8 +37,7 @@ def judgement(
 )->bool|None: # Whether an answer is liked; None where that cannot be read from the value
     "What a judgement says, as a bool, a number or a word"
     if isinstance(value, (bool, int, float)): return bool(value) if value in (0, 1) else None
-    if not isinstance(value, str): return None
-    word = value.strip().lower()
+    word = value.strip().lower() if isinstance(value, str) else None
     return _verdicts.get(word, _may_be_classes.get(word))
 
 def _is_plain(key, value):
@@ -83,9 +82,8 @@ def detect_data_format(
     for there in (filled, sample.keys()):
         for format,needed in _needed.items():
             if needed<=there: return format
-    wanted = '; '.join(f"{f}: {', '.join(k)}" for f,k in format_keys.items())
-    raise ValueError(f"unknown format with the keys {_some(sample)}; known: "
-                     f"{wanted} (`columns` maps other names to these)")
+    known = 'known: '+'; '.join(f"{f}: {', '.join(k)}" for f,k in format_keys.items())
+    raise ValueError(f'unknown format with the keys {_some(sample)}; {known} (`columns` maps other names to these)')
 
 def _some(keys, most=12):
     named = [repr(k)[:60] for k in list(keys)[:most]]
@@ -284,16 +282,15 @@ def _talk(row, name, reading): return _system_first(row, without_masked(row, rea
 
 # %% ../../nbs/rows/03_formats.ipynb #24e80a02
 def _preference(row, reading):
-    raise ValueError('a preference row (`chosen` and `rejected`) is for preference tuning, not for learning '
-                     'answers: `sage-finetune run` or `PreferenceTrainer(PreferenceConfig(…))`; '
-                     'to learn the chosen ones, keep `chosen` alone as the answer')
+    raise ValueError('a preference row (`chosen` and `rejected`) is for preference tuning, not for learning answers: '
+                     '`sage-finetune run` or `PreferenceTrainer(PreferenceConfig(…))`; to learn the chosen ones, keep '
+                     '`chosen` alone as the answer')
 
 def _unpaired(row, reading):
     key = _judged_by(row, {k for k,v in row.items() if v is not None}) or 'label'
     raise ValueError(f'a judged row (its `{key}` says whether the answer is good) is for preference tuning (KTO), not '
-                     'for learning answers: `sage-finetune run` or '
-                     '`PreferenceTrainer(PreferenceConfig(method="kto", …))`; to learn every answer, name the format '
-                     '(`format_type`)')
+                     'for learning answers: `sage-finetune run` or `PreferenceTrainer(PreferenceConfig('
+                     'method="kto", …))`; to learn every answer, name the format (`format_type`)')
 
 _to_messages = dict(
     preference=_preference, unpaired=_unpaired, prompt_completion=_prompt_completion,

@@ -247,9 +247,12 @@ class ReportWriter:
         for rows in batches:
             self.report.read += len(rows)
             self.files.update(r.file for r in rows)
-            if self.check.absent:
-                for r in rows: self.check.see(r.value)
+            for r in rows: self._see(r)
             yield rows
+
+    def _see(self, row):
+        if self.check.absent: self.check.see(row.value)
+        for note in row.notes: _add(self.report.notes, note)
 
     def copies(self, row, examples):
         "(file, line) of the row whose copy this one is, or of the row itself"
@@ -263,7 +266,7 @@ class ReportWriter:
         "Count what was done to read a row that is used, and what of it was not"
         unused = names_in_file(unused, row.value, self.columns)
         self.check.see_used(row.value, format, unused)
-        for note in dict.fromkeys((*getattr(row, 'notes', ()), *notes)): _add(self.report.notes, note)
+        for note in dict.fromkeys(notes): _add(self.report.notes, note)
         for key in dict.fromkeys(unused): _add(self.report.unused, key)
 
     def in_order(self):

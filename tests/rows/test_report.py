@@ -57,11 +57,12 @@ def test_names_in_the_report_are_those_of_the_file():
                         columns=dict(ctx='context', q='question'))
     assert report.unused=={'ctx': 1}
 
-def test_what_was_done_to_read_a_row_is_counted(monkeypatch):
-    class Noted(Row): notes = ('nulls left out',)
+def test_what_was_done_to_read_a_row_is_counted():
     writer = ReportWriter(DataReport())
-    writer.tell(Noted('a', 1, {}), 'qa', ['images first', 'images first'], [])
-    writer.tell(Row('a', 2, {}), 'qa', ['images first'], ['x', 'x'])
+    rows = [Row('a', 1, {}, notes=('nulls left out',)), Row('a', 2, {})]
+    assert [*writer.counted([rows])]==[rows] # dropped rows are counted as well
+    writer.tell(rows[0], 'qa', ['images first', 'images first'], [])
+    writer.tell(rows[1], 'qa', ['images first'], ['x', 'x'])
     assert writer.report.notes=={'nulls left out': 1, 'images first': 2} and writer.report.unused=={'x': 1}
 
 def test_a_thousand_names_are_kept():
