@@ -34,7 +34,8 @@ from sage_finetune.rows.tokens import (
     overflow_choices, token_ids
 )
 from sage_finetune.rows.report import (
-    copy_of, DataReport, files_passed_over, guarded, in_batches, refuse_first, ReportWriter, show_report, why_none
+    copy_of, DataReport, files_passed_over, guarded, in_batches, refuse_first, ReportWriter, short_report, show_report,
+    why_none
 )
 
 # %% ../nbs/01_data.ipynb #11f0b069
@@ -103,7 +104,13 @@ def _render_row(row, tokenizer, settings, form, album):
     c = to_conversation(value, format)
     if processor_of(tokenizer): c.messages = album.take(c.messages, Path(row.file).parent)
     rendered = render_learned(c.messages, tokenizer, c.tools, settings.train_on, form)
-    return _RowState(row, format, c, rendered, notes=c.notes, unused=c.unused)
+    return _RowState(row, format, c, rendered, notes=(*c.notes, *_overruled(c, format, settings)), unused=c.unused)
+
+def _overruled(conversation, format, settings):
+    "A note where `train_on` learns turns that ask not to be learned"
+    if settings.train_on!='all' or format=='prompt_completion': return ()
+    asked = any(m.get('train') is False for m in conversation.messages)
+    return ('turns that ask not to be learned are learned: `train_on="all"`',)*asked
 
 # %% ../nbs/01_data.ipynb #4bd50a03
 def _encode_row(state, example, tokenizer, settings):
@@ -305,7 +312,7 @@ def _check_tokenizer(tokenizer):
 
 def _warn(report):
     import warnings
-    warnings.warn(show_report(report), stacklevel=3)
+    warnings.warn(short_report(report), stacklevel=3)
 
 # %% ../nbs/01_data.ipynb #8c8ada47
 def prepare_dataset(
