@@ -208,10 +208,7 @@ def _json(x): return json.dumps(x, ensure_ascii=False)
 def _variants(body):
     "The ways in which a template may write what a marker stands for"
     if body is None: return
-    value = body.value
-    if not isinstance(value, str):
-        yield from (_json(value), str(value))
-        return
+    value = str(body.value)
     yield from (value, value.strip(), value.lstrip(), value.rstrip(), value.strip('\n'))
     if body.kind=='argument' or not body.learned:
         once = _json(value)[1:-1]
@@ -286,15 +283,13 @@ def _up_to_last_learned(messages, train_on):
             for i,m in enumerate(messages[:max(learned)+1])]
 
 # %% ../../nbs/rows/06_learned.ipynb #51d8c29d
-_most_turns = 8000 # There are markers for some more
-
 def _texts_of(m):
     yield m['content']
     if m.get('reasoning_content'): yield m['reasoning_content']
     if m.get('tool_calls'): yield _json([c['function'] for c in m['tool_calls']])
 
 def _refuse_control(messages, tools, form):
-    if len(messages)>_most_turns: raise ValueError(f'{len(messages):,} turns; the most is {_most_turns:,}')
+    if len(messages)>8000: raise ValueError(f'{len(messages):,} turns; the most is 8,000')
     for i,m in enumerate(messages, 1):
         for text in _texts_of(m):
             if form.controls and (found := form.controls.search(text)):
@@ -340,6 +335,7 @@ def _check_order(text, learned, form):
     endless = any(text[b:].strip() and not ended.search(text[a:b].rstrip()) for a,b,_ in learned[:-1])
     return ['an earlier answer has no end of its own'] if endless else []
 
+# %% ../../nbs/rows/06_learned.ipynb #c1060002
 def _with_images(rendered, images, tokenizer):
     "A rendered conversation with the tokens of its images, none of which is learned"
     if not images: return rendered
@@ -431,7 +427,8 @@ def _faults(text, spans, bodies, messages):
         for c in _calls(messages[i]):
             lost = next((v for v in _leaves(c['function']['arguments']) if not _stands_in(v, own)), None)
             if found and lost is not None:
-                faults[i] = f'the chat template leaves out {str(lost)[:40]!r} among the arguments of turn {i+1}'
+                faults.setdefault(i, f'the chat template leaves out {str(lost)[:40]!r} among the arguments of '
+                                     f'turn {i+1}')
     return faults
 
 _nobody = _Body('', 0, '', False)

@@ -60,6 +60,14 @@ def _in_form(messages, form):
         out = [{form.thoughts if k=='reasoning_content' else k: v for k,v in m.items()} for m in out]
     return _text_parts(out) if form.parts else out
 
+def _with_calls(m, form):
+    if not m.get('tool_calls'): return m
+    args = (lambda a: json.dumps(a, ensure_ascii=False)) if form.calls=='string' else (lambda a: a)
+    function = lambda c: c['function'] | dict(arguments=args(c['function']['arguments']))
+    calls = [dict(type='function', id=c['id'], function=function(c)) for c in m['tool_calls']]
+    return m | dict(tool_calls=calls, content=m['content'] or form.empty)
+
+# %% ../../nbs/rows/05_template.ipynb #c1050005
 def _text_parts(messages):
     return [m | dict(content=[dict(type='text', text=m['content'])]) if isinstance(m.get('content'), str) else m
             for m in messages]
@@ -68,13 +76,6 @@ def _with_image_parts(m):
     "A turn with images as templates take it: which images they are is not their business"
     parts = [dict(type='image') if p['type']=='image' else p for p in content_parts(m)]
     return {k: v for k,v in m.items() if k!='images'} | dict(content=parts)
-
-def _with_calls(m, form):
-    if not m.get('tool_calls'): return m
-    args = (lambda a: json.dumps(a, ensure_ascii=False)) if form.calls=='string' else (lambda a: a)
-    function = lambda c: c['function'] | dict(arguments=args(c['function']['arguments']))
-    calls = [dict(type='function', id=c['id'], function=function(c)) for c in m['tool_calls']]
-    return m | dict(tool_calls=calls, content=m['content'] or form.empty)
 
 # %% ../../nbs/rows/05_template.ipynb #526358b2
 def _made_of(id, length): return hashlib.blake2b(id.encode('utf-8', 'replace')).hexdigest()[:length]
@@ -205,17 +206,18 @@ def _tried_calls(tokenizer, form, n=1, id=None):
 
 def _form_of_calls(tokenizer, form):
     "`form` with what a template takes of calls: how, how many in a turn, and with which ids"
-    ways = (replace(form, calls=calls, empty=empty) for calls,empty in _ways_to_call)
-    form = next((way for way in ways if _tried_calls(tokenizer, way)), form)
-    if form.calls=='text': return form
-    id = 'call_a1B2c3D4e5F6g7H8i9J0k1L2'
-    texts = {ids: _tried_calls(tokenizer, replace(form, ids=ids), id=id) for ids in _id_forms}
-    ids = next((ids for ids,text in texts.items() if text), 'given')
-    form = replace(form, ids=ids if not texts[ids] or _id_forms[ids](id) in texts[ids] else 'unwritten')
+    long,short = 'call_a1B2c3D4e5F6g7H8i9J0k1L2','1'
+    ways = (replace(form, ids=ids, calls=calls, empty=empty) for ids in _id_forms for calls,empty in _ways_to_call)
+    form,text = next(((way, text) for way in ways if (text := _tried_calls(tokenizer, way, id=long))
+                      and _tried_calls(tokenizer, way, id=short)), (form, ''))
+    if not text: return form
+    numbered = replace(form, ids='unwritten')
+    if _id_forms[form.ids](long) not in text and _tried_calls(tokenizer, numbered): form = numbered
     return replace(form, several=bool(_tried_calls(tokenizer, form, 2)))
 
 # %% ../../nbs/rows/05_template.ipynb #47ffe692
 _looks_like_control = r'<[|/]?[^<>\s]{1,40}>|\[/?[A-Z_]{2,20}\]'
+
 _control = re.compile(_looks_like_control)
 
 def common_length(
@@ -230,6 +232,7 @@ def common_length(
     cut = a.rfind('[', max(0, n-20), n)
     return cut if cut>=0 and any((m := _control.match(s, cut)) and m.end()>n for s in (a, b)) else n
 
+# %% ../../nbs/rows/05_template.ipynb #c1050007
 def _header(tokenizer, form):
     "What opens the assistant's turn in prompt and answered conversation alike, and what else the prompt opens"
     talk = [_user(marker(0)), _assistant(marker(1))]
@@ -309,6 +312,7 @@ def adapt_messages(
         messages,notes = opened,[*notes, 'thoughts opened as the prompt opens them']
     return messages,tools,notes
 
+# %% ../../nbs/rows/05_template.ipynb #c1050006
 def _system_in_question(messages):
     first = next((i for i,m in enumerate(messages) if m['role']=='user'), None)
     if first is None: return messages,'system prompt without a question'
