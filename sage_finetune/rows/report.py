@@ -6,7 +6,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/rows/report.html.md"""
 
 # %% auto #0
 __all__ = ['copy_of', 'DataReport', 'reason_kinds', 'show_report', 'short_report', 'guarded', 'refuse_first', 'why_none',
-           'files_passed_over', 'in_batches', 'ReportWriter']
+           'files_passed_over', 'in_batches', 'ReportWriter', 'merge_reports', 'lengths_of']
 
 # %% ../../nbs/rows/08_report.ipynb #0c0334d2
 import hashlib,re
@@ -43,6 +43,7 @@ class DataReport(Shown):
     overlap: int = 0 # Evaluation examples that are copies, or nearly, of a training example
     held_out: int = 0 # Of the examples, how many are kept for evaluation and not trained on
     files: dict = field(default_factory=dict) # File → rows in it
+    sources: list = field(default_factory=list) # Of several sources: {source, read, used, …, share, taken} for each
     passed_over: dict = field(default_factory=dict) # File of a folder that was not read → reason
     packing: dict = field(default_factory=dict) # What packing made of the examples, if rows are packed
     cached: bool = False # Whether the examples were prepared before, and taken from there
@@ -104,7 +105,20 @@ def _facts(report):
         ('files', len(r.files)>1, _many(len(r.files), 'file')),
         ('not read', r.passed_over, f"{_many(len(r.passed_over), 'file')} passed over: {skipped}"),
         ('packing', r.packing, 'packed: '+_counts({k: v for k,v in r.packing.items() if isinstance(v, int)}))]
-    return [(what, value) for what,there,value in facts if there]
+    return [(what, value) for what,there,value in facts if there] + [('source', _source_line(s)) for s in r.sources]
+
+# %% ../../nbs/rows/08_report.ipynb #5e0f3301
+def _source_line(s):
+    "What became of one of several sources"
+    facts = [f"{s['read']:,} rows read = {s['used']:,} used + {s['dropped']:,} dropped",
+             _many(s['examples'], 'example')]
+    if s.get('held_out'): facts.append(f"{s['held_out']:,} held out")
+    if 'taken' in s:
+        asked = f", {s['weight']:.1%} wanted" if s.get('weight') is not None else ''
+        facts.append(f"{s['taken']:,} taken ({s['share']:.1%} of the examples{asked})")
+    words = dict(repeated='of them repeated', left_over='left over')
+    facts += [f'{s[k]:,} {what}' for k,what in words.items() if s.get(k)]
+    return f"{s['source']}: {', '.join(facts)}"
 
 # %% ../../nbs/rows/08_report.ipynb #7c400004
 _figures = re.compile(r'\d[\d,]*(?:\.\d+)?')
@@ -321,3 +335,39 @@ def _count(writer, format, examples, cut, rendered, each):
         r.images += len(x.get('images', ()))
         # the first token has nothing before it to be predicted from
         r.learned_tokens += int((x['labels'][1:]!=ignored).sum())
+
+# %% ../../nbs/rows/08_report.ipynb #5e0f3303
+def merge_reports(
+    report:DataReport, # Filled in
+    parts:list, # Of (name, `DataReport`), one for each source
+)->DataReport: # The same
+    "What became of the rows of several sources"
+    reports = [r for _,r in parts]
+    for f in fields(DataReport):
+        values = [getattr(r, f.name) for r in reports]
+        if f.name in ('lengths', 'packing', 'sources') or values[0] is None: continue
+        if isinstance(values[0], bool): made = all(values)
+        elif isinstance(values[0], int): made = max(values) if f.name=='longest' else sum(values)
+        elif isinstance(values[0], list): made = [x for v in values for x in v]
+        else: made = _added(values)
+        setattr(report, f.name, made)
+    counted = 'read', 'used', 'examples', 'tokens', 'learned_tokens', 'cached'
+    report.sources = [dict(source=name, dropped=len(r.dropped), **{k: getattr(r, k) for k in counted})
+                      for name,r in parts]
+    return report
+
+def _added(dicts):
+    "One dict of several: counts are added, of what is no count the last stays"
+    out = {}
+    for key,value in (pair for d in dicts for pair in d.items()):
+        out[key] = out[key]+value if isinstance(value, int) and isinstance(out.get(key), int) else value
+    return out
+
+# %% ../../nbs/rows/08_report.ipynb #5e0f3305
+def lengths_of(
+    dataset, # From `prepare_dataset`
+)->dict: # As `DataReport.lengths`
+    "What length a quarter, half and 95 % of the examples do not exceed"
+    import pyarrow.compute as pc
+    counts = pc.value_counts(pc.list_value_length(dataset.data.column('input_ids'))).to_pylist()
+    return _quantiles(Counter({c['values']: c['counts'] for c in counts}))
