@@ -37,8 +37,7 @@ def judgement(
 )->bool|None: # Whether an answer is liked; None where that cannot be read from the value
     "What a judgement says, as a bool, a number or a word"
     if isinstance(value, (bool, int, float)): return bool(value) if value in (0, 1) else None
-    if not isinstance(value, str): return None
-    word = value.strip().lower()
+    word = value.strip().lower() if isinstance(value, str) else None
     return _verdicts.get(word, _may_be_classes.get(word))
 
 def _is_plain(key, value):
@@ -83,9 +82,8 @@ def detect_data_format(
     for there in (filled, sample.keys()):
         for format,needed in _needed.items():
             if needed<=there: return format
-    wanted = '; '.join(f"{f}: {', '.join(k)}" for f,k in format_keys.items())
-    raise ValueError(f"unknown format with the keys {_some(sample)}; known: "
-                     f"{wanted} (`columns` maps other names to these)")
+    known = 'known: '+'; '.join(f"{f}: {', '.join(k)}" for f,k in format_keys.items())
+    raise ValueError(f'unknown format with the keys {_some(sample)}; {known} (`columns` maps other names to these)')
 
 def _some(keys, most=12):
     named = [repr(k)[:60] for k in list(keys)[:most]]
@@ -194,6 +192,7 @@ def _joined(*parts): return '\n\n'.join(filter(None, parts))
 
 def _more(row, key):
     "A text that belongs to a question, or several in a list"
+    if key not in row: return ''
     value = row.get(key)
     if isinstance(value, (list, tuple)) and value and all(isinstance(t, str) for t in value): value = _joined(*value)
     return '' if is_empty(value) else checked_text(value, f'`{key}`')
@@ -204,19 +203,25 @@ def _asked(row, key, reading):
         return read_turns(found, key, reading)
     text,context,more = _part(row, key),_more(row, 'context'),_more(row, 'input')
     text = _joined(text, context, more) if key=='instruction' else _joined(context, text, more)
-    return [*read_history(row.get('history'), reading), dict(role='user', content=text)]
+    past = read_history(row.get('history'), reading) if 'history' in row else []
+    return [*past, dict(role='user', content=text)]
+
+_system_keys = 'system', 'system_prompt', 'system_message'
 
 def _system_first(row, messages):
     "Turns with the system prompt of the row, which may have another name; a turn of the system stays as it is"
     if messages[0]['role']=='system' and messages[0]['content']: return messages
-    key = next((k for k in ('system', 'system_prompt', 'system_message') if not is_empty(dict.get(row, k))), 'system')
-    system = _part(row, key, optional=True)
-    if not system: return messages
+    key = next((k for k in _system_keys if k in row and not is_empty(dict.get(row, k))), None)
+    if key is None: return messages
+    system = _part(row, key)
     return [dict(role='system', content=system), *messages[messages[0]['role']=='system':]]
 
 # %% ../../nbs/rows/03_formats.ipynb #5789068d
+_image_keys = frozenset(('image', 'images', 'videos'))
+
 def _beside(row):
     "The images beside the text of a row; None where it has no column of them"
+    if _image_keys.isdisjoint(row): return None
     if row.get('videos'): raise ValueError('`videos` holds something; only images can be looked at')
     found = [_images(v) for k in ('images', 'image')
              if (v := row.get(k)) is not None and not isinstance(v, str) or v]
@@ -277,16 +282,15 @@ def _talk(row, name, reading): return _system_first(row, without_masked(row, rea
 
 # %% ../../nbs/rows/03_formats.ipynb #24e80a02
 def _preference(row, reading):
-    raise ValueError('a preference row (`chosen` and `rejected`) is for preference tuning, not for learning '
-                     'answers: `sage-finetune run` or `PreferenceTrainer(PreferenceConfig(…))`; '
-                     'to learn the chosen ones, keep `chosen` alone as the answer')
+    raise ValueError('a preference row (`chosen` and `rejected`) is for preference tuning, not for learning answers: '
+                     '`sage-finetune run` or `PreferenceTrainer(PreferenceConfig(…))`; to learn the chosen ones, keep '
+                     '`chosen` alone as the answer')
 
 def _unpaired(row, reading):
     key = _judged_by(row, {k for k,v in row.items() if v is not None}) or 'label'
     raise ValueError(f'a judged row (its `{key}` says whether the answer is good) is for preference tuning (KTO), not '
-                     'for learning answers: `sage-finetune run` or '
-                     '`PreferenceTrainer(PreferenceConfig(method="kto", …))`; to learn every answer, name the format '
-                     '(`format_type`)')
+                     'for learning answers: `sage-finetune run` or `PreferenceTrainer(PreferenceConfig('
+                     'method="kto", …))`; to learn every answer, name the format (`format_type`)')
 
 _to_messages = dict(
     preference=_preference, unpaired=_unpaired, prompt_completion=_prompt_completion,
@@ -300,7 +304,7 @@ def _tools(row, reading):
     "The functions on offer: those of the row, else those of a turn; what is offered twice and differs is told"
     tools = None
     for key in tool_keys:
-        if key not in row or is_empty(value := dict.get(row, key)): continue
+        if key not in row or is_empty(value := dict.get(row, key)): continue # most rows have none
         try: found = read_tools(value, f'`{key}`')
         except ValueError:
             if key=='tools': raise

@@ -24,6 +24,7 @@ harmless_turn_keys = frozenset((
     'id', 'uuid', 'index', 'turn_id', 'message_id', 'name', 'timestamp', 'created_at', 'date', 'language', 'lang',
     'model')) # of a turn
 
+# %% ../../nbs/rows/02_turns.ipynb #7a20002a
 def is_empty(
     value, # Of a row or a turn
 )->bool: # None, NaN, white space, or a list or object with nothing but None in it
@@ -110,6 +111,7 @@ def json_value(
         hint = ' (it is in the notation of Python: write it with `json.dumps`)' if pythons else ''
         raise ValueError(f'{name} is not JSON: {e}{hint}') from None
 
+# %% ../../nbs/rows/02_turns.ipynb #7a20002b
 def json_text(
     value, # Anything that JSON can hold
     name:str, # What a refusal calls it
@@ -195,6 +197,7 @@ def _call(call, name, reading):
     number = {} if call.get('id') in (None, '') else dict(id=_id(call['id'], f'`id` of {name}'))
     return dict(type='function', function=called) | number
 
+# %% ../../nbs/rows/02_turns.ipynb #7a200029
 def _tell_of_call(call, function, known, reading):
     reading.tell([k for k,v in call.items() if k not in known and not is_empty(v)], '.tool_calls[]')
     inner = {} if function is call else function
@@ -283,7 +286,7 @@ def _train_flag(turn, role, reading):
         raise ValueError(f"{' and '.join(f'`{n}`' for n in learned)} disagree on whether the turn is learned")
     if False in learned.values(): return dict(train=False)
     if role!='assistant' and (asking := [n for n in learned if n not in inverted_flags]):
-        reading.notes[f'`{asking[0]}` of a turn that is no answer: only answers are learned'] = True
+        reading.notes[f'`{asking[0]}` of a turn that is no answer has no effect'] = True
     return {}
 
 # %% ../../nbs/rows/02_turns.ipynb #a3970a04

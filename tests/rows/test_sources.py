@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from sage_finetune.core import text_stream
 from sage_finetune.rows import files
 from sage_finetune.config import SageError
 from sage_finetune.rows.sources import load_training_data, read_rows, Row, save_rows, source_digest, source_files
@@ -148,7 +149,8 @@ def test_csv_with_everything_that_a_cell_may_hold(tmp_path):
 
 @pytest.mark.parametrize('content,expected', [
     (b',\n1,2', 'no column has a name'), (b'""\n', 'no column has a name'),
-    ('a,b\n'.encode('utf-16'), 'is UTF-16 text, as its first bytes say: save it as UTF-8'), (b'\xff,b\n', 'not UTF-8 at byte 1'), (b'"a,b\n', 'never closed'),
+    ('a,b\n'.encode('utf-16'), 'is UTF-16 text, as its first bytes say: save it as UTF-8'),
+    (b'\xff,b\n', 'not UTF-8 at byte 1'), (b'"a,b\n', 'never closed'),
 ])
 def test_a_csv_header_that_names_no_columns_is_refused(content, expected, tmp_path):
     (tmp_path/'x.csv').write_bytes(content)
@@ -187,7 +189,7 @@ def test_a_parquet_file_keeps_types_and_counts_rows_over_batches(tmp_path):
 def json_values(data, size=2**18):
     "Rows of the JSON `data`, read in blocks of `size`"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, '_block', size)
+        patch.setattr(text_stream, 'block_size', size)
         return [(r.line, r.value, r.error) for r in files._json_rows(io.BytesIO(data), 'x.json')]
 
 
@@ -487,9 +489,10 @@ def test_memory_stays_flat(ending, tmp_path):
 def test_one_large_row_takes_time_in_proportion(tmp_path, monkeypatch):
     "A row of 256 blocks is parsed some eight times, not 256 times"
     parsed = []
-    real = files._decoded
-    monkeypatch.setattr(files, '_decoded', lambda text, at=0: (parsed.append(len(text)-at), real(text, at))[1])
-    monkeypatch.setattr(files, '_block', 1000)
+    real = text_stream.decoded_json
+    monkeypatch.setattr(text_stream, 'decoded_json',
+                        lambda text, at=0: (parsed.append(len(text)-at), real(text, at))[1])
+    monkeypatch.setattr(text_stream, 'block_size', 1000)
     (tmp_path/'x.json').write_text(json.dumps([dict(text='x'*256_000), dict(text='y')]))
     assert [len(r.value['text']) for r in read_rows(tmp_path/'x.json')] == [256_000, 1]
     assert len(parsed) < 15 and sum(parsed) < 1_500_000
@@ -530,7 +533,7 @@ if given:
         file = tmp_path/f'x{ending}{".gz" if packed else ""}'
         file.write_bytes(gzip.compress(data) if packed == 'whole' else data)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(files, '_block', size)
+            patch.setattr(text_stream, 'block_size', size)
             lines_add_up(file)
         assert len(source_digest(file)) == 32
 
@@ -543,7 +546,7 @@ if given:
         (tmp_path/'x.jsonl').write_text(''.join(json.dumps(r)+'\n' for r in [*rows, {}, {}]), encoding='utf-8')
         expected = [files.without_nulls(r)[0] for r in rows]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(files, '_block', size)
+            patch.setattr(text_stream, 'block_size', size)
             assert [r.value for r in read_rows(tmp_path/'x.json')] == expected
         assert [(r.line, r.value) for r in read_rows(tmp_path/'x.jsonl')][:-2] == list(enumerate(expected, 1))
         assert source_digest(rows) == source_digest(pickle.loads(pickle.dumps(rows)))
