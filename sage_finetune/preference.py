@@ -135,7 +135,8 @@ def prepare_preferences(
     "Judged answers of the rows of a config, and an account of every row"
     report = DataReport() if report is None else report
     sources = sources_of(config, evaluation)
-    if not is_mixture(config.eval_data_path if evaluation else config.data_path): return _of_source(sources[0], config, tokenizer, report)
+    several = is_mixture(config.eval_data_path if evaluation else config.data_path)
+    if not several: return _of_source(sources[0], config, tokenizer, report)
     parts,data = [],[]
     try:
         for s in sources:
