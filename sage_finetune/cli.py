@@ -192,8 +192,9 @@ def inspect(
     if plot: figure_file(plot)
     data,shown = _data_or_run(*data) if len(data)==1 else data,[] if as_json else row or rows
     found = inspect_data(data, model, max_length, rows=shown, most=most, ids=ids, format_type=format, split=split,
-                         subset=subset, revision=revision, train_on=train_on, overflow=overflow, columns=_pairs(columns), strict=strict or None,
-                         data_weights=_shares(data_weights), data_stopping=data_stopping)
+                         subset=subset, revision=revision, train_on=train_on, overflow=overflow,
+                         columns=_pairs(columns), strict=strict or None, data_weights=_shares(data_weights),
+                         data_stopping=data_stopping)
     _show_inspection(found, plot, as_json)
 
 # %% ../nbs/05_cli.ipynb #477674ee

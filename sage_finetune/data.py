@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from .core.disk import read_json, SageError, whole_folder
-from .core.settings import data_sources, DataSource, is_mixture, SharesSetting
+from .core.settings import check_shares, data_sources, DataSource, is_mixture
 from .core.cache import cache_folder, cache_place, checksum, make_room
 from .rows.sources import load_training_data, read_rows, Row, save_rows, source_digest, source_files
 from sage_finetune.rows.formats import (
@@ -36,8 +36,8 @@ from sage_finetune.rows.tokens import (
     overflow_choices, token_ids
 )
 from sage_finetune.rows.report import (
-    copy_of, DataReport, files_passed_over, guarded, in_batches, lengths_of, merge_reports, refuse_first, ReportWriter,
-    show_report, why_none
+    copies_of_others, copy_of, DataReport, files_passed_over, guarded, in_batches, lengths_of, merge_reports,
+    refuse_first, ReportWriter, show_report, why_none
 )
 
 # %% ../nbs/01_data.ipynb #11f0b069
@@ -271,7 +271,7 @@ def end_to_end(
     "The examples of several sources, each with the number of its source"
     from datasets import concatenate_datasets
     import numpy as np
-    copies,source = _copies_of_others(data),np.repeat(np.arange(len(data), dtype=np.int16), [*map(len, data)])
+    copies,source = copies_of_others(data),np.repeat(np.arange(len(data), dtype=np.int16), [*map(len, data)])
     report.lengths = lengths_of(whole := concatenate_datasets(data))
     whole = whole.add_column('source', source)
     if duplicates=='keep' or not copies.any():
@@ -282,26 +282,6 @@ def end_to_end(
         report.sources[i]['examples'] -= n
         report.examples -= n
     return whole.select(np.flatnonzero(~copies))
-
-def _copies_of_others(data):
-    "For each example of all sources, whether a source before its own has it too"
-    import numpy as np
-    seen,out = set(),[]
-    for d in data:
-        keys = [hash(k) for k in _row_keys(d)]
-        out += [k in seen for k in keys]
-        seen.update(keys)
-    return np.array(out, dtype=bool)
-
-def _row_keys(dataset):
-    "What makes an example what it is, for each: its columns as bytes"
-    for batch in dataset.data.to_batches():
-        columns = [batch.column(name) for name in batch.schema.names]
-        tokens = [c for c in columns if str(c.type.value_type).startswith('int')]
-        views = [(memoryview(c.values.to_numpy(zero_copy_only=False)), c.offsets.to_numpy().tolist()) for c in tokens]
-        shown = batch.column('image_digests').to_pylist() if 'image_digests' in batch.schema.names else None
-        for i in range(batch.num_rows):
-            yield (*(bytes(v[at[i]:at[i+1]]) for v,at in views), *(shown[i] if shown else ()))
 
 # %% ../nbs/01_data.ipynb #47b13f02
 _code_files = ('rows/sources.py', 'rows/formats.py', 'rows/images.py', 'rows/template.py', 'rows/learned.py',
@@ -363,16 +343,6 @@ def _warn(report):
     import warnings
     warnings.warn(show_report(report), stacklevel=3)
 
-def _checked_weights(weights, stopping, sources):
-    "A share for each of several sources, or None"
-    weights,n = SharesSetting.check('data_weights', weights),len(sources)
-    if weights is not None and (n<2 or len(weights)!=n):
-        raise ValueError(f'`data_weights` must have a share for each source of `data_path`, and there '
-                         f"{'is' if n==1 else 'are'} {n}; got {weights}")
-    if stopping not in ('first_exhausted', 'all_exhausted'):
-        raise ValueError(f'`data_stopping` must be "first_exhausted" or "all_exhausted", got {stopping!r}')
-    return weights
-
 # %% ../nbs/01_data.ipynb #8c8ada47
 def prepare_dataset(
     data_path, # A file, folder, pattern or Hub id, a list of dicts, a `Dataset`, a pandas frame; or a list of these
@@ -401,14 +371,14 @@ def prepare_dataset(
                            format_type=format_type)
     how = dict(train_on=train_on, overflow=overflow, cut_answers=cut_answers, duplicates=duplicates)
     settings = [_checked_settings(max_length, s.columns, format_type=s.format_type, **how) for s in sources]
-    weights = _checked_weights(data_weights, data_stopping, sources)
+    data_weights = check_shares(data_weights, data_stopping, len(sources))
     _check_tokenizer(tokenizer)
     ensure_template(tokenizer)
     account = DataReport()
     try:
         read = _each_source if is_mixture(data_path) else _only_source
         dataset = read(sources, settings, tokenizer, account, strict, cache)
-        if not apart: dataset = mixed(dataset, account, weights, data_stopping, seed)
+        if not apart: dataset = mixed(dataset, account, data_weights, data_stopping, seed)
     finally:
         if report is not None: vars(report).update(vars(account))
     if report is None and account.dropped: _warn(account)
@@ -433,6 +403,7 @@ def how_of(
     "How a config has its rows prepared"
     return {n: getattr(config, n) for n in _data_settings}
 
+# %% ../nbs/01_data.ipynb #a3c40007
 def sources_of(
     config, # A `TrainingConfig`
     evaluation:bool=False, # Whether `eval_data_path` is meant, and not `data_path`

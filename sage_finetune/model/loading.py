@@ -6,7 +6,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/model/loading.html.md"""
 
 # %% auto #0
 __all__ = ['dtype_of', 'quantisation_of', 'quiet_libraries', 'takes_images', 'model_class', 'no_model', 'load_tokenizer',
-           'load_model', 'ModelLimits', 'model_limits', 'limits_of', 'check_model']
+           'tokenizer_for', 'load_model', 'ModelLimits', 'model_limits', 'limits_of', 'check_model']
 
 # %% ../../nbs/model/01_loading.ipynb #5d328e9d
 import logging
@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from ..core.disk import SageError
 from ..config import resolve_model, TrainingConfig
 from ..core.machine import division
-from ..rows.images import need_pillow, processor_files, processor_names, with_processor
+from ..rows.images import need_pillow, processor_files, processor_names, processor_of, with_processor
 from ..rows.template import ensure_template
 
 # %% ../../nbs/model/01_loading.ipynb #4fc092c5
@@ -186,6 +186,17 @@ def load_tokenizer(
     if len(tokenizer)<10:
         raise SageError(f'model {name!r} has no tokenizer files (tokenizer.json): add those of its base')
     return ensure_template(tokenizer)
+
+# %% ../../nbs/model/01_loading.ipynb #8e1d0c07
+def tokenizer_for(
+    config:TrainingConfig, # Of a run
+): # As from `load_tokenizer`
+    "The tokenizer of a run's model, or why the run cannot be as its config asks"
+    tokenizer = load_tokenizer(config.model_name)
+    if config.packing and processor_of(tokenizer):
+        raise ValueError(f'`packing=True` is not supported for {config.model_name}: its position ids depend on images; '
+                         f'set `packing=False`')
+    return tokenizer
 
 # %% ../../nbs/model/01_loading.ipynb #ce6dc394
 def load_model(

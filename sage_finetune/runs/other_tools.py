@@ -282,22 +282,6 @@ def _parent_adapter(given, take, out):
     for theirs,ours in (_llamafactory_ours | dict(lora_alpha='lora.lora_alpha')).items():
         if ours.startswith('lora.') and theirs not in given: lora.pop(ours.removeprefix('lora.'), None)
 
-_strategies = dict(concat=None, interleave_under='first_exhausted', interleave_over='all_exhausted',
-                   interleave_once=None) # every row once; training shuffles
-
-def _mixing(given, take, out):
-    "How several data sets become one; LLaMA-Factory too leaves the drawing to `interleave_datasets`"
-    strategy,shares = take('mix_strategy', 'concat', tuple(_strategies)),take('interleave_probs', None)
-    stopping,n = _strategies[strategy],len(_names(given.get('dataset') or ''))
-    shares = [_number(p) for p in _names(shares, every=None)] if shares else None
-    if shares and (stopping is None or len(shares)!=n or not all(isinstance(p, (int, float)) and p>0 for p in shares)):
-        raise _Refused(f"interleave_probs={given['interleave_probs']!r} (a number above 0 for each data set, with "
-                       f'mix_strategy "interleave_under" or "interleave_over")')
-    if stopping is None or n<2: return
-    out.mix = dict(data_weights=shares or [1]*n, data_stopping=stopping)
-    out.went['mix_strategy'] = f'data_stopping = {stopping}'
-    out.went['interleave_probs' if shares else 'dataset'] = f"data_weights = {out.mix['data_weights']}"
-
 def _preferences(stage, given, out):
     "Settings of the stages `dpo` and `kto`"
     number = lambda name,default: float(_number(_take(given, out, name, default)))
@@ -585,6 +569,22 @@ def _images_of(row, data):
         is_file = isinstance(image, str) and '://' not in image and not image.startswith('data:')
         return str(data['media']/image) if is_file else image
     return dict(images=[whole(i) for i in (found if isinstance(found, list) else [found])])
+
+_strategies = dict(concat=None, interleave_under='first_exhausted', interleave_over='all_exhausted',
+                   interleave_once=None) # every row once; training shuffles
+
+def _mixing(given, take, out):
+    "How several data sets become one; LLaMA-Factory too leaves the drawing to `interleave_datasets`"
+    strategy,shares = take('mix_strategy', 'concat', tuple(_strategies)),take('interleave_probs', None)
+    stopping,n = _strategies[strategy],len(_names(given.get('dataset') or ''))
+    shares = [_number(p) for p in _names(shares, every=None)] if shares else None
+    if shares and (stopping is None or len(shares)!=n or not all(isinstance(p, (int, float)) and p>0 for p in shares)):
+        raise _Refused(f"interleave_probs={given['interleave_probs']!r} (a number above 0 for each data set, with "
+                       f'mix_strategy "interleave_under" or "interleave_over")')
+    if stopping is None or n<2: return
+    out.mix = dict(data_weights=shares or [1]*n, data_stopping=stopping)
+    out.went['mix_strategy'] = f'data_stopping = {stopping}'
+    out.went['interleave_probs' if shares else 'dataset'] = f"data_weights = {out.mix['data_weights']}"
 
 # %% ../../nbs/runs/00_other_tools.ipynb #80e90c47
 def config_from_other_tool(
