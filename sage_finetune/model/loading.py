@@ -6,7 +6,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/model/loading.html.md"""
 
 # %% auto #0
 __all__ = ['dtype_of', 'quantisation_of', 'quiet_libraries', 'takes_images', 'model_class', 'no_model', 'load_tokenizer',
-           'tokenizer_for', 'load_model', 'ModelLimits', 'model_limits', 'limits_of', 'check_model']
+           'tokenizer_for', 'load_model', 'ModelLimits', 'model_limits', 'embedding_rows', 'limits_of', 'check_model']
 
 # %% ../../nbs/model/01_loading.ipynb #5d328e9d
 import logging
@@ -226,12 +226,19 @@ def model_limits(
     model, # A causal language model, with or without weights
 )->ModelLimits: # Of its embedding and its tables of positions
     "How many token ids and positions a model has rows for"
-    config,layer = model.config.get_text_config(),model.get_input_embeddings()
+    config = model.config.get_text_config()
     made_for = getattr(config, 'max_position_embeddings', None)
     tables = [n for name,n in _position_tables(model) if not any(w in name for w in _other_senses)]
     if config.model_type=='mpt': tables.append(config.max_seq_len) # its bias by distance ends there
-    rows = getattr(layer, 'num_embeddings', None) or getattr(getattr(layer, 'weight', None), 'shape', [None])[0]
-    return ModelLimits(rows or None, min(tables, default=None), made_for if isinstance(made_for, int) else None)
+    made_for = made_for if isinstance(made_for, int) else None
+    return ModelLimits(embedding_rows(model), min(tables, default=None), made_for)
+
+def embedding_rows(
+    model, # A causal language model, with or without weights
+)->int|None: # None where that is not known
+    "How many token ids a model has rows for"
+    layer = model.get_input_embeddings() if hasattr(model, 'get_input_embeddings') else None
+    return getattr(layer, 'num_embeddings', None) or getattr(getattr(layer, 'weight', None), 'shape', [None])[0] or None
 
 _other_senses = 'vision', 'visual', 'image', 'audio', 'patch'
 

@@ -299,6 +299,19 @@ def _preferences(stage, given, out):
         out.went['per_device_train_batch_size'] = (
             'per_device_train_batch_size = 2, with half as many micro-batches: KTO compares the rows of one')
 
+_stops = dict(interleave_under='first_exhausted', interleave_over='all_exhausted') # else every row is taken once
+
+def _mixing(given, take, out):
+    "How several data sets become one"
+    how,asked = take('mix_strategy', 'concat', ('concat', 'interleave_once', *_stops)),take('interleave_probs', None)
+    shares,n = [_number(p) for p in _names(asked or [], None)],len(_names(given.get('dataset') or ''))
+    good = how in _stops and len(shares)==n and all(isinstance(p, (int, float)) and p>0 for p in shares)
+    if asked and not good:
+        raise _Refused(f'interleave_probs={asked!r} (a number above 0 for each data set, with mix_strategy {[*_stops]})')
+    if how not in _stops or n<2: return
+    out.mix = dict(data_weights=shares or [1]*n, data_stopping=_stops[how])
+    out.went['mix_strategy'] = ', '.join(f'{name} = {value}' for name,value in out.mix.items())
+
 # %% ../../nbs/runs/00_other_tools.ipynb #89f7dc4e
 def _llamafactory_rest(given, out):
     "What takes more than a line of a table"
@@ -569,22 +582,6 @@ def _images_of(row, data):
         is_file = isinstance(image, str) and '://' not in image and not image.startswith('data:')
         return str(data['media']/image) if is_file else image
     return dict(images=[whole(i) for i in (found if isinstance(found, list) else [found])])
-
-_strategies = dict(concat=None, interleave_under='first_exhausted', interleave_over='all_exhausted',
-                   interleave_once=None) # every row once; training shuffles
-
-def _mixing(given, take, out):
-    "How several data sets become one; LLaMA-Factory too leaves the drawing to `interleave_datasets`"
-    strategy,shares = take('mix_strategy', 'concat', tuple(_strategies)),take('interleave_probs', None)
-    stopping,n = _strategies[strategy],len(_names(given.get('dataset') or ''))
-    shares = [_number(p) for p in _names(shares, every=None)] if shares else None
-    if shares and (stopping is None or len(shares)!=n or not all(isinstance(p, (int, float)) and p>0 for p in shares)):
-        raise _Refused(f"interleave_probs={given['interleave_probs']!r} (a number above 0 for each data set, with "
-                       f'mix_strategy "interleave_under" or "interleave_over")')
-    if stopping is None or n<2: return
-    out.mix = dict(data_weights=shares or [1]*n, data_stopping=stopping)
-    out.went['mix_strategy'] = f'data_stopping = {stopping}'
-    out.went['interleave_probs' if shares else 'dataset'] = f"data_weights = {out.mix['data_weights']}"
 
 # %% ../../nbs/runs/00_other_tools.ipynb #80e90c47
 def config_from_other_tool(

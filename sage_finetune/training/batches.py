@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ..core.display import Table
 from ..rows.images import image_inputs, images_of_row
 from ..rows.tokens import ignored
-from ..model.loading import limits_of, model_limits
+from ..model.loading import embedding_rows, limits_of, model_limits
 
 # %% ../../nbs/training/00_batches.ipynb #2f808620
 def flat_chunks(
@@ -61,7 +61,7 @@ def padding_of(
     model, # Loaded
 )->int: # Token id
     "The token that rows are padded with, and that the model has a row for"
-    return pad_token_id(tokenizer, model_limits(model).embeddings)
+    return pad_token_id(tokenizer, embedding_rows(model))
 
 # %% ../../nbs/training/00_batches.ipynb #0001f0c4
 def _without_padding(row):
