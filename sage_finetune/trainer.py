@@ -274,7 +274,7 @@ def _prepare_first(run):
     if run.model is not None or not _is_packaged(run, 'load_model_and_tokenizer'): return
     run.tokenizer = _begin(run)
     one_after_another(run.prepare_data)
-    _check_fit(run)
+    if run.is_preference: _check_fit(run)
 
 def _start_anew(run):
     "Remove what an earlier run left in the folder, in memory too"

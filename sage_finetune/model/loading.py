@@ -253,10 +253,15 @@ def _position_tables(model):
 # %% ../../nbs/model/01_loading.ipynb #8e1d0c05
 def limits_of(
     name:str, # Hub name, folder, or "sage-tiny"
+    token_id:int|None=None, # The largest that is needed, if known
+    tokens:int|None=None, # Of the longest row, if known
 )->ModelLimits: # All None where the model cannot be built
-    "What a model has rows for, from its config alone"
+    "What a model has rows for; it is built without weights where its config leaves open whether rows fit"
     try:
         config = AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False)
+        text = config.get_text_config()
+        ids,places = (getattr(text, n, None) or 0 for n in ('vocab_size', 'max_position_embeddings'))
+        if None not in (token_id, tokens) and token_id<ids and tokens<=places: return ModelLimits(ids, None, places)
         with torch.device('meta'), quiet_libraries(): return model_limits(model_class(config).from_config(config))
     except Exception: return ModelLimits() # reported where it is loaded
 

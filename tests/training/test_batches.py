@@ -31,7 +31,8 @@ def tokenizer(*added):
 
 def saved(folder, kind='llama', tok=None, **more):
     "A small model of a kind in a folder, without its weights"
-    AutoConfig.for_model(kind, **(kinds.get(kind) or sizes | dict(max_position_embeddings=48)) | more).save_pretrained(folder)
+    settings = kinds.get(kind) or sizes | dict(max_position_embeddings=48)
+    AutoConfig.for_model(kind, **settings | more).save_pretrained(folder)
     (tok or tokenizer()).save_pretrained(folder)
     return str(folder)
 

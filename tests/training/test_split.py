@@ -32,8 +32,8 @@ def files(tmp_path):
 
 
 def config(folder, files, kind=TrainingConfig, **more):
-    settings = dict(model_name='sage-tiny', data_path=files, output_dir=folder, test_size=0.1, max_steps=8, save_steps=3,
-                    per_device_train_batch_size=2, gradient_accumulation_steps=1, learning_rate=5e-3, report_to='none',
+    settings = dict(model_name='sage-tiny', data_path=files, output_dir=folder, test_size=0.1, max_steps=8,
+                    save_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=1, learning_rate=5e-3, report_to='none',
                     logging_steps=2, lora=LoRAConfig(r=4, lora_dropout=0.1))
     return kind(**(settings | more))
 
@@ -113,7 +113,8 @@ def test_dropped_rows_name_their_file(files):
 @pytest.mark.parametrize('how,why', [
     (dict(data_weights=[1]), 'must have a share for each source'), (dict(data_weights=[1, 2, 3]), 'there are 2'),
     (dict(data_weights=[1, 0]), 'must be above 0'), (dict(data_weights=['x', 1]), 'must be a finite number'),
-    (dict(data_weights=3), 'must be a list of numbers'), (dict(data_stopping='never', data_weights=[1, 1]), 'data_stopping'),
+    (dict(data_weights=3), 'must be a list of numbers'),
+    (dict(data_stopping='never', data_weights=[1, 1]), 'data_stopping'),
     (dict(data_stopping='all_exhausted'), 'goes with `data_weights`'),
     (dict(data_weights=[1, 10**6], data_stopping='all_exhausted'), 'would become about')])
 def test_shares_that_cannot_be_are_refused(how, why, files):
@@ -134,7 +135,8 @@ def test_sources_that_cannot_be_are_refused_by_their_number(data, why):
 def test_a_file_of_settings_may_name_several(form, files, tmp_path):
     asked = config(tmp_path/'run', files, data_weights=[3, 1])
     if form=='meta':
-        write_meta(tmp_path/'run', 'sage-tiny', [dict(path='../en.jsonl'), files[1].to_dict() | dict(path='../fr.jsonl')],
+        other = files[1].to_dict() | dict(path='../fr.jsonl')
+        write_meta(tmp_path/'run', 'sage-tiny', [dict(path='../en.jsonl'), other],
                    config=dict(data_weights=[3, 1], max_steps=1, test_size=0))
         assert train_from_meta(tmp_path/'run', quiet=True).data_report.read==80
         return
@@ -151,7 +153,8 @@ def test_a_file_of_settings_may_name_several(form, files, tmp_path):
 
 def test_rows_are_held_out_of_each_source_before_they_are_repeated(files, tmp_path):
     report = DataReport()
-    train,held = read_data(config(tmp_path/'run', files, data_weights=[1, 3], data_stopping='all_exhausted'), tok, report)
+    asked = config(tmp_path/'run', files, data_weights=[1, 3], data_stopping='all_exhausted')
+    train,held = read_data(asked, tok, report)
     assert Counter(map(language, texts(held)))==dict(en=6, fr=2)
     assert not {*texts(train)} & {*texts(held)}
     assert [s['held_out'] for s in report.sources]==[6, 2] and report.sources[1]['repeated']>0
@@ -171,7 +174,8 @@ def test_a_source_of_one_row_is_trained_on_and_told(files, tmp_path):
 
 
 def test_a_file_for_evaluation_may_be_several_too(files, tmp_path):
-    held = [save_rows(tmp_path/f'{n}.jsonl', [dict(question=f'{n} new {i}?', answer='a') for i in range(3)]) for n in 'xy']
+    new = lambda n: [dict(question=f'{n} new {i}?', answer='a') for i in range(3)]
+    held = [save_rows(tmp_path/f'{n}.jsonl', new(n)) for n in 'xy']
     report = DataReport()
     _,rows = read_data(config(tmp_path/'run', files, eval_data_path=held), tok, report)
     assert (len(rows), report.evaluation.read, len(report.evaluation.sources))==(6, 6, 2)
@@ -212,7 +216,7 @@ def test_a_mixture_is_killed_resumed_shown_and_repeated_bit_exactly(files, tmp_p
     assert len(run.data_report.sources)==2
     assert repeat_run(run, tmp_path/'again', anyway=True).exact
     with pytest.raises(Exception, match='holds another run.*data'):
-        LoRATrainer(config(tmp_path/'cut', files, data_weights=[2, 1], data_stopping='all_exhausted'), quiet=True).train()
+        LoRATrainer(config(tmp_path/'cut', files, **how | dict(data_weights=[2, 1])), quiet=True).train()
     rows,prompts = probes_of(tmp_path/'cut', tok, n=4)
     assert len(rows)==4 and prompts[0][0]['content']=='en 0?'
 
