@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, TrainerCallback
 from sage_finetune.config import DataSource, LoRAConfig, PreferenceConfig, resolve_model, TrainingConfig
 from sage_finetune.core.run_folder import RunFolder, write_meta
 from sage_finetune.core.settings import data_sources
-from sage_finetune.data import end_to_end, mixed, prepare_dataset
+from sage_finetune.data import end_to_end, mixed, prepare_dataset, without_source
 from sage_finetune.inference.merging import probes_of
 from sage_finetune.preference import PreferenceTrainer, trainer_for
 from sage_finetune.rows.report import DataReport, merge_reports
@@ -33,7 +33,8 @@ def files(tmp_path):
 
 def config(folder, files, kind=TrainingConfig, **more):
     settings = dict(model_name='sage-tiny', data_path=files, output_dir=folder, test_size=0.1, max_steps=8,
-                    save_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=1, learning_rate=5e-3, report_to='none',
+                    save_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=1, learning_rate=5e-3,
+                    report_to='none',
                     logging_steps=2, lora=LoRAConfig(r=4, lora_dropout=0.1))
     return kind(**(settings | more))
 
@@ -186,6 +187,7 @@ def test_splitting_and_mixing_by_hand(files):
     apart = prepare_dataset(files, tok, report=report, apart=True)
     train,held = split_dataset(apart, 0.1, 1, report)
     assert (len(train), len(held), train.column_names[-1])==(72, 8, 'source')
+    assert 'source' not in without_source(held).column_names and without_source(None) is None
     assert 'source' not in mixed(train, report, [1, 1]).column_names
 
 
