@@ -87,6 +87,7 @@ _training_rules = dict(
     overflow=_one_of('drop', 'truncate', 'split'),
     duplicates=_one_of('keep', 'drop'),
     data_stopping=_one_of('first_exhausted', 'all_exhausted'),
+    sample_by=_one_of('document', 'paragraph', 'line'),
     max_steps=('-1 (as many as the epochs need) or at least 1', lambda v: v==-1 or v>=1),
     weight_decay=_at_least(0),
     max_grad_norm=_at_least(0),
@@ -135,6 +136,7 @@ class TrainingConfig(Settings):
     data_split: str = "train" # Which split, where the data has splits
     data_subset: str|None = None # Which part of a data set on the Hub
     data_revision: str|None = None # Branch, tag or commit of a data set on the Hub
+    sample_by: str = "document" # What a row of a text file is: a "line", a "paragraph" or the whole "document"
     train_on: str = "assistant" # What is learned: "assistant", the "last" answer or "all"
     overflow: str = "drop" # What to do with rows that are too long: "drop", "truncate" or "split"
     cut_answers: bool = False # Whether "truncate" may cut the end of an answer
@@ -161,10 +163,11 @@ class TrainingConfig(Settings):
     _rules = _training_rules
     _exclusive = ('load_in_8bit', 'load_in_4bit'), ('fp16', 'bf16')
     _added = ('test_size', 'eval_data_path', 'eval_data_split', 'format_type', 'columns', 'data_weights',
-              'data_stopping', 'data_split', 'data_subset', 'data_revision', 'train_on', 'overflow', 'cut_answers',
-              'duplicates', 'strict', 'packing', 'max_steps', 'weight_decay', 'max_grad_norm', 'eval_steps',
-              'early_stopping_patience', 'load_best_model_at_end', 'loraplus_lr_ratio', 'neftune_noise_alpha',
-              'torch_compile', 'tokens_per_step', 'init_adapter', 'stack_adapter', 'replay_path', 'replay_share')
+              'data_stopping', 'data_split', 'data_subset', 'data_revision', 'sample_by', 'train_on', 'overflow',
+              'cut_answers', 'duplicates', 'strict', 'packing', 'max_steps', 'weight_decay', 'max_grad_norm',
+              'eval_steps', 'early_stopping_patience', 'load_best_model_at_end', 'loraplus_lr_ratio',
+              'neftune_noise_alpha', 'torch_compile', 'tokens_per_step', 'init_adapter', 'stack_adapter',
+              'replay_path', 'replay_share')
 
     def __post_init__(self):
         super().__post_init__()

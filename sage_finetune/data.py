@@ -21,10 +21,11 @@ from pathlib import Path
 from .core.disk import read_json, SageError, whole_folder
 from .core.settings import check_shares, data_sources, DataSource, is_mixture
 from .core.cache import cache_folder, cache_place, checksum, make_room
-from .rows.sources import load_training_data, read_rows, Row, save_rows, source_digest, source_files
+from .rows.sources import has_texts, load_training_data, read_rows, Row, save_rows, source_digest, source_files
 from sage_finetune.rows.formats import (
     checked_columns, Conversation, create_sample_data, detect_data_format, format_alpaca_sample,
-    format_conversation_sample, format_keys, format_qa_sample, renamed, sample_rows, to_conversation, to_messages
+    format_conversation_sample, format_keys, format_qa_sample, read_text, renamed, sample_rows, to_conversation,
+    to_messages
 )
 from .rows.images import Album, images_unchanged, processor_of
 from sage_finetune.rows.template import (
@@ -37,7 +38,7 @@ from sage_finetune.rows.tokens import (
 )
 from sage_finetune.rows.report import (
     copies_of_others, copy_of, DataReport, files_passed_over, guarded, in_batches, lengths_of, merge_reports,
-    refuse_first, ReportWriter, show_report, why_none
+    refuse_first, ReportWriter, short_report, show_report, why_none
 )
 
 # %% ../nbs/01_data.ipynb #11f0b069
@@ -94,19 +95,26 @@ class _RowState:
     rendered: object = None # `Rendered`, its text and what of it is learned
     examples: list = () # Ids and labels, as int32 arrays
     cut: list = () # What was cut off to fit
+    notes: tuple = () # What was done to read it
+    unused: tuple = () # Keys that nobody read
 
 def _render_row(row, tokenizer, settings, form, album):
     "A row up to its text; plain text is an example at once"
     value,format = _format_of(row, settings)
     if format=='text':
-        if value.get('image') or value.get('images'):
-            raise ValueError('a `text` row has no place for an image: give a question and an answer')
-        return _RowState(row, format, None, None, *encode_text(value.get('text'), tokenizer, settings.max_length,
-                                                               settings.overflow))
+        text,unused = read_text(value)
+        return _RowState(row, format, None, None, *encode_text(text, tokenizer, settings.max_length,
+                                                               settings.overflow), unused=unused)
     c = to_conversation(value, format)
     if processor_of(tokenizer): c.messages = album.take(c.messages, Path(row.file).parent)
     rendered = render_learned(c.messages, tokenizer, c.tools, settings.train_on, form)
-    return _RowState(row, format, c, replace(rendered, notes=(*c.notes, *rendered.notes)))
+    return _RowState(row, format, c, rendered, notes=(*c.notes, *_overruled(c, format, settings)), unused=c.unused)
+
+def _overruled(conversation, format, settings):
+    "A note where `train_on` learns turns that ask not to be learned"
+    if settings.train_on!='all' or format=='prompt_completion': return ()
+    asked = any(m.get('train') is False for m in conversation.messages)
+    return ('turns that ask not to be learned are learned: `train_on="all"`',)*asked
 
 # %% ../nbs/01_data.ipynb #4bd50a03
 def _encode_row(state, example, tokenizer, settings):
@@ -154,12 +162,13 @@ def _is_kept(state, writer, duplicates):
 
 def _examples(rows, tokenizer, settings, report, strict, album):
     "Batches of examples, each row counted"
-    writer = ReportWriter(report)
+    writer = ReportWriter(report, settings.columns)
     for states,encodings in _render_ahead(writer.counted(in_batches(rows)), tokenizer, settings, report, album):
         out = []
         for s in _encode_batch(states, encodings.result(), tokenizer, settings, report):
             if not _is_kept(s, writer, settings.duplicates): continue
             writer.count(s.format, s.examples, s.cut, s.rendered)
+            writer.tell(s.row, s.format, s.notes, s.unused)
             out += s.examples
         if strict and report.dropped: refuse_first(writer.in_order())
         if out: yield out
@@ -190,7 +199,7 @@ _album = 'images.json' # Path → checksum of each image that the rows name
 
 def _prepare(source, where, tokenizer, settings, report, strict, place, digest):
     "Prepare the examples of `source` in the folder `place`, whole or not at all"
-    if isinstance(source, (str, Path)): report.passed_over = files_passed_over(source)
+    if isinstance(source, (str, Path)): report.passed_over = files_passed_over(source, where['split'])
     with whole_folder(place) as new:
         album = Album(new/'images', place/'images')
         batches = _examples(read_rows(source, **where), tokenizer, settings, report, strict, album)
@@ -290,8 +299,8 @@ def _taken(turns, group, all_turns, weights, i):
                 left_over=len(group)-once, weight=weights[i]/sum(weights) if weights else None)
 
 # %% ../nbs/01_data.ipynb #47b13f02
-_code_files = ('rows/sources.py', 'rows/formats.py', 'rows/images.py', 'rows/template.py', 'rows/learned.py',
-               'rows/tokens.py', 'rows/report.py', 'data.py')
+_code_files = ('core/text_stream.py', 'rows/files.py', 'rows/sources.py', 'rows/turns.py', 'rows/formats.py',
+               'rows/images.py', 'rows/template.py', 'rows/learned.py', 'rows/tokens.py', 'rows/report.py', 'data.py')
 
 def _code_digest():
     "Checksum of the code that prepares data, and of what it stands on"
@@ -300,10 +309,10 @@ def _code_digest():
     code = [(folder/f).read_bytes() for f in _code_files] if folder else []
     return checksum(*code, [m.__version__ for m in (datasets, jinja2, tokenizers, transformers)])
 
-def _files_of(source):
+def _files_of(source, split):
     "What the report will name: the files that are read and those that are passed over"
     try:
-        return ([_name_of(source), *map(str, source_files(source))] if isinstance(source, (str, Path))
+        return ([_name_of(source), *map(str, source_files(source, split))] if isinstance(source, (str, Path))
                 else [_name_of(source)])
     except (ValueError, OSError, SageError): return [_name_of(source)]
 
@@ -328,8 +337,8 @@ def _kept_or_prepared(source, where, tokenizer, settings, report, strict, cache)
     "The data set from the cache, or prepared and put there"
     folder,kept = cache_place(cache)
     digest = tokenizer_digest(tokenizer)
-    place = folder/checksum(source_digest(source, **where), _files_of(source), digest, asdict(settings),
-                              _code_digest())
+    place = folder/checksum(source_digest(source, **where), _files_of(source, where['split']), digest,
+                            asdict(settings), _code_digest())
     dataset = _from_cache(place, report, tokenizer, digest) if kept else None
     if dataset is None: dataset = _prepare(source, where, tokenizer, settings, report, strict, place, digest)
     elif strict and report.dropped: refuse_first(report.dropped)
@@ -347,7 +356,7 @@ def _check_tokenizer(tokenizer):
 
 def _warn(report):
     import warnings
-    warnings.warn(show_report(report), stacklevel=3)
+    warnings.warn(short_report(report), stacklevel=3)
 
 # %% ../nbs/01_data.ipynb #8c8ada47
 def prepare_dataset(
@@ -355,11 +364,12 @@ def prepare_dataset(
     tokenizer, # A fast `transformers` tokenizer
     max_length:int=1024, # Tokens of one example at most
     format_type:str|None=None, # Format of the rows, such as "qa"; None detects it per row
-    report:DataReport|None=None, # Filled in if given; otherwise a warning lists the dropped rows
+    report:DataReport|None=None, # Filled in if given; otherwise a warning lists what was dropped or not used
     *,
     split:str='train', # Which split, where the source has splits
     revision:str|None=None, # Branch, tag or commit of a data set on the Hub
     subset:str|None=None, # Which part of a data set on the Hub that has several
+    sample_by:str='document', # What a row of a text file is: a "line", a "paragraph" or the whole "document"
     columns:dict|None=None, # {name in the file: known name}
     train_on:str='assistant', # What is learned: "assistant", "last" answer or "all"
     overflow:str='drop', # What to do with rows that are too long: "drop", "truncate" or "split"
@@ -374,7 +384,7 @@ def prepare_dataset(
 ): # `datasets.Dataset` with `input_ids` and `labels`, unpadded
     "Training examples of the rows of a source, and an account of every row"
     sources = data_sources(data_path, split=split, revision=revision, subset=subset, columns=columns,
-                           format_type=format_type)
+                           format_type=format_type, sample_by=sample_by)
     how = dict(train_on=train_on, overflow=overflow, cut_answers=cut_answers, duplicates=duplicates)
     settings = [_checked_settings(max_length, s.columns, format_type=s.format_type, **how) for s in sources]
     data_weights = check_shares(data_weights, data_stopping, len(sources))
@@ -387,19 +397,23 @@ def prepare_dataset(
         if not apart: dataset = mixed(dataset, account, data_weights, data_stopping, seed)
     finally:
         if report is not None: vars(report).update(vars(account))
-    if report is None and account.dropped: _warn(account)
+    if report is None and (account.dropped or account.unused or account.notes): _warn(account)
     return dataset
 
 # %% ../nbs/01_data.ipynb #c43878b0
 def source_of(
     config, # A `TrainingConfig`
     evaluation:bool=False, # Whether `eval_data_path` is meant, and not `data_path`
-)->dict: # `split`, `subset` and `revision`, for `read_rows`
+)->dict: # `split`, `subset`, `revision` and `sample_by`, for `read_rows`
     "Which rows of its data a config means"
-    if not evaluation: return dict(split=config.data_split, subset=config.data_subset, revision=config.data_revision)
-    same = config.eval_data_path==config.data_path
+    if not evaluation:
+        return dict(split=config.data_split, subset=config.data_subset, revision=config.data_revision,
+                    sample_by=config.sample_by)
+    path,same = config.eval_data_path,config.eval_data_path==config.data_path
+    texts = any(has_texts(s.path, s.split or 'train') for s in data_sources(path)) if path else False
     return dict(split=config.eval_data_split, subset=config.data_subset if same else None,
-                revision=config.data_revision if same else None)
+                revision=config.data_revision if same else None,
+                sample_by=config.sample_by if texts else 'document')
 
 _data_settings = 'format_type', 'columns', 'train_on', 'overflow', 'cut_answers', 'duplicates', 'strict'
 
@@ -429,7 +443,7 @@ def conversations(
     source, # As `data_path` of `prepare_dataset`
     format_type:str|None=None, # Format of the rows, such as "qa"; None detects it per row
     columns:dict|None=None, # {name in the file: known name}
-    **where, # `split`, `revision`, `subset`
+    **where, # `split`, `revision`, `subset`, `sample_by`
 ): # Yields a `Conversation` for each row that holds one
     "The conversations of a source; what cannot be used is left to the data report"
     for s in data_sources(source, format_type=format_type, columns=columns, **where):

@@ -83,7 +83,7 @@ def _check_pair(examples):
     if a[:n]!=b[:n]: raise ValueError('the chat template writes the prompt in another way before each answer')
 
 def _judged_row(row, tokenizer, config, columns, shape, form):
-    "(shape, judgements, examples, what was cut off, rendered) of a row"
+    "(shape, judgements, examples, what was cut off, rendered, what it was read from) of a row"
     if row.error: raise ValueError(row.error)
     if not isinstance(row.value, dict):
         raise ValueError(f'a row must be an object {{…}}, got {type(row.value).__name__}')
@@ -94,7 +94,7 @@ def _judged_row(row, tokenizer, config, columns, shape, form):
         raise ValueError(f'one judged answer, and `method="{config.method}"` compares two: take `method="kto"`')
     examples,cut,rendered = _fitting(p, tokenizer, config, form)
     _check_pair(examples)
-    return shape,[liked for _,liked in p.answers],examples,cut,rendered
+    return shape,[liked for _,liked in p.answers],examples,cut,rendered,p
 
 # %% ../nbs/04_preference.ipynb #5d0b17c2
 def _columns(judgements, examples, method):
@@ -106,12 +106,12 @@ def _columns(judgements, examples, method):
 def _prepared(rows, tokenizer, source, config, report):
     "Rows of the data set, each row of the source counted"
     columns,shape = checked_columns(source.columns),source.format_type
-    book,form,out,each = ReportWriter(report),chat_form(tokenizer),[],1 if config.method=='kto' else 2
+    book,form,out,each = ReportWriter(report, columns),chat_form(tokenizer),[],1 if config.method=='kto' else 2
     for batch in book.counted(in_batches(rows)):
         for row in batch:
             made = guarded(row, report, _judged_row, row, tokenizer, config, columns, shape, form)
             if made is None: continue
-            found,judgements,examples,cut,rendered = made
+            found,judgements,examples,cut,rendered,read = made
             first = book.copies(row, examples)
             if first!=(row.file, row.line):
                 if config.duplicates=='drop':
@@ -119,6 +119,7 @@ def _prepared(rows, tokenizer, source, config, report):
                     continue
                 report.duplicates += len(examples)//each
             book.count(found, examples, cut, rendered, each)
+            book.tell(row, found, read.notes, read.unused)
             out += _columns(judgements, examples, config.method)
         if config.strict and report.dropped: refuse_first(book.in_order())
     book.close()

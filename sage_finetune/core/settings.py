@@ -240,12 +240,14 @@ class DataSource(Settings):
     revision: str|None = None # Branch, tag or commit of a data set on the Hub
     columns: dict|None = None # {name in the file: known name}
     format_type: str|None = None # Format of its rows
+    sample_by: str|None = None # What a row of a text file is: a "line", a "paragraph" or the whole "document"
     _what = 'setting of a source'
 
     @property
     def where(self)->dict: # For `read_rows`
-        "`split`, `subset` and `revision`"
-        return dict(split=self.split or 'train', subset=self.subset, revision=self.revision)
+        "`split`, `subset`, `revision` and `sample_by`"
+        return dict(split=self.split or 'train', subset=self.subset, revision=self.revision,
+                    sample_by=self.sample_by or 'document')
     def to_dict(self)->dict: # Without what is None
         "What is set, as plain values"
         return {f.name: _plain(v) for f in fields(self) if (v := getattr(self, f.name)) is not None}
@@ -268,14 +270,14 @@ def is_mixture(
 
 def data_sources(
     value, # What may be given as `data_path`
-    **run, # `split`, `subset`, `revision`, `columns` and `format_type` for sources that do not have their own
+    **run, # The settings of a `DataSource`, for sources that do not have their own
 )->list: # Of `DataSource`
     "Each source of rows, with all that holds for it"
     found = [_source('data_path', i, v) for i,v in enumerate(value)] if is_mixture(value) else [DataSource(value)]
     own = lambda s: {k: v for k in _own_settings if (v := getattr(s, k)) is not None}
     return [DataSource(s.path, **run | own(s)) for s in found] # rows in memory are not copied
 
-_own_settings = 'split', 'subset', 'revision', 'columns', 'format_type'
+_own_settings = 'split', 'subset', 'revision', 'columns', 'format_type', 'sample_by'
 
 def source_words(
     value, # What may be given as `data_path`

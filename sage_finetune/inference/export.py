@@ -20,7 +20,7 @@ from ..core.run_folder import find_run
 from ..config import embedded_model
 from ..rows.images import processor_files
 from ..rows.template import chat_form, render
-from ..rows.tokens import end_of_turn_id
+from ..rows.tokens import end_of_turn_ids
 from ..core.repo_files import find_secret
 
 # %% ../../nbs/inference/06_export.ipynb #89d462d2
@@ -477,7 +477,7 @@ def ollama_template(
 # %% ../../nbs/inference/06_export.ipynb #c0000018
 def _stop_words(tokenizer, more=()):
     "Texts of the tokens that end an answer"
-    ids = dict.fromkeys([end_of_turn_id(tokenizer), tokenizer.eos_token_id, *more])
+    ids = dict.fromkeys([*end_of_turn_ids(tokenizer), tokenizer.eos_token_id, *more])
     words = [*(tokenizer.decode([i]) for i in ids if i is not None), *chat_form(tokenizer).ends]
     return list(dict.fromkeys(w for w in words if w.strip()))
 

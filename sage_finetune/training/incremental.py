@@ -201,7 +201,7 @@ def _replay_source(config):
     "The config whose rows are replayed; None where none are known, or where they are gone and none are asked for"
     if config.replay_path is not None:
         return config.replace(format_type=None, columns=None, data_path=config.replay_path, eval_data_path=None,
-                              data_weights=None, data_stopping='first_exhausted')
+                              data_weights=None, data_stopping='first_exhausted', sample_by='document')
     parent = parent_adapter(config)
     if parent is None or parent.config is None or parent.config.data_path is None: return None
     there = all(s.path.exists() for s in sources_of(parent.config))
