@@ -21,7 +21,9 @@ from pathlib import Path
 from .core.disk import read_json, SageError, whole_folder
 from .core.settings import check_shares, data_sources, DataSource, is_mixture
 from .core.cache import cache_folder, cache_place, checksum, make_room
-from .rows.sources import has_texts, load_training_data, read_rows, Row, save_rows, source_digest, source_files
+from sage_finetune.rows.sources import (
+    has_texts, load_training_data, read_rows, Row, save_rows, source_digest, source_files
+)
 from sage_finetune.rows.formats import (
     checked_columns, Conversation, create_sample_data, detect_data_format, format_alpaca_sample,
     format_conversation_sample, format_keys, format_qa_sample, read_text, renamed, sample_rows, to_conversation,
@@ -447,10 +449,9 @@ def conversations(
 ): # Yields a `Conversation` for each row that holds one
     "The conversations of a source; what cannot be used is left to the data report"
     for s in data_sources(source, format_type=format_type, columns=columns, **where):
-        columns = checked_columns(s.columns)
         for row in read_rows(s.path, **s.where):
             try:
-                talk = to_conversation(renamed(row.value, columns), s.format_type)
+                talk = to_conversation(renamed(row.value, checked_columns(s.columns)), s.format_type)
                 if any(m.get('images') for m in talk.messages):
                     talk.messages = Album().take(talk.messages, Path(row.file).parent)
             except (ValueError, AttributeError, TypeError, SageError): continue

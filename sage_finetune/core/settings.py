@@ -253,7 +253,7 @@ class DataSource(Settings):
         return {f.name: _plain(v) for f in fields(self) if (v := getattr(self, f.name)) is not None}
     def shown(self): return Table(['', ''], [[*pair] for pair in self.to_dict().items()])
     def __str__(self):
-        own = ', '.join(f'{k} {v}' for k,v in self.where.items() if v not in (None, 'train'))
+        own = ', '.join(f'{k} {v}' for k,v in self.where.items() if v not in (None, 'train', 'document'))
         name = str(self.path) if isinstance(self.path, Path) else type(self.path).__name__
         return f'{name} ({own})' if own else name
     def __repr__(self):

@@ -308,7 +308,8 @@ def _mixing(given, take, out):
     shares,n = [_number(p) for p in _names(asked or [], None)],len(_names(given.get('dataset') or ''))
     good = how in _stops and len(shares)==n and all(isinstance(p, (int, float)) and p>0 for p in shares)
     if asked and not good:
-        raise _Refused(f'interleave_probs={asked!r} (a number above 0 for each data set, with mix_strategy {[*_stops]})')
+        raise _Refused(f'interleave_probs={asked!r} (a number above 0 for each data set, with mix_strategy '
+                       f'{" or ".join(_stops)})')
     if how not in _stops or n<2: return
     out.mix = dict(data_weights=shares or [1]*n, data_stopping=_stops[how])
     out.went['mix_strategy'] = ', '.join(f'{name} = {value}' for name,value in out.mix.items())
