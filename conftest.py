@@ -13,9 +13,16 @@ os.environ.update(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', HF_HUB_DISABLE_TE
 if 'SAGE_CACHE' not in os.environ:
     os.environ['SAGE_CACHE'] = tempfile.mkdtemp(prefix='sage_cache_')
     atexit.register(shutil.rmtree, os.environ['SAGE_CACHE'], ignore_errors=True)
+# What several workers use is made once
+if 'SAGE_TESTS' not in os.environ:
+    os.environ['SAGE_TESTS'] = tempfile.mkdtemp(prefix='sage_tests_')
+    atexit.register(shutil.rmtree, os.environ['SAGE_TESTS'], ignore_errors=True)
 
 # A shell starts what runs in its background with Ctrl-C ignored, and tests inherit that; some of them press it
 if signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None): signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Tests kill processes, which loses nothing that was written; only a power cut does. So no write waits for the disk.
+os.fsync = lambda descriptor: None
 
 from nbdev.config import get_config
 from nbdev.test import test_nb as run_notebook
@@ -39,6 +46,19 @@ LONG = 'test_resume', 'test_processes', 'test_loop', 'test_adapter', 'test_memor
 
 
 def pytest_collection_modifyitems(items): items.sort(key=lambda item: item.path.stem not in LONG)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """The objects of libraries live as long as the process: a collection, which each run asks for, need not walk them
+
+    Done where a file begins, when nothing of the file before is alive.
+    """
+    known = getattr(pytest_runtest_setup, 'known', None)
+    pytest_runtest_setup.known = item.path,len(sys.modules)
+    if known is None or item.path!=known[0]:
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_collect_file(file_path, parent):
