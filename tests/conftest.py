@@ -20,11 +20,10 @@ def program(tmp_path, home_of):
     """
     program = Path(sys.executable).with_name('sage-finetune')
 
-    def run(*args, wait=True, **env):
-        options = dict(text=True, env=home_of(env), cwd=tmp_path, stdin=subprocess.DEVNULL)
-        if wait: return subprocess.run([program, *map(str, args)], capture_output=True, **options)
-        return subprocess.Popen([program, *map(str, args)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                **options)
+    def run(*args, wait=True, stdin='', **env):
+        words,options = [program, *map(str, args)],dict(text=True, env=home_of(env), cwd=tmp_path)
+        if wait: return subprocess.run(words, capture_output=True, input=stdin, **options)
+        return subprocess.Popen(words, **dict.fromkeys(('stdin', 'stdout', 'stderr'), subprocess.DEVNULL), **options)
     return run
 
 
@@ -32,4 +31,4 @@ def program(tmp_path, home_of):
 def command(tmp_path, home_of, program):
     "Run `sage-finetune` in a forked process, with an empty home; gives a finished process"
     if not forked: return program
-    return lambda *args, **env: command_in_fork(args, tmp_path, home_of(env))
+    return lambda *args, stdin='', **env: command_in_fork(args, tmp_path, home_of(env), stdin)
