@@ -1,6 +1,7 @@
 """The templates of real models: TRL ships some seventy of them, and each is asked what is learned from ten
 conversations
 """
+import functools
 import re
 from collections import Counter
 from importlib.util import find_spec
@@ -41,6 +42,7 @@ talks = dict(
     reasoning=([user('askone'), said('replyone here', reasoning_content='thoughtone'), user('asktwo'),
                 said('replytwo there', reasoning_content='thoughttwo')], None))
 
+@functools.cache
 def tokenizer_for(source):
     "The embedded tokenizer with the control tokens that a template writes"
     tok = AutoTokenizer.from_pretrained(resolve_model('sage-tiny'))
