@@ -26,7 +26,7 @@ from sage_finetune.model.adapter import (
     adapter_line, add_lora, BestAdapter, check_settings, ready_for_quantised_training
 )
 from .model.memory import estimate_memory, probe_step
-from .training.batches import check_rows, Collator, longest_batch, pad_token_id
+from .training.batches import check_fit, check_rows, Collator, longest_batch, padding_of
 from .training.split import check_data_path, read_data
 from .training.callbacks import Checkpoints, Metrics, NotFinite, plot_losses, Progress, read_metrics
 from sage_finetune.training.loop import (
@@ -72,7 +72,7 @@ class RunState:
         self.while_running,self.evaluation_rows = [],None # Changes after memory ran out, of training and evaluation
         self.stop_signal,self.unfinished = StopSignal(),None # `unfinished`: noted beside the adapter of a stopped run
         self.watcher = None # Gets the messages instead: has `heard(what)`, and `callbacks()` for the loop
-        self._packed,self._digest,self._before = (None, None),RowsDigest(),None
+        self._packed,self._digest,self._before,self._announced = (None, None),RowsDigest(),None,False
 
     @property
     def changes(self)->list: # Of `Change`
@@ -105,7 +105,7 @@ class LoopParts(RunState):
 
     def collator(self)->Collator:
         "What makes a batch from rows"
-        return Collator(pad_token_id(self.tokenizer),
+        return Collator(padding_of(self.tokenizer, self.model),
                         tokenizer=self.tokenizer if processor_of(self.tokenizer) else None)
 
     def callbacks(self)->list: # Of `TrainerCallback`
@@ -133,10 +133,12 @@ class LoopParts(RunState):
 # %% ../nbs/02_trainer.ipynb #8c099757
 class LoRATrainer(LoopParts):
     "A LoRA fine-tuning run, step by step"
+    packaged = True # Its steps are not those of a user's subclass
     def load_model_and_tokenizer(self):
         "Load the model in the precision that fits this machine, and its tokenizer"
         _announce(self)
-        self.model,self.tokenizer = _loaded(self.fitted, self.machine.device)
+        c,self.tokenizer,self._announced = self.fitted,_tokenizer(self.fitted),False
+        self.model = load_model(c.model_name, dtype_of(c), self.machine.device, quantisation_of(c))
 
     def apply_lora(self):
         "Freeze the model and put the adapter on it"
@@ -149,11 +151,13 @@ class LoRATrainer(LoopParts):
         self.data_report = report = DataReport()
         rows,self.eval_dataset = read_data(self.config, self.tokenizer, report)
         self.dataset,self.replay_eval_dataset = add_replay_rows(rows, self.config, self.tokenizer, report)
+        _check_fit(self)
         self.say(report)
 
     def setup_trainer(self):
         "Build transformers' `Trainer`"
         check_rows(self.dataset)
+        _check_fit(self)
         if processes()>1: self.say(processes_line(self.fitted))
         self.trainer = _build_loop(self, _packed_rows(self) if self.config.packing else self.dataset)
 
@@ -178,20 +182,27 @@ class LoRATrainer(LoopParts):
 
 # %% ../nbs/02_trainer.ipynb #2f01f0e3
 def _announce(run):
-    "Report the machine, what was changed for it, and the expected memory"
+    "Report the machine, what was changed for it, and the expected memory, once before the model is loaded"
+    if run._announced: return
     check_settings(run.fitted)
     run.say(f'{run.machine}\n{show_changes(run.changes)}')
+    run._announced = True
     if run.quiet or process(): return
     try: run.say(estimate_memory(run.fitted, run.machine))
     except SageError as e: run.say(str(e)) # it cannot be counted
 
-def _loaded(config, device):
-    "The model, in the precision of the config, and its tokenizer"
+def _tokenizer(config):
+    "The tokenizer of a config's model"
     tokenizer = load_tokenizer(config.model_name)
     if config.packing and processor_of(tokenizer):
         raise ValueError(f'`packing=True` is not supported for {config.model_name}: its position ids depend on images; '
                          f'set `packing=False`')
-    return load_model(config.model_name, dtype_of(config), device, quantisation_of(config)),tokenizer
+    return tokenizer
+
+def _check_fit(run):
+    "Refuse rows that the model has no token or no position for; before it is loaded its config tells"
+    rows = dict(training=run.dataset, evaluation=run.eval_dataset, replay=run.replay_eval_dataset)
+    check_fit(rows, run.config, run.model, run.tokenizer, run.data_report)
 
 # %% ../nbs/02_trainer.ipynb #2f01f0f2
 def _with_lora(model, config):
@@ -252,8 +263,7 @@ def _smaller_evaluation(run, rows):
 # %% ../nbs/02_trainer.ipynb #2f01f1a2
 def _run_missing_steps(run, fresh=False):
     "The steps that the user has not called"
-    own_data = type(run).prepare_data is not LoRATrainer.prepare_data
-    if run.dataset is None and not own_data: check_data_path(run.config) # before minutes go into loading a model
+    if run.dataset is None and _is_packaged(run, 'prepare_data'): _prepare_first(run)
     if run.model is None: run.load_model_and_tokenizer()
     if run.dataset is None:
         made = one_after_another(run.prepare_data)
@@ -262,6 +272,18 @@ def _run_missing_steps(run, fresh=False):
     if run.trainer is not None: return
     if not fresh: _remember(run)
     run.setup_trainer()
+
+def _is_packaged(run, step): # a step of a user's subclass may need what came before it
+    return 'packaged' in vars(next(c for c in type(run).__mro__ if step in vars(c)))
+
+def _prepare_first(run):
+    "Prepare the rows before minutes go into loading a model, and hold them against its config"
+    check_data_path(run.config)
+    if run.model is not None or not _is_packaged(run, 'load_model_and_tokenizer'): return
+    _announce(run)
+    run.tokenizer = _tokenizer(run.fitted)
+    one_after_another(run.prepare_data)
+    _check_fit(run)
 
 def _start_anew(run):
     "Remove what an earlier run left in the folder, in memory too"

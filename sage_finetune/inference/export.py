@@ -20,7 +20,7 @@ from ..core.run_folder import find_run
 from ..config import embedded_model
 from ..rows.images import processor_files
 from ..rows.template import chat_form, render
-from ..rows.tokens import end_of_turn_id
+from ..rows.tokens import end_of_turn_ids
 from ..core.repo_files import find_secret
 
 # %% ../../nbs/inference/06_export.ipynb #89d462d2
@@ -75,10 +75,20 @@ def _base_elsewhere(source, base=None):
 # %% ../../nbs/inference/06_export.ipynb #c0000004
 def _settings_elsewhere(settings, base):
     "The settings of a run without what is only true on this machine"
-    paths = ('data_path', 'eval_data_path', 'output_dir')
+    paths = ('data_path', 'eval_data_path', 'replay_path', 'output_dir')
     kept = {k: v for k,v in settings.items() if not k.startswith('_') or k in ('_given', '_versions')}
     return kept | dict(model_name=base or Path(settings['model_name']).name,
-                       **{k: Path(str(settings[k])).name for k in paths if settings.get(k)})
+                       **{k: _without_folders(settings[k]) for k in paths if settings.get(k)})
+
+def _without_folders(path):
+    "A path, or each source of a list, by its name alone"
+    if not isinstance(path, list): return Path(str(path)).name
+    return [s | dict(path=Path(s['path']).name) for s in path]
+
+def _sources(settings):
+    "Where the rows of a run came from: paths as text"
+    data = settings.get('data_path') or ''
+    return [s['path'] for s in data] if isinstance(data, list) else [str(data)]
 
 def _with_base_name(source, base):
     "Small files that name the base, with a name for others"
@@ -101,7 +111,7 @@ def _results(source):
     from huggingface_hub import EvalResult
     loss = (read_json(source.run.results) if source.run.results.is_file() else {}).get('loss_after')
     if not isinstance(loss, (int, float)) or loss!=loss: return None
-    method,data = source.settings.get('method'),Path(str(source.settings.get('data_path') or '')).name
+    method,data = source.settings.get('method'),', '.join(Path(p).name for p in _sources(source.settings))
     return [EvalResult(task_type='text-generation', dataset_type='held-out', dataset_name=f'held-out rows of {data}',
                        metric_type='loss', metric_value=round(loss, 4),
                        metric_name=f'loss of {method.upper()}' if method else 'nats per learned token')]
@@ -109,12 +119,13 @@ def _results(source):
 def _head(source, base, license, license_name, license_link, language):
     "What the Hub reads"
     from huggingface_hub import ModelCardData
-    data,adapter = str(source.settings.get('data_path') or ''),source.kind=='adapter'
+    data = [d for d in _sources(source.settings) if _is_hub_name(d) and '/' in d]
+    adapter = source.kind=='adapter'
     return ModelCardData(library_name='peft' if adapter else 'transformers', pipeline_tag='text-generation',
                          base_model=base, language=language,
                          base_model_relation=('adapter' if adapter else 'finetune') if base else None,
                          tags=['lora', 'sage-finetune'], license=license, license_name=license_name,
-                         license_link=license_link, datasets=[data] if _is_hub_name(data) and '/' in data else None,
+                         license_link=license_link, datasets=data or None,
                          model_name=source.name, eval_results=_results(source))
 
 # %% ../../nbs/inference/06_export.ipynb #c0000007
@@ -175,8 +186,8 @@ _counts = dict(read='rows read', used='rows used', duplicates='copies', examples
 def _data_part(source):
     "What was trained on, and what was dropped and why"
     report = read_json(source.run.data_report) if source.run.data_report.is_file() else {}
-    data = str(source.settings.get('data_path') or '')
-    name = f'`{data if _is_hub_name(data) and "/" in data else Path(data).name}`'
+    short = lambda data: f'`{data if _is_hub_name(data) and "/" in data else Path(data).name}`'
+    name = ', '.join(map(short, _sources(source.settings)))
     rows,why = _named(source.run.data_report, _counts),{}
     for d in report.get('dropped', ()):
         reason = re.sub(r'[0-9]+', 'N', str(d.get('reason', '')))[:120]
@@ -466,7 +477,7 @@ def ollama_template(
 # %% ../../nbs/inference/06_export.ipynb #c0000018
 def _stop_words(tokenizer, more=()):
     "Texts of the tokens that end an answer"
-    ids = dict.fromkeys([end_of_turn_id(tokenizer), tokenizer.eos_token_id, *more])
+    ids = dict.fromkeys([*end_of_turn_ids(tokenizer), tokenizer.eos_token_id, *more])
     words = [*(tokenizer.decode([i]) for i in ids if i is not None), *chat_form(tokenizer).ends]
     return list(dict.fromkeys(w for w in words if w.strip()))
 

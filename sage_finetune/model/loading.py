@@ -6,7 +6,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/model/loading.html.md"""
 
 # %% auto #0
 __all__ = ['dtype_of', 'quantisation_of', 'quiet_libraries', 'takes_images', 'model_class', 'no_model', 'load_tokenizer',
-           'load_model', 'check_model']
+           'load_model', 'ModelLimits', 'model_limits', 'limits_of', 'check_model']
 
 # %% ../../nbs/model/01_loading.ipynb #5d328e9d
 import logging
@@ -14,8 +14,9 @@ for name in ('bitsandbytes.backends.cpu.ops', 'bitsandbytes.autograd._functions'
     logging.getLogger(name).setLevel(logging.ERROR)
 
 # %% ../../nbs/model/01_loading.ipynb #ba587791
-import json,os,warnings
+import json,os,re,warnings
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -201,6 +202,45 @@ def load_model(
             config = AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False)
             return _protect_quantised(model_class(config).from_pretrained(resolve_model(name), **how))
     except _load_errors as e: raise no_model(name, e) from None
+
+# %% ../../nbs/model/01_loading.ipynb #8e1d0c02
+@dataclass(frozen=True)
+class ModelLimits:
+    "What a model has rows for; None where there is no limit, or none is known"
+    embeddings: int|None = None # Token ids are below this
+    positions: int|None = None # Tokens of one row, where positions are looked up in a table
+    trained_positions: int|None = None # Tokens of one row that the model was made for
+
+def model_limits(
+    model, # A causal language model, with or without weights
+)->ModelLimits: # Of its embedding and its tables of positions
+    "How many token ids and positions a model has rows for"
+    config,layer = model.config.get_text_config(),model.get_input_embeddings()
+    made_for = getattr(config, 'max_position_embeddings', None)
+    tables = [n for name,n in _position_tables(model) if not any(w in name for w in _other_senses)]
+    if config.model_type=='mpt': tables.append(config.max_seq_len) # its bias by distance ends there
+    rows = getattr(layer, 'num_embeddings', None) or getattr(getattr(layer, 'weight', None), 'shape', [None])[0]
+    return ModelLimits(rows or None, min(tables, default=None), made_for if isinstance(made_for, int) else None)
+
+_other_senses = 'vision', 'visual', 'image', 'audio', 'patch'
+
+def _position_tables(model):
+    "(name, rows) of each table of positions"
+    for name,part in model.named_modules():
+        is_table = isinstance(part, torch.nn.Embedding) and re.search(r'wpe$|pos', name.rpartition('.')[2])
+        if is_table: yield name,part.num_embeddings-(getattr(part, 'offset', 0) or 0)
+    for name,t in model.named_buffers():
+        if t.dim()==2 and re.search(r'embed_pos|pos_enc|pos_emb', name.rpartition('.')[2]): yield name,len(t)
+
+# %% ../../nbs/model/01_loading.ipynb #8e1d0c05
+def limits_of(
+    name:str, # Hub name, folder, or "sage-tiny"
+)->ModelLimits: # All None where the model cannot be built
+    "What a model has rows for, from its config alone"
+    try:
+        config = AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False)
+        with torch.device('meta'), quiet_libraries(): return model_limits(model_class(config).from_config(config))
+    except Exception: return ModelLimits() # reported where it is loaded
 
 # %% ../../nbs/model/01_loading.ipynb #c18d61f4
 def _no_network(name):

@@ -18,6 +18,7 @@ from shutil import which
 from ..core.disk import read_json, SageError
 from ..config import TrainingConfig
 from ..rows.sources import read_rows, save_rows
+from ..rows.turns import read_history, Reading
 from ..rows.formats import detect_data_format
 
 # %% ../../nbs/runs/00_other_tools.ipynb #b036793d
@@ -515,10 +516,12 @@ def _alpaca_row(row, info):
     answer = None if ranked else value('response')
     if not question or not (answer or ranked): return dict(instruction=question, output=answer or '')
     turns = [('system', value('system'))] if value('system') else []
-    for pair in value('history') or (): turns += zip(('user', 'assistant'), pair)
-    turns.append(('user', question))
-    if answer: turns.append(('assistant', answer))
-    return dict(messages=[dict(role=r, content=t) for r,t in turns]) | _judgement(row, info)
+    try: past = read_history(value('history'), Reading())
+    except ValueError: # left as it is, so that the row is refused with its line
+        return dict(instruction=question, output=answer or '', history=value('history')) | _judgement(row, info)
+    made = [dict(role=r, content=t) for r,t in turns] + past + [dict(role='user', content=question)]
+    if answer: made.append(dict(role='assistant', content=answer))
+    return dict(messages=made) | _judgement(row, info)
 
 def _judgement(row, info):
     "How the answers of a row are judged: a better and a worse one, or whether the answer is good"

@@ -21,11 +21,13 @@ from ..core.display import falling, Panel, Shown, shown_figure, size_text, Table
 from ..config import config_from_meta, PreferenceConfig, TrainingConfig
 from ..core.machine import Change, Changes
 from ..core.run_folder import find_run, list_runs, RunFolder
+from ..core.settings import source_words
 from ..rows.report import DataReport
 
 # %% ../../nbs/runs/04_run.ipynb #9b89aefd
 def _found(path, folder):
     "A path as it was asked for, or the file of that name in the run folder, where the first is gone"
+    if isinstance(path, list): return [s.replace(path=_found(s.path, folder)) for s in path] # several sources
     return folder/path.name if path and not path.exists() and (folder/path.name).exists() else path
 
 def _config_of(run):
@@ -98,7 +100,7 @@ class _CaptionedFigure:
 def _facts(run):
     "A run as a table of a few lines"
     c,r,report = run.config,run.results,run.data_report
-    rows = [('model', c.model_name), ('data', str(c.data_path)),
+    rows = [('model', c.model_name), ('data', source_words(c.data_path)),
             ('rows', f'{report.used:,} used of {report.read:,}' if report else ''),
             ('adapter', f'rank {c.lora.r}, alpha {c.lora.lora_alpha}, on {_plain(c.lora.target_modules)}'),
             ('machine', run.machine),
@@ -387,8 +389,8 @@ def _same_data(run, trainer):
     if '_data' not in run.record: return # `not_exact` names it
     now,then = [data_digest(d) for d in (trainer.dataset, trainer.eval_dataset)],run.record['_data'].split('-')
     if other := [name for name,a,b in zip(('training', 'held-out'), now, then) if a!=b]:
-        raise SageError(f"{run.config.data_path} is not what {run.name} was trained on: the checksum of the "
-                        f"{' and '.join(other)} tokens differs; bring the old file back, or start a new run")
+        raise SageError(f"{source_words(run.config.data_path)} is not what {run.name} was trained on: the checksum of "
+                        f"the {' and '.join(other)} tokens differs; bring the old file back, or start a new run")
 
 def repeat_run(
     run, # `Run`, name of a run, or path of its folder
