@@ -41,11 +41,18 @@ def is_lesson(path):
     return not hidden and not (path.parent/'.notest').exists()
 
 
-# The files that take longest come first, so that two workers are both busy to the end
-LONG = 'test_resume', 'test_processes', 'test_loop', 'test_adapter', 'test_memory', 'test_live', 'test_pipeline'
+# The files that take longest come first, the longest of them at the very beginning, so that two workers are both busy
+# to the end
+LONG = ('test_resume', 'test_serve', 'test_memory', 'test_processes', 'test_merging', 'test_pipeline', 'test_adapter',
+        'test_loop', 'test_tiny_vision', 'test_live', '02_trainer', '04_preference', '08_a_second_task', '03_tasks',
+        'test_cli', 'test_preference', 'test_merge_chat', 'test_public_contract', '01_first_run', '07_memory',
+        '02_live', '04_how_much_rank', '05_qlora_on_a_small_card', '06_step_bytes', 'test_loss', '00_generate',
+        'test_inspect', '03_your_own_trainer', 'test_incremental', '03_merging', '02_what_it_learns', '03_form')
 
 
-def pytest_collection_modifyitems(items): items.sort(key=lambda item: item.path.stem not in LONG)
+def pytest_collection_modifyitems(items):
+    last = len(LONG)
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else last)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -54,11 +61,10 @@ def pytest_runtest_setup(item):
 
     Done where a file begins, when nothing of the file before is alive.
     """
-    known = getattr(pytest_runtest_setup, 'known', None)
-    pytest_runtest_setup.known = item.path,len(sys.modules)
-    if known is None or item.path!=known[0]:
+    if item.path!=getattr(pytest_runtest_setup, 'path', None):
         gc.collect()
         gc.freeze()
+    pytest_runtest_setup.path = item.path
 
 
 def pytest_collect_file(file_path, parent):
