@@ -142,7 +142,7 @@ def _encode_batch(states, encodings, tokenizer, settings, report):
 def _is_kept(state, writer, duplicates):
     "Whether a row is used: with `duplicates=\"drop\"` no copy of an earlier one is"
     row,first = state.row,writer.copies(state.row, state.examples)
-    if first==(row.file, row.line): return True
+    if first is None: return True
     if duplicates=='keep': writer.report.duplicates += len(state.examples)
     else: writer.report.drop(row, f'{copy_of}{first[0]}:{first[1]}')
     return duplicates=='keep'

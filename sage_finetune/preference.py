@@ -110,7 +110,7 @@ def _prepared(rows, tokenizer, config, columns, report):
             if (made := guarded(row, report, _judged_row, row, tokenizer, config, columns, form)) is None: continue
             shape,judgements,examples,cut,rendered = made
             first = book.copies(row, examples)
-            if first!=(row.file, row.line):
+            if first is not None:
                 if config.duplicates=='drop':
                     report.drop(row, f'duplicate of {first[0]}:{first[1]}')
                     continue
