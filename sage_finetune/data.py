@@ -185,7 +185,7 @@ _album = 'images.json' # Path → checksum of each image that the rows name
 
 def _prepare(source, where, tokenizer, settings, report, strict, place, digest):
     "Prepare the examples of `source` in the folder `place`, whole or not at all"
-    if isinstance(source, (str, Path)): report.passed_over = files_passed_over(source, where['split'])
+    if isinstance(source, (str, Path)): report.passed_over = files_passed_over(source, where.get('split', 'train'))
     with whole_folder(place) as new:
         album = Album(new/'images', place/'images')
         batches = _examples(read_rows(source, **where), tokenizer, settings, report, strict, album)
@@ -283,7 +283,7 @@ def _kept_or_prepared(source, where, tokenizer, settings, report, strict, cache)
     "The data set from the cache, or prepared and put there"
     folder,kept = _place(cache)
     digest = tokenizer_digest(tokenizer)
-    place = folder/_key(source_digest(source, **where), _files_of(source, where['split']), digest, asdict(settings),
+    place = folder/_key(source_digest(source, **where), _files_of(source, where.get('split', 'train')), digest, asdict(settings),
                            _code_digest())
     dataset = _from_cache(place, report, tokenizer, digest) if kept else None
     if dataset is None: dataset = _prepare(source, where, tokenizer, settings, report, strict, place, digest)
