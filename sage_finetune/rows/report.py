@@ -269,8 +269,10 @@ class ReportWriter:
         for note in row.notes: _add(self.report.notes, note)
 
     def copies(self, row, examples):
-        "(file, line) of the row whose copy this one is, or of the row itself"
-        return self.seen.setdefault(_examples_digest(examples), (row.file, row.line))
+        "(file, line) of the row whose copy this one is; None where it is no copy. Rows may share a line"
+        place = row.file,row.line
+        first = self.seen.setdefault(_examples_digest(examples), place)
+        return None if first is place else first
 
     def count(self, format, examples, cut, rendered, each=1):
         "Count the examples of a row; `each`: conversations that are learned from together"
