@@ -104,9 +104,9 @@ def _render_row(row, tokenizer, settings, form, album):
     "A row up to its text; plain text is an example at once"
     value,format = _format_of(row, settings)
     if format=='text':
-        text,unused = read_text(value)
-        return _RowState(row, format, None, None, *encode_text(text, tokenizer, settings.max_length,
-                                                               settings.overflow), unused=unused)
+        (text,unused),lost = read_text(value),[]
+        made = encode_text(text, tokenizer, settings.max_length, settings.overflow, lost)
+        return _RowState(row, format, None, None, *made, notes=tuple(lost), unused=unused)
     c = to_conversation(value, format)
     if processor_of(tokenizer): c.messages = album.take(c.messages, Path(row.file).parent)
     rendered = render_learned(c.messages, tokenizer, c.tools, settings.train_on, form)

@@ -91,17 +91,17 @@ def test_a_run_with_a_vanished_data_file_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_killed_quickstart_goes_on_from_its_last_checkpoint(command, tmp_path):
+def test_a_killed_quickstart_goes_on_from_its_last_checkpoint(program, tmp_path):
     run = tmp_path/'run'
     args = 'quickstart', 'code', '--max-facts', 30, '--output', run
-    first = command(*args, wait=False)
+    first = program(*args, wait=False)
     marker,give_up = run/'checkpoints'/'checkpoint-50'/'COMPLETE', time.monotonic()+300
     while not marker.exists() and first.poll() is None and time.monotonic() < give_up: time.sleep(.01)
     first.send_signal(signal.SIGKILL)
     first.wait()
     assert marker.exists() and not (run/'lora_weights').exists(), (
         'it was to be killed between the checkpoint and the end')
-    second = command(*args)
+    second = program(*args)
     assert second.returncode == 0, second.stderr
     assert 'Resuming from step 50' in second.stderr
     assert json.loads((run/'results.json').read_text())['steps'] == 96
@@ -121,16 +121,16 @@ sys.addaudithook(watch)
 '''
 
 
-def test_the_whole_path_speaks_to_no_other_machine(command, tmp_path):
+def test_the_whole_path_speaks_to_no_other_machine(program, tmp_path):
     (tmp_path/'watch').mkdir()
     (tmp_path/'watch'/'sitecustomize.py').write_text(watcher)
     log = tmp_path/'network.log'
     watched = dict(PYTHONPATH=str(tmp_path/'watch'), NETWORK_LOG=str(log), HF_HUB_OFFLINE='0')
-    done = command('quickstart', 'code', '--max-facts', 10, '--output', tmp_path/'run', **watched)
+    done = program('quickstart', 'code', '--max-facts', 3, '--output', tmp_path/'run', **watched)
     assert done.returncode == 0, done.stderr
     assert not log.exists(), log.read_text()
     # the watcher does see what goes out
-    seen = command('start', '--task', 'qa', '--data', create_sample_data(tmp_path/'rows.json', 'qa'), '--model',
+    seen = program('start', '--task', 'qa', '--data', create_sample_data(tmp_path/'rows.json', 'qa'), '--model',
                    'nobody/nothing', '--auto', **watched)
     assert seen.returncode == 1 and 'getaddrinfo' in log.read_text()
 

@@ -1,6 +1,7 @@
 """The templates of real models: TRL ships some seventy of them. Each is asked what is learned from the conversations
 below, by a judge on words, and, where TRL has a form of the template for training, against TRL's own mask
 """
+import functools
 import re
 from collections import Counter
 from importlib.util import find_spec
@@ -80,6 +81,7 @@ talks = dict(
     other_arguments=([user('askone'), called(call('weather', dict(city='Oslo', days=3, exact=1.5, now=True, way=[
         dict(on='foot"ball"'), 7])), rome), result, noon, end], tools))
 
+@functools.cache
 def tokenizer_for(source):
     "The embedded tokenizer with the control tokens that a template writes"
     tok = AutoTokenizer.from_pretrained(resolve_model('sage-tiny'))
