@@ -412,7 +412,8 @@ def source_of(
         return dict(split=config.data_split, subset=config.data_subset, revision=config.data_revision,
                     sample_by=config.sample_by)
     path,same = config.eval_data_path,config.eval_data_path==config.data_path
-    texts = any(has_texts(s.path, s.split or 'train') for s in data_sources(path)) if path else False
+    texts = path and config.sample_by!='document' and any(
+        has_texts(s.path, s.split or 'train') for s in data_sources(path))
     return dict(split=config.eval_data_split, subset=config.data_subset if same else None,
                 revision=config.data_revision if same else None,
                 sample_by=config.sample_by if texts else 'document')
