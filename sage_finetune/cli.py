@@ -83,8 +83,8 @@ Model = Annotated[str, _model]
 RunName = Annotated[str, Argument(help='Name or folder of a run')]
 Runs = Annotated[Optional[str], Option('--dir', help='Folder of the runs (default: ~/.sage/finetune_output)')]
 Output = Annotated[Optional[str], Option('--output', help='Run folder (default: ~/.sage/finetune_output/TASK)')]
-Data = Annotated[Optional[list[str]], Option('--data', help='File, folder or pattern of data, or a data set on the Hub; '
-                                             'may be repeated; for the task code, a folder of code')]
+Data = Annotated[Optional[list[str]], Option('--data', help='File, folder or pattern of data, or a data set on the '
+                                             'Hub; may be repeated; for the task code, a folder of code')]
 Shares = Annotated[Optional[str], Option('--data-weights', metavar='N,N', help='With several --data: share of the '
                                          'examples from each, such as 3,1 (default: every row once)')]
 Stopping = Annotated[Optional[str], Option('--data-stopping', help='With --data-weights: first_exhausted ends with the '
@@ -190,10 +190,11 @@ def inspect(
     from sage_finetune.core.display import figure_file
     from sage_finetune.ui.inspect import inspect_data
     if plot: figure_file(plot)
-    found = inspect_data(_data_or_run(*data) if len(data)==1 else data, model, max_length, rows=[] if as_json else row or rows, most=most,
-                         ids=ids, format_type=format, split=split, subset=subset, revision=revision,
-                         train_on=train_on, overflow=overflow, columns=_pairs(columns), strict=strict or None,
-                         data_weights=_shares(data_weights), data_stopping=data_stopping)
+    data,shown = _data_or_run(*data) if len(data)==1 else data,[] if as_json else row or rows
+    found = inspect_data(data, model, max_length, rows=shown, most=most, ids=ids, format_type=format, split=split,
+                         subset=subset, revision=revision, train_on=train_on, overflow=overflow,
+                         columns=_pairs(columns), strict=strict or None, data_weights=_shares(data_weights),
+                         data_stopping=data_stopping)
     _show_inspection(found, plot, as_json)
 
 # %% ../nbs/05_cli.ipynb #477674ee

@@ -20,8 +20,8 @@ from sage_finetune.core.disk import (
 from .core.display import Shown, Table # Shown: handed on
 # handed on: checked, DataSource, refuse_unknown, Settings, with_given
 from sage_finetune.core.settings import (
-    checked, config_table, DataPathSetting, DataSource, OptionalPathSetting, PathSetting, refuse_unknown, Settings,
-    SharesSetting, with_given
+    check_shares, checked, config_table, DataPathSetting, DataSource, OptionalPathSetting, PathSetting, refuse_unknown,
+    Settings, SharesSetting, with_given
 )
 from .core.machine import Change, Changes, division, Machine, show_changes # show_changes: handed on
 from .core.run_folder import default_output_dir, read_meta, run_folder, RunFolder # run_folder: handed on
@@ -204,14 +204,8 @@ class TrainingConfig(Settings):
 # %% ../nbs/00_config.ipynb #4d91c301
 def _check_sources(config):
     "Refuse shares that do not go with the sources, and formats that a source cannot have"
-    several = config.data_path if isinstance(config.data_path, list) else [config.data_path]
-    n,weights = len(several),config.data_weights
-    if weights is not None and (n<2 or len(weights)!=n):
-        raise ValueError(f'`data_weights` must have a share for each source of `data_path`, and there '
-                         f"{'is' if n==1 else 'are'} {n}; got {weights}")
-    if weights is None and config.data_stopping!='first_exhausted':
-        raise ValueError(f'`data_stopping="{config.data_stopping}"` goes with `data_weights`: without them every row '
-                         f'is taken once')
+    check_shares(config.data_weights, config.data_stopping, len(config.data_path)
+                 if isinstance(config.data_path, list) else 1)
     words,allowed = config._rules['format_type']
     for name in ('data_path', 'eval_data_path', 'replay_path'):
         for i,s in enumerate(v if isinstance(v := getattr(config, name), list) else ()):
@@ -510,9 +504,8 @@ def config_from_meta(
     "The config that a run folder asks for"
     folder = RunFolder(folder).path
     meta = read_meta(folder)
-    rows = meta['dataset']
-    several = isinstance(rows, list)
-    data = _find_sources(rows, folder) if several else _find_data([meta.get('data_file'), rows], folder)
+    names = meta['dataset'] if isinstance(meta['dataset'], list) else [meta.get('data_file'), meta['dataset']]
+    data = (_find_sources if names is meta['dataset'] else _find_data)(names, folder)
     asked = dict(model_name=meta['model'], data_path=data, output_dir=folder)
     if meta.get('format'): asked['format_type'] = meta['format']
     settings = _meta_settings(meta.get('config'), folder) | dict(data_path=data)

@@ -32,7 +32,7 @@ from .rows.sources import read_rows
 from sage_finetune.rows.report import (
     DataReport, files_passed_over, guarded, in_batches, merge_reports, refuse_first, ReportWriter, why_none
 )
-from .data import end_to_end, mix_of, mixed, sources_of
+from .data import end_to_end, mix_of, mixed, sources_of, without_source
 from .training.batches import Collator, example_lengths, flat_chunks, padding_of
 from .training.split import check_data_path, overlap, split_dataset
 from .training.samplers import LengthGroupedSampler
@@ -136,7 +136,8 @@ def prepare_preferences(
     "Judged answers of the rows of a config, and an account of every row"
     report = DataReport() if report is None else report
     sources = sources_of(config, evaluation)
-    if not is_mixture(config.eval_data_path if evaluation else config.data_path): return _of_source(sources[0], config, tokenizer, report)
+    several = is_mixture(config.eval_data_path if evaluation else config.data_path)
+    if not several: return _of_source(sources[0], config, tokenizer, report)
     parts,data = [],[]
     try:
         for s in sources:
@@ -179,7 +180,7 @@ def _train_and_held_out(c, tokenizer, report):
     data = prepare_preferences(c, tokenizer, report, apart=True)
     if not c.eval_data_path:
         data,held_out = split_by_prompt(data, c.test_size, c.seed, report)
-        return mixed(data, report, **mix_of(c)),held_out
+        return mixed(data, report, **mix_of(c)),without_source(held_out)
     data = mixed(data, report, **mix_of(c))
     report.evaluation = DataReport()
     held_out = prepare_preferences(c, tokenizer, report.evaluation, evaluation=True)

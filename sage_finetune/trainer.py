@@ -12,7 +12,7 @@ __all__ = ['RunState', 'LoopParts', 'LoRATrainer', 'train_from_meta', 'main', 'C
 import shutil,signal,sys,time
 from contextlib import nullcontext, suppress
 
-from .model.loading import dtype_of, load_model, load_tokenizer, quantisation_of # before transformers
+from .model.loading import dtype_of, load_model, quantisation_of, tokenizer_for # before transformers
 from peft import PeftModel
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -136,8 +136,7 @@ class LoRATrainer(LoopParts):
     packaged = True # Its steps are not those of a user's subclass
     def load_model_and_tokenizer(self):
         "Load the model in the precision that fits this machine, and its tokenizer"
-        _announce(self)
-        c,self.tokenizer,self._announced = self.fitted,_tokenizer(self.fitted),False
+        self.tokenizer,c,self._announced = _begin(self),self.fitted,False
         self.model = load_model(c.model_name, dtype_of(c), self.machine.device, quantisation_of(c))
 
     def apply_lora(self):
@@ -156,7 +155,6 @@ class LoRATrainer(LoopParts):
 
     def setup_trainer(self):
         "Build transformers' `Trainer`"
-        check_rows(self.dataset)
         _check_fit(self)
         if processes()>1: self.say(processes_line(self.fitted))
         self.trainer = _build_loop(self, _packed_rows(self) if self.config.packing else self.dataset)
@@ -181,26 +179,20 @@ class LoRATrainer(LoopParts):
         self.stop_signal.request(number)
 
 # %% ../nbs/02_trainer.ipynb #2f01f0e3
-def _announce(run):
-    "Report the machine, what was changed for it, and the expected memory, once before the model is loaded"
-    if run._announced: return
+def _begin(run):
+    "Report the machine, what was changed for it, and the expected memory, once; and load the tokenizer"
+    if run._announced: return tokenizer_for(run.config)
     check_settings(run.fitted)
     run.say(f'{run.machine}\n{show_changes(run.changes)}')
     run._announced = True
-    if run.quiet or process(): return
-    try: run.say(estimate_memory(run.fitted, run.machine))
-    except SageError as e: run.say(str(e)) # it cannot be counted
-
-def _tokenizer(config):
-    "The tokenizer of a config's model"
-    tokenizer = load_tokenizer(config.model_name)
-    if config.packing and processor_of(tokenizer):
-        raise ValueError(f'`packing=True` is not supported for {config.model_name}: its position ids depend on images; '
-                         f'set `packing=False`')
-    return tokenizer
+    if not (run.quiet or process()):
+        try: run.say(estimate_memory(run.fitted, run.machine))
+        except SageError as e: run.say(str(e)) # it cannot be counted
+    return tokenizer_for(run.config)
 
 def _check_fit(run):
     "Refuse rows that the model has no token or no position for; before it is loaded its config tells"
+    check_rows(run.dataset)
     rows = dict(training=run.dataset, evaluation=run.eval_dataset, replay=run.replay_eval_dataset)
     check_fit(rows, run.config, run.model, run.tokenizer, run.data_report)
 
@@ -280,10 +272,9 @@ def _prepare_first(run):
     "Prepare the rows before minutes go into loading a model, and hold them against its config"
     check_data_path(run.config)
     if run.model is not None or not _is_packaged(run, 'load_model_and_tokenizer'): return
-    _announce(run)
-    run.tokenizer = _tokenizer(run.fitted)
+    run.tokenizer = _begin(run)
     one_after_another(run.prepare_data)
-    _check_fit(run)
+    if run.is_preference: _check_fit(run)
 
 def _start_anew(run):
     "Remove what an earlier run left in the folder, in memory too"

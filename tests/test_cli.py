@@ -142,3 +142,48 @@ def test_a_quickstart_about_something_else_gets_a_folder_of_its_own(tmp_path, mo
     other = runs._own_folder('code', 'sage-tiny', None, None, 6, False)[0]
     again = runs._own_folder('code', 'sage-tiny', None, None, 5, False)[0]
     assert [r.path.name for r in (first, other, again)] == ['code', 'code-2', 'code']
+
+
+def two_files(folder):
+    for name,n in dict(a=12, b=4).items():
+        rows = [dict(question=f'{name} {i}?', answer=f'{i}') for i in range(n)]
+        (folder/f'{name}.jsonl').write_text(''.join(json.dumps(r)+'\n' for r in rows))
+    return ['--data', folder/'a.jsonl', '--data', folder/'b.jsonl']
+
+
+def test_data_may_be_repeated_with_shares(tmp_path, capsys):
+    "`start` writes what `run` reads: two sources and their shares"
+    folder = tmp_path/'run'
+    args = ['start', '--task', 'qa', *two_files(tmp_path), '--data-weights', '1,1', '--data-stopping', 'all_exhausted',
+            '--output', folder, '--auto', '--model', 'sage-tiny']
+    settings = 'sage_finetune.runs.tasks.quick_settings'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(settings, lambda model: dict(max_steps=1, test_size=0.0, report_to='none'))
+        assert main([str(a) for a in args])==0
+    meta = json.loads((folder/'finetune_meta.json').read_text())
+    assert [s['path'] for s in meta['dataset']]==[str(tmp_path/'a.jsonl'), str(tmp_path/'b.jsonl')]
+    report = json.loads((folder/'data_report.json').read_text())
+    assert report['read']==16 and [round(s['weight'], 2) for s in report['sources']]==[.5, .5]
+    assert main(['run', str(folder)])==0
+    assert '1 steps' in capsys.readouterr().out
+
+
+def test_inspect_takes_several_sources(tmp_path, capsys):
+    files = [str(f) for f in two_files(tmp_path)[1::2]]
+    assert main(['inspect', *files, '--data-weights', '3,1', '--json'])==0
+    report = json.loads(capsys.readouterr().out)
+    assert report['read']==16 and [s['weight'] for s in report['sources']]==[.75, .25]
+
+
+@pytest.mark.parametrize('args,expected', [
+    (['--data-weights', '1'], 'must have a share for each source'), (['--data-weights', '1,0'], 'must be above 0'),
+    (['--data-weights', 'a,b'], 'must be a finite number'), (['--data-stopping', 'all_exhausted'], 'goes with'),
+    (['--data', 'no/where.jsonl'], 'data file not found')])
+def test_sources_that_cannot_be_are_refused_and_nothing_is_written(args, expected, tmp_path, capsys):
+    line = refused(capsys, 'start', '--task', 'qa', *two_files(tmp_path), *args, '--output', tmp_path/'run', '--auto')
+    assert expected in line and not (tmp_path/'run').exists()
+
+
+def test_the_task_code_reads_one_folder(tmp_path, capsys):
+    assert 'reads one folder of code, got 2' in refused(
+        capsys, 'quickstart', 'code', '--data', tmp_path, '--data', tmp_path, '--output', tmp_path/'run')

@@ -6,7 +6,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/core/settings.html.md"""
 
 # %% auto #0
 __all__ = ['checked', 'refuse_unknown', 'Settings', 'with_given', 'DataSource', 'is_mixture', 'data_sources', 'source_words',
-           'DataPathSetting', 'SharesSetting', 'config_table']
+           'DataPathSetting', 'SharesSetting', 'check_shares', 'config_table']
 
 # %% ../../nbs/core/02_settings.ipynb #2cb33588
 import math,os
@@ -253,7 +253,7 @@ class DataSource(Settings):
         return {f.name: _plain(v) for f in fields(self) if (v := getattr(self, f.name)) is not None}
     def shown(self): return Table(['', ''], [[*pair] for pair in self.to_dict().items()])
     def __str__(self):
-        own = ', '.join(f'{k} {v}' for k,v in self.to_dict().items() if k!='path')
+        own = ', '.join(f'{k} {v}' for k,v in self.where.items() if v not in (None, 'train', 'document'))
         name = str(self.path) if isinstance(self.path, Path) else type(self.path).__name__
         return f'{name} ({own})' if own else name
     def __repr__(self):
@@ -312,6 +312,7 @@ class DataPathSetting:
                                  f'{type(s.path).__name__}: `prepare_dataset` takes rows in memory')
         return found
 
+# %% ../../nbs/core/02_settings.ipynb #7da7a008
 class SharesSetting:
     "Numbers above 0, or None; as text they stand between commas"
     if TYPE_CHECKING:
@@ -326,6 +327,22 @@ class SharesSetting:
         if bad := [v for v in found if v<=0]:
             raise ValueError(f'`{name}` must be above 0, got {bad[0]}: leave that source out')
         return found
+
+def check_shares(
+    weights, # A share for each source, as numbers or as text; or None
+    stopping:str, # "first_exhausted" or "all_exhausted"
+    sources:int, # How many there are
+)->list|None: # The shares as numbers
+    "Refuse shares that do not go with the sources"
+    found = SharesSetting.check('data_weights', weights)
+    if found is not None and (sources<2 or len(found)!=sources):
+        raise ValueError(f'`data_weights` must have a share for each source of `data_path`, and there '
+                         f"{'is' if sources==1 else 'are'} {sources}; got {found}")
+    if stopping not in ('first_exhausted', 'all_exhausted'):
+        raise ValueError(f'`data_stopping` must be "first_exhausted" or "all_exhausted", got {stopping!r}')
+    if found is None and stopping!='first_exhausted':
+        raise ValueError(f'`data_stopping="{stopping}"` goes with `data_weights`: without them every row is taken once')
+    return found
 
 # %% ../../nbs/core/02_settings.ipynb #691e3a71
 def _values(config, prefix=''):

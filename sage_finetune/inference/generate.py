@@ -26,7 +26,9 @@ from ..rows.formats import to_messages
 from ..rows.images import image_inputs
 from ..rows.template import images_of
 from ..rows.tokens import encode_prompt
-from ..model.loading import dtype_of, load_model, load_tokenizer, quantisation_of, quiet_libraries
+from sage_finetune.model.loading import (
+    dtype_of, embedding_rows, load_model, load_tokenizer, quantisation_of, quiet_libraries
+)
 from ..model.adapter import ready_for_quantised_training
 from ..model.shards import local_folder, read_header, stored_tensors
 from ..model.contract import check_contract, contract_file, stop_ids
@@ -295,7 +297,11 @@ def generate_answers(
     ids,images = zip(*prompts)
     stops = stop_ids(model, tokenizer)
     streamer = StopStreamer(tokenizer, stops, stop_texts, on_text) if stop_texts or on_text else None
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
+    rows = embedding_rows(model) or float('inf')
+    if (most := max(map(max, ids)))>=rows:
+        raise ValueError(f'the question holds token id {most:,}, and the model has {rows:,}: '
+                         f'leave out {tokenizer.convert_ids_to_tokens(most)!r}')
+    pad = next(t for t in (tokenizer.pad_token_id, stops[0]) if t is not None and t<rows)
     batch = _left_padded(ids, pad, model.device)
     batch |= image_inputs(tokenizer, images, batch['input_ids'])
     if seed is not None: torch.manual_seed(seed)

@@ -31,7 +31,7 @@ class _Body:
 _first_number = 731_415_926_000_000 # A number among arguments has a number as its marker
 _in_skeleton = re.compile(f'{marker_pattern.pattern}|{str(_first_number)[:9]}[0-9]{{6}}')
 
-def _marked(messages, form, arguments=True):
+def _marked(messages, form, arguments=True, bare=False):
     "Messages with a marker in the place of each text, and marker → `_Body`"
     bodies,out = {},[]
     def mark(value, turn, kind):
@@ -40,11 +40,13 @@ def _marked(messages, form, arguments=True):
         m = marker(len(bodies)) if isinstance(value, str) else _first_number+len(bodies)
         bodies[str(m)] = _Body(value, turn, kind, messages[turn]['role']=='assistant')
         return m
+    marked_text = lambda text,turn,kind=None: _marked_text(text, turn, mark, form, kind, bare)
     for i,m in enumerate(messages):
-        new = m | dict(content=_marked_content(m['content'], i, mark, form, bool(m.get('images'))))
+        texts = m['content'].split(image_mark) if m.get('images') else [m['content']]
+        new = m | dict(content=image_mark.join(marked_text(t, i) for t in texts))
         if m.get('images'): new['images'] = [None]*len(m['images'])
         if m.get('reasoning_content'):
-            new['reasoning_content'] = _marked_text(m['reasoning_content'], i, mark, form, 'thoughts')
+            new['reasoning_content'] = marked_text(m['reasoning_content'], i, 'thoughts')
         if m.get('tool_calls'):
             new['tool_calls'] = [c | dict(function=_marked_call(c['function'], i, mark, arguments))
                                  for c in m['tool_calls']]
@@ -54,22 +56,17 @@ def _marked(messages, form, arguments=True):
 # %% ../../nbs/rows/06_learned.ipynb #b62bdbd1
 _thoughtful = re.compile('think|thought|reason', re.I)
 
-def _marked_text(text, turn, mark, form, kind=None):
-    "A text with markers for what stands between the tags that its template looks for"
-    if not form.tags or not form.tags.search(text): return mark(text, turn, kind or 'text')
-    pieces = form.tags.split(text)
+def _marked_text(text, turn, mark, form, kind, bare):
+    "A text with markers for what stands between the tags that its template looks for; `bare`: without white space"
+    pieces = form.tags.split(text) if form.tags else [text]
+    if len(pieces)==1 and not bare: return mark(text, turn, kind or 'text')
     for k in range(0, len(pieces), 2):
         next_tag = next((t for t in pieces[k+1::2] if _thoughtful.search(t)), '')
         inside = 'thoughts' if '/' in next_tag[:2] else 'text' # what stands before </think> is a thought
-        bare = pieces[k].strip()
-        before,after = pieces[k].split(bare, 1) if bare else (pieces[k], '')
-        pieces[k] = before+mark(bare, turn, kind or inside)+after
+        words = pieces[k].strip()
+        before,after = pieces[k].split(words, 1) if words else (pieces[k], '')
+        pieces[k] = before+mark(words, turn, kind or inside)+after
     return ''.join(pieces)
-
-def _marked_content(text, turn, mark, form, images):
-    "The content of a turn, each text between images by itself"
-    if not images: return _marked_text(text, turn, mark, form)
-    return image_mark.join(_marked_text(t, turn, mark, form) for t in text.split(image_mark))
 
 def _marked_call(function, turn, mark, arguments):
     new = function | dict(name=mark(function['name'], turn, 'name'))
@@ -354,8 +351,8 @@ def _proved_spans(tokenizer, messages, tools, form):
     "The text, turn → spans in it, and what the template left out"
     text = apply_template(messages, tokenizer, form, tools)
     bare,calling = [{k: v for k,v in m.items() if k!='train'} for m in messages],any(map(_calls, messages))
-    for arguments in (True, False) if calling else (True,):
-        found = _by_skeleton(tokenizer, text, bare, tools, form, arguments)
+    for arguments,stripped in [(True, False), (True, True), (False, True)][:2+calling]:
+        found = _by_skeleton(tokenizer, text, bare, tools, form, arguments, stripped)
         if found: break
     else:
         if calling or any(m.get('reasoning_content') for m in messages): raise ValueError(_lost_of(messages))
@@ -369,9 +366,9 @@ def _proved_spans(tokenizer, messages, tools, form):
         if not spans[i]: raise ValueError(f'the chat template leaves out turn {i+1} (role assistant)')
     return *_with_last_end(text, spans, messages, form),notes
 
-def _by_skeleton(tokenizer, text, messages, tools, form, arguments):
+def _by_skeleton(tokenizer, text, messages, tools, form, arguments, stripped):
     "(text, spans, notes, faults) where the text fits the skeleton of its messages, else None"
-    marked,bodies = _marked(messages, form, arguments)
+    marked,bodies = _marked(messages, form, arguments, stripped)
     skeleton = _skeleton(tokenizer, marked, bodies, tools, form)
     overlay = _overlay(skeleton.text, text, bodies)
     # its clock may have moved since the skeleton was made

@@ -6,7 +6,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/rows/report.html.md"""
 
 # %% auto #0
 __all__ = ['copy_of', 'DataReport', 'reason_kinds', 'show_report', 'short_report', 'guarded', 'refuse_first', 'why_none',
-           'files_passed_over', 'in_batches', 'ReportWriter', 'merge_reports', 'lengths_of']
+           'files_passed_over', 'in_batches', 'ReportWriter', 'merge_reports', 'lengths_of', 'copies_of_others']
 
 # %% ../../nbs/rows/08_report.ipynb #0c0334d2
 import hashlib,re
@@ -371,3 +371,26 @@ def lengths_of(
     import pyarrow.compute as pc
     counts = pc.value_counts(pc.list_value_length(dataset.data.column('input_ids'))).to_pylist()
     return _quantiles(Counter({c['values']: c['counts'] for c in counts}))
+
+# %% ../../nbs/rows/08_report.ipynb #5e0f3308
+def copies_of_others(
+    datasets:list, # A prepared data set for each source
+): # Array of bools, one for each example of all of them
+    "Whether a source before its own has an example too"
+    import numpy as np
+    seen,out = set(),[]
+    for d in datasets:
+        keys = [hash(k) for k in _row_keys(d)]
+        out += [k in seen for k in keys]
+        seen.update(keys)
+    return np.array(out, dtype=bool)
+
+def _row_keys(dataset):
+    "What makes an example what it is, for each: its columns as bytes"
+    for batch in dataset.data.to_batches():
+        columns = [batch.column(name) for name in batch.schema.names]
+        tokens = [c for c in columns if str(c.type.value_type).startswith('int')]
+        views = [(memoryview(c.values.to_numpy(zero_copy_only=False)), c.offsets.to_numpy().tolist()) for c in tokens]
+        shown = batch.column('image_digests').to_pylist() if 'image_digests' in batch.schema.names else None
+        for i in range(batch.num_rows):
+            yield (*(bytes(v[at[i]:at[i+1]]) for v,at in views), *(shown[i] if shown else ()))

@@ -186,8 +186,9 @@ def _closed(ids, labels, form, tokenizer):
 # %% ../../nbs/rows/07_tokens.ipynb #68be58cc
 def _same_text(decoded, wanted):
     "Whether tokens say what they should, where a tokenizer normalises or drops a leading space"
-    bare = lambda s: ''.join(unicodedata.normalize('NFKC', s).split())
-    return bare(decoded)==bare(wanted)
+    return _bare(decoded)==_bare(wanted)
+
+def _bare(text): return ''.join(unicodedata.normalize('NFKC', text).split())
 
 def _not_written_back(decoded, wanted):
     n = len(os.path.commonprefix([decoded, wanted]))
@@ -202,11 +203,13 @@ def tokenizer_losses(
 )->list: # Notes for the data report, empty where nothing is lost
     "What a tokenizer takes away from a text"
     if _token_bytes(tokenizer): return [] # every byte has its token
-    notes,unknown = [],tokenizer.unk_token_id
+    notes,unknown,ids = [],tokenizer.unk_token_id,list(map(int, ids))
     if any(white in text for white in _folded(tokenizer)):
         notes.append('the tokenizer folds white space: line breaks, indents or tabs are lost')
-    if unknown is not None and sum(i==unknown for i in ids)>text.count(tokenizer.unk_token):
+    if unknown is not None and ids.count(unknown)>text.count(tokenizer.unk_token):
         notes.append(f'characters that the tokenizer does not know became {tokenizer.unk_token}')
+    elif _bare(text) not in _bare(tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)):
+        notes.append('the tokenizer changes characters of the text (case, accents or others)')
     return notes
 
 def _folded(tokenizer):
@@ -424,6 +427,7 @@ def encode_text(
     tokenizer, # A fast tokenizer with a token that ends a text
     max_length:int, # Tokens of one example at most
     overflow:str='drop', # With "truncate" the first piece is kept, else all of them
+    notes:list|None=None, # Gets what the tokenizer takes away, if given
 )->tuple: # Examples as arrays, and what was cut off
     "Examples of a text in which every token is learned"
     import numpy as np
@@ -435,6 +439,7 @@ def encode_text(
     if tokenizer.bos_token_id is not None and ids[:2]==[tokenizer.bos_token_id]*2:
         ids = ids[1:] # the text brought its own
     if ids[-1]!=tokenizer.eos_token_id: ids = ids+[tokenizer.eos_token_id]
+    if notes is not None: notes += tokenizer_losses(text, ids, tokenizer)
     ids = np.array(ids, dtype=np.int32)
     if len(ids)<2: raise ValueError('nothing to learn: `text` has no token')
     pieces = _pieces(ids, ids, max_length)

@@ -317,8 +317,9 @@ def _whole_turn(turn, role, what, reading):
     said = turn.get(what)
     out = dict(role=role, content='')
     if said is not None or not calls: out = _plain_turn(turn, role, what, reading, bool(calls))
-    if 'images' not in out and not is_empty(turn.get('images')):
-        out['content'],out['images'] = _images_before(out['content'], turn['images'])
+    shown = next((k for k in ('images', 'image') if k in turn and not is_empty(dict.get(turn, k))), None)
+    if shown and 'images' not in out:
+        out['content'],out['images'] = _images_before(out['content'], turn[shown])
     if role=='assistant' and (thought := _thought(turn)): out['reasoning_content'] = thought
     if calls: out['tool_calls'] = calls
     if role=='tool':
@@ -397,6 +398,8 @@ def turns_in(
     if isinstance(value, (list, tuple)): return value
     if isinstance(value, dict): return [value]
     if not isinstance(value, str) or value[:40].lstrip()[:1] not in ('[', '{'): return None
+    if re.match(r"\s*\[?\{'(role|from|content|value)':", value):
+        raise ValueError(f'`{name}` holds turns in the notation of Python: write them with `json.dumps`')
     try: found = json.loads(value)
     except (ValueError, RecursionError): return None
     found = [found] if isinstance(found, dict) else found

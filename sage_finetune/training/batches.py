@@ -9,12 +9,13 @@ __all__ = ['flat_chunks', 'example_lengths', 'pad_token_id', 'padding_of', 'Coll
            'show_batch']
 
 # %% ../../nbs/training/00_batches.ipynb #c25a8af9
+import math
 from dataclasses import dataclass
 
 from ..core.display import Table
 from ..rows.images import image_inputs, images_of_row
 from ..rows.tokens import ignored
-from ..model.loading import limits_of, model_limits
+from ..model.loading import embedding_rows, limits_of, model_limits
 
 # %% ../../nbs/training/00_batches.ipynb #2f808620
 def flat_chunks(
@@ -61,7 +62,7 @@ def padding_of(
     model, # Loaded
 )->int: # Token id
     "The token that rows are padded with, and that the model has a row for"
-    return pad_token_id(tokenizer, model_limits(model).embeddings)
+    return pad_token_id(tokenizer, embedding_rows(model))
 
 # %% ../../nbs/training/00_batches.ipynb #0001f0c4
 def _without_padding(row):
@@ -123,6 +124,11 @@ def _lengths(data):
     return np.concatenate([np.diff(starts) for c in _of_tokens if c in _columns_of(data)
                            for _,starts in flat_chunks(data, c)])
 
+def _largest_id(data):
+    "The largest token id of the rows"
+    return max((int(ids.max()) for c in _of_tokens if c in _columns_of(data) for ids,_ in flat_chunks(data, c)
+                if len(ids)), default=0)
+
 def _ids_from(data, first):
     "Token ids from `first` on that stand in the rows, in order"
     found = set()
@@ -139,18 +145,21 @@ def check_fit(
     report=None, # A `DataReport` to tell of rows that are longer than what the model was made for
 )->None: # Nothing: the model has a row for each token and each position
     "Refuse rows that the model has no token or no position for"
-    limits = limits_of(config.model_name) if model is None else model_limits(model)
-    made_later = config.packing or getattr(config, 'method', None)=='kto' # rows as long as `max_length`
+    rows = {what: data for what,data in rows.items() if data is not None and len(data)}
+    lengths = {what: _lengths(data) for what,data in rows.items()}
+    longest = {what: int(n.max()) for what,n in lengths.items()}
+    if config.packing or getattr(config, 'method', None)=='kto': longest['training'] = config.max_length # made later
+    padded = {what: -(-n//8)*8 for what,n in longest.items() if 'position_ids' not in _columns_of(rows[what])}
+    limits = model_limits(model) if model is not None else limits_of(
+        config.model_name, max(map(_largest_id, rows.values())), max(padded.values(), default=0))
     for what,data in rows.items():
-        if data is None or not len(data): continue
         if limits.embeddings and (ids := _ids_from(data, limits.embeddings)):
             raise ValueError(_no_embedding(what, ids, limits.embeddings, tokenizer))
-        lengths,own_places = _lengths(data),'position_ids' in _columns_of(data)
-        longest = config.max_length if made_later and what=='training' else int(lengths.max())
-        if limits.positions and -(-longest//8)*8>limits.positions and not own_places:
-            raise ValueError(_no_position(what, longest, limits.positions))
-        if limits.trained_positions and report is not None and (n := int((lengths>limits.trained_positions).sum())):
-            report.notes[f'{what} examples longer than the {limits.trained_positions:,} positions of the model'] = n
+        if limits.positions and padded.get(what, 0)>limits.positions:
+            raise ValueError(_no_position(what, longest[what], limits.positions))
+        beyond = int((lengths[what]>(made_for := limits.trained_positions or math.inf)).sum())
+        if beyond and report is not None:
+            report.notes[f'{what} examples longer than the {made_for:,} positions of the model'] = beyond
 
 # %% ../../nbs/training/00_batches.ipynb #6d2f0a03
 def _no_embedding(what, ids, rows, tokenizer):

@@ -14,7 +14,7 @@ from collections import Counter
 from ..config import TrainingConfig
 from ..rows.sources import read_rows
 from ..rows.report import DataReport
-from ..data import how_of, mix_of, mixed, prepare_dataset, source_of, sources_of
+from ..data import how_of, mix_of, mixed, prepare_dataset, source_of, sources_of, without_source
 from ..model.adapter import check_settings
 from .batches import flat_chunks
 
@@ -212,7 +212,7 @@ def prepared_and_split(
         report.evaluation = DataReport()
         held = read(config.eval_data_path, report.evaluation, True)
     else: data,held = split_dataset(data, config.test_size, config.seed, report)
-    return mixed(data, report, **mix_of(config)),held
+    return mixed(data, report, **mix_of(config)),without_source(held)
 
 def read_data(
     config:TrainingConfig, # As asked

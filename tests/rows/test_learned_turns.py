@@ -313,3 +313,14 @@ def test_texts_and_images_in_any_order_over_several_turns():
     answers = ['One.', 'Two </think> three.', 'Four.', 'Five.']
     assert [r.text[a:b] for a,b in r.spans]==[f'{t}<|im_end|>' for t in answers]
     assert len(r.images)==23 and r.text.count('<image>')==23*4
+
+edges = {"m.content.lstrip('\n')": lambda t: t.lstrip('\n'), "m.content.rstrip('\n')": lambda t: t.rstrip('\n'),
+         'm.content|trim': str.strip, 'm.content.strip()': str.strip, 'm.content': str,
+         "m.content.strip(' ')": lambda t: t.strip(' '), 'm.content.lstrip() if loop.last else m.content': str.lstrip}
+
+@pytest.mark.parametrize('habit', edges)
+@pytest.mark.parametrize('text', ['\n  So.\n', ' So. ', 'So.\n\n\t', '\r\nSo.', '\n\n  <think>x</think>\n So.\n '])
+def test_white_space_at_the_edges_of_a_text(habit, text):
+    template = ("{% for m in messages %}{% if m.role == 'x</think>' %}{% endif %}<|im_start|>{{ m.role }}\n{{ "+habit+
+                " }}<|im_end|>\n{% endfor %}"+opened)
+    assert learned([user(text), said(text)], template)==[edges[habit](text)+'<|im_end|>']

@@ -12,7 +12,9 @@ import pytest
 from sage_finetune.core import text_stream
 from sage_finetune.rows import files
 from sage_finetune.config import SageError
-from sage_finetune.rows.sources import load_training_data, read_rows, Row, save_rows, source_digest, source_files
+from sage_finetune.rows.sources import (
+    has_texts, load_training_data, read_rows, Row, save_rows, source_digest, source_files
+)
 
 pair = [dict(question='a, "b"?', answer='å\nsecond line'), dict(question='2', answer='')]
 
@@ -560,3 +562,9 @@ if given:
             with open(tmp_path/f'x{ending}', 'w', newline='', encoding='utf-8') as f:
                 csv.writer(f, dialect, quoting=csv.QUOTE_ALL).writerows([('a', 'b'), *cells])
             assert [tuple(r.value.values()) for r in read_rows(tmp_path/f'x{ending}')] == cells
+
+
+def test_whether_a_source_holds_texts(tmp_path):
+    (tmp_path/'a.txt').write_text('one\n\ntwo\n')
+    (tmp_path/'b.jsonl').write_text('{"text": "a"}\n')
+    assert [has_texts(tmp_path/n) for n in ('a.txt', 'b.jsonl')]==[True, False]
