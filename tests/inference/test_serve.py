@@ -15,10 +15,9 @@ import pytest
 
 openai = pytest.importorskip('openai')
 
-from quick import two_layers
 from sage_finetune.inference import chat_api, serve as module
 from sage_finetune.core.disk import write_json
-from sage_finetune.config import LoRAConfig, SageError, TrainingConfig
+from sage_finetune.config import LoRAConfig, resolve_model, SageError, TrainingConfig
 from sage_finetune.inference.generate import answers, load_for_chat, stream_answer
 from sage_finetune.merge_chat import merge_run
 from sage_finetune.inference.serve import models_at, serving, start_server, stream_from
@@ -39,9 +38,9 @@ TALKS += [[dict(role='system', content='Be brief.'), *TALKS[0]],
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-    "A run on a copy of the small model, merged"
+    "A run on a copy of the embedded model, merged"
     folder = tmp_path_factory.mktemp('serve')
-    shutil.copytree(two_layers, folder/'base')
+    shutil.copytree(resolve_model('sage-tiny'), folder/'base')
     (folder/'rows.json').write_text(json.dumps([dict(question=q, answer=a) for q,a in LEARNED.items()]*20),
                                     encoding='utf-8')
     config = TrainingConfig(model_name=str(folder/'base'), data_path=folder/'rows.json', output_dir=folder/'code',
