@@ -490,8 +490,8 @@ def serve(
                                           'if the client names none')] = 512,
     api_key: Key = None,
     ignore_contract: IgnoreContract = False,
-    allow_host: Annotated[Optional[list[str]], Option('--allow-host', metavar='NAME', help='Another host name it '
-                                                      'answers under, and whose pages may ask; may be repeated')] = None,
+    allow_host: Annotated[Optional[list[str]], Option('--allow-host', metavar='NAME', help='Another host name that '
+                                                      'it answers under; may be repeated')] = None,
     options: Annotated[Optional[list[str]], Argument(metavar='[-- OPTIONS]', help='After --: further options of vLLM '
                                                      'or transformers, as they are')] = None,
 ):

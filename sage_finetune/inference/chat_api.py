@@ -1,4 +1,4 @@
-"""OpenAI's API in front of a model: only its own host may ask, what is answered is what `chat` says, and no answer looks whole that is not
+"""OpenAI's API in front of a model: it answers its own host only, with what `chat` says, whole or visibly broken off
 
 Docs: https://sage-finetune.github.io/sage_finetune/inference/chat_api.html.md"""
 
@@ -107,7 +107,7 @@ def _refusal(e):
     body,status = _failed(e)
     return JSONResponse(body, status, {'Retry-After': '5'} if status==503 else None)
 
-# %% ../../nbs/inference/05_chat_api.ipynb #c4a10012
+# %% ../../nbs/inference/05_chat_api.ipynb #5b700105
 async def _pieces(start):
     "What `start` hands over, up to the `Answer`; a client that goes away halts the answer"
     queue,loop = asyncio.Queue(),asyncio.get_running_loop()
@@ -119,6 +119,7 @@ async def _pieces(start):
             if isinstance(piece, Answer): return
     finally: gone.set()
 
+# %% ../../nbs/inference/05_chat_api.ipynb #c4a10012
 async def _all_pieces(engine, request):
     "(index of the answer, number of prompt tokens | text | `Answer`) of all answers asked for, one after the other"
     if engine.taken>=engine.most_waiting:
@@ -170,7 +171,7 @@ async def _lines(pieces, head, request):
         yield _line(head, _choice(chat, i, '', 'error', True))
         yield f'data: {json.dumps(_failed(e)[0])}\n\n'
 
-# %% ../../nbs/inference/05_chat_api.ipynb #53315c2d
+# %% ../../nbs/inference/05_chat_api.ipynb #5b700106
 async def _left(http):
     "Return when the client has gone away"
     while not await http.is_disconnected(): await asyncio.sleep(0.2)
@@ -186,6 +187,7 @@ async def _next(pieces, left):
     try: return nearest.result()
     except (StopAsyncIteration, asyncio.CancelledError): return None
 
+# %% ../../nbs/inference/05_chat_api.ipynb #53315c2d
 async def _with_first(first, pieces):
     "All pieces again, of which one was taken"
     yield first
@@ -227,7 +229,7 @@ async def _reply(http, engine, name, read):
         left.cancel()
         if pieces: await pieces.aclose()
 
-# %% ../../nbs/inference/05_chat_api.ipynb #5b70000d
+# %% ../../nbs/inference/05_chat_api.ipynb #5b700104
 _body_seconds = 30
 
 def _most_bytes(engine):
@@ -238,10 +240,15 @@ def _too_large(most):
     return BadRequest(f'The body is larger than {most:,} bytes, which is more than the model can read', 413,
                       'request_too_large')
 
-def _check_length(scope, most):
+def _check_size(scope, most):
+    "Refuse a head that is too large, and a body that says so of itself"
+    head = len(scope.get('raw_path') or b'')+len(scope.get('query_string') or b'')
+    if head+sum(len(k)+len(v) for k,v in scope['headers'])>2**14:
+        raise BadRequest('The head of the request is larger than 16 KiB', 431, 'request_header_fields_too_large')
     for k,v in scope['headers']:
         if k==b'content-length' and v.isdigit() and (len(v)>15 or int(v)>most): raise _too_large(most)
 
+# %% ../../nbs/inference/05_chat_api.ipynb #5b70000d
 def _bounded(receive, most):
     "`receive` of a request whose body may have so many bytes and take so long"
     state,until = dict(bytes=0, whole=False),time.monotonic()+_body_seconds
@@ -256,13 +263,14 @@ def _bounded(receive, most):
         return message
     return bounded
 
-# %% ../../nbs/inference/05_chat_api.ipynb #2c2a5225
+# %% ../../nbs/inference/05_chat_api.ipynb #5b700101
 def _check_key(scope, key):
     "Refuse those who do not know the key; whether the server is up is no secret"
     given = dict(scope['headers']).get(b'authorization', b'')
     if key and scope['path']!='/health' and not hmac.compare_digest(given, f'Bearer {key}'.encode()):
         raise BadRequest('the key is missing or wrong: send it as `Authorization: Bearer …`', 401, 'invalid_api_key')
 
+# %% ../../nbs/inference/05_chat_api.ipynb #5b700103
 def _guarded(app, checks, most):
     "An application that hears only what passes all checks, and of that no more than `most` bytes"
     async def guarded(scope, receive, send):
@@ -273,6 +281,7 @@ def _guarded(app, checks, most):
         await app(scope, _bounded(receive, most), send)
     return guarded
 
+# %% ../../nbs/inference/05_chat_api.ipynb #2c2a5225
 def _answering(endpoint):
     "An endpoint whose failures are replies"
     async def answering(http):
@@ -283,7 +292,7 @@ def _answering(endpoint):
         except Exception as e: return _refusal(e)
     return answering
 
-# %% ../../nbs/inference/05_chat_api.ipynb #5b70000f
+# %% ../../nbs/inference/05_chat_api.ipynb #5b700108
 def _http_failed(http, e):
     "An unknown address or method, as the API says it"
     if e.status_code==405:
@@ -293,6 +302,7 @@ def _http_failed(http, e):
     reply.headers.update(e.headers or {})
     return reply
 
+# %% ../../nbs/inference/05_chat_api.ipynb #5b70000f
 def chat_app(
     engine:Engine, # What answers
     name:str, # What clients call the model
@@ -319,7 +329,7 @@ def chat_app(
                     exception_handlers={HTTPException: _http_failed})
     most,allowed = _most_bytes(engine),tuple(h.lower() for h in allow_host)
     checks = [lambda scope: check_host(scope['headers'], host, allowed), lambda scope: _check_key(scope, api_key),
-              lambda scope: _check_length(scope, most)]
+              lambda scope: _check_size(scope, most)]
     return _guarded(app, checks, most)
 
 # %% ../../nbs/inference/05_chat_api.ipynb #5b700012

@@ -6,8 +6,8 @@ Docs: https://sage-finetune.github.io/sage_finetune/inference/generate.html.md""
 
 # %% auto #0
 __all__ = ['trained_settings', 'adapter_tensors', 'bare_name', 'put_adapter', 'load_adapter', 'load_plain', 'load_for_chat',
-           'as_messages', 'encode_question', 'Answer', 'decode_answer', 'StopStreamer', 'generate_answers', 'answers',
-           'stream_answer', 'base_of', 'most_positions', 'fit_history']
+           'as_messages', 'encode_question', 'Answer', 'StopStreamer', 'generate_answers', 'answers', 'stream_answer',
+           'base_of', 'most_positions', 'fit_history']
 
 # %% ../../nbs/inference/00_generate.ipynb #e571ad98
 import threading,warnings
@@ -202,17 +202,14 @@ class Answer:
     stopped: bool # Whether it ended by itself
     tokens: int # Generated, the end of turn included
 
-def decode_answer(
-    tokenizer, # Any tokenizer
-    ids:list, # Token ids
-)->str: # As the model wrote it: no space before a full stop is cleaned away
-    "The text of tokens, without control tokens"
+def _decoded(tokenizer, ids):
+    "The text of tokens as the model wrote it: no space before a full stop is cleaned away"
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 def _answer(ids, tokenizer, stops):
     "The tokens up to the first stop as an answer"
     n = next((i for i,t in enumerate(ids) if t in stops), None)
-    return Answer(decode_answer(tokenizer, ids[:n]), n is not None, len(ids) if n is None else n+1)
+    return Answer(_decoded(tokenizer, ids[:n]), n is not None, len(ids) if n is None else n+1)
 
 # %% ../../nbs/inference/00_generate.ipynb #c0690026
 def _left_padded(prompts, pad_id, device):
@@ -264,12 +261,12 @@ class StopStreamer:
 
     def end(self):
         "Show what was held back"
-        whole = decode_answer(self.tokenizer, self.ids)
+        whole = _decoded(self.tokenizer, self.ids)
         self._add(whole[len(self.text):] if whole.startswith(self.text) else '', last=True)
 
     def _new_text(self):
         "The text of the tokens since the last piece; nothing while a character is incomplete"
-        before,now = (decode_answer(self.tokenizer, self.ids[self.window:n]) for n in (self.read, None))
+        before,now = (_decoded(self.tokenizer, self.ids[self.window:n]) for n in (self.read, None))
         if now.endswith('\ufffd') or len(now)<=len(before): return ''
         self.window,self.read = self.read,len(self.ids)
         return now[len(before):]

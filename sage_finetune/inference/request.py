@@ -1,4 +1,4 @@
-"""Who may ask and what is asked: a request to OpenAI's API, checked field by field, and refused in the words of that API
+"""Who may ask, and what is asked: requests to OpenAI's API, checked field by field, refused in the words of that API
 
 Docs: https://sage-finetune.github.io/sage_finetune/inference/request.html.md"""
 
@@ -15,7 +15,7 @@ from socket import gethostname
 
 from ..rows.formats import to_conversation
 
-# %% ../../nbs/inference/04_request.ipynb #3ad46aa1
+# %% ../../nbs/inference/04_request.ipynb #5a700101
 def one_line(
     text, # Anything
     most:int=500, # Characters of it at most
@@ -24,6 +24,7 @@ def one_line(
     text = ' '.join(str(text).split())[:most]
     return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
+# %% ../../nbs/inference/04_request.ipynb #3ad46aa1
 class BadRequest(ValueError):
     "A request that cannot be honoured, and why, as OpenAI's API says it"
     def __init__(self,
@@ -77,7 +78,7 @@ def _check_values(value, path=()):
 def _invalid(param, why, code='invalid_value'):
     return BadRequest(f"Invalid '{param or 'body'}': {why}.", 400, code, param)
 
-# %% ../../nbs/inference/04_request.ipynb #5a70000f
+# %% ../../nbs/inference/04_request.ipynb #5a700104
 def _deep_field(text):
     "The top-level key under which a text of JSON is nested too deeply"
     depth,key = 0,None
@@ -87,6 +88,7 @@ def _deep_field(text):
         if depth==1 and m[0][0]=='"': key = m[0][1:-1]
     return key
 
+# %% ../../nbs/inference/04_request.ipynb #5a70000f
 def read_body(
     body:bytes, # As a client sent it
 )->dict: # The JSON object in it, every value of which JSON has
@@ -133,7 +135,7 @@ def _typed(body, key, *kinds, at=''):
     if value is None or type(value) in kinds: return value
     raise _wrong_type(at+key, ' or '.join(_kinds[k] for k in kinds), value)
 
-# %% ../../nbs/inference/04_request.ipynb #9db206a8
+# %% ../../nbs/inference/04_request.ipynb #5a700102
 _longest_stop,_most_stops = 1000,4
 
 def _stop_texts(body):
@@ -148,6 +150,7 @@ def _stop_texts(body):
             raise _invalid('stop', f'a text of 1 to {_longest_stop:,} characters is needed, got {len(text):,}')
     return tuple(stop)
 
+# %% ../../nbs/inference/04_request.ipynb #9db206a8
 def _wants_usage(body):
     "Whether the last piece is to count tokens"
     options = _typed(body, 'stream_options', dict)
@@ -161,8 +164,9 @@ def _wants_usage(body):
 
 def _unknown(param): return BadRequest(f"Unknown parameter: '{param}'.", 400, 'unknown_parameter', param)
 
-# %% ../../nbs/inference/04_request.ipynb #5a700015
+# %% ../../nbs/inference/04_request.ipynb #5a700106
 _roles = 'developer', 'system', 'user', 'assistant', 'tool', 'function'
+
 _keys_of_turn = dict(content=(str, list), name=(str,), tool_calls=(list,), tool_call_id=(str,), function_call=(dict,),
                      refusal=(str,), annotations=(list,), reasoning_content=(str,), reasoning=(str,), thinking=(str,))
 _images = 'image_url', 'image', 'input_image'
@@ -172,6 +176,7 @@ def _supported(param, value, supported):
     return BadRequest(f"Invalid value: '{one_line(value, 60)}'. Supported values are: {names}.", 400, 'invalid_value',
                       param)
 
+# %% ../../nbs/inference/04_request.ipynb #5a700015
 def _check_turn(turn, at):
     "Refuse what is no turn, by the place of what is wrong"
     if not isinstance(turn, dict): raise _wrong_type(at, 'an object', turn)
@@ -224,18 +229,21 @@ def _turns(messages):
                        +talk[-1]['role'])
     return talk
 
-# %% ../../nbs/inference/04_request.ipynb #c4a1000d
+# %% ../../nbs/inference/04_request.ipynb #5a700108
 _settings = {'model', 'max_tokens', 'temperature', 'top_p', 'stop', 'seed', 'stream', 'stream_options', 'n'}
 _of_chat = _settings | {'messages', 'max_completion_tokens', 'tools', 'tool_choice', 'response_format'}
 _of_completion = _settings | {'prompt'}
+
 _without_effect = dict(user=str, metadata=dict, store=bool, service_tier=str, safety_identifier=str,
                        prompt_cache_key=str, prompt_cache_retention=str, parallel_tool_calls=bool)
+
 # Fields of OpenAI's API that are not honoured here, with the values, as JSON, that ask for nothing
 _not_here = dict(logprobs=['false'], top_logprobs=['0'], logit_bias=['{}'], echo=['false'],
                  presence_penalty=['0', '0.0'], frequency_penalty=['0', '0.0'], functions=['[]'],
                  function_call=['"none"', '"auto"'], best_of=['1'], modalities=['["text"]'], suffix=['""'],
                  audio=[], prediction=[], reasoning_effort=[], verbosity=[], web_search_options=[])
 
+# %% ../../nbs/inference/04_request.ipynb #c4a1000d
 def _refuse_others(given, known):
     "Refuse the first field that is not honoured, by its name"
     for key in sorted(given.keys()-known):
@@ -245,7 +253,7 @@ def _refuse_others(given, known):
             raise BadRequest(f"Unsupported parameter: '{key}' is not supported with this model.", 400,
                              'unsupported_parameter', key)
 
-# %% ../../nbs/inference/04_request.ipynb #5a700019
+# %% ../../nbs/inference/04_request.ipynb #5a700105
 _choices = 'none', 'auto', 'required'
 
 def _check_tools(given):
@@ -260,6 +268,7 @@ def _check_tools(given):
         raise BadRequest("Unsupported parameter: 'tools' is not supported with this model, which answers in text only: "
                          "leave it out, or send 'tool_choice': 'none'.", 400, 'unsupported_parameter', 'tools')
 
+# %% ../../nbs/inference/04_request.ipynb #5a700019
 def _check_format(given):
     "Refuse any form of the answer but text"
     form = _typed(given, 'response_format', dict)
@@ -329,7 +338,7 @@ def read_request(
     settings = _common(given, name)
     return ChatRequest(_turns(given.get('messages')), **settings)
 
-# %% ../../nbs/inference/04_request.ipynb #5a70001f
+# %% ../../nbs/inference/04_request.ipynb #5a700103
 _most_prompts = 64
 
 def _prompts(prompt):
@@ -347,6 +356,7 @@ def _prompts(prompt):
         if not p: raise _invalid('prompt', 'an empty prompt leaves nothing to continue')
     return tuple(prompts)
 
+# %% ../../nbs/inference/04_request.ipynb #5a70001f
 def read_completion(
     body:dict, # From `read_body`
     name:str, # Of the model that is served
@@ -356,7 +366,7 @@ def read_completion(
     _refuse_others(given, _of_completion)
     return ChatRequest(None, **_common(given, name), prompts=_prompts(given.get('prompt')))
 
-# %% ../../nbs/inference/04_request.ipynb #5b700008
+# %% ../../nbs/inference/04_request.ipynb #5a700107
 def is_loopback(
     host:str, # Name or address
 )->bool: # Judged by how it is written
@@ -364,6 +374,7 @@ def is_loopback(
     try: return host=='localhost' or ip_address(host.strip('[]')).is_loopback
     except ValueError: return False
 
+# %% ../../nbs/inference/04_request.ipynb #5b700008
 def _name_and_port(text):
     "A host as browsers write it, in its parts: name or address without brackets, and port or None"
     m = re.fullmatch(r'(\[[0-9a-f:.]+\]|[\w.-]+?)\.?(?::(\d{1,5}))?', text.lower(), re.A)

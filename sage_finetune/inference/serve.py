@@ -9,7 +9,7 @@ __all__ = ['ENGINES', 'Served', 'what_to_serve', 'vllm_command', 'transformers_c
            'start_server', 'serving', 'serve']
 
 # %% ../../nbs/inference/07_serve.ipynb #67a5cf8b
-import errno,json,logging,os,re,shutil,signal,socket,subprocess,sys,threading,time,traceback,warnings
+import errno,json,logging.config,os,re,shutil,signal,socket,subprocess,sys,threading,time,traceback,warnings
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -56,8 +56,9 @@ def what_to_serve(
         return Served(called, run.lora_weights, _base_of(run.lora_weights), log)
     raise SageError(f'run {run.path} is not trained yet: train it first (`sage-finetune run {run.path}`)')
 
-# %% ../../nbs/inference/07_serve.ipynb #7898f829
+# %% ../../nbs/inference/07_serve.ipynb #5c700101
 _vllm_ranks = 1,8,16,32,64,128,256,320,512 # what --max-lora-rank takes
+
 _beyond_vllm = ('modules_to_save', 'use_dora', 'trainable_token_indices', 'lora_bias', 'target_parameters',
                 'use_qalora', 'layer_replication', 'alora_invocation_tokens')
 
@@ -71,6 +72,7 @@ def _vllm_unfit(config, rank, names):
     if rank>_vllm_ranks[-1]: yield f'r={rank}, the largest is {_vllm_ranks[-1]}'
     if others := [k for k in names if '.lora_' not in k]: yield f'trained weights such as {others[0]}'
 
+# %% ../../nbs/inference/07_serve.ipynb #7898f829
 def _vllm_fit(served):
     "Rank of an adapter, and what of it vLLM does not take"
     config,file = read_json(served.folder/'adapter_config.json'),served.folder/'adapter_model.safetensors'
@@ -136,17 +138,14 @@ _set_here = dict(vllm=('--host', '--port', '--api-key', '--model', '--served-mod
 def _checked_options(options, engine):
     "The options for an engine that others run"
     options = tuple(map(str, options))
-    if not options: return options
-    if not options[0].startswith('-'):
+    if options and not options[0].startswith('-'):
         raise ValueError(f'`options` must begin with an option such as --max-model-len, got {options[0]!r}')
-    if engine=='native':
-        raise ValueError(f'`options` ({" ".join(options)[:60]}) are for vLLM and transformers: add `--engine vllm`, or '
-                         f'leave out what follows `--`')
+    if options and engine=='native':
+        raise ValueError(f'`options` ({" ".join(options)[:60]}) are for vLLM and transformers: add `--engine vllm`')
     for option in options:
         name = option.partition('=')[0].replace('_', '-')
         if name in _set_here[engine]:
-            raise ValueError(f'`{name}` among the `options` of {engine} is set by `serve` itself: see '
-                             f'`sage-finetune serve --help`')
+            raise ValueError(f'`{name}` among the `options` of {engine} is set by `serve` itself: leave it out')
     return options
 
 # %% ../../nbs/inference/07_serve.ipynb #022c4fb0
@@ -203,7 +202,8 @@ def _log_settings():
                 root=dict(level='WARNING', handlers=['out']))
 
 def _tidy_output():
-    "Warnings, and errors of threads, as lines of the log"
+    "Whatever this process has to say, warnings and errors of threads too, as lines of the log"
+    logging.config.dictConfig(_log_settings())
     log = logging.getLogger('uvicorn.error')
     warnings.showwarning = lambda message,*more,**how: log.warning(str(message))
     threading.excepthook = lambda e: log.error('a thread failed', exc_info=e.exc_value)
@@ -219,11 +219,8 @@ def _watch_parent(stop):
 
 def _follow(order):
     "Serve with the loop of this package until told to stop"
-    from logging.config import dictConfig
     from sage_finetune.inference.generate import load_for_chat
     from sage_finetune.inference.chat_api import chat_app, Engine, web_server
-    dictConfig(_log_settings())
-    _tidy_output()
     engine = Engine(*load_for_chat(order['folder'], ignore_contract=order['ignore_contract']), order['max_new_tokens'])
     app = chat_app(engine, order['name'], order['api_key'], order['host'], order['allow_host'])
     server = web_server(app, engine, order['host'], order['port'], _log_settings())
@@ -237,6 +234,7 @@ def _follow(order):
 # %% ../../nbs/inference/07_serve.ipynb #d92308da
 def _main():
     "A server as a process of its own; its order is the first line of standard input. Gives the exit status"
+    _tidy_output()
     try: return _follow(json.loads(sys.stdin.buffer.readline())) or 0
     except (SageError, ValueError, OSError) as e: text = str(e)
     except Exception as e:
