@@ -43,9 +43,9 @@ def _api(url):
 def _error_text(body):
     "What a server says went wrong"
     try: error = json.loads(body)
-    except ValueError: return ' '.join(body.decode('utf-8', 'replace').split())[:200]
+    except (ValueError, RecursionError): return one_line(body.decode('utf-8', 'replace'), 200)
     error = error.get('error', error.get('detail', error)) if isinstance(error, dict) else error
-    return str(error.get('message', error) if isinstance(error, dict) else error)[:300]
+    return one_line(error.get('message', error) if isinstance(error, dict) else error, 300)
 
 # %% ../../nbs/inference/06_client.ipynb #5d700008
 def opener(
@@ -80,8 +80,8 @@ def models_at(
 )->list: # Names
     "The models of a server"
     with _opened(f'{_api(url)}/models', None, api_key, timeout) as reply: body = reply.read()
-    try: return [m['id'] for m in json.loads(body)['data']]
-    except (ValueError, KeyError, TypeError):
+    try: return [str(m['id']) for m in json.loads(body)['data']]
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise SageError(f'{_api(url)} does not speak the API of OpenAI: check the address') from None
 
 def find_model(
@@ -93,13 +93,14 @@ def find_model(
     there = models_at(url, api_key)
     found = [m for m in there if name is None or m==str(name) or Path(m).name==Path(name).expanduser().resolve().name]
     if found: return found[0]
-    raise SageError(f'{name} is not served at {url}; there is {", ".join(there) or "nothing"}')
+    raise SageError(f'{name} is not served at {url}; there is {one_line(", ".join(there)) or "nothing"}')
 
 # %% ../../nbs/inference/06_client.ipynb #5e000016
 def _content(data, url):
     "Text of one event, and whether it is the last"
     try: piece = json.loads(data)
-    except ValueError: raise SageError(f'{_api(url)} sent what is not JSON: {data[:100]!r}') from None
+    except (ValueError, RecursionError):
+        raise SageError(f'{_api(url)} sent what is not JSON: {data[:100]!r}') from None
     try:
         if piece.get('error'): raise SageError(f'{_api(url)} broke off: {_error_text(data.encode())}')
         choices = piece.get('choices') or ()

@@ -320,7 +320,7 @@ def _last_words(log, n=3):
     lines = ([l for l in log.read_text(encoding='utf-8', errors='replace').splitlines() if l.strip()]
              if log.is_file() else [])
     errors = [l.removeprefix('error:').strip() for l in lines if l.startswith('error:')]
-    return errors[-1] if errors else ' / '.join(l.strip() for l in lines[-n:]) or 'it said nothing'
+    return one_line(errors[-1] if errors else ' / '.join(l.strip() for l in lines[-n:]) or 'it said nothing')
 
 def _reachable(host):
     "The address under which this machine reaches a host that it listens on"

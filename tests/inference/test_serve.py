@@ -368,6 +368,48 @@ def test_transformers_serve_can_be_asked_for(run, tmp_path):
     assert not other.running
 
 
+FAKE = """#!{python}
+import json, os, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Up(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+print(json.dumps(dict(argv=sys.argv[1:], key=os.environ.get('VLLM_API_KEY'), pid=os.getpid())), flush=True)
+HTTPServer(('127.0.0.1', int(sys.argv[sys.argv.index('--port')+1])), Up).serve_forever()
+"""
+
+
+@needs_posix
+def test_vllm_is_started_waited_for_and_stopped_and_gets_its_options(run, tmp_path, monkeypatch):
+    "A program of that name that says how it was called"
+    (tmp_path/'bin').mkdir()
+    (tmp_path/'bin'/'vllm').write_text(FAKE.format(python=sys.executable))
+    (tmp_path/'bin'/'vllm').chmod(0o755)
+    monkeypatch.setenv('PATH', f'{tmp_path/"bin"}{os.pathsep}{os.environ["PATH"]}')
+    monkeypatch.setattr(module, 'find_spec', lambda name: name)
+    more = dict(engine='vllm', adapter=True, api_key='key-4711-secret', log=tmp_path/'log')
+    with serving(run, options=['--max-model-len', 512], **more) as server:
+        told = json.loads(server.log.read_text().splitlines()[-1])
+        assert server.engine=='vllm' and told['pid']==server.process.pid, 'nothing stands in between'
+        assert told['argv'][-2:]==['--max-model-len', '512'] and told['key']=='key-4711-secret'
+        assert 'key-4711-secret' not in told['argv'] and told['argv'][told['argv'].index('--allowed-origins')+1]=='[]'
+    assert server.process.wait(1)==-signal.SIGTERM
+    config = json.loads((run/'lora_weights'/'adapter_config.json').read_text())
+    monkeypatch.setattr(module, 'read_json', lambda file: config | dict(bias='all'))
+    with pytest.raises(SageError, match='bias=all.: merge it first'): start_server(run, port=0, **more)
+    assert told['pid'] not in [int(p.name) for p in Path('/proc').glob('[0-9]*')]
+
+
+def test_options_of_the_command_line(capsys):
+    from sage_finetune.cli import main
+    for words,said in ((['--', '--dtype', 'half'], 'are for vLLM and transformers: add `--engine vllm`'),
+                       (['fast'], '`options` must begin with an option'),
+                       (['--allow-host', 'http://x'], '`allow_host` must be a name such as ui.example')):
+        assert main(['serve', 'sage-tiny', '--engine', 'native', '--port', '0', *words]) == 1
+        assert said in capsys.readouterr().err
+
+
 class Scripted(BaseHTTPRequestHandler):
     "A server that says what its address asks for"
     replies = {
