@@ -339,8 +339,8 @@ def _kept_or_prepared(source, where, tokenizer, settings, report, strict, cache)
     "The data set from the cache, or prepared and put there"
     folder,kept = cache_place(cache)
     digest = tokenizer_digest(tokenizer)
-    place = folder/checksum(source_digest(source, **where), _files_of(source, where['split']), digest,
-                            asdict(settings), _code_digest())
+    files = _files_of(source, where.get('split', 'train'))
+    place = folder/checksum(source_digest(source, **where), files, digest, asdict(settings), _code_digest())
     dataset = _from_cache(place, report, tokenizer, digest) if kept else None
     if dataset is None: dataset = _prepare(source, where, tokenizer, settings, report, strict, place, digest)
     elif strict and report.dropped: refuse_first(report.dropped)
