@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import assume, given, HealthCheck, settings, strategies as st
 from datasets import Dataset, load_from_disk
 from transformers import AutoTokenizer
 
@@ -117,6 +117,7 @@ how = st.fixed_dictionaries(dict(overflow=st.sampled_from(['drop', 'truncate', '
 @cases
 @given(st.lists(rows, max_size=6), how)
 def test_any_value_as_a_row_is_used_or_dropped_and_counted(values, how):
+    assume(not values or not all(isinstance(v, str) for v in values)) # a list of paths
     report = DataReport()
     try: dataset = prepare_dataset(values, tok, report=report, cache=False, **how)
     except ValueError as e:
@@ -126,6 +127,13 @@ def test_any_value_as_a_row_is_used_or_dropped_and_counted(values, how):
     for x in dataset:
         assert len(x['input_ids'])==len(x['labels'])<=how['max_length']
         assert any(l!=-100 for l in x['labels'][1:]) and all(l in (-100, t) for t,l in zip(x['input_ids'], x['labels']))
+
+def test_a_text_among_rows_is_a_bad_row_and_texts_alone_are_paths():
+    report = DataReport()
+    assert len(prepare_dataset([*qa, '', 'rows.jsonl'], tok, report=report, cache=False))==len(qa)
+    assert [d['line'] for d in report.dropped]==[len(qa)+1, len(qa)+2]
+    with pytest.raises(FileNotFoundError, match='no-rows.jsonl'): prepare_dataset(['no-rows.jsonl'], tok, cache=False)
+    with pytest.raises(ValueError, match=r'`data_path\[0\]`: `path` must be a path'): prepare_dataset([''], tok)
 
 pieces = st.one_of(st.binary(max_size=60),
                    st.sampled_from([json.dumps(qa[0]).encode(), b'[', b']', b',', b'\n', b'{}', b'"', b'\xff\xfe',

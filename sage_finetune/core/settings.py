@@ -265,8 +265,12 @@ def is_mixture(
     value, # What may be given as `data_path`
 )->bool: # False for a single source, also for a list of rows
     "Whether a value is a list of sources"
-    rows = dict, list, tuple, int, float, bytes, type(None)
-    return isinstance(value, (list, tuple)) and any(not isinstance(v, rows) for v in value)
+    if not isinstance(value, (list, tuple)) or not all(map(_may_be_source, value)): return False
+    return any(not isinstance(v, dict) for v in value)
+
+def _may_be_source(value):
+    if isinstance(value, dict): return 'path' in value and {*value}<={f.name for f in fields(DataSource)}
+    return not isinstance(value, (list, tuple, int, float, bytes, type(None)))
 
 def data_sources(
     value, # What may be given as `data_path`
