@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from sage_finetune.config import resolve_model
 from sage_finetune.model.contract import stop_ids
 from sage_finetune.rows.learned import _Body, _faults, render_learned
-from sage_finetune.rows.template import chat_form, marker, render
+from sage_finetune.rows.template import marker, render
 from sage_finetune.rows.tokens import encode, end_of_turn_id, end_of_turn_ids
 
 def tokenizer(template, *more, text=()):
