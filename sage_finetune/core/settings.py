@@ -269,7 +269,7 @@ def is_mixture(
     return any(not isinstance(v, dict) for v in value)
 
 def _may_be_source(value):
-    if isinstance(value, dict): return 'path' in value and {*value}<={f.name for f in fields(DataSource)}
+    if isinstance(value, dict): return bool(value) and {*value}<={f.name for f in fields(DataSource)}
     return not isinstance(value, (list, tuple, int, float, bytes, type(None)))
 
 def data_sources(

@@ -8,8 +8,8 @@ from transformers import AutoTokenizer
 
 from sage_finetune.config import resolve_model
 from sage_finetune.model.contract import stop_ids
-from sage_finetune.rows.learned import render_learned
-from sage_finetune.rows.template import chat_form, render
+from sage_finetune.rows.learned import _Body, _faults, render_learned
+from sage_finetune.rows.template import marker, render
 from sage_finetune.rows.tokens import encode, end_of_turn_id, end_of_turn_ids
 
 def tokenizer(template, *more, text=()):
@@ -324,3 +324,11 @@ def test_white_space_at_the_edges_of_a_text(habit, text):
     template = ("{% for m in messages %}{% if m.role == 'x</think>' %}{% endif %}<|im_start|>{{ m.role }}\n{{ "+habit+
                 " }}<|im_end|>\n{% endfor %}"+opened)
     assert learned([user(text), said(text)], template)==[edges[habit](text)+'<|im_end|>']
+
+def test_a_text_outside_of_what_is_learned_is_a_fault():
+    body = lambda text: _Body(text, 1, 'text', True)
+    bodies,messages = {marker(0): body('One.'), marker(1): body('Two.')},[user('q'), said('One. Two.')]
+    text = f'{marker(0)}|{marker(1)}'
+    assert _faults(text, {1: [(0, 3, 'after the prompt')]}, bodies, messages)=={}
+    assert 'cannot be located' in _faults(text, {1: [(0, 1, 'after the prompt')]}, bodies, messages)[1]
+    assert 'cannot be located' in _faults(text, {1: []}, bodies, messages)[1]
