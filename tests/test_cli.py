@@ -18,7 +18,8 @@ bad_files = {
     'other keys': (b'[{"ask": "a", "reply": "b"}]', "the keys 'ask', 'reply'"),
     'wrong types': (b'[{"question": 1, "answer": 2}]', '`question` must be a string, got int'),
     'not objects': (b'[1, 2]', 'holds no row that can be used'),
-    'binary': (b'\xff\xfe\x00\x01', 'not UTF-8 text'),
+    'binary': (b'\xff\xfd\x00\x01', 'not UTF-8 text'),
+    'UTF-16': (b'\xff\xfe\x00\x01', 'is UTF-16 text'),
 }
 
 

@@ -272,7 +272,7 @@ def test_a_damaged_data_set_is_prepared_anew(damage, tmp_path):
     assert (mended.cached, mended.examples)==(False, 12)
 
 def test_every_file_of_the_data_path_is_in_the_key():
-    "The module that prepares data, and all modules of `rows` that it stands on"
+    "The module that prepares data, and all modules that it reads files and rows with"
     import ast
     root = Path(module.__file__).parent
     def imported(file):
