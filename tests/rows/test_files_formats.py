@@ -117,7 +117,7 @@ def outcome(source, tokenizer):
     except ValueError as e: made = [type(e).__name__]
     said = report.to_dict()
     for name in ('files', 'passed_over', 'cached'): said.pop(name)
-    said['dropped'] = [d['reason'] for d in said['dropped']]
+    said['dropped'] = sorted(d['reason'] for d in said['dropped']) # rows on one line have no order
     said['notes'] = {n: rows for n,rows in said['notes'].items() if not n.startswith(told)}
     return made,said
 
