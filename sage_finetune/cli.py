@@ -418,7 +418,7 @@ def chat(
     "Talk to a run: its merged model, else its adapter, or to a server"
     if url:
         if image: raise ValueError('`--image` is for a model that is loaded here, and `--url` names a server')
-        from sage_finetune.inference.serve import speaker_at
+        from sage_finetune.inference.client import speaker_at
         say,base = speaker_at(url, name, max_new_tokens, api_key),None
     else: say,base = _loaded(name, adapter, max_new_tokens, ignore_contract)
     if prompt is None:
@@ -507,11 +507,15 @@ def serve(
                                           'if the client names none')] = 512,
     api_key: Key = None,
     ignore_contract: IgnoreContract = False,
+    allow_host: Annotated[Optional[list[str]], Option('--allow-host', metavar='NAME', help='Another host name that '
+                                                      'it answers under; may be repeated')] = None,
+    options: Annotated[Optional[list[str]], Argument(metavar='[-- OPTIONS]', help='After --: further options of vLLM '
+                                                     'or transformers, as they are')] = None,
 ):
     "Serve a run to programs that speak the API of OpenAI"
     from sage_finetune.inference.serve import serve as go
     go(name, host, port, api_key, say=echo, engine=engine, adapter=adapter, max_new_tokens=max_new_tokens,
-       ignore_contract=ignore_contract)
+       ignore_contract=ignore_contract, allow_host=tuple(allow_host or ()), options=tuple(options or ()))
 
 # %% ../nbs/05_cli.ipynb #3e4b1e62
 @app.command()

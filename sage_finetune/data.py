@@ -157,7 +157,7 @@ def _encode_batch(states, encodings, tokenizer, settings, report):
 def _is_kept(state, writer, duplicates):
     "Whether a row is used: with `duplicates=\"drop\"` no copy of an earlier one is"
     row,first = state.row,writer.copies(state.row, state.examples)
-    if first==(row.file, row.line): return True
+    if first is None: return True
     if duplicates=='keep': writer.report.duplicates += len(state.examples)
     else: writer.report.drop(row, f'{copy_of}{first[0]}:{first[1]}')
     return duplicates=='keep'
@@ -201,7 +201,7 @@ _album = 'images.json' # Path → checksum of each image that the rows name
 
 def _prepare(source, where, tokenizer, settings, report, strict, place, digest):
     "Prepare the examples of `source` in the folder `place`, whole or not at all"
-    if isinstance(source, (str, Path)): report.passed_over = files_passed_over(source, where['split'])
+    if isinstance(source, (str, Path)): report.passed_over = files_passed_over(source, where.get('split', 'train'))
     with whole_folder(place) as new:
         album = Album(new/'images', place/'images')
         batches = _examples(read_rows(source, **where), tokenizer, settings, report, strict, album)
@@ -339,8 +339,8 @@ def _kept_or_prepared(source, where, tokenizer, settings, report, strict, cache)
     "The data set from the cache, or prepared and put there"
     folder,kept = cache_place(cache)
     digest = tokenizer_digest(tokenizer)
-    place = folder/checksum(source_digest(source, **where), _files_of(source, where['split']), digest,
-                            asdict(settings), _code_digest())
+    files = _files_of(source, where.get('split', 'train'))
+    place = folder/checksum(source_digest(source, **where), files, digest, asdict(settings), _code_digest())
     dataset = _from_cache(place, report, tokenizer, digest) if kept else None
     if dataset is None: dataset = _prepare(source, where, tokenizer, settings, report, strict, place, digest)
     elif strict and report.dropped: refuse_first(report.dropped)
@@ -412,7 +412,8 @@ def source_of(
         return dict(split=config.data_split, subset=config.data_subset, revision=config.data_revision,
                     sample_by=config.sample_by)
     path,same = config.eval_data_path,config.eval_data_path==config.data_path
-    texts = any(has_texts(s.path, s.split or 'train') for s in data_sources(path)) if path else False
+    texts = path and config.sample_by!='document' and any(
+        has_texts(s.path, s.split or 'train') for s in data_sources(path))
     return dict(split=config.eval_data_split, subset=config.data_subset if same else None,
                 revision=config.data_revision if same else None,
                 sample_by=config.sample_by if texts else 'document')

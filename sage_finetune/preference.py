@@ -113,7 +113,7 @@ def _prepared(rows, tokenizer, source, config, report):
             if made is None: continue
             found,judgements,examples,cut,rendered,read = made
             first = book.copies(row, examples)
-            if first!=(row.file, row.line):
+            if first is not None:
                 if config.duplicates=='drop':
                     report.drop(row, f'duplicate of {first[0]}:{first[1]}')
                     continue

@@ -297,6 +297,7 @@ def _source(name, i, value):
 # %% ../../nbs/core/02_settings.ipynb #7da7a006
 class DataPathSetting:
     "A path, a source or a list of them; read as a `Path` or as a list of `DataSource`"
+    __args__ = str, Path, DataSource, dict, list, type(None) # what may be given, as of a union
     if TYPE_CHECKING:
         def __get__(self, config:object, owner:object=None)->Any: ...
         def __set__(self, config:object, value:str|Path|DataSource|dict|list|tuple|None)->None: ...

@@ -261,16 +261,16 @@ class ReportWriter:
         for rows in batches:
             self.report.read += len(rows)
             self.files.update(r.file for r in rows)
-            for r in rows: self._see(r)
+            for r in rows:
+                if self.check.absent: self.check.see(r.value)
+                for note in r.notes: _add(self.report.notes, note)
             yield rows
 
-    def _see(self, row):
-        if self.check.absent: self.check.see(row.value)
-        for note in row.notes: _add(self.report.notes, note)
-
     def copies(self, row, examples):
-        "(file, line) of the row whose copy this one is, or of the row itself"
-        return self.seen.setdefault(_examples_digest(examples), (row.file, row.line))
+        "(file, line) of the row whose copy this one is; None where it is no copy. Rows may share a line"
+        place = row.file,row.line
+        first = self.seen.setdefault(_examples_digest(examples), place)
+        return None if first is place else first
 
     def count(self, format, examples, cut, rendered, each=1):
         "Count the examples of a row; `each`: conversations that are learned from together"
@@ -280,8 +280,8 @@ class ReportWriter:
         "Count what was done to read a row that is used, and what of it was not"
         unused = names_in_file(unused, row.value, self.columns)
         self.check.see_used(row.value, format, unused)
-        for note in dict.fromkeys(notes): _add(self.report.notes, note)
-        for key in dict.fromkeys(unused): _add(self.report.unused, key)
+        for counts,names in (self.report.notes, notes),(self.report.unused, unused):
+            for name in dict.fromkeys(names): _add(counts, name)
 
     def in_order(self):
         "Dropped rows, in the order of the source"

@@ -412,3 +412,14 @@ def test_one_file_is_read_by_its_ending(tmp_path):
     import pyarrow as pa
     table = pa.table(dict(a=[1]))
     assert values(table_rows([table], table.schema, 'table')) == [dict(a=1)]
+
+
+@pytest.mark.parametrize('duplicates,used', [('keep', 3), ('drop', 1)])
+def test_copies_on_one_line_are_copies(duplicates, used, tmp_path):
+    from transformers import AutoTokenizer
+    from sage_finetune.config import resolve_model
+    from sage_finetune.data import DataReport, prepare_dataset
+    (tmp_path/'x.json').write_text(json.dumps([qa[0]]*3))
+    report,tokenizer = DataReport(),AutoTokenizer.from_pretrained(resolve_model('sage-tiny'))
+    prepare_dataset(tmp_path/'x.json', tokenizer, report=report, duplicates=duplicates, cache=False)
+    assert (report.used, report.duplicates, len(report.dropped)) == (used, used-1, 3-used)

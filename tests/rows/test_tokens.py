@@ -1,12 +1,13 @@
 "What a tokenizer takes away: line breaks, case, accents, characters it does not know; noted, or refused"
 import numpy as np
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sage_finetune.config import resolve_model
 from sage_finetune.data import DataReport, prepare_dataset
 from sage_finetune.rows.learned import render_learned
+from sage_finetune.rows.template import ensure_template
 from sage_finetune.rows.tokens import encode, encode_rendered, end_of_turn_ids, tokenizer_losses
 
 code = 'def f(x):\n    if x:\n        return 1\n    return 2'
@@ -107,3 +108,67 @@ def test_one_end_where_calls_are_text():
     tok = AutoTokenizer.from_pretrained(resolve_model('sage-tiny'))
     assert tok.convert_ids_to_tokens(end_of_turn_ids(tok))==['<|im_end|>']
     assert encode([dict(role='user', content='a'), dict(role='assistant', content='b')], tok)['labels'][-1]==-100
+
+# --- what is decoded from the labels
+def embedded(template=None):
+    tok = AutoTokenizer.from_pretrained(resolve_model('sage-tiny'))
+    if template: tok.chat_template = template
+    return tok
+
+def learned(messages, tok, **more): return tok.decode([t for t in encode(messages, tok, **more)['labels'] if t!=-100])
+def talk(asked, answered): return [dict(role='user', content=asked), dict(role='assistant', content=answered)]
+
+endless = ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+           "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
+
+def test_a_template_without_an_end_gets_the_tokenizers():
+    assert learned(talk('Why?', 'So.'), embedded(endless))=='So.<|im_end|>'
+    turns = [*talk('2+3?', '5'), *talk('And 4 more?', '9'), dict(role='user', content='Thanks.')]
+    assert render_learned(turns, embedded(endless)).notes==('an earlier answer has no end of its own',)
+
+def test_a_tokenizer_without_a_template_has_plain_headings():
+    headed = embedded()
+    headed.chat_template = None
+    ensure_template(headed)
+    assert learned(talk('2+3?', '5'), headed)=='5<|im_end|>'
+    assert headed.decode(encode(talk('2+3?', '5'), headed)['input_ids']).startswith('### User:\n2+3?\n\n### '
+                                                                                    'Assistant:\n5')
+
+@pytest.mark.parametrize('answer,comes', [('Au cafe\u0301.', 'Au café.'), ('🎉', '🎉'),
+                                          (' \n spaced \n', ' \n spaced \n'),
+                                          ('漢字', '漢字')])
+def test_texts_come_back(answer, comes):
+    assert learned(talk('Où?', answer), embedded())==comes+'<|im_end|>'
+
+def test_tokens_that_are_not_special_may_stand_in_an_answer():
+    quiet = embedded(endless)
+    quiet.add_tokens([AddedToken('</answer>', special=False), AddedToken('<|stop|>', special=True)])
+    assert learned(talk('Why?', '<answer>4</answer>'), quiet)=='<answer>4</answer><|im_end|>'
+    with pytest.raises(ValueError, match=r'holds the control token <\|stop\|>'): encode(talk('a', 'b <|stop|> c'),
+                                                                                        quiet)
+
+def test_what_is_learned_ends_with_the_end_and_nothing_is_cut():
+    tok = embedded()
+    assert tok('x')['input_ids']==tok('x', truncation=True, max_length=8)['input_ids']
+    assert learned(talk('2+3?', '5'), tok, train_on='assistant').endswith('<|im_end|>')
+    everything = learned(talk('2+3?', '5'), tok, train_on='all')
+    assert everything.endswith('<|im_end|>') and everything.count('<|im_end|>')==2
+
+# --- the same for plain text, and for questions
+@pytest.mark.parametrize('normal,text,note', [
+    ([folding], code, folds), ([], 'Write 🎉', 'characters that the tokenizer does not know became <unk>'),
+    ([normalizers.Lowercase()], 'Write f', 'the tokenizer changes characters of the text (case, accents or others)'),
+    ([normalizers.NFD(), normalizers.StripAccents()], 'é f',
+     'the tokenizer changes characters of the text (case, accents or others)')])
+@pytest.mark.parametrize('length,overflow', [(64, 'drop'), (8, 'split'), (8, 'truncate')])
+def test_plain_text_is_noted_too(normal, text, note, length, overflow):
+    r = DataReport()
+    prepare_dataset([dict(text=text)], unigram(*normal), length, report=r, overflow=overflow, cache=False)
+    assert r.used==1 and r.notes=={note: 1}
+    if length==64: assert report_of('x', unigram(*normal), text)[0].notes.keys()<={note, folds} and note
+
+def test_plain_text_that_keeps_all_is_not_noted():
+    r = DataReport()
+    prepare_dataset([dict(text='return 1 2')], unigram(), report=r, cache=False)
+    prepare_dataset([dict(text=code*40)], embedded(), 64, report=r, overflow='split', cache=False)
+    assert not r.notes
