@@ -390,13 +390,7 @@ def test_vllm_is_started_waited_for_and_stopped_and_gets_its_options(run, tmp_pa
     monkeypatch.setattr(module, 'find_spec', lambda name: name)
     more = dict(engine='vllm', adapter=True, api_key='key-4711-secret', log=tmp_path/'log')
     with serving(run, options=['--max-model-len', 512], **more) as server:
-<<<<<<< HEAD
         told = json.loads(next(l for l in server.log.read_text().splitlines() if l.startswith('{')))
-||||||| 9a9b1ce
-        told = json.loads(server.log.read_text().splitlines()[-1])
-=======
-        told = next(json.loads(line) for line in server.log.read_text().splitlines() if line.startswith('{'))
->>>>>>> suite
         assert server.engine=='vllm' and told['pid']==server.process.pid, 'nothing stands in between'
         assert told['argv'][-2:]==['--max-model-len', '512'] and told['key']=='key-4711-secret'
         assert 'key-4711-secret' not in told['argv'] and told['argv'][told['argv'].index('--allowed-origins')+1]=='[]'
