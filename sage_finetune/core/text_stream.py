@@ -6,7 +6,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/core/text_stream.html.md"""
 
 # %% auto #0
 __all__ = ['block_size', 'cannot_read', 'one_line', 'open_file', 'text_blocks', 'check_encoding', 'decoded_json', 'json_fault',
-           'is_cut_off', 'JsonWindow', 'json_value', 'broken_json']
+           'is_cut_off', 'JsonWindow', 'next_value', 'broken_json']
 
 # %% ../../nbs/core/07_text_stream.ipynb #7e570004
 import codecs,gzip,io,json,re,zlib
@@ -25,10 +25,12 @@ def cannot_read(
     return SageError(f'cannot read {path}: {(err.strerror or str(err)).lower()}')
 
 def one_line(
-    err:Exception, # Of a library
-)->str: # Its beginning
-    "The words of an error in one line"
-    return ' '.join(str(err).split())[:300]
+    text, # Anything, such as an error of a library
+    most:int=300, # Characters of it at most
+)->str: # Without line breaks, control characters and halves of characters
+    "One line that any terminal, log and JSON can hold"
+    text = ' '.join(str(text).split())[:most]
+    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 # %% ../../nbs/core/07_text_stream.ipynb #b627a846
 block_size = 2**18 # Bytes read at a time
@@ -163,7 +165,7 @@ class JsonWindow:
             if self.at<len(self.text) or not self.more(): return self.text[self.at:self.at+1]
 
 # %% ../../nbs/core/07_text_stream.ipynb #8cfdae01
-def json_value(
+def next_value(
     window:JsonWindow, # Stands at the value, afterwards behind it
 )->tuple: # Its line, the value, why it cannot be used, if so, and whether its text holds a null
     "The next value of a JSON text, or a refusal that names its place"

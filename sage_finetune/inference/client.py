@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 from urllib.request import ProxyHandler, Request, build_opener
 
 from ..core.disk import SageError
-from .request import is_loopback, one_line
+from ..core.text_stream import one_line
+from .request import is_loopback
 
 # %% ../../nbs/inference/06_client.ipynb #32da44ce
 def _event_data(lines):

@@ -18,9 +18,10 @@ from pathlib import Path
 from ..core.disk import read_json, SageError
 from ..core.settings import refuse_unknown
 from ..core.run_folder import default_output_dir, find_run
+from ..core.text_stream import one_line
 from ..config import resolve_model, TrainingConfig
 from .client import opener
-from .request import is_loopback, one_line
+from .request import is_loopback
 
 # %% ../../nbs/inference/07_serve.ipynb #6e241508
 @dataclass(frozen=True)

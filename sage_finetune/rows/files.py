@@ -18,7 +18,7 @@ from shutil import copyfileobj
 from tempfile import TemporaryFile
 
 from sage_finetune.core.text_stream import (
-    block_size, broken_json, check_encoding, decoded_json, is_cut_off, json_fault, json_value, JsonWindow, one_line,
+    block_size, broken_json, check_encoding, decoded_json, is_cut_off, json_fault, JsonWindow, next_value, one_line,
     open_file, text_blocks
 )
 
@@ -144,7 +144,7 @@ def _list_rows(window):
 
 def _window_row(window):
     "The value at which the window stands, as a row"
-    line,value,error,null = json_value(window)
+    line,value,error,null = next_value(window)
     return made_row(window.file, line, value) if null and not error else Row(window.file, line, value, error)
 
 # %% ../../nbs/rows/00_files.ipynb #f11e0025
