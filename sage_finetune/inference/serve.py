@@ -191,7 +191,7 @@ class _Line(logging.Formatter):
         if error:
             at = traceback.extract_tb(error.__traceback__)[-1:]
             text += f': {type(error).__name__}: {error}'+''.join(f' ({Path(f.filename).name}:{f.lineno})' for f in at)
-        return f'{self.formatTime(record)} {record.levelname.lower()}: {one_line(text)}'
+        return f'{self.formatTime(record)} {record.levelname.lower()}: {one_line(text, 500)}'
 
 def _log_settings():
     "Settings of `logging`: everything goes to standard output, a line each"
@@ -241,7 +241,7 @@ def _main():
     except Exception as e:
         at = traceback.extract_tb(e.__traceback__)[-1]
         text = f'{type(e).__name__}: {e} ({Path(at.filename).name}:{at.lineno}); this is a fault of sage_finetune'
-    print('error:', one_line(text), flush=True)
+    print('error:', one_line(text, 500), flush=True)
     return 1
 
 # %% ../../nbs/inference/07_serve.ipynb #260db733
@@ -321,7 +321,7 @@ def _last_words(log, n=3):
     lines = ([l for l in log.read_text(encoding='utf-8', errors='replace').splitlines() if l.strip()]
              if log.is_file() else [])
     errors = [l.removeprefix('error:').strip() for l in lines if l.startswith('error:')]
-    return one_line(errors[-1] if errors else ' / '.join(l.strip() for l in lines[-n:]) or 'it said nothing')
+    return one_line(errors[-1] if errors else ' / '.join(l.strip() for l in lines[-n:]) or 'it said nothing', 500)
 
 def _reachable(host):
     "The address under which this machine reaches a host that it listens on"
