@@ -375,6 +375,8 @@ def test_who_waits_is_told_so_by_the_status(loaded):
         assert [w.result()[0] for w in waiting] == [503, 503]
         assert all(w.result()[1]['retry-after'] for w in waiting)
         assert request(port, body=HI)[0] == 503
+        patience = time.monotonic()+20 # the worker takes them off its list after the clients have read
+        while (engine.taken or engine.waiting) and time.monotonic()<patience: time.sleep(0.01)
     assert engine.taken == 0 and not engine.waiting
 
 
