@@ -98,7 +98,7 @@ def _matches(pattern):
 _between = '[-._ 0-9]' # Signs that end a word in a name
 
 def _words(end):
-    return {split: re.compile(f"(?:^|{_between})(?:{'|'.join(words)}){end}") for split,words in split_keywords.items()}
+    return {split: re.compile(f"(?:^|{_between})(?:{'|'.join(words)}){end}", re.I) for split,words in split_keywords.items()}
 
 _in_folder,_in_file = _words(f'(?:$|{_between})'),_words(_between)
 _shard = re.compile(r'data/(.+)-\d{5}-of-\d{5}[^/]*\.[^/]*').fullmatch
@@ -207,13 +207,19 @@ def _load(kind, source, split, revision, subset):
 def _dataset_rows(data, name):
     "The rows of a `datasets` object: plain values, images unopened, unless it has a transform of its own"
     if _is_plain(data): # 256 rows at a time, eight times faster than one by one
-        yield from table_rows(data.with_format('arrow').iter(256), data.features.arrow_schema, name)
+        shown = _with_shown_columns(data)
+        yield from table_rows(shown.with_format('arrow').iter(256), shown.features.arrow_schema, name)
     else:
         for i,value in enumerate(data, 1): yield made_row(name, i, value)
 
 def _is_plain(data):
     "Whether `data` is a `Dataset` without a transform of its own"
     return hasattr(data, '__len__') and data.format['type']!='custom'
+
+def _with_shown_columns(data):
+    "A `Dataset` without the columns that its format hides"
+    hidden = not data.format['output_all_columns'] and {*data.column_names}-{*data.format['columns']}
+    return data.select_columns([c for c in data.column_names if c not in hidden]) if hidden else data
 
 # %% ../../nbs/rows/01_sources.ipynb #c6362ca0
 def _list_of_rows(rows, name):
@@ -222,6 +228,7 @@ def _list_of_rows(rows, name):
 def _frame_rows(frame, name):
     "The rows of a pandas frame: plain values, a missing one as None"
     import numpy as np, pandas as pd
+    if any(n is not None for n in frame.index.names): frame = frame.reset_index(allow_duplicates=True)
     columns,notes = column_names([str(c) for c in frame.columns], 'the frame')
     def known(v):
         if isinstance(v, np.ndarray): return [known(x) for x in v]
@@ -352,6 +359,7 @@ def _file_digest(path):
 def _dataset_parts(data):
     "The content of a `datasets` object, piece by piece"
     if _is_plain(data):
+        data = _with_shown_columns(data)
         yield str(data.features.arrow_schema.remove_metadata()).encode()
         for table in data.with_format('arrow').iter(1000):
             for batch in table.combine_chunks().to_batches(): yield batch.serialize()
