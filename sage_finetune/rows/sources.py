@@ -153,7 +153,7 @@ def source_files(
     elif _is_glob(path): found = _matches(path)
     else: return [_checked_file(path)], []
     rows = any(not why and file_ending(p) not in text_endings for p,why in found)
-    beside = lambda p: 'a text beside files of rows' if rows and file_ending(p) in text_endings else ''
+    beside = lambda p: _why_beside(p) if rows and file_ending(p) in text_endings else ''
     found = [(p, why or beside(p)) for p,why in found]
     if all(why for _,why in found):
         raise ValueError(f'no file in {path} can be read: its files must end in {known_endings}')
@@ -171,6 +171,15 @@ def _checked_file(path):
     if not file_ending(path): raise ValueError(f'`source` must end in {known_endings}; got {path.name!r}')
     if not stat.S_ISREG(mode): raise ValueError(f'{path} is not a plain file')
     return path
+
+def _why_beside(path):
+    "Why a text in a folder of rows is passed over; the card of a data set may say more than the names of its files"
+    card = ''
+    if path.name.lower()=='readme.md':
+        try: card = path.read_bytes()[:2**16].decode(errors='replace').partition('---')[2].partition('\n---')[0]
+        except OSError: pass # it is passed over in any case
+    if not re.search(r'^[ -]*data_files:', card, re.M): return 'a text beside files of rows'
+    return 'its `data_files` are not read: splits are told by the names of files; give a pattern where these differ'
 
 # %% ../../nbs/rows/01_sources.ipynb #891076f4
 def _hub_dataset(name, split, revision=None, subset=None):

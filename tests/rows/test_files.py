@@ -438,3 +438,15 @@ def test_lines_that_end_in_a_carriage_return_alone_are_told_in_our_words(text, t
     try: found = [why for _,why in errors(rows_of(tmp_path/'a.csv', text))]
     except ValueError as e: found = [str(e)]
     assert len(found) == 1 and 'a line ends in a carriage return alone: save the file with line feeds' in found[0]
+
+
+@pytest.mark.parametrize('card,told', [
+    ('---\nconfigs:\n- config_name: en\n  data_files:\n  - split: train\n    path: a.jsonl\n---\n# Rows\n', True),
+    ('---\nconfigs:\n  - data_files: "*.jsonl"\n---\n', True), ('---\nlicense: mit\n---\ndata_files: none\n', False),
+    ('# Rows\n', False), ('', False)])
+def test_a_card_that_says_which_file_is_of_which_split_is_told(card, told, tmp_path):
+    base = folder(tmp_path, 'a.jsonl', 'b.jsonl')
+    (base/'README.md').write_text(card)
+    files,((path, why),) = source_files(base)
+    assert len(files) == 2 and path.name == 'README.md' and ('`data_files` are not read' in why) == told
+    assert told or why == 'a text beside files of rows'
