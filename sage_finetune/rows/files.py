@@ -282,12 +282,15 @@ def _records(lines, delimiter):
     while True:
         try: cells,error = next(reader), ''
         except StopIteration: return
-        except csv.Error as e: cells,error = [], f'not CSV: {_csv_words.get(str(e), e)}'
+        except csv.Error as e: cells,error = [], _csv_fault(e)
         error = next((fault for _,fault in lines.taken if fault), error)
         if cells or error: yield cells,error
         if lines.taken: lines.done()
 
-_csv_words = {'unexpected end of data': 'a quote that is opened here is never closed'}
+_csv_words = {'unexpected end of data': 'a quote that is opened here is never closed',
+              'new-line character': 'a line ends in a carriage return alone: save the file with line feeds'}
+
+def _csv_fault(e): return f"not CSV: {next((words for begin,words in _csv_words.items() if str(e).startswith(begin)), e)}"
 
 # %% ../../nbs/rows/00_files.ipynb #f11e0029
 def _is_like_a_row(line, n, delimiter):

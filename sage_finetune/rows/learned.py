@@ -318,7 +318,7 @@ def render_learned(
         rendered = Rendered(text, [(0, len(text.rstrip()))], ('every token',), tuple(notes))
     else:
         text,spans,missing = _proved_spans(tokenizer, messages, tools, form)
-        learned = sorted(s for i,m in enumerate(messages) if m['role']=='assistant' and m['train'] for s in spans[i])
+        learned = [s for i,m in enumerate(messages) if m['role']=='assistant' and m['train'] for s in spans[i]]
         notes = [*notes, *missing, *_check_order(text, learned, form)]
         rendered = Rendered(text, [(a, b) for a,b,_ in learned], tuple(how for *_,how in learned), tuple(notes))
     return _with_images(rendered, images, tokenizer)

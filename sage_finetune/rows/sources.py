@@ -98,7 +98,7 @@ def _matches(pattern):
 _between = '[-._ 0-9]' # Signs that end a word in a name
 
 def _words(end):
-    return {split: re.compile(f"(?:^|{_between})(?:{'|'.join(words)}){end}") for split,words in split_keywords.items()}
+    return {split: re.compile(f"(?:^|{_between})(?:{'|'.join(words)}){end}", re.I) for split,words in split_keywords.items()}
 
 _in_folder,_in_file = _words(f'(?:$|{_between})'),_words(_between)
 _shard = re.compile(r'data/(.+)-\d{5}-of-\d{5}[^/]*\.[^/]*').fullmatch
@@ -153,7 +153,7 @@ def source_files(
     elif _is_glob(path): found = _matches(path)
     else: return [_checked_file(path)], []
     rows = any(not why and file_ending(p) not in text_endings for p,why in found)
-    beside = lambda p: 'a text beside files of rows' if rows and file_ending(p) in text_endings else ''
+    beside = lambda p: _why_beside(p) if rows and file_ending(p) in text_endings else ''
     found = [(p, why or beside(p)) for p,why in found]
     if all(why for _,why in found):
         raise ValueError(f'no file in {path} can be read: its files must end in {known_endings}')
@@ -171,6 +171,15 @@ def _checked_file(path):
     if not file_ending(path): raise ValueError(f'`source` must end in {known_endings}; got {path.name!r}')
     if not stat.S_ISREG(mode): raise ValueError(f'{path} is not a plain file')
     return path
+
+def _why_beside(path):
+    "Why a text in a folder of rows is passed over; the card of a data set may say more than the names of its files"
+    card = ''
+    if path.name.lower()=='readme.md':
+        try: card = path.read_bytes()[:2**16].decode(errors='replace').partition('---')[2].partition('\n---')[0]
+        except OSError: pass # it is passed over in any case
+    if not re.search(r'^[ -]*data_files:', card, re.M): return 'a text beside files of rows'
+    return 'its `data_files` are not read: splits are told by the names of files; give a pattern where these differ'
 
 # %% ../../nbs/rows/01_sources.ipynb #891076f4
 def _hub_dataset(name, split, revision=None, subset=None):
@@ -207,13 +216,19 @@ def _load(kind, source, split, revision, subset):
 def _dataset_rows(data, name):
     "The rows of a `datasets` object: plain values, images unopened, unless it has a transform of its own"
     if _is_plain(data): # 256 rows at a time, eight times faster than one by one
-        yield from table_rows(data.with_format('arrow').iter(256), data.features.arrow_schema, name)
+        shown = _with_shown_columns(data)
+        yield from table_rows(shown.with_format('arrow').iter(256), shown.features.arrow_schema, name)
     else:
         for i,value in enumerate(data, 1): yield made_row(name, i, value)
 
 def _is_plain(data):
     "Whether `data` is a `Dataset` without a transform of its own"
     return hasattr(data, '__len__') and data.format['type']!='custom'
+
+def _with_shown_columns(data):
+    "A `Dataset` without the columns that its format hides"
+    hidden = not data.format['output_all_columns'] and {*data.column_names}-{*data.format['columns']}
+    return data.select_columns([c for c in data.column_names if c not in hidden]) if hidden else data
 
 # %% ../../nbs/rows/01_sources.ipynb #c6362ca0
 def _list_of_rows(rows, name):
@@ -222,6 +237,7 @@ def _list_of_rows(rows, name):
 def _frame_rows(frame, name):
     "The rows of a pandas frame: plain values, a missing one as None"
     import numpy as np, pandas as pd
+    if any(n is not None for n in frame.index.names): frame = frame.reset_index(allow_duplicates=True)
     columns,notes = column_names([str(c) for c in frame.columns], 'the frame')
     def known(v):
         if isinstance(v, np.ndarray): return [known(x) for x in v]
@@ -352,6 +368,7 @@ def _file_digest(path):
 def _dataset_parts(data):
     "The content of a `datasets` object, piece by piece"
     if _is_plain(data):
+        data = _with_shown_columns(data)
         yield str(data.features.arrow_schema.remove_metadata()).encode()
         for table in data.with_format('arrow').iter(1000):
             for batch in table.combine_chunks().to_batches(): yield batch.serialize()

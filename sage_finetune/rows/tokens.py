@@ -126,10 +126,12 @@ def _byte_table(tokenizer):
     for i,t in tokenizer.added_tokens_decoder.items(): out[i] = str(t).encode()
     return out
 
-def _says(ids, wanted, table):
-    "Whether tokens are exactly the bytes of a text; False also where that cannot be told"
-    try: return b''.join(map(table.__getitem__, ids))==wanted.encode()
-    except (TypeError, IndexError): return False
+def _bytes_of(ids, table):
+    "The bytes that tokens say; None where that cannot be told"
+    try: return b''.join(map(table.__getitem__, ids))
+    except (TypeError, IndexError): return None
+
+def _says(ids, wanted, table): return _bytes_of(ids, table)==wanted.encode()
 
 # %% ../../nbs/rows/07_tokens.ipynb #342a2c4e
 def _tokens_between(encoding, a, b, n):
@@ -202,8 +204,8 @@ def tokenizer_losses(
     tokenizer, # A fast tokenizer
 )->list: # Notes for the data report, empty where nothing is lost
     "What a tokenizer takes away from a text"
-    if _token_bytes(tokenizer): return [] # every byte has its token
-    notes,unknown,ids = [],tokenizer.unk_token_id,list(map(int, ids))
+    notes,unknown,ids,table = [],tokenizer.unk_token_id,list(map(int, ids)),_token_bytes(tokenizer)
+    if table and text.encode() in (_bytes_of(ids, table) or b''): return []
     if any(white in text for white in _folded(tokenizer)):
         notes.append('the tokenizer folds white space: line breaks, indents or tabs are lost')
     if unknown is not None and ids.count(unknown)>text.count(tokenizer.unk_token):
@@ -252,8 +254,15 @@ def _proved(rendered, ids, labels, table, tokenizer):
     better = _better_by_pieces(rendered, token_ids([rendered.text], tokenizer)[0].ids, wanted, tokenizer)
     if better is not None: return *better,[]
     if not _same_text(decoded, wanted): raise ValueError(_not_written_back(decoded, wanted))
+    return ids,labels,_changed(decoded, wanted, table)
+
+def _changed(decoded, wanted, table):
+    "Notes on how tokens that say nearly what they should differ from it"
     same = ''.join(decoded.split())==''.join(wanted.split())
-    return ids,labels,[] if same else ['the tokenizer normalises characters of answers']
+    notes = [] if same else ['the tokenizer normalises characters of answers']
+    if not table: return notes # `tokenizer_losses` tells what these fold
+    gaps = re.compile(r'\s+').findall
+    return notes+['the tokenizer changes white space of answers']*(gaps(decoded.strip())!=gaps(wanted.strip()))
 
 # %% ../../nbs/rows/07_tokens.ipynb #839aed77
 def encode(

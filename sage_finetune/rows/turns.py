@@ -117,7 +117,7 @@ def json_text(
     name:str, # What a refusal calls it
 )->str: # On one line
     "A value as JSON text, or a refusal that names it"
-    try: return checked_text(json.dumps(value, ensure_ascii=False), name, True)
+    try: return checked_text(json.dumps(value, ensure_ascii=False, allow_nan=False), name, True)
     except (TypeError, ValueError, RecursionError) as e:
         raise ValueError(f'{name} cannot be written as JSON: {e}') from None
 

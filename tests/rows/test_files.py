@@ -423,3 +423,30 @@ def test_copies_on_one_line_are_copies(duplicates, used, tmp_path):
     report,tokenizer = DataReport(),AutoTokenizer.from_pretrained(resolve_model('sage-tiny'))
     prepare_dataset(tmp_path/'x.json', tokenizer, report=report, duplicates=duplicates, cache=False)
     assert (report.used, report.duplicates, len(report.dropped)) == (used, used-1, 3-used)
+
+
+@pytest.mark.parametrize('names', [('TRAIN.jsonl', 'Test.jsonl'), ('Train/a.jsonl', 'DEV/a.jsonl'),
+                                   ('my_Train.jsonl', 'my_EVAL.jsonl')], ids=lambda n: n[0])
+def test_names_of_splits_in_capitals_are_names_of_splits(names, tmp_path):
+    files,others = source_files(folder(tmp_path, *names))
+    assert [p.relative_to(tmp_path).as_posix() for p in files] == [names[0]]
+    assert [p.relative_to(tmp_path).as_posix() for p,_ in others] == [names[1]]
+
+
+@pytest.mark.parametrize('text', ['question,answer\rWhy?,So.\r', 'question,answer\nWhy?,So.\rWho?,Me.\n'])
+def test_lines_that_end_in_a_carriage_return_alone_are_told_in_our_words(text, tmp_path):
+    try: found = [why for _,why in errors(rows_of(tmp_path/'a.csv', text))]
+    except ValueError as e: found = [str(e)]
+    assert len(found) == 1 and 'a line ends in a carriage return alone: save the file with line feeds' in found[0]
+
+
+@pytest.mark.parametrize('card,told', [
+    ('---\nconfigs:\n- config_name: en\n  data_files:\n  - split: train\n    path: a.jsonl\n---\n# Rows\n', True),
+    ('---\nconfigs:\n  - data_files: "*.jsonl"\n---\n', True), ('---\nlicense: mit\n---\ndata_files: none\n', False),
+    ('# Rows\n', False), ('', False)])
+def test_a_card_that_says_which_file_is_of_which_split_is_told(card, told, tmp_path):
+    base = folder(tmp_path, 'a.jsonl', 'b.jsonl')
+    (base/'README.md').write_text(card)
+    files,((path, why),) = source_files(base)
+    assert len(files) == 2 and path.name == 'README.md' and ('`data_files` are not read' in why) == told
+    assert told or why == 'a text beside files of rows'

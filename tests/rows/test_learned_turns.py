@@ -332,3 +332,11 @@ def test_a_text_outside_of_what_is_learned_is_a_fault():
     assert _faults(text, {1: [(0, 3, 'after the prompt')]}, bodies, messages)=={}
     assert 'cannot be located' in _faults(text, {1: [(0, 1, 'after the prompt')]}, bodies, messages)[1]
     assert 'cannot be located' in _faults(text, {1: []}, bodies, messages)[1]
+
+@pytest.mark.parametrize('order', ['messages|reverse', 'messages[-2:]+messages[:-2]'])
+def test_a_template_that_writes_turns_in_another_order_is_refused(order):
+    tok = AutoTokenizer.from_pretrained(resolve_model('sage-tiny'))
+    tok.chat_template = ('{% for m in ' + order + " %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+                         '{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}')
+    talk = [dict(role=r, content=t) for r,t in zip(['user', 'assistant']*2, ['Why?', 'So.', 'Who?', 'Me.'])]
+    with pytest.raises(ValueError, match='mixes the turns'): render_learned(talk, tok)

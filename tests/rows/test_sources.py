@@ -568,3 +568,36 @@ def test_whether_a_source_holds_texts(tmp_path):
     (tmp_path/'a.txt').write_text('one\n\ntwo\n')
     (tmp_path/'b.jsonl').write_text('{"text": "a"}\n')
     assert [has_texts(tmp_path/n) for n in ('a.txt', 'b.jsonl')]==[True, False]
+
+
+def test_columns_that_the_format_of_a_data_set_hides_are_not_read():
+    from datasets import Dataset
+    data = Dataset.from_list([dict(question='Why?', answer='So.', context='hidden')])
+    shown = data.with_format(None, columns=['question', 'answer'])
+    assert [r.value for r in read_rows(shown)] == [shown[0]] == [dict(question='Why?', answer='So.')]
+    assert [r.value for r in read_rows(data.with_format('numpy', columns=['answer']))] == [dict(answer='So.')]
+    assert source_digest(shown) != source_digest(data)
+    whole = data.with_format(None, columns=['question'], output_all_columns=True)
+    assert [r.value for r in read_rows(whole)] == [r.value for r in read_rows(data)] == [data[0]]
+    assert [r.value for r in read_rows(shown.select([0, 0]))] == [shown[0]]*2
+
+
+@pytest.mark.parametrize('index,more', [
+    ('context', []), (['context', 'id'], []), (['context', None], ['level_1'])], ids=['one', 'two', 'one of two'])
+def test_an_index_with_a_name_is_a_column_of_a_frame(index, more):
+    import pandas as pd
+    rows = [dict(question='Why?', answer='So.', context='C', id=1), dict(question='Who?', answer='I.', context='D', id=2)]
+    frame = pd.DataFrame(rows).set_index(['context', 'id'] if isinstance(index, list) else index)
+    if more: frame.index.names = index
+    found = [r.value for r in read_rows(frame)]
+    assert [r['context'] for r in found] == ['C', 'D'] and {*more} <= {*found[0]}
+    frame.index.names = [None]*frame.index.nlevels
+    assert [{*r.value} for r in read_rows(frame)] == [{*frame.columns}]*2
+
+
+def test_an_index_with_the_name_of_a_column_is_told():
+    import pandas as pd
+    frame = pd.DataFrame([dict(question='Why?', answer='So.')])
+    frame.index = pd.Index(['other'], name='answer')
+    row = next(read_rows(frame))
+    assert row.value == {'answer': 'other', 'question': 'Why?', 'answer.1': 'So.'} and 'two columns' in row.notes[0]

@@ -172,3 +172,36 @@ def test_plain_text_that_keeps_all_is_not_noted():
     prepare_dataset([dict(text='return 1 2')], unigram(), report=r, cache=False)
     prepare_dataset([dict(text=code*40)], embedded(), 64, report=r, overflow='split', cache=False)
     assert not r.notes
+
+# A byte-level tokenizer has a token for every byte, and may still be told to change what it reads
+
+def byte_level(normal=None, *added):
+    t = AutoTokenizer.from_pretrained(resolve_model('sage-tiny'))
+    if normal: t.backend_tokenizer.normalizer = normal
+    t.add_tokens([*added])
+    return t
+
+@pytest.mark.parametrize('normal,added', [
+    (normalizers.Replace('  ', ' '), []), (normalizers.Replace(Regex(r'\s+'), ' '), []),
+    (normalizers.Replace('\t', ' '), []), (normalizers.Strip(left=False), []),
+    (None, [AddedToken('f(x)', lstrip=True)]), (None, [AddedToken('return', rstrip=True)])])
+def test_white_space_that_a_byte_level_tokenizer_changes_is_told(normal, added):
+    from sage_finetune.rows.report import show_report
+    row,report = dict(question='Write f', answer='def f(x):\n\tif x:\n        return  1\n'),DataReport()
+    prepare_dataset([row], byte_level(normal, *added), report=report, cache=False)
+    assert report.notes=={'the tokenizer changes white space of answers': 1}
+    assert 'changes white space' in show_report(report)
+
+@pytest.mark.parametrize('normal,word', [
+    (normalizers.Lowercase(), 'changes characters'), (normalizers.Replace('  ', ' '), 'folds white space'),
+    (normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]), 'changes characters')])
+def test_plain_text_that_a_byte_level_tokenizer_changes_is_told(normal, word):
+    report = DataReport()
+    prepare_dataset([dict(text='Café  au lait')], byte_level(normal), report=report, cache=False)
+    assert [word in note for note in report.notes]==[True]
+
+@pytest.mark.parametrize('row', [dict(text='Café  au\n\tlait'), dict(question='A\u0301?', answer=' é\n\n  漢 ')])
+def test_what_a_byte_level_tokenizer_keeps_is_not_told(row):
+    report = DataReport()
+    prepare_dataset([row], byte_level(), report=report, cache=False)
+    assert not report.notes

@@ -255,3 +255,14 @@ def test_texts_are_checked():
     assert checked_text('', '`a`', empty=True)==''
     for bad,why in ((None, 'is missing'), (5, 'must be a string'), (' ', 'is empty'), ('\ud800', 'lone surrogate')):
         with pytest.raises(ValueError, match=why): checked_text(bad, '`a`')
+
+@pytest.mark.parametrize('number', [float('nan'), float('inf'), -float('inf')])
+def test_numbers_that_json_has_not_are_refused(number):
+    written = json.dumps(dict(a=[number])) # as Python writes it
+    for arguments in (dict(a=[number]), written):
+        with pytest.raises(ValueError, match='turn 2: call 1 cannot be written as JSON'):
+            talk(asked, said('', tool_calls=[dict(function=dict(name='f', arguments=arguments))]))
+    calling = said('', tool_calls=[dict(function=dict(name='f', arguments={}))])
+    with pytest.raises(ValueError, match='cannot be written as JSON'):
+        talk(asked, calling, dict(role='tool', content=[number]), said('5'))
+    with pytest.raises(ValueError, match='cannot be written as JSON'): read_tools([dict(name='f', n=number)], '`tools`')
