@@ -29,7 +29,8 @@ test: $(READY) ## Run every notebook and every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 test-slow: $(READY) ## Run the property tests on 10,000 cases each, and what takes too long for `make test`
-	SAGE_EXAMPLES=10000 $(BIN)/python -m pytest tests/test_data.py tests/rows/test_sources.py tests/runs/test_codebase.py -k any
+	SAGE_EXAMPLES=10000 $(BIN)/python -m pytest tests/test_data.py tests/rows/test_sources.py tests/rows/test_files_formats.py \
+	  tests/runs/test_codebase.py -k any
 	$(BIN)/python -m pytest -m slow
 
 test-browser: $(READY) ## Run the tutorials in a real JupyterLab in Chromium, and use their form, dashboard, chat and slider (installs what is missing)

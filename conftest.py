@@ -13,9 +13,16 @@ os.environ.update(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', HF_HUB_DISABLE_TE
 if 'SAGE_CACHE' not in os.environ:
     os.environ['SAGE_CACHE'] = tempfile.mkdtemp(prefix='sage_cache_')
     atexit.register(shutil.rmtree, os.environ['SAGE_CACHE'], ignore_errors=True)
+# What several workers use is made once
+if 'SAGE_TESTS' not in os.environ:
+    os.environ['SAGE_TESTS'] = tempfile.mkdtemp(prefix='sage_tests_')
+    atexit.register(shutil.rmtree, os.environ['SAGE_TESTS'], ignore_errors=True)
 
 # A shell starts what runs in its background with Ctrl-C ignored, and tests inherit that; some of them press it
 if signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None): signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Tests kill processes, which loses nothing that was written; only a power cut does. So no write waits for the disk.
+os.fsync = lambda descriptor: None
 
 from nbdev.config import get_config
 from nbdev.test import test_nb as run_notebook
@@ -34,11 +41,30 @@ def is_lesson(path):
     return not hidden and not (path.parent/'.notest').exists()
 
 
-# The files that take longest come first, so that two workers are both busy to the end
-LONG = 'test_resume', 'test_processes', 'test_loop', 'test_adapter', 'test_memory', 'test_live', 'test_pipeline'
+# The files that take longest come first, the longest of them at the very beginning, so that two workers are both busy
+# to the end
+LONG = ('test_resume', 'test_serve', 'test_memory', 'test_processes', 'test_merging', 'test_pipeline', 'test_adapter',
+        'test_loop', 'test_tiny_vision', 'test_live', '02_trainer', '04_preference', '08_a_second_task', '03_tasks',
+        'test_cli', 'test_preference', 'test_merge_chat', 'test_public_contract', '01_first_run', '07_memory',
+        '02_live', '04_how_much_rank', '05_qlora_on_a_small_card', '06_step_bytes', 'test_loss', '00_generate',
+        'test_inspect', '03_your_own_trainer', 'test_incremental', '03_merging', '02_what_it_learns', '03_form')
 
 
-def pytest_collection_modifyitems(items): items.sort(key=lambda item: item.path.stem not in LONG)
+def pytest_collection_modifyitems(items):
+    last = len(LONG)
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else last)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """The objects of libraries live as long as the process: a collection, which each run asks for, need not walk them
+
+    Done where a file begins, when nothing of the file before is alive.
+    """
+    if item.path!=getattr(pytest_runtest_setup, 'path', None):
+        gc.collect()
+        gc.freeze()
+    pytest_runtest_setup.path = item.path
 
 
 def pytest_collect_file(file_path, parent):

@@ -3,7 +3,7 @@ __version__ = "0.1.0"
 
 from typing import TYPE_CHECKING
 
-from .config import LoRAConfig, PreferenceConfig, PresetConfigs, TrainingConfig, show_config, show_presets
+from .config import DataSource, LoRAConfig, PreferenceConfig, PresetConfigs, TrainingConfig, show_config, show_presets
 
 if TYPE_CHECKING:  # for editors and type checkers; at run time these names are imported when they are asked for
     from .data import load_training_data, prepare_dataset
@@ -21,8 +21,8 @@ _lazy = dict(
     choose_config='ui.form', train_live='ui.live',
 )
 __all__ = [
-    'LoRAConfig', 'LoRATrainer', 'PreferenceConfig', 'PreferenceTrainer', 'PresetConfigs', 'Run', 'RunResult',
-    'TrainingConfig', 'choose_config', 'finetune', 'load_training_data', 'prepare_dataset', 'show_config',
+    'DataSource', 'LoRAConfig', 'LoRATrainer', 'PreferenceConfig', 'PreferenceTrainer', 'PresetConfigs', 'Run',
+    'RunResult', 'TrainingConfig', 'choose_config', 'finetune', 'load_training_data', 'prepare_dataset', 'show_config',
     'show_presets', 'train_from_meta', 'train_live',
 ]
 

@@ -18,9 +18,10 @@ from sage_finetune.core.disk import (
     cannot_write, is_running, read_json, SageError, to_disk, whole_folder, write_json, write_text
 )
 from .core.display import Shown, Table # Shown: handed on
-# handed on: checked, refuse_unknown, Settings, with_given
+# handed on: checked, DataSource, refuse_unknown, Settings, with_given
 from sage_finetune.core.settings import (
-    checked, config_table, OptionalPathSetting, PathSetting, refuse_unknown, Settings, with_given
+    check_shares, checked, config_table, DataPathSetting, DataSource, OptionalPathSetting, PathSetting, refuse_unknown,
+    Settings, SharesSetting, with_given
 )
 from .core.machine import Change, Changes, division, Machine, show_changes # show_changes: handed on
 from .core.run_folder import default_output_dir, read_meta, run_folder, RunFolder # run_folder: handed on
@@ -85,6 +86,8 @@ _training_rules = dict(
     train_on=_one_of('assistant', 'last', 'all'),
     overflow=_one_of('drop', 'truncate', 'split'),
     duplicates=_one_of('keep', 'drop'),
+    data_stopping=_one_of('first_exhausted', 'all_exhausted'),
+    sample_by=_one_of('document', 'paragraph', 'line'),
     max_steps=('-1 (as many as the epochs need) or at least 1', lambda v: v==-1 or v>=1),
     weight_decay=_at_least(0),
     max_grad_norm=_at_least(0),
@@ -102,7 +105,7 @@ class TrainingConfig(Settings):
     model_name: str = "Qwen/Qwen2.5-Coder-1.5B-Instruct" # Hub name, folder, or "sage-tiny" for the embedded model
     load_in_8bit: bool = True # Hold the frozen weights in 8 bits
     load_in_4bit: bool = False # Hold the frozen weights in 4 bits
-    data_path: OptionalPathSetting = None # Training rows
+    data_path: DataPathSetting = None # Training rows: a path, or a list of several sources, each with its own columns
     max_length: int = 1024 # Tokens of one row, at most
     output_dir: PathSetting = field(default_factory=lambda: default_output_dir) # The run folder
     num_train_epochs: float = 3 # Passes over the training rows
@@ -123,13 +126,17 @@ class TrainingConfig(Settings):
     seed: int = 42 # Seed of shuffling, dropout and the initialisation of A
     dataloader_num_workers: int = 0 # Processes that prepare batches
     test_size: float = 0.05 # Share of the rows held out for evaluation
-    eval_data_path: OptionalPathSetting = None # Rows for evaluation, instead of a share of the training rows
+    eval_data_path: DataPathSetting = None # Rows for evaluation, instead of a share of the training rows
     eval_data_split: str = "train" # Which split of `eval_data_path`, where it has splits
     format_type: str|None = None # Format of the rows; None detects it per row
     columns: dict|None = None # {name in the file: known name} for rows with other names
+    data_weights: SharesSetting = None # Share of the examples from each source; None takes every row once
+    # With `data_weights`: end with the "first_exhausted" source, or repeat rows until "all_exhausted"
+    data_stopping: str = "first_exhausted"
     data_split: str = "train" # Which split, where the data has splits
     data_subset: str|None = None # Which part of a data set on the Hub
     data_revision: str|None = None # Branch, tag or commit of a data set on the Hub
+    sample_by: str = "document" # What a row of a text file is: a "line", a "paragraph" or the whole "document"
     train_on: str = "assistant" # What is learned: "assistant", the "last" answer or "all"
     overflow: str = "drop" # What to do with rows that are too long: "drop", "truncate" or "split"
     cut_answers: bool = False # Whether "truncate" may cut the end of an answer
@@ -150,16 +157,21 @@ class TrainingConfig(Settings):
     tokens_per_step: int|None = None
     init_adapter: OptionalPathSetting = None # Run folder or adapter to continue from; None begins with a new adapter
     stack_adapter: bool = False # Leave `init_adapter` as it is, and train a second adapter on top of it
-    replay_path: OptionalPathSetting = None # Replay rows; None takes those of the run in `init_adapter`
+    replay_path: DataPathSetting = None # Replay rows; None takes those of the run in `init_adapter`
     replay_share: float = 0.0 # Share of the trained rows that are replay rows, against forgetting
 
     _rules = _training_rules
     _exclusive = ('load_in_8bit', 'load_in_4bit'), ('fp16', 'bf16')
-    _added = ('test_size', 'eval_data_path', 'eval_data_split', 'format_type', 'columns', 'data_split', 'data_subset',
-              'data_revision', 'train_on', 'overflow', 'cut_answers', 'duplicates', 'strict', 'packing',
-              'max_steps', 'weight_decay', 'max_grad_norm', 'eval_steps', 'early_stopping_patience',
-              'load_best_model_at_end', 'loraplus_lr_ratio', 'neftune_noise_alpha', 'torch_compile',
-              'tokens_per_step', 'init_adapter', 'stack_adapter', 'replay_path', 'replay_share')
+    _added = ('test_size', 'eval_data_path', 'eval_data_split', 'format_type', 'columns', 'data_weights',
+              'data_stopping', 'data_split', 'data_subset', 'data_revision', 'sample_by', 'train_on', 'overflow',
+              'cut_answers', 'duplicates', 'strict', 'packing', 'max_steps', 'weight_decay', 'max_grad_norm',
+              'eval_steps', 'early_stopping_patience', 'load_best_model_at_end', 'loraplus_lr_ratio',
+              'neftune_noise_alpha', 'torch_compile', 'tokens_per_step', 'init_adapter', 'stack_adapter',
+              'replay_path', 'replay_share')
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_sources(self)
 
     @property
     def rows_per_micro_batch(self)->int: # Rows, on one device; where tokens are counted, rows of `max_length`
@@ -188,6 +200,17 @@ class TrainingConfig(Settings):
     def log_dir(self)->Path: # Folder
         "Where TensorBoard looks"
         return RunFolder(self.output_dir).logs
+
+# %% ../nbs/00_config.ipynb #4d91c301
+def _check_sources(config):
+    "Refuse shares that do not go with the sources, and formats that a source cannot have"
+    check_shares(config.data_weights, config.data_stopping, len(config.data_path)
+                 if isinstance(config.data_path, list) else 1)
+    words,allowed = config._rules['format_type']
+    for name in ('data_path', 'eval_data_path', 'replay_path'):
+        for i,s in enumerate(v if isinstance(v := getattr(config, name), list) else ()):
+            if s.format_type is not None and not allowed(s.format_type):
+                raise ValueError(f'`{name}[{i}]`: `format_type` must be {words}, got {s.format_type!r}')
 
 # %% ../nbs/00_config.ipynb #6c3f643a
 _preference_rules = _training_rules | dict(
@@ -456,6 +479,12 @@ def _find_data(names, folder):
     found = [p for path in paths for p in (folder/path, path, folder/path.name) if p.exists()]
     return found[0] if found else paths[0]
 
+def _find_sources(value, folder):
+    "A path, or each source of a list, where it is found"
+    if not isinstance(value, list): return _find_data([str(value)], folder)
+    found = DataPathSetting.check('dataset', value)
+    return [s.replace(path=_find_data([str(s.path)], folder)) for s in found]
+
 def _meta_settings(config, folder):
     "The settings in the `config` of a meta file: a dict, the path of a JSON file, or nothing"
     if not config: return {}
@@ -475,12 +504,14 @@ def config_from_meta(
     "The config that a run folder asks for"
     folder = RunFolder(folder).path
     meta = read_meta(folder)
-    asked = dict(model_name=meta['model'], data_path=_find_data([meta.get('data_file'), meta['dataset']], folder),
-                 output_dir=folder)
+    names = meta['dataset'] if isinstance(meta['dataset'], list) else [meta.get('data_file'), meta['dataset']]
+    data = (_find_sources if names is meta['dataset'] else _find_data)(names, folder)
+    asked = dict(model_name=meta['model'], data_path=data, output_dir=folder)
     if meta.get('format'): asked['format_type'] = meta['format']
-    try: config = TrainingConfig.from_dict(_meta_settings(meta.get('config'), folder)).replace(**asked)
+    settings = _meta_settings(meta.get('config'), folder) | dict(data_path=data)
+    try: config = TrainingConfig.from_dict(settings).replace(**asked)
     except ValueError as err: raise ValueError(f"{RunFolder(folder).meta}: {err}") from None
-    if config.eval_data_path: config = config.replace(eval_data_path=_find_data([str(config.eval_data_path)], folder))
+    if config.eval_data_path: config = config.replace(eval_data_path=_find_sources(config.eval_data_path, folder))
     return config
 
 # %% ../nbs/00_config.ipynb #34f8502b

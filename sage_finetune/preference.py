@@ -21,6 +21,7 @@ from .model.loading import load_tokenizer # before transformers: it quiets bitsa
 from transformers import TrainingArguments
 
 from .core.disk import SageError
+from .core.settings import is_mixture
 from .config import PreferenceConfig, TrainingConfig
 from .core.machine import Machine
 from .rows.formats import checked_columns, detect_data_format, renamed, to_preference
@@ -29,10 +30,10 @@ from .rows.learned import render_learned
 from .rows.tokens import encode_rendered, exchanges, ignored
 from .rows.sources import read_rows
 from sage_finetune.rows.report import (
-    DataReport, files_passed_over, guarded, in_batches, refuse_first, ReportWriter, why_none
+    DataReport, files_passed_over, guarded, in_batches, merge_reports, refuse_first, ReportWriter, why_none
 )
-from .data import source_of
-from .training.batches import Collator, example_lengths, flat_chunks, pad_token_id
+from .data import end_to_end, mix_of, mixed, sources_of, without_source
+from .training.batches import Collator, example_lengths, flat_chunks, padding_of
 from .training.split import check_data_path, overlap, split_dataset
 from .training.samplers import LengthGroupedSampler
 from .model.adapter import changes_base
@@ -81,19 +82,19 @@ def _check_pair(examples):
     n = min(_prompt_length(x['labels']) for x in examples)
     if a[:n]!=b[:n]: raise ValueError('the chat template writes the prompt in another way before each answer')
 
-def _judged_row(row, tokenizer, config, columns, form):
-    "(shape, judgements, examples, what was cut off, rendered) of a row"
+def _judged_row(row, tokenizer, config, columns, shape, form):
+    "(shape, judgements, examples, what was cut off, rendered, what it was read from) of a row"
     if row.error: raise ValueError(row.error)
     if not isinstance(row.value, dict):
         raise ValueError(f'a row must be an object {{…}}, got {type(row.value).__name__}')
     value = renamed(row.value, columns)
-    shape = config.format_type or detect_data_format(value)
+    shape = shape or detect_data_format(value)
     p = to_preference(value, shape)
     if len(p.answers)==1 and config.method!='kto':
         raise ValueError(f'one judged answer, and `method="{config.method}"` compares two: take `method="kto"`')
     examples,cut,rendered = _fitting(p, tokenizer, config, form)
     _check_pair(examples)
-    return shape,[liked for _,liked in p.answers],examples,cut,rendered
+    return shape,[liked for _,liked in p.answers],examples,cut,rendered,p
 
 # %% ../nbs/04_preference.ipynb #5d0b17c2
 def _columns(judgements, examples, method):
@@ -102,20 +103,23 @@ def _columns(judgements, examples, method):
     chosen,rejected = examples
     return [chosen | {f'rejected_{k}': v for k,v in rejected.items()}]
 
-def _prepared(rows, tokenizer, config, columns, report):
+def _prepared(rows, tokenizer, source, config, report):
     "Rows of the data set, each row of the source counted"
-    book,form,out,each = ReportWriter(report),chat_form(tokenizer),[],1 if config.method=='kto' else 2
+    columns,shape = checked_columns(source.columns),source.format_type
+    book,form,out,each = ReportWriter(report, columns),chat_form(tokenizer),[],1 if config.method=='kto' else 2
     for batch in book.counted(in_batches(rows)):
         for row in batch:
-            if (made := guarded(row, report, _judged_row, row, tokenizer, config, columns, form)) is None: continue
-            shape,judgements,examples,cut,rendered = made
+            made = guarded(row, report, _judged_row, row, tokenizer, config, columns, shape, form)
+            if made is None: continue
+            found,judgements,examples,cut,rendered,read = made
             first = book.copies(row, examples)
-            if first!=(row.file, row.line):
+            if first is not None:
                 if config.duplicates=='drop':
                     report.drop(row, f'duplicate of {first[0]}:{first[1]}')
                     continue
                 report.duplicates += len(examples)//each
-            book.count(shape, examples, cut, rendered, each)
+            book.count(found, examples, cut, rendered, each)
+            book.tell(row, found, read.notes, read.unused)
             out += _columns(judgements, examples, config.method)
         if config.strict and report.dropped: refuse_first(book.in_order())
     book.close()
@@ -127,15 +131,28 @@ def prepare_preferences(
     tokenizer, # A fast `transformers` tokenizer
     report:DataReport|None=None, # Where each row is accounted for, if given
     evaluation:bool=False, # Whether to read `eval_data_path`, and not `data_path`
+    apart:bool=False, # Leave several sources one after the other, for `mixed`
 ): # `datasets.Dataset` of token ids and labels; its columns are described below
-    "Judged answers of the rows of a source, and an account of every row"
-    from datasets import Dataset, Features, List, Value
+    "Judged answers of the rows of a config, and an account of every row"
     report = DataReport() if report is None else report
-    path,c = config.eval_data_path if evaluation else config.data_path,config
-    columns = checked_columns(c.columns)
-    if isinstance(path, (str, Path)): report.passed_over = files_passed_over(path)
-    rows = _prepared(read_rows(path, **source_of(c, evaluation)), ensure_template(tokenizer), c, columns, report)
-    if not rows: raise ValueError(f'no row of {path} can be used: {why_none(report)}')
+    sources = sources_of(config, evaluation)
+    several = is_mixture(config.eval_data_path if evaluation else config.data_path)
+    if not several: return _of_source(sources[0], config, tokenizer, report)
+    parts,data = [],[]
+    try:
+        for s in sources:
+            parts.append((str(s), DataReport()))
+            data.append(_of_source(s, config, tokenizer, parts[-1][1]))
+    finally: merge_reports(report, parts)
+    whole = end_to_end(data, report, config.duplicates)
+    return whole if apart else mixed(whole, report, **({} if evaluation else mix_of(config)))
+
+def _of_source(source, config, tokenizer, report):
+    "Judged answers of the rows of one source"
+    from datasets import Dataset, Features, List, Value
+    report.passed_over = files_passed_over(source.path)
+    rows = _prepared(read_rows(source.path, **source.where), ensure_template(tokenizer), source, config, report)
+    if not rows: raise ValueError(f'no row of {source.path} can be used: {why_none(report)}')
     return Dataset.from_dict({k: [r[k] for r in rows] for k in rows[0]},
                              features=Features({k: List(Value('int32')) for k in rows[0]}))
 
@@ -144,7 +161,8 @@ def _prompts(dataset):
     "The prompts alone: `input_ids`, and `row`, the place in `dataset`"
     from datasets import Dataset
     rows = [r['input_ids'][:_prompt_length(r['labels'])] for r in dataset]
-    return Dataset.from_dict(dict(input_ids=rows, row=[*range(len(rows))]))
+    source = dict(source=dataset['source'][:]) if 'source' in dataset.column_names else {}
+    return Dataset.from_dict(dict(input_ids=rows, row=[*range(len(rows))], **source))
 
 def split_by_prompt(
     dataset, # From `prepare_preferences`
@@ -159,8 +177,11 @@ def split_by_prompt(
 # %% ../nbs/04_preference.ipynb #5d0b17e4
 def _train_and_held_out(c, tokenizer, report):
     "The data sets of a run: the held-out one from a file of its own, or some of the prompts"
-    data = prepare_preferences(c, tokenizer, report)
-    if not c.eval_data_path: return split_by_prompt(data, c.test_size, c.seed, report)
+    data = prepare_preferences(c, tokenizer, report, apart=True)
+    if not c.eval_data_path:
+        data,held_out = split_by_prompt(data, c.test_size, c.seed, report)
+        return mixed(data, report, **mix_of(c)),without_source(held_out)
+    data = mixed(data, report, **mix_of(c))
     report.evaluation = DataReport()
     held_out = prepare_preferences(c, tokenizer, report.evaluation, evaluation=True)
     report.overlap = overlap(_prompts(data), _prompts(held_out))
@@ -448,7 +469,7 @@ def _predicted(config, machine, model_config):
 # %% ../nbs/04_preference.ipynb #79ed87da
 class PreferenceTrainer(LoRATrainer):
     "A run that learns from preferences, step by step"
-    is_preference = True
+    is_preference = packaged = True
 
     def __init__(self,
         config:PreferenceConfig, # What is requested; it is fitted to the machine when it is used
@@ -484,7 +505,7 @@ class PreferenceTrainer(LoRATrainer):
     def loop(self, **how):
         "TRL's trainer of the method"
         _check_batch(self.config.method, self.fitted, how['args'].world_size)
-        pad,method = pad_token_id(self.tokenizer),self.config.method
+        pad,method = padding_of(self.tokenizer, self.model),self.config.method
         collator = PreferenceCollator(pad, self.config.max_length) if method=='kto' else PairCollator(pad)
         return _trl_loop(method)[0](**how, data_collator=collator)
 
@@ -502,10 +523,12 @@ def method_for(
     "Which method the rows of a config are for"
     if isinstance(config, PreferenceConfig): return config.method
     if config.data_path is None or config.format_type is not None: return None
-    columns,shapes = checked_columns(config.columns),set()
+    shapes = set()
     try:
-        for _,row in zip(range(look), read_rows(config.data_path, **source_of(config))):
-            if isinstance(row.value, dict): shapes.add(detect_data_format(renamed(row.value, columns)))
+        for s in sources_of(config):
+            columns = checked_columns(s.columns)
+            for _,row in zip(range(look), read_rows(s.path, **s.where)):
+                if isinstance(row.value, dict): shapes.add(detect_data_format(renamed(row.value, columns)))
     except (ValueError, OSError, SageError): return None # what is wrong with the rows is reported where they are read
     return None if not shapes or shapes-{'preference', 'unpaired'} else 'kto' if 'unpaired' in shapes else 'dpo'
 

@@ -12,7 +12,7 @@ __all__ = ['RunState', 'LoopParts', 'LoRATrainer', 'train_from_meta', 'main', 'C
 import shutil,signal,sys,time
 from contextlib import nullcontext, suppress
 
-from .model.loading import dtype_of, load_model, load_tokenizer, quantisation_of # before transformers
+from .model.loading import dtype_of, load_model, quantisation_of, tokenizer_for # before transformers
 from peft import PeftModel
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -22,12 +22,10 @@ from .core.run_folder import last_checkpoint, only_run, RunFolder, write_record
 from .config import config_from_meta, fit_config, PreferenceConfig, TrainingConfig
 from .rows.images import processor_of
 from .rows.report import DataReport
-from sage_finetune.model.adapter import (
-    adapter_line, add_lora, BestAdapter, check_settings, ready_for_quantised_training
-)
+from .model.adapter import adapter_line, add_lora, BestAdapter, check_settings, ready_for_quantised_training
 from .model.shards import base_digest
 from .model.memory import estimate_memory, probe_step
-from .training.batches import check_rows, Collator, longest_batch, pad_token_id
+from .training.batches import check_fit, check_rows, Collator, longest_batch, padding_of
 from .training.split import check_data_path, read_data
 from .training.callbacks import Checkpoints, Metrics, NotFinite, plot_losses, Progress, read_metrics
 from sage_finetune.training.loop import (
@@ -69,11 +67,11 @@ class RunState:
         self.config = with_adapter(_checked_config(config, self.is_preference))
         self.quiet,self.machine,self.folder = quiet,machine or Machine.here(),RunFolder(self.config.output_dir)
         self.model = self.tokenizer = self.dataset = self.eval_dataset = self.replay_eval_dataset = None
-        self.trainer = self.data_report = self.probe = None # `probe`: memory of the longest batch
+        self.trainer = self.data_report = self.probe = self._before = self._base = None # `probe`: of the longest batch
         self.while_running,self.evaluation_rows = [],None # Changes after memory ran out, of training and evaluation
         self.stop_signal,self.unfinished = StopSignal(),None # `unfinished`: noted beside the adapter of a stopped run
         self.watcher = None # Gets the messages instead: has `heard(what)`, and `callbacks()` for the loop
-        self._packed,self._digest,self._before,self._base = (None, None),RowsDigest(),None,None
+        self._packed,self._digest,self._announced = (None, None),RowsDigest(),False
 
     @property
     def changes(self)->list: # Of `Change`
@@ -106,7 +104,7 @@ class LoopParts(RunState):
 
     def collator(self)->Collator:
         "What makes a batch from rows"
-        return Collator(pad_token_id(self.tokenizer),
+        return Collator(padding_of(self.tokenizer, self.model),
                         tokenizer=self.tokenizer if processor_of(self.tokenizer) else None)
 
     def callbacks(self)->list: # Of `TrainerCallback`
@@ -134,10 +132,11 @@ class LoopParts(RunState):
 # %% ../nbs/02_trainer.ipynb #8c099757
 class LoRATrainer(LoopParts):
     "A LoRA fine-tuning run, step by step"
+    packaged = True # Its steps are not those of a user's subclass
     def load_model_and_tokenizer(self):
         "Load the model in the precision that fits this machine, and its tokenizer"
-        _announce(self)
-        self.model,self.tokenizer = _loaded(self.fitted, self.machine.device)
+        self.tokenizer,c,self._announced = _begin(self),self.fitted,False
+        self.model = load_model(c.model_name, dtype_of(c), self.machine.device, quantisation_of(c))
 
     def apply_lora(self):
         "Freeze the model and put the adapter on it"
@@ -150,11 +149,12 @@ class LoRATrainer(LoopParts):
         self.data_report = report = DataReport()
         rows,self.eval_dataset = read_data(self.config, self.tokenizer, report)
         self.dataset,self.replay_eval_dataset = add_replay_rows(rows, self.config, self.tokenizer, report)
+        _check_fit(self)
         self.say(report)
 
     def setup_trainer(self):
         "Build transformers' `Trainer`"
-        check_rows(self.dataset)
+        _check_fit(self)
         if processes()>1: self.say(processes_line(self.fitted))
         self.trainer = _build_loop(self, _packed_rows(self) if self.config.packing else self.dataset)
 
@@ -178,21 +178,22 @@ class LoRATrainer(LoopParts):
         self.stop_signal.request(number)
 
 # %% ../nbs/02_trainer.ipynb #2f01f0e3
-def _announce(run):
-    "Report the machine, what was changed for it, and the expected memory"
+def _begin(run):
+    "Report the machine, what was changed for it, and the expected memory, once; and load the tokenizer"
+    if run._announced: return tokenizer_for(run.config)
     check_settings(run.fitted)
     run.say(f'{run.machine}\n{show_changes(run.changes)}')
-    if run.quiet or process(): return
-    try: run.say(estimate_memory(run.fitted, run.machine))
-    except SageError as e: run.say(str(e)) # it cannot be counted
+    run._announced = True
+    if not (run.quiet or process()):
+        try: run.say(estimate_memory(run.fitted, run.machine))
+        except SageError as e: run.say(str(e)) # it cannot be counted
+    return tokenizer_for(run.config)
 
-def _loaded(config, device):
-    "The model, in the precision of the config, and its tokenizer"
-    tokenizer = load_tokenizer(config.model_name)
-    if config.packing and processor_of(tokenizer):
-        raise ValueError(f'`packing=True` is not supported for {config.model_name}: its position ids depend on images; '
-                         f'set `packing=False`')
-    return load_model(config.model_name, dtype_of(config), device, quantisation_of(config)),tokenizer
+def _check_fit(run):
+    "Refuse rows that the model has no token or no position for; before it is loaded its config tells"
+    check_rows(run.dataset)
+    rows = dict(training=run.dataset, evaluation=run.eval_dataset, replay=run.replay_eval_dataset)
+    check_fit(rows, run.config, run.model, run.tokenizer, run.data_report)
 
 # %% ../nbs/02_trainer.ipynb #2f01f0f2
 def _with_lora(model, config):
@@ -253,8 +254,7 @@ def _smaller_evaluation(run, rows):
 # %% ../nbs/02_trainer.ipynb #2f01f1a2
 def _run_missing_steps(run, fresh=False):
     "The steps that the user has not called"
-    own_data = type(run).prepare_data is not LoRATrainer.prepare_data
-    if run.dataset is None and not own_data: check_data_path(run.config) # before minutes go into loading a model
+    if run.dataset is None and _is_packaged(run, 'prepare_data'): _prepare_first(run)
     if run.model is None: run.load_model_and_tokenizer()
     if run.dataset is None:
         made = one_after_another(run.prepare_data)
@@ -264,6 +264,17 @@ def _run_missing_steps(run, fresh=False):
     run._base = one_after_another(lambda: base_digest(run.config.model_name)) # whole files, read once
     if not fresh: _remember(run)
     run.setup_trainer()
+
+def _is_packaged(run, step): # a step of a user's subclass may need what came before it
+    return 'packaged' in vars(next(c for c in type(run).__mro__ if step in vars(c)))
+
+def _prepare_first(run):
+    "Prepare the rows before minutes go into loading a model, and hold them against its config"
+    check_data_path(run.config)
+    if run.model is not None or not _is_packaged(run, 'load_model_and_tokenizer'): return
+    run.tokenizer = _begin(run)
+    one_after_another(run.prepare_data)
+    if run.is_preference: _check_fit(run)
 
 def _start_anew(run):
     "Remove what an earlier run left in the folder, in memory too"
@@ -282,17 +293,14 @@ def _record(run):
     "Content of `training_config.json`"
     parent = parent_adapter(run.config)
     return run_record(run.config, run.changes, run.machine, run._digest(run.dataset, run.eval_dataset),
-                      run.evaluation_rows, parent.digest if parent else None,
-                      run._base or base_digest(run.config.model_name))
+                      run.evaluation_rows, parent and parent.digest, run._base or base_digest(run.config.model_name))
 
 def _resume_point(run, fresh):
     "The checkpoint to resume from, or None; from here on the folder holds this run"
-
     record = _record(run)
     if not fresh: check_same_run(run.folder, record, run.say)
     start = agreed(None if fresh else last_checkpoint(run.folder.checkpoints, run.say))
     if not process():
-
         write_json(run.folder.config, record)
         if run.data_report: run.data_report.save(run.folder.data_report)
     return start

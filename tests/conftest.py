@@ -6,18 +6,29 @@ from pathlib import Path
 
 import pytest
 
+from quick import command_in_fork, forked
+
 
 @pytest.fixture
-def command(tmp_path):
-    """Run `sage-finetune` as a process of its own, with an empty home; gives a finished process or, with
+def home_of(tmp_path): return lambda env: {**os.environ, 'HOME': str(tmp_path/'home'), **env}
+
+
+@pytest.fixture
+def program(tmp_path, home_of):
+    """Run the real `sage-finetune` in a new process, with an empty home; gives a finished process or, with
     `wait=False`, a running one
     """
     program = Path(sys.executable).with_name('sage-finetune')
 
-    def run(*args, wait=True, **env):
-        env = {**os.environ, 'HOME': str(tmp_path/'home'), **env}
-        options = dict(text=True, env=env, cwd=tmp_path, stdin=subprocess.DEVNULL)
-        if wait: return subprocess.run([program, *map(str, args)], capture_output=True, **options)
-        return subprocess.Popen([program, *map(str, args)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                **options)
+    def run(*args, wait=True, stdin='', **env):
+        words,options = [program, *map(str, args)],dict(text=True, env=home_of(env), cwd=tmp_path)
+        if wait: return subprocess.run(words, capture_output=True, input=stdin, **options)
+        return subprocess.Popen(words, **dict.fromkeys(('stdin', 'stdout', 'stderr'), subprocess.DEVNULL), **options)
     return run
+
+
+@pytest.fixture
+def command(tmp_path, home_of, program):
+    "Run `sage-finetune` in a forked process, with an empty home; gives a finished process"
+    if not forked: return program
+    return lambda *args, stdin='', **env: command_in_fork(args, tmp_path, home_of(env), stdin)

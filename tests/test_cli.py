@@ -18,7 +18,8 @@ bad_files = {
     'other keys': (b'[{"ask": "a", "reply": "b"}]', "the keys 'ask', 'reply'"),
     'wrong types': (b'[{"question": 1, "answer": 2}]', '`question` must be a string, got int'),
     'not objects': (b'[1, 2]', 'holds no row that can be used'),
-    'binary': (b'\xff\xfe\x00\x01', 'not UTF-8 text'),
+    'binary': (b'\xff\xfd\x00\x01', 'not UTF-8 text'),
+    'UTF-16': (b'\xff\xfe\x00\x01', 'is UTF-16 text'),
 }
 
 
@@ -91,17 +92,17 @@ def test_a_run_with_a_vanished_data_file_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_killed_quickstart_goes_on_from_its_last_checkpoint(command, tmp_path):
+def test_a_killed_quickstart_goes_on_from_its_last_checkpoint(program, tmp_path):
     run = tmp_path/'run'
     args = 'quickstart', 'code', '--max-facts', 30, '--output', run
-    first = command(*args, wait=False)
+    first = program(*args, wait=False)
     marker,give_up = run/'checkpoints'/'checkpoint-50'/'COMPLETE', time.monotonic()+300
     while not marker.exists() and first.poll() is None and time.monotonic() < give_up: time.sleep(.01)
     first.send_signal(signal.SIGKILL)
     first.wait()
     assert marker.exists() and not (run/'lora_weights').exists(), (
         'it was to be killed between the checkpoint and the end')
-    second = command(*args)
+    second = program(*args)
     assert second.returncode == 0, second.stderr
     assert 'Resuming from step 50' in second.stderr
     assert json.loads((run/'results.json').read_text())['steps'] == 96
@@ -121,16 +122,16 @@ sys.addaudithook(watch)
 '''
 
 
-def test_the_whole_path_speaks_to_no_other_machine(command, tmp_path):
+def test_the_whole_path_speaks_to_no_other_machine(program, tmp_path):
     (tmp_path/'watch').mkdir()
     (tmp_path/'watch'/'sitecustomize.py').write_text(watcher)
     log = tmp_path/'network.log'
     watched = dict(PYTHONPATH=str(tmp_path/'watch'), NETWORK_LOG=str(log), HF_HUB_OFFLINE='0')
-    done = command('quickstart', 'code', '--max-facts', 10, '--output', tmp_path/'run', **watched)
+    done = program('quickstart', 'code', '--max-facts', 3, '--output', tmp_path/'run', **watched)
     assert done.returncode == 0, done.stderr
     assert not log.exists(), log.read_text()
     # the watcher does see what goes out
-    seen = command('start', '--task', 'qa', '--data', create_sample_data(tmp_path/'rows.json', 'qa'), '--model',
+    seen = program('start', '--task', 'qa', '--data', create_sample_data(tmp_path/'rows.json', 'qa'), '--model',
                    'nobody/nothing', '--auto', **watched)
     assert seen.returncode == 1 and 'getaddrinfo' in log.read_text()
 
@@ -142,3 +143,48 @@ def test_a_quickstart_about_something_else_gets_a_folder_of_its_own(tmp_path, mo
     other = runs._own_folder('code', 'sage-tiny', None, None, 6, False)[0]
     again = runs._own_folder('code', 'sage-tiny', None, None, 5, False)[0]
     assert [r.path.name for r in (first, other, again)] == ['code', 'code-2', 'code']
+
+
+def two_files(folder):
+    for name,n in dict(a=12, b=4).items():
+        rows = [dict(question=f'{name} {i}?', answer=f'{i}') for i in range(n)]
+        (folder/f'{name}.jsonl').write_text(''.join(json.dumps(r)+'\n' for r in rows))
+    return ['--data', folder/'a.jsonl', '--data', folder/'b.jsonl']
+
+
+def test_data_may_be_repeated_with_shares(tmp_path, capsys):
+    "`start` writes what `run` reads: two sources and their shares"
+    folder = tmp_path/'run'
+    args = ['start', '--task', 'qa', *two_files(tmp_path), '--data-weights', '1,1', '--data-stopping', 'all_exhausted',
+            '--output', folder, '--auto', '--model', 'sage-tiny']
+    settings = 'sage_finetune.runs.tasks.quick_settings'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(settings, lambda model: dict(max_steps=1, test_size=0.0, report_to='none'))
+        assert main([str(a) for a in args])==0
+    meta = json.loads((folder/'finetune_meta.json').read_text())
+    assert [s['path'] for s in meta['dataset']]==[str(tmp_path/'a.jsonl'), str(tmp_path/'b.jsonl')]
+    report = json.loads((folder/'data_report.json').read_text())
+    assert report['read']==16 and [round(s['weight'], 2) for s in report['sources']]==[.5, .5]
+    assert main(['run', str(folder)])==0
+    assert '1 steps' in capsys.readouterr().out
+
+
+def test_inspect_takes_several_sources(tmp_path, capsys):
+    files = [str(f) for f in two_files(tmp_path)[1::2]]
+    assert main(['inspect', *files, '--data-weights', '3,1', '--json'])==0
+    report = json.loads(capsys.readouterr().out)
+    assert report['read']==16 and [s['weight'] for s in report['sources']]==[.75, .25]
+
+
+@pytest.mark.parametrize('args,expected', [
+    (['--data-weights', '1'], 'must have a share for each source'), (['--data-weights', '1,0'], 'must be above 0'),
+    (['--data-weights', 'a,b'], 'must be a finite number'), (['--data-stopping', 'all_exhausted'], 'goes with'),
+    (['--data', 'no/where.jsonl'], 'data file not found')])
+def test_sources_that_cannot_be_are_refused_and_nothing_is_written(args, expected, tmp_path, capsys):
+    line = refused(capsys, 'start', '--task', 'qa', *two_files(tmp_path), *args, '--output', tmp_path/'run', '--auto')
+    assert expected in line and not (tmp_path/'run').exists()
+
+
+def test_the_task_code_reads_one_folder(tmp_path, capsys):
+    assert 'reads one folder of code, got 2' in refused(
+        capsys, 'quickstart', 'code', '--data', tmp_path, '--data', tmp_path, '--output', tmp_path/'run')

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import assume, given, HealthCheck, settings, strategies as st
 from datasets import Dataset, load_from_disk
 from transformers import AutoTokenizer
 
@@ -117,6 +117,7 @@ how = st.fixed_dictionaries(dict(overflow=st.sampled_from(['drop', 'truncate', '
 @cases
 @given(st.lists(rows, max_size=6), how)
 def test_any_value_as_a_row_is_used_or_dropped_and_counted(values, how):
+    assume(not values or not all(isinstance(v, str) for v in values)) # a list of paths
     report = DataReport()
     try: dataset = prepare_dataset(values, tok, report=report, cache=False, **how)
     except ValueError as e:
@@ -126,6 +127,13 @@ def test_any_value_as_a_row_is_used_or_dropped_and_counted(values, how):
     for x in dataset:
         assert len(x['input_ids'])==len(x['labels'])<=how['max_length']
         assert any(l!=-100 for l in x['labels'][1:]) and all(l in (-100, t) for t,l in zip(x['input_ids'], x['labels']))
+
+def test_a_text_among_rows_is_a_bad_row_and_texts_alone_are_paths():
+    report = DataReport()
+    assert len(prepare_dataset([*qa, '', 'rows.jsonl'], tok, report=report, cache=False))==len(qa)
+    assert [d['line'] for d in report.dropped]==[len(qa)+1, len(qa)+2]
+    with pytest.raises(FileNotFoundError, match='no-rows.jsonl'): prepare_dataset(['no-rows.jsonl'], tok, cache=False)
+    with pytest.raises(ValueError, match=r'`data_path\[0\]`: `path` must be a path'): prepare_dataset([''], tok)
 
 pieces = st.one_of(st.binary(max_size=60),
                    st.sampled_from([json.dumps(qa[0]).encode(), b'[', b']', b',', b'\n', b'{}', b'"', b'\xff\xfe',
@@ -272,7 +280,7 @@ def test_a_damaged_data_set_is_prepared_anew(damage, tmp_path):
     assert (mended.cached, mended.examples)==(False, 12)
 
 def test_every_file_of_the_data_path_is_in_the_key():
-    "The module that prepares data, and all modules of `rows` that it stands on"
+    "The module that prepares data, and all modules that it reads files and rows with"
     import ast
     root = Path(module.__file__).parent
     def imported(file):
@@ -281,7 +289,8 @@ def test_every_file_of_the_data_path_is_in_the_key():
             path = (node.module.removeprefix('sage_finetune.') if node.level in (0, 1) else node.module).replace(
                 '.', '/')
             path = f'rows/{path}' if node.level==1 and file.parent.name=='rows' else path
-            if path.startswith('rows/') and (root/f'{path}.py').is_file(): yield path
+            reads = path.startswith('rows/') or path=='core/text_stream' # where bytes become text and JSON
+            if reads and (root/f'{path}.py').is_file(): yield path
     needed,waiting = set(),{*imported(root/'data.py')}
     while waiting:
         needed.add(path := waiting.pop())
@@ -289,7 +298,7 @@ def test_every_file_of_the_data_path_is_in_the_key():
     named = ast.literal_eval(next(
         node.value for node in ast.walk(ast.parse((root/'data.py').read_text())) if isinstance(node, ast.Assign)
         and isinstance(node.targets[0], ast.Name) and node.targets[0].id=='_code_files'))
-    assert {f'{p}.py' for p in needed} | {'data.py'}=={*named}
+    assert {f'{p}.py' for p in needed} | {'core/text_stream.py', 'data.py'}=={*named}
 
 def test_a_data_set_tells_which_tokenizer_prepared_it(tmp_path):
     dataset = prepare_dataset(qa, tok, cache=False)

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith('linux'), reason='ne
 
 from safetensors.torch import load_file, save_file
 
+from quick import two_layers
 from sage_finetune.cli import main
 from sage_finetune.config import resolve_model, TrainingConfig
 from sage_finetune.data import create_sample_data
@@ -91,7 +92,7 @@ def run(tmp_path_factory):
     "A run that has learned the form of an answer"
     folder = tmp_path_factory.mktemp('chat')
     data = create_sample_data(folder/'sums.json', 'qa', num_samples=60)
-    config = TrainingConfig(model_name='sage-tiny', data_path=data, output_dir=folder/'run', max_steps=30,
+    config = TrainingConfig(model_name=two_layers, data_path=data, output_dir=folder/'run', max_steps=30,
                             per_device_train_batch_size=16, gradient_accumulation_steps=1,
                             learning_rate=5e-3, report_to='none')
     LoRATrainer(config, quiet=True).train()

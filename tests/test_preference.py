@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from quick import two_layers
 from sage_finetune.training.callbacks import read_metrics
 from sage_finetune.runs.run import Run
 from sage_finetune.core.disk import write_json
@@ -42,7 +43,7 @@ def config(folder, **more):
     "A run on 24 pairs of which 6 are held out, four steps"
     data = folder.parent/'pairs.jsonl'
     if not data.exists(): save_rows(data, pairs())
-    settings = dict(model_name='sage-tiny', data_path=data, output_dir=folder, test_size=.25, max_steps=4,
+    settings = dict(model_name=two_layers, data_path=data, output_dir=folder, test_size=.25, max_steps=4,
                     save_steps=2, logging_steps=2, per_device_train_batch_size=4,
                     gradient_accumulation_steps=1, learning_rate=2e-3, report_to='none', max_length=128)
     return PreferenceConfig(**settings | more)

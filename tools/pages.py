@@ -6,6 +6,7 @@ from urllib.parse import unquote
 import yaml
 from fastcore.nbio import read_nb
 from nbdev.config import get_config, nbpath2html
+from nbdev import processors
 from nbdev.doclinks import nbglob
 from nbdev.processors import FilterDefaults
 
@@ -126,6 +127,7 @@ def main(): # Exit status
     "Name each page and what is wrong with it"
     os.environ['IN_TEST'] = '1'  # a notebook's last cell must not export while its page is made
     config = get_config()
+    processors.get_config = lambda: config  # it would parse `pyproject.toml` again for every cell
     os.chdir(config.config_path)
     notebooks,site = {path.absolute(): read_nb(path) for path in nbglob(as_path=True).sorted()},Site(config)
     for path,notebook in notebooks.items(): site.add(path, notebook)

@@ -6,7 +6,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/core/display.html.md"""
 
 # %% auto #0
 __all__ = ['Shown', 'Table', 'Panel', 'Views', 'size_text', 'falling', 'shown_figure', 'figure_file', 'save_figure',
-           'in_notebook', 'show_widgets', 'Clickable']
+           'on_any_background', 'in_notebook', 'show_widgets', 'Clickable']
 
 # %% ../../nbs/core/01_display.ipynb #fd235349
 import html,os,sys,unicodedata
@@ -232,6 +232,22 @@ def save_figure(
     except OSError as e: raise cannot_write(path, e) from None
     finally: temp.unlink(missing_ok=True)
     return path
+
+# %% ../../nbs/core/01_display.ipynb #ff485b48
+def on_any_background(
+    figure, # Of matplotlib
+): # The same
+    "Make a figure legible on a light page and on a dark one: a transparent background, and grey letters"
+    grey = '#808080'
+    figure.patch.set_alpha(0)
+    for ax in figure.axes:
+        ax.patch.set_alpha(0)
+        ax.tick_params(colors=grey)
+        for part in (ax.title, ax.xaxis.label, ax.yaxis.label, ax.yaxis.get_offset_text(), *ax.spines.values()):
+            part.set_color(grey)
+    for legend in (*figure.legends, *(l for ax in figure.axes if (l := ax.get_legend()))):
+        for text in legend.get_texts(): text.set_color(grey)
+    return figure
 
 # %% ../../nbs/core/01_display.ipynb #5e0a0012
 def in_notebook()->bool: # A terminal or a script is none

@@ -191,6 +191,7 @@ def read_meta(
     path = RunFolder(folder).meta
     meta = read_json(path)
     for key in ('model', 'dataset'):
+        if key=='dataset' and isinstance(meta.get(key), list) and meta[key]: continue # several sources
         if not isinstance(meta.get(key), str) or not meta[key].strip():
             raise SageError(f'{path} must name a `{key}` as a string, got {meta.get(key)!r}: add "{key}": "…"')
     return meta
@@ -199,7 +200,7 @@ def read_meta(
 def write_meta(
     folder:str|Path, # Run folder
     model:str, # Hub name, folder, or "sage-tiny"
-    dataset:str|Path, # Training rows: a file, or the name of one
+    dataset:str|Path|list, # Training rows: a file, the name of one, or a list of sources
     **more, # task_type, framework, format, config, output_dir, code_root, data_file, or keys of your own
 )->Path: # The file
     "Write the `finetune_meta.json` of a run; a key whose value is None is left out"

@@ -26,7 +26,9 @@ from ..rows.formats import to_messages
 from ..rows.images import image_inputs
 from ..rows.template import images_of
 from ..rows.tokens import encode_prompt
-from ..model.loading import dtype_of, load_model, load_tokenizer, quantisation_of, quiet_libraries
+from sage_finetune.model.loading import (
+    dtype_of, embedding_rows, load_model, load_tokenizer, quantisation_of, quiet_libraries
+)
 from ..model.adapter import ready_for_quantised_training
 from ..model.shards import local_folder, read_header, stored_tensors
 from ..model.contract import base_of, check_contract, check_witness, contract_file, stop_ids
@@ -217,11 +219,14 @@ class Answer:
     stopped: bool # Whether it ended by itself
     tokens: int # Generated, the end of turn included
 
+def _decoded(tokenizer, ids):
+    "The text of tokens as the model wrote it: no space before a full stop is cleaned away"
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
 def _answer(ids, tokenizer, stops):
     "The tokens up to the first stop as an answer"
     n = next((i for i,t in enumerate(ids) if t in stops), None)
-    text = tokenizer.decode(ids[:n], skip_special_tokens=True)
-    return Answer(text, n is not None, len(ids) if n is None else n+1)
+    return Answer(_decoded(tokenizer, ids[:n]), n is not None, len(ids) if n is None else n+1)
 
 # %% ../../nbs/inference/00_generate.ipynb #c0690026
 def _left_padded(prompts, pad_id, device):
@@ -240,19 +245,25 @@ def _held_back(text, stop_texts):
     "How many characters at the end may be the beginning of a stop text"
     return max((n for s in stop_texts for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
 
+def _is_byte(tokenizer, token):
+    "Whether a token is a single byte of a vocabulary with byte fallback, such as <0xE4>"
+    name = tokenizer.convert_ids_to_tokens(token) or ''
+    return len(name)==6 and name.startswith('<0x') and name.endswith('>')
+
 # %% ../../nbs/inference/00_generate.ipynb #0cd0c1d4
 class StopStreamer:
     "Turns tokens into the text of an answer; `generate` calls `put` for each and `end` at the end"
     def __init__(self,
-        tokenizer, # A fast tokenizer
+        tokenizer, # Any tokenizer
         stop_ids:list, # Tokens that end an answer
         stop_texts:tuple=(), # Texts before which it ends
         on_text=None, # Called with each new piece of text
     ):
-        from tokenizers.decoders import DecodeStream
         self.tokenizer,self.stop_ids,self.stop_texts = tokenizer,set(stop_ids),stop_texts
-        self.on_text,self.decoder = on_text or (lambda piece: None),DecodeStream(skip_special_tokens=True)
+        self.on_text = on_text or (lambda piece: None)
+        self.silent = {i for i,t in tokenizer.added_tokens_decoder.items() if t.special}
         self.ids,self.text,self.shown = [],'',0
+        self.window,self.read = 0,0 # `ids` up to `read` are written; the last piece began at `window`
         self.tokens,self.stopped = -1,False # the first call of `put` brings the prompt
 
     def put(self, value):
@@ -261,15 +272,21 @@ class StopStreamer:
         if not self.tokens or self.stopped: return
         token = int(value[0])
         self.stopped = token in self.stop_ids
-        if self.stopped: return
+        if self.stopped or token in self.silent: return
         self.ids.append(token)
-        self._add(self.decoder.step(self.tokenizer.backend_tokenizer, token) or '')
+        if not _is_byte(self.tokenizer, token): self._add(self._new_text())
 
     def end(self):
         "Show what was held back"
-        whole = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        if whole.startswith(self.text): self.text = whole
-        self._add('', last=True)
+        whole = _decoded(self.tokenizer, self.ids)
+        self._add(whole[len(self.text):] if whole.startswith(self.text) else '', last=True)
+
+    def _new_text(self):
+        "The text of the tokens since the last piece; nothing while a character is incomplete"
+        before,now = (_decoded(self.tokenizer, self.ids[self.window:n]) for n in (self.read, None))
+        if now.endswith('\ufffd') or len(now)<=len(before): return ''
+        self.window,self.read = self.read,len(self.ids)
+        return now[len(before):]
 
     def _add(self, new, last=False):
         self.text += new
@@ -310,7 +327,11 @@ def generate_answers(
     ids,images = zip(*prompts)
     stops = stop_ids(model, tokenizer)
     streamer = StopStreamer(tokenizer, stops, stop_texts, on_text) if stop_texts or on_text else None
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
+    rows = embedding_rows(model) or float('inf')
+    if (most := max(map(max, ids)))>=rows:
+        raise ValueError(f'the question holds token id {most:,}, and the model has {rows:,}: '
+                         f'leave out {tokenizer.convert_ids_to_tokens(most)!r}')
+    pad = next(t for t in (tokenizer.pad_token_id, stops[0]) if t is not None and t<rows)
     batch = _left_padded(ids, pad, model.device)
     batch |= image_inputs(tokenizer, images, batch['input_ids'])
     if seed is not None: torch.manual_seed(seed)

@@ -20,7 +20,7 @@ import torch
 from ..core.disk import manifest_fault, manifest_file, read_json, SageError, write_json
 from ..rows.images import copy_processor, processor_digest
 from ..rows.template import render
-from ..rows.tokens import encode, end_of_turn_id
+from ..rows.tokens import encode, end_of_turn_ids
 from .loading import load_tokenizer, quiet_libraries
 from .loss import evaluating
 from .shards import base_files, local_folder, stored_tensors, weights_digest
@@ -34,7 +34,7 @@ def stop_ids(
     settings = getattr(model, 'generation_config', None)
     own = getattr(settings, 'eos_token_id', None)
     own = own if isinstance(own, list) else [own]
-    return sorted({end_of_turn_id(tokenizer), tokenizer.eos_token_id, *own} - {None})
+    return sorted({*end_of_turn_ids(tokenizer), tokenizer.eos_token_id, *own} - {None})
 
 # %% ../../nbs/model/05_contract.ipynb #008ff464
 contract_file = 'contract.json'

@@ -6,7 +6,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/model/loading.html.md"""
 
 # %% auto #0
 __all__ = ['dtype_of', 'quantisation_of', 'quiet_libraries', 'takes_images', 'model_class', 'no_model', 'load_tokenizer',
-           'load_model', 'check_model']
+           'tokenizer_for', 'load_model', 'ModelLimits', 'model_limits', 'embedding_rows', 'limits_of', 'check_model']
 
 # %% ../../nbs/model/01_loading.ipynb #5d328e9d
 import logging
@@ -14,8 +14,9 @@ for name in ('bitsandbytes.backends.cpu.ops', 'bitsandbytes.autograd._functions'
     logging.getLogger(name).setLevel(logging.ERROR)
 
 # %% ../../nbs/model/01_loading.ipynb #ba587791
-import json,os,warnings
+import json,os,re,warnings
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from ..core.disk import SageError
 from ..config import resolve_model, TrainingConfig
 from ..core.machine import division
-from ..rows.images import need_pillow, processor_files, processor_names, with_processor
+from ..rows.images import need_pillow, processor_files, processor_names, processor_of, with_processor
 from ..rows.template import ensure_template
 
 # %% ../../nbs/model/01_loading.ipynb #4fc092c5
@@ -186,6 +187,17 @@ def load_tokenizer(
         raise SageError(f'model {name!r} has no tokenizer files (tokenizer.json): add those of its base')
     return ensure_template(tokenizer)
 
+# %% ../../nbs/model/01_loading.ipynb #8e1d0c07
+def tokenizer_for(
+    config:TrainingConfig, # Of a run
+): # As from `load_tokenizer`
+    "The tokenizer of a run's model, or why the run cannot be as its config asks"
+    tokenizer = load_tokenizer(config.model_name)
+    if config.packing and processor_of(tokenizer):
+        raise ValueError(f'`packing=True` is not supported for {config.model_name}: its position ids depend on images; '
+                         f'set `packing=False`')
+    return tokenizer
+
 # %% ../../nbs/model/01_loading.ipynb #ce6dc394
 def load_model(
     name:str, # Hub name, folder, or "sage-tiny"
@@ -201,6 +213,57 @@ def load_model(
             config = AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False)
             return _protect_quantised(model_class(config).from_pretrained(resolve_model(name), **how))
     except _load_errors as e: raise no_model(name, e) from None
+
+# %% ../../nbs/model/01_loading.ipynb #8e1d0c02
+@dataclass(frozen=True)
+class ModelLimits:
+    "What a model has rows for; None where there is no limit, or none is known"
+    embeddings: int|None = None # Token ids are below this
+    positions: int|None = None # Tokens of one row, where positions are looked up in a table
+    trained_positions: int|None = None # Tokens of one row that the model was made for
+
+def model_limits(
+    model, # A causal language model, with or without weights
+)->ModelLimits: # Of its embedding and its tables of positions
+    "How many token ids and positions a model has rows for"
+    config = model.config.get_text_config()
+    made_for = getattr(config, 'max_position_embeddings', None)
+    tables = [n for name,n in _position_tables(model) if not any(w in name for w in _other_senses)]
+    if config.model_type=='mpt': tables.append(config.max_seq_len) # its bias by distance ends there
+    made_for = made_for if isinstance(made_for, int) else None
+    return ModelLimits(embedding_rows(model), min(tables, default=None), made_for)
+
+def embedding_rows(
+    model, # A causal language model, with or without weights
+)->int|None: # None where that is not known
+    "How many token ids a model has rows for"
+    layer = model.get_input_embeddings() if hasattr(model, 'get_input_embeddings') else None
+    return getattr(layer, 'num_embeddings', None) or getattr(getattr(layer, 'weight', None), 'shape', [None])[0] or None
+
+_other_senses = 'vision', 'visual', 'image', 'audio', 'patch'
+
+def _position_tables(model):
+    "(name, rows) of each table of positions"
+    for name,part in model.named_modules():
+        is_table = isinstance(part, torch.nn.Embedding) and re.search(r'wpe$|pos', name.rpartition('.')[2])
+        if is_table: yield name,part.num_embeddings-(getattr(part, 'offset', 0) or 0)
+    for name,t in model.named_buffers():
+        if t.dim()==2 and re.search(r'embed_pos|pos_enc|pos_emb', name.rpartition('.')[2]): yield name,len(t)
+
+# %% ../../nbs/model/01_loading.ipynb #8e1d0c05
+def limits_of(
+    name:str, # Hub name, folder, or "sage-tiny"
+    token_id:int|None=None, # The largest that is needed, if known
+    tokens:int|None=None, # Of the longest row, if known
+)->ModelLimits: # All None where the model cannot be built
+    "What a model has rows for; it is built without weights where its config leaves open whether rows fit"
+    try:
+        config = AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False)
+        text = config.get_text_config()
+        ids,places = (getattr(text, n, None) or 0 for n in ('vocab_size', 'max_position_embeddings'))
+        if None not in (token_id, tokens) and token_id<ids and tokens<=places: return ModelLimits(ids, None, places)
+        with torch.device('meta'), quiet_libraries(): return model_limits(model_class(config).from_config(config))
+    except Exception: return ModelLimits() # reported where it is loaded
 
 # %% ../../nbs/model/01_loading.ipynb #c18d61f4
 def _no_network(name):

@@ -16,44 +16,68 @@ from .formats import image_mark
 from .images import insert_image_tokens, shift_place, subtract_spans
 from sage_finetune.rows.template import (
     adapt_messages, apply_template, chat_form, ChatForm, common_length, images_of, marker, marker_pattern,
-    markers_each, refuse_images, try_template, turn_and_part
+    most_markers, refuse_images, try_template
 )
 
 # %% ../../nbs/rows/06_learned.ipynb #7e7592e7
-_thoughts = re.compile(r'(\s*<think>\s*)(.*?)(\s*</think>\s*)(.*)', re.S)
+@dataclass(frozen=True)
+class _Body:
+    "What a marker stands for"
+    value: object # A text, or a number
+    turn: int # From 0
+    kind: str # "text", "thoughts", "name" of a call or "argument"
+    learned: bool # Whether it is of the assistant
 
-def _marked(messages):
-    "Messages with a marker in the place of each text, and marker → (text, whether an answer)"
+_first_number = 731_415_926_000_000 # A number among arguments has a number as its marker
+_in_skeleton = re.compile(f'{marker_pattern.pattern}|{str(_first_number)[:9]}[0-9]{{6}}')
+
+def _marked(messages, form, arguments=True, bare=False):
+    "Messages with a marker in the place of each text, and marker → `_Body`"
     bodies,out = {},[]
-    def mark(text, turn, part):
-        if not text.strip(): return text
-        bodies[m := marker(turn, part)] = text,messages[turn]['role']=='assistant'
+    def mark(value, turn, kind):
+        if isinstance(value, str) and not value.strip(): return value
+        if len(bodies)>=most_markers: raise ValueError(f'more than {most_markers:,} texts')
+        m = marker(len(bodies)) if isinstance(value, str) else _first_number+len(bodies)
+        bodies[str(m)] = _Body(value, turn, kind, messages[turn]['role']=='assistant')
         return m
+    marked_text = lambda text,turn,kind=None: _marked_text(text, turn, mark, form, kind, bare)
     for i,m in enumerate(messages):
-        new = m | _marked_content(m, i, mark)
-        if m.get('reasoning_content'): new['reasoning_content'] = mark(m['reasoning_content'], i, 0)
+        texts = m['content'].split(image_mark) if m.get('images') else [m['content']]
+        new = m | dict(content=image_mark.join(marked_text(t, i) for t in texts))
+        if m.get('images'): new['images'] = [None]*len(m['images'])
+        if m.get('reasoning_content'):
+            new['reasoning_content'] = marked_text(m['reasoning_content'], i, 'thoughts')
         if m.get('tool_calls'):
-            *others,last = m['tool_calls']
-            name = mark(last['function']['name'], i, 2)
-            new['tool_calls'] = [*others, last | dict(function=last['function'] | dict(name=name))]
+            new['tool_calls'] = [c | dict(function=_marked_call(c['function'], i, mark, arguments))
+                                 for c in m['tool_calls']]
         out.append(new)
     return out,bodies
 
 # %% ../../nbs/rows/06_learned.ipynb #b62bdbd1
-def _marked_content(m, turn, mark):
-    "What of a turn stands in its content: thoughts and text, or texts between images"
-    if m.get('images'): return dict(content=_marked_pieces(m, turn, mark), images=[None]*len(m['images']))
-    text = m['content']
-    thought = _thoughts.fullmatch(text) if m['role']=='assistant' and '</think>' in text else None
-    if not thought: return dict(content=mark(text, turn, 1))
-    return dict(content=thought[1]+mark(thought[2], turn, 0)+thought[3]+mark(thought[4], turn, 1))
+_thoughtful = re.compile('think|thought|reason', re.I)
 
-def _marked_pieces(m, turn, mark):
-    "The content of a turn with images, a marker in the place of each text between them"
-    texts,parts = m['content'].split(image_mark),iter([1, *range(3, markers_each)])
-    if sum(bool(t.strip()) for t in texts)>markers_each-2:
-        raise ValueError(f'turn {turn+1} has more than {markers_each-2} texts between images')
-    return image_mark.join(mark(t, turn, next(parts)) if t.strip() else t for t in texts)
+def _marked_text(text, turn, mark, form, kind, bare):
+    "A text with markers for what stands between the tags that its template looks for; `bare`: without white space"
+    pieces = form.tags.split(text) if form.tags else [text]
+    if len(pieces)==1 and not bare: return mark(text, turn, kind or 'text')
+    for k in range(0, len(pieces), 2):
+        next_tag = next((t for t in pieces[k+1::2] if _thoughtful.search(t)), '')
+        inside = 'thoughts' if '/' in next_tag[:2] else 'text' # what stands before </think> is a thought
+        words = pieces[k].strip()
+        before,after = pieces[k].split(words, 1) if words else (pieces[k], '')
+        pieces[k] = before+mark(words, turn, kind or inside)+after
+    return ''.join(pieces)
+
+def _marked_call(function, turn, mark, arguments):
+    new = function | dict(name=mark(function['name'], turn, 'name'))
+    return new | dict(arguments=_marked_value(function['arguments'], turn, mark)) if arguments else new
+
+def _marked_value(value, turn, mark):
+    "A value of JSON with a marker for each text and number in it"
+    if isinstance(value, dict): return {k: _marked_value(v, turn, mark) for k,v in value.items()}
+    if isinstance(value, list): return [_marked_value(v, turn, mark) for v in value]
+    plain = isinstance(value, bool) or not isinstance(value, (str, int, float))
+    return value if plain else mark(value, turn, 'argument')
 
 # %% ../../nbs/rows/06_learned.ipynb #ac02caa6
 @dataclass
@@ -61,25 +85,30 @@ class _Skeleton:
     "A conversation as its template writes it, with markers for texts"
     text: str # Literal text and markers
     spans: dict # Turn of the assistant → [(start, end, how the start was found)] in `text`
+    notes: list # What the template leaves out
+    faults: dict # Turn of the assistant → why it cannot be learned
+    refusal: str = '' # Why no turn can be
 
-def _skeleton(tokenizer, messages, tools, form):
-    "The skeleton of marked messages"
-    key = repr((messages, tools))
+def _skeleton(tokenizer, marked, bodies, tools, form):
+    "The skeleton of marked messages; an empty one where the template refuses markers"
+    key = repr((marked, tools))
     if key not in form.skeletons:
         if len(form.skeletons)>=1000: form.skeletons.clear()
-        text = apply_template(messages, tokenizer, form, tools)
-        spans = _all_spans(tokenizer, text, _places(text), messages, tools, form)
-        form.skeletons[key] = _Skeleton(text, spans)
+        text = try_template(marked, tokenizer, form, tools)
+        spans = _all_spans(tokenizer, text, _places(text, bodies), marked, tools, form) if text else {}
+        form.skeletons[key] = made = _Skeleton(text, spans, [], _faults(text, spans, bodies, marked))
+        try: made.notes = _left_out(text, bodies, marked, tools)
+        except ValueError as e: made.refusal = str(e)
     return form.skeletons[key]
 
-def _places(text):
-    "(start, end, turn) of each marker; of a call's name the first only, for its result may repeat it"
+def _places(text, bodies):
+    "(start, end, turn) of each marker; of a call the first only, for its result may repeat it"
     seen,out = set(),[]
-    for m in marker_pattern.finditer(text):
-        turn,part = turn_and_part(m[0])
-        if m[0] in seen and part==2: continue
+    for m in _in_skeleton.finditer(text):
+        body = bodies.get(m[0])
+        if body is None or m[0] in seen and body.kind in ('name', 'argument'): continue
         seen.add(m[0])
-        out.append((m.start(), m.end(), turn))
+        out.append((m.start(), m.end(), body.turn))
     return out
 
 # %% ../../nbs/rows/06_learned.ipynb #7df0ef6d
@@ -95,15 +124,25 @@ def _start(text, first, before, prompt, header):
     return (at+len(header), 'after its header') if at>=0 else (first, 'at its text')
 
 # %% ../../nbs/rows/06_learned.ipynb #2a941d97
-def _end(text, last, limit, alone, ends):
+def _end(text, last, limit, alone, form):
     "Where the answer ends whose last own text is `last`; `alone` is the conversation that stops with its turn"
     at,own = last[1],text[last[0]:last[1]]
     rest = alone[alone.rfind(own)+len(own):] if own in alone else ''
-    if rest and text.startswith(rest, at): limit = min(limit, at+len(rest))
-    found = [(p, p+len(t)) for t in ends for p in [text.find(t, at, limit)] if p>=0]
+    limit_of_turn = min(limit, at+len(rest)) if rest and text.startswith(rest, at) else limit
+    found = [(p, p+len(t)) for t in form.ends for p in [text.find(t, at, limit_of_turn)] if p>=0]
     if found: return min(found)[1]
-    if rest and text.startswith(rest.rstrip(), at): return min(limit, at+len(rest.rstrip()))
-    return min(limit, at+len(rest[:common_length(text[at:], rest)].rstrip()))
+    bare = rest.rstrip()
+    length = len(bare) if rest and text.startswith(bare, at) else len(rest[:common_length(text[at:], rest)].rstrip())
+    return _with_next_speaker(text, min(limit, at+length), limit, form)
+
+def _with_next_speaker(text, end, limit, form):
+    "The end of an answer together with the marker of the next speaker, where that ends a turn"
+    if not any(form.closers) or not form.controls: return end
+    at = end+len(text[end:limit])-len(text[end:limit].lstrip())
+    found = form.controls.match(text, at, limit)
+    if not found: return end
+    known = found[0] in map(str.strip, form.closers)
+    return found.end() if known or form.closers[0] and found[0]!=form.header.strip() else end
 
 # %% ../../nbs/rows/06_learned.ipynb #de644129
 def _all_spans(tokenizer, text, places, messages, tools, form):
@@ -118,48 +157,59 @@ def _all_spans(tokenizer, text, places, messages, tools, form):
 
 # %% ../../nbs/rows/06_learned.ipynb #a7a6341a
 def _spans(text, turn, places, prompt, alone, form):
-    "[(start, end, how)] of one turn; several where the template writes other turns between its texts"
-    out,others = [],[(a, b) for a,b,t in places if t!=turn]
-    for run in _runs(places, turn):
+    "[(start, end, how)] of one turn; several where the template writes other turns, or ends it, between its texts"
+    out,others,runs = [],[(a, b) for a,b,t in places if t!=turn],_runs(text, places, turn, form)
+    for run,following in zip(runs, [*runs[1:], None]):
         first,last = run[0],run[-1]
-        before,limit = (max((b for a,b in others if b<=first[0]), default=0),
-                        min((a for a,b in others if a>=last[1]), default=len(text)))
-        start,how = _start(text, first[0], before, prompt, form.header) if not out else (first[0], 'at its text')
-        out.append((start, _end(text, last, limit, alone, form.ends), how))
+        before = max((b for a,b in others if b<=first[0]), default=0)
+        limit = min((a for a,b in others if a>=last[1]), default=len(text))
+        if following: limit = min(limit, following[0][0])
+        start,how = (_start(text, first[0], before, prompt, form.header) if not out
+                     else _start(text, first[0], max(before, out[-1][1]), '', form.header))
+        out.append((start, _end(text, last, limit, alone, form), how))
     return out
 
 # %% ../../nbs/rows/06_learned.ipynb #062cd9a3
-def _runs(places, turn):
-    "Texts of a turn, in runs that no other turn interrupts"
+def _runs(text, places, turn, form):
+    "Texts of a turn, in runs that no other turn and no end of turn interrupts"
     runs,previous = [],None
     for a,b,t in places:
-        if t==turn and previous==turn: runs[-1].append((a, b))
+        if t==turn and previous==turn and not _opens_anew(text[runs[-1][-1][1]:a], form): runs[-1].append((a, b))
         elif t==turn: runs.append([(a, b)])
         previous = t
     return runs
 
+def _opens_anew(between, form):
+    "Whether a turn is closed and opened again between two of its texts"
+    _,ended,rest = between.partition(form.ends[0]) if form.ends else ('', '', '')
+    return bool(ended and form.header.strip() and form.header.strip() in rest)
+
 # %% ../../nbs/rows/06_learned.ipynb #541a6172
 def _overlay(skeleton, text, bodies):
     "[(place in the skeleton, place in the text)] where pieces begin, or None where the text does not fit"
-    pieces,markers = marker_pattern.split(skeleton),marker_pattern.findall(skeleton)
+    pieces,markers = _in_skeleton.split(skeleton),_in_skeleton.findall(skeleton)
     if not text.startswith(pieces[0]): return None
     s = t = len(pieces[0])
     out = [(0, 0)]
     for mark,piece in zip(markers, pieces[1:]):
-        n = next((len(b) for b in _variants(*bodies[mark]) if text.startswith(b, t)
+        n = next((len(b) for b in _variants(bodies.get(mark)) if text.startswith(b, t)
                   and text.startswith(piece, t+len(b))), None)
         if n is None: return None
-        out += [(s, t), (s+1, t+n)]
-        s,t = s+1+len(piece),t+n+len(piece)
+        out += [(s, t), (s+len(mark), t+n)]
+        s,t = s+len(mark)+len(piece),t+n+len(piece)
     return out if t==len(text) else None
 
 def _json(x): return json.dumps(x, ensure_ascii=False)
 
 # %% ../../nbs/rows/06_learned.ipynb #fea48347
-def _variants(body, learned):
-    "The ways in which a template may write a text"
-    yield from (body, body.strip(), body.lstrip(), body.rstrip(), body.strip('\n'))
-    if not learned: yield from (_json(body)[1:-1], _json(body.strip())[1:-1])
+def _variants(body):
+    "The ways in which a template may write what a marker stands for"
+    if body is None: return
+    value = str(body.value)
+    yield from (value, value.strip(), value.lstrip(), value.rstrip(), value.strip('\n'))
+    if body.kind=='argument' or not body.learned:
+        once = _json(value)[1:-1]
+        yield from (once, _json(value.strip())[1:-1], json.dumps(value)[1:-1], _json(once)[1:-1])
 
 def _moved(p, overlay):
     "The place in the text of place `p` in the skeleton"
@@ -183,6 +233,14 @@ def _marked_inside(messages):
 
 # %% ../../nbs/rows/06_learned.ipynb #cb4d7317
 _lost = 'the chat template changes the texts, so the answer cannot be located'
+
+def _lost_of(messages, error=_lost):
+    "Why an answer cannot be located, with the remedy where thoughts may be the reason"
+    thought = next((i for i,m in enumerate(messages, 1) if m['role']=='assistant' and (m.get('reasoning_content') or
+                   re.search(r'[<\[◁]/?(?:think|thought|reason)', m['content'] or '', re.I))), None)
+    return str(error) if thought is None else (
+        f'{error}; turn {thought} holds thoughts, which the template may rewrite: give them in one block before the '
+        f'reply or as `reasoning_content`, or leave them out')
 
 def _places_inside(tokenizer, text, messages, tools, form):
     "(start, end, turn) of each text, for a conversation that fits no skeleton"
@@ -222,15 +280,13 @@ def _up_to_last_learned(messages, train_on):
             for i,m in enumerate(messages[:max(learned)+1])]
 
 # %% ../../nbs/rows/06_learned.ipynb #51d8c29d
-_most_turns = 8000 # There are markers for some more
-
 def _texts_of(m):
     yield m['content']
     if m.get('reasoning_content'): yield m['reasoning_content']
     if m.get('tool_calls'): yield _json([c['function'] for c in m['tool_calls']])
 
 def _refuse_control(messages, tools, form):
-    if len(messages)>_most_turns: raise ValueError(f'{len(messages):,} turns; the most is {_most_turns:,}')
+    if len(messages)>8000: raise ValueError(f'{len(messages):,} turns; the most is 8,000')
     for i,m in enumerate(messages, 1):
         for text in _texts_of(m):
             if form.controls and (found := form.controls.search(text)):
@@ -256,12 +312,13 @@ def render_learned(
     refuse_images(messages, tokenizer)
     if train_on!='all': messages = _up_to_last_learned(messages, train_on)
     messages,tools,notes = adapt_messages(messages, tools, form)
-    text,images = apply_template(messages, tokenizer, form, tools),images_of(messages)
+    images = images_of(messages)
     if train_on=='all':
+        text = _closed_by_next(apply_template(messages, tokenizer, form, tools), messages, form)
         rendered = Rendered(text, [(0, len(text.rstrip()))], ('every token',), tuple(notes))
     else:
-        text,spans,missing = _proved_spans(tokenizer, text, messages, tools, form)
-        learned = sorted(s for i,m in enumerate(messages) if m['role']=='assistant' and m['train'] for s in spans[i])
+        text,spans,missing = _proved_spans(tokenizer, messages, tools, form)
+        learned = [s for i,m in enumerate(messages) if m['role']=='assistant' and m['train'] for s in spans[i]]
         notes = [*notes, *missing, *_check_order(text, learned, form)]
         rendered = Rendered(text, [(a, b) for a,b,_ in learned], tuple(how for *_,how in learned), tuple(notes))
     return _with_images(rendered, images, tokenizer)
@@ -271,10 +328,11 @@ def _check_order(text, learned, form):
     "Refuse turns that overlap; notes on answers without an end"
     if any(b>c for (_,b,_),(c,_,_) in zip(learned, learned[1:])):
         raise ValueError('the chat template mixes the turns, so the answers cannot be told apart')
-    ends = form.ends or ('\0',)
-    endless = any(not text[a:b].rstrip().endswith(ends) and text[b:].strip() for a,b,_ in learned[:-1])
+    ended = re.compile(f'(?:{form.controls.pattern if form.controls else chr(0)})$')
+    endless = any(text[b:].strip() and not ended.search(text[a:b].rstrip()) for a,b,_ in learned[:-1])
     return ['an earlier answer has no end of its own'] if endless else []
 
+# %% ../../nbs/rows/06_learned.ipynb #c1060002
 def _with_images(rendered, images, tokenizer):
     "A rendered conversation with the tokens of its images, none of which is learned"
     if not images: return rendered
@@ -283,43 +341,110 @@ def _with_images(rendered, images, tokenizer):
     holes = [(c, d) for *_,c,d in inserted]
     return replace(rendered, text=text, spans=subtract_spans(spans, holes), images=tuple(images))
 
+def _closed_by_next(text, messages, form):
+    "A text whose last turn ends as earlier ones do, where the marker of the next speaker is what ends them"
+    closer = form.closers[bool(_calls(messages[-1]))] if messages[-1]['role']=='assistant' else ''
+    return text.rstrip()+closer if closer and not text.rstrip().endswith((*form.ends, closer.strip())) else text
+
 # %% ../../nbs/rows/06_learned.ipynb #c1952776
-def _proved_spans(tokenizer, text, messages, tools, form):
+def _proved_spans(tokenizer, messages, tools, form):
     "The text, turn → spans in it, and what the template left out"
-    marked,bodies = _marked([{k: v for k,v in m.items() if k!='train'} for m in messages])
-    skeleton = _skeleton(tokenizer, marked, tools, form)
+    text = apply_template(messages, tokenizer, form, tools)
+    bare,calling = [{k: v for k,v in m.items() if k!='train'} for m in messages],any(map(_calls, messages))
+    for arguments,stripped in [(True, False), (True, True), (False, True)][:2+calling]:
+        found = _by_skeleton(tokenizer, text, bare, tools, form, arguments, stripped)
+        if found: break
+    else:
+        if calling or any(m.get('reasoning_content') for m in messages): raise ValueError(_lost_of(messages))
+        try: places = _places_inside(tokenizer, text, bare, tools, form)
+        except ValueError as e: raise ValueError(_lost_of(messages, e)) from None
+        found = text,_all_spans(tokenizer, text, places, bare, tools, form),[],{}
+    text,spans,notes,faults = found
+    for i,m in enumerate(messages):
+        if m['role']!='assistant' or not m['train']: continue
+        if i in faults: raise ValueError(faults[i])
+        if not spans[i]: raise ValueError(f'the chat template leaves out turn {i+1} (role assistant)')
+    return *_with_last_end(text, spans, messages, form),notes
+
+def _by_skeleton(tokenizer, text, messages, tools, form, arguments, stripped):
+    "(text, spans, notes, faults) where the text fits the skeleton of its messages, else None"
+    marked,bodies = _marked(messages, form, arguments, stripped)
+    skeleton = _skeleton(tokenizer, marked, bodies, tools, form)
     overlay = _overlay(skeleton.text, text, bodies)
     # its clock may have moved since the skeleton was made
     if overlay is None and 'strftime_now' in str(tokenizer.chat_template):
         form.skeletons.clear()
-        text,skeleton = apply_template(messages, tokenizer, form, tools),_skeleton(tokenizer, marked, tools, form)
+        text = apply_template(messages, tokenizer, form, tools)
+        skeleton = _skeleton(tokenizer, marked, bodies, tools, form)
         overlay = _overlay(skeleton.text, text, bodies)
-    if overlay:
-        spans = {i: [(_moved(a, overlay), _moved(b, overlay), how) for a,b,how in found]
-                 for i,found in skeleton.spans.items()}
-        missing = _left_out([m for m in bodies if m not in skeleton.text], messages)
-    else:
-        if any(m.get('tool_calls') or m.get('reasoning_content') for m in messages): raise ValueError(_lost)
-        places = _places_inside(tokenizer, text, messages, tools, form)
-        spans,missing = _all_spans(tokenizer, text, places, messages, tools, form),[]
-    _check_spans(spans, messages)
-    return text,spans,missing
+    if overlay is None: return None
+    if skeleton.refusal: raise ValueError(skeleton.refusal)
+    spans = {i: [(_moved(a, overlay), _moved(b, overlay), how) for a,b,how in found]
+             for i,found in skeleton.spans.items()}
+    return text,spans,skeleton.notes,skeleton.faults
 
 # %% ../../nbs/rows/06_learned.ipynb #7c24d577
-def _left_out(markers, messages):
-    "Notes on texts that the template leaves out"
-    out = []
-    for turn,part in map(turn_and_part, markers):
-        role = messages[turn]['role']
-        if role in ('user', 'tool'): raise ValueError(f'the chat template leaves out turn {turn+1} (role {role})')
-        if part==2: raise ValueError(f'the chat template leaves out the last call of turn {turn+1}')
-        out.append('system prompt left out' if role=='system' else 'thoughts left out' if part==0
-                   else 'text beside a call left out')
+def _calls(m): return m.get('tool_calls') or ()
+
+def _left_out(text, bodies, messages, tools):
+    "Notes on what the template leaves out, or a refusal"
+    out = ['functions on offer left out'] if any(t['function']['name'] not in text for t in tools or ()) else []
+    seen,missing = set(),{}
+    for m,b in bodies.items():
+        if m in text: seen.add((b.turn, b.kind))
+        else: missing[b.turn, b.kind] = b.value
+    for (turn,kind),value in missing.items():
+        role,what = messages[turn]['role'],f'turn {turn+1} (role {messages[turn]["role"]})'
+        part = f'a part of {what}: {str(value)[:40]!r}' if (turn, kind) in seen else what
+        if kind in ('name', 'argument'):
+            raise ValueError(f'the chat template leaves out the {kind} {str(value)[:40]!r} of a call in turn {turn+1}')
+        if role in ('user', 'tool'): raise ValueError(f'the chat template leaves out {part}')
+        if role=='system': out.append('system prompt left out')
+        elif (turn, kind) in seen: raise ValueError(_some_thoughts.format(turn+1, str(value)[:40]))
+        elif kind=='thoughts': out.append('thoughts left out')
+        elif not _calls(messages[turn]): raise ValueError(f'the chat template leaves out {part}')
+        else: out.append('text beside a call left out')
     return list(dict.fromkeys(out))
 
-def _check_spans(spans, messages):
+_some_thoughts = ('the chat template leaves out a part of turn {} (role assistant) for the sake of its thoughts: {!r}; '
+                  'put all thoughts before the reply, in one block or in `reasoning_content`')
+
+# %% ../../nbs/rows/06_learned.ipynb #c1060001
+def _faults(text, spans, bodies, messages):
+    "Turn of the assistant → why it cannot be learned: each of its texts and calls must lie in its spans"
+    faults = {}
+    for m,b in bodies.items():
+        if not b.learned or b.turn in faults or m not in text: continue
+        at = [p.start() for p in re.finditer(m, text)]
+        if not any(a<=p<z for p in at for a,z,_ in spans[b.turn]): faults[b.turn] = _lost
     for i,found in spans.items():
-        if not messages[i]['train']: continue
-        if not found: raise ValueError(f'the chat template leaves out turn {i+1} (role assistant)')
-        if messages[i].get('tool_calls') and not messages[i]['content'].strip() and found[0][2]=='at its text':
-            raise ValueError(_lost)
+        own = ''.join(text[a:b] for a,b,_ in found)
+        if _calls(messages[i]) and any(how=='at its text' and bodies.get(text[a:b][:1], _nobody).kind!='text'
+                                       for a,b,how in found): faults[i] = _lost
+        for c in _calls(messages[i]):
+            lost = next((v for v in _leaves(c['function']['arguments']) if not _stands_in(v, own)), None)
+            if found and lost is not None:
+                faults.setdefault(i, f'the chat template leaves out {str(lost)[:40]!r} among the arguments of '
+                                     f'turn {i+1}')
+    return faults
+
+_nobody = _Body('', 0, '', False)
+
+def _leaves(value):
+    "Keys and values of arguments; what is empty or null may be left out"
+    if isinstance(value, dict): yield from (x for k,v in value.items() if v is not None for x in (k, *_leaves(v)))
+    elif isinstance(value, list): yield from (x for v in value for x in _leaves(v))
+    elif value not in (None, ''): yield value
+
+def _stands_in(value, text):
+    ways = str(value),_json(value).strip('"'),json.dumps(value).strip('"'),_json(_json(value))[1:-1].strip('\\"')
+    return any(way in text for way in ways)
+
+def _with_last_end(text, spans, messages, form):
+    "The text and its spans, the last turn closed as earlier ones are"
+    closed = _closed_by_next(text, messages, form)
+    if closed is text: return text,spans
+    *others,(a,b,how) = spans[len(messages)-1]
+    if text[b:].strip(): return text,spans
+    closed = text[:b]+closed[len(text.rstrip()):]
+    return closed,spans | {len(messages)-1: [*others, (a, len(closed), how)]}

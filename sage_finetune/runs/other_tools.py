@@ -8,6 +8,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/runs/other_tools.html.md"""
 __all__ = ['Translation', 'kind_of_config', 'read_settings', 'translated', 'config_from_other_tool', 'llamafactory_command']
 
 # %% ../../nbs/runs/00_other_tools.ipynb #1896cb6a
+import re
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
@@ -18,6 +19,7 @@ from shutil import which
 from ..core.disk import read_json, SageError
 from ..config import TrainingConfig
 from ..rows.sources import read_rows, save_rows
+from ..rows.turns import read_history, Reading
 from ..rows.formats import detect_data_format
 
 # %% ../../nbs/runs/00_other_tools.ipynb #b036793d
@@ -31,6 +33,7 @@ class Translation:
     data: list = field(default_factory=list) # Of {name, source, split, subset, info, most}: the rows to train on
     held_out: list = field(default_factory=list) # The same for rows to evaluate on
     share: float = 0.0 # Of the rows to hold out; a number of rows from 1 on
+    mix: dict = field(default_factory=dict) # `data_weights` and `data_stopping`, where data sets take turns
 
     def __str__(self):
         width = max(map(len, self.went), default=0)
@@ -248,7 +251,6 @@ _llamafactory_off = _shared_off | dict(
     pref_bco_weight=0.0,
     quantization_method=('bitsandbytes', 'bnb'), quantization_type='nf4', quantization_device_map=None,
     double_quantization=True,
-    mix_strategy='concat', interleave_probs=None,
     additional_target=None,
     resize_vocab=False, add_tokens=None, add_special_tokens=None, new_special_tokens_config=None,
     split_special_tokens=False,
@@ -298,6 +300,20 @@ def _preferences(stage, given, out):
         out.went['per_device_train_batch_size'] = (
             'per_device_train_batch_size = 2, with half as many micro-batches: KTO compares the rows of one')
 
+_stops = dict(interleave_under='first_exhausted', interleave_over='all_exhausted') # else every row is taken once
+
+def _mixing(given, take, out):
+    "How several data sets become one"
+    how,asked = take('mix_strategy', 'concat', ('concat', 'interleave_once', *_stops)),take('interleave_probs', None)
+    shares,n = [_number(p) for p in _names(asked or [], None)],len(_names(given.get('dataset') or ''))
+    good = how in _stops and len(shares)==n and all(isinstance(p, (int, float)) and p>0 for p in shares)
+    if asked and not good:
+        raise _Refused(f'interleave_probs={asked!r} (a number above 0 for each data set, with mix_strategy '
+                       f'{" or ".join(_stops)})')
+    if how not in _stops or n<2: return
+    out.mix = dict(data_weights=shares or [1]*n, data_stopping=_stops[how])
+    out.went['mix_strategy'] = ', '.join(f'{name} = {value}' for name,value in out.mix.items())
+
 # %% ../../nbs/runs/00_other_tools.ipynb #89f7dc4e
 def _llamafactory_rest(given, out):
     "What takes more than a line of a table"
@@ -315,6 +331,7 @@ def _llamafactory_rest(given, out):
     stage = take('stage', 'sft', ('sft', 'dpo', 'kto'))
     if stage!='sft': _preferences(stage, given, out)
     _parent_adapter(given, take, out)
+    _mixing(given, take, out)
 
 def _llamafactory_lora(take, lora):
     "Settings of the adapter: LLaMA-Factory's alpha is twice the rank where the file leaves it out"
@@ -515,10 +532,12 @@ def _alpaca_row(row, info):
     answer = None if ranked else value('response')
     if not question or not (answer or ranked): return dict(instruction=question, output=answer or '')
     turns = [('system', value('system'))] if value('system') else []
-    for pair in value('history') or (): turns += zip(('user', 'assistant'), pair)
-    turns.append(('user', question))
-    if answer: turns.append(('assistant', answer))
-    return dict(messages=[dict(role=r, content=t) for r,t in turns]) | _judgement(row, info)
+    try: past = read_history(value('history'), Reading())
+    except ValueError: # left as it is, so that the row is refused with its line
+        return dict(instruction=question, output=answer or '', history=value('history')) | _judgement(row, info)
+    made = [dict(role=r, content=t) for r,t in turns] + past + [dict(role='user', content=question)]
+    if answer: made.append(dict(role='assistant', content=answer))
+    return dict(messages=made) | _judgement(row, info)
 
 def _judgement(row, info):
     "How the answers of a row are judged: a better and a worse one, or whether the answer is good"
@@ -576,23 +595,30 @@ def config_from_other_tool(
     "The config that a file of another tool means, its rows written into the run folder"
     t = translated(path)
     say(str(t))
-    rows = dict(data_path=_all_rows(t.data, say), eval_data_path=_all_rows(t.held_out, say))
-    if not rows['data_path']: raise SageError(f'{t.file} names no rows to train on')
+    parts,held = (_rows_of_each(data, say) for data in (t.data, t.held_out))
+    rows = [r for part in parts for r in part]
+    if not rows: raise SageError(f'{t.file} names no rows to train on')
     folder = Path(t.settings['output_dir']).expanduser()
-    name = dict(data_path='training_data_custom.json', eval_data_path='held_out_custom.json')
-    for place,found in rows.items():
-        if found: t.settings[place] = save_rows(folder/name[place], found)
+    t.settings['data_path'] = _saved(parts, t, folder)
+    if held := [r for part in held for r in part]:
+        t.settings['eval_data_path'] = save_rows(folder/'held_out_custom.json', held)
     if t.settings['train_on'] is None:
-        t.settings['train_on'] = 'assistant' if detect_data_format(rows['data_path'][0])=='prompt_completion' else 'all'
-    t.settings['test_size'] = t.share if t.share<1 else min(t.share/len(rows['data_path']), .99)
-    return TrainingConfig.from_dict(t.settings)
+        t.settings['train_on'] = 'assistant' if detect_data_format(rows[0])=='prompt_completion' else 'all'
+    t.settings['test_size'] = t.share if t.share<1 else min(t.share/len(rows), .99)
+    return TrainingConfig.from_dict(t.settings | t.mix)
 
-def _all_rows(datasets, say):
+def _saved(parts, t, folder):
+    "The file of all rows, or one for each data set where these take turns"
+    if not t.mix: return save_rows(folder/'training_data_custom.json', [r for part in parts for r in part])
+    name = lambda i: f"training_data_{i+1}_{re.sub(r'[^0-9A-Za-z.-]+', '_', t.data[i]['name'])}.json"
+    return [dict(path=str(save_rows(folder/name(i), part))) for i,part in enumerate(parts)]
+
+def _rows_of_each(datasets, say):
+    "The rows of each data set"
     out = []
     for d in datasets:
-        found = _rows_of_dataset(d)
-        say(f'{d["name"]}: {len(found):,} rows')
-        out += found
+        out.append(_rows_of_dataset(d))
+        say(f'{d["name"]}: {len(out[-1]):,} rows')
     return out
 
 # %% ../../nbs/runs/00_other_tools.ipynb #12a9511c

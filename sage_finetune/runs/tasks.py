@@ -17,7 +17,9 @@ from pathlib import Path
 
 from .codebase import held_out_rows, read_codebase, sample_facts, train_rows
 from ..core.disk import read_json, SageError, write_json
-from ..core.settings import checked, refuse_unknown
+from sage_finetune.core.settings import (
+    checked, data_sources, DataPathSetting, is_mixture, refuse_unknown, source_words
+)
 from ..core.run_folder import find_run, is_run, run_folder, RunFolder
 from ..core.display import Panel, Shown, Table
 from ..config import config_from_meta, embedded_model, resolve_model, TrainingConfig
@@ -95,14 +97,15 @@ def start_settings(
 
 # %% ../../nbs/runs/03_tasks.ipynb #7ee166cb
 def _check_rows(task, data, config):
-    "Check that data can be read and has at least one row that can be used"
-    first,good,columns = None,False,checked_columns(config.columns)
-    for r in read_rows(data, **source_of(config)): # to the end, where a broken list breaks
-        try: good = good or _check_row(r.value, config.format_type, columns)
-        except (ValueError, AttributeError, TypeError) as e: first = first or f'{r.file}:{r.line}: {r.error or e}'
-    if good: return
-    raise SageError(f'{data} holds no row that can be used for the task `{task}`'
-                    + (f', for example {first}' if first else ''))
+    "Check that data can be read, and that each source has at least one row that can be used"
+    for s in data_sources(data, **source_of(config), columns=config.columns, format_type=config.format_type):
+        first,good,columns = None,False,checked_columns(s.columns)
+        for r in read_rows(s.path, **s.where): # to the end, where a broken list breaks
+            try: good = good or _check_row(r.value, s.format_type, columns)
+            except (ValueError, AttributeError, TypeError) as e: first = first or f'{r.file}:{r.line}: {r.error or e}'
+        if not good:
+            raise SageError(f'{s.path} holds no row that can be used for the task `{task}`'
+                            + (f', for example {first}' if first else ''))
 
 def _check_row(row, format_type, columns):
     if not isinstance(row, dict): raise ValueError(f'a row must be an object {{…}}, got {type(row).__name__}')
@@ -115,9 +118,13 @@ def _check_row(row, format_type, columns):
 def _prepared(task, data, max_facts, sample):
     "Rows of the files to write, by name; the data file of a task that has one; lines that say what was made from what"
     if task=='code':
+        if is_mixture(data):
+            raise ValueError(f'`data`: the task `code` reads one folder of code, got {len(data)}: give one that holds '
+                             f'them all')
         rows = code_rows(data, max_facts)
         return ({'training_data_code.json': rows.train, 'held_out_code.json': rows.held_out}, None,
                 [rows.source, *rows.notes])
+    if is_mixture(data): return {},[s.replace(path=_absolute(s.path)) for s in DataPathSetting.check('data', data)],[]
     if data is not None: return {},_absolute(checked('data', data, Path)),[]
     if sample: return {f'training_data_{task}.json': sample_rows(_sample_formats[task], 200)},None,['200 small sums']
     raise ValueError(f'the task `{task}` needs `data`: a file, a folder or a data set on the Hub '
@@ -131,8 +138,9 @@ def _absolute(data):
 def _meta(run, task, model, file, format_type, settings, data):
     "Content of the meta file"
     model = str(Path(model).resolve()) if model!=embedded_model and Path(model).is_dir() else model
-    meta = dict(task_type=task, model=model, framework='native', format=format_type,
-                dataset=str(file or f'training_data_{task}.json'), config=settings,
+    several = isinstance(file, list)
+    rows = [s.to_dict() for s in file] if several else str(file or f'training_data_{task}.json')
+    meta = dict(task_type=task, model=model, framework='native', format=format_type, dataset=rows, config=settings,
                 output_dir=str(run.path))
     if task=='code':
         meta |= dict(data_file='training_data_code.json',
@@ -171,7 +179,7 @@ def _check_folder(run, meta, files, fresh):
 def new_run(
     task:str='code', # One of `TASKS`
     model:str=embedded_model, # Hub name, folder, or "sage-tiny"
-    data=None, # Data file; for the task `code`, the folder of a codebase
+    data=None, # Data file, or a list of sources; for the task `code`, the folder of a codebase
     output=None, # Run folder; `~/.sage/finetune_output/TASK` if None
     format_type:str|None=None, # Format of the rows; None detects it per row
     settings:dict|None=None, # Settings that differ from the defaults
@@ -184,8 +192,10 @@ def new_run(
     run = RunFolder(output) if output else run_folder(task)
     format_type = format_type or ('alpaca' if task=='code' else None)
     settings = quick_settings(model) if settings is None else dict(settings)
+    if isinstance(data, (list, tuple)) and len(data)==1 and not isinstance(data[0], dict): data = data[0]
     # a bad setting is refused before anything is written
-    config = TrainingConfig.from_dict(settings | dict(format_type=format_type))
+    rows = dict(data_path=[*data]) if is_mixture(data) else {}
+    config = TrainingConfig.from_dict(settings | dict(format_type=format_type) | rows)
     files,file,notes = _prepared(task, data, max_facts, sample)
     if file: _check_rows(task, file, config)
     _check_model(model)
@@ -217,8 +227,12 @@ def config_of_file(
 # %% ../../nbs/runs/03_tasks.ipynb #ce3d1355
 def _found(c, folder):
     "A config whose files of data are taken from the folder of the run, where they are no longer where they were"
-    old = {n: Path(p) for n in ('data_path', 'eval_data_path') if (p := getattr(c, n))}
-    return c.replace(**{n: folder/p.name for n,p in old.items() if not p.exists() and (folder/p.name).exists()})
+    def here(value):
+        if isinstance(value, list): return [s.replace(path=here(s.path)) for s in value]
+        there = folder/Path(value).name
+        return there if not Path(value).exists() and there.exists() else value
+    old = {n: p for n in ('data_path', 'eval_data_path') if (p := getattr(c, n))}
+    return c.replace(**{n: new for n,p in old.items() if (new := here(p))!=p})
 
 def config_of_run(
     folder, # Run folder
@@ -333,7 +347,7 @@ def _rows_of(trainer, wanted):
 def quickstart(
     task:str='code', # One of `TASKS`
     model:str=embedded_model, # Hub name, folder, or "sage-tiny"
-    data=None, # Data file; for the task `code`, the folder of a codebase
+    data=None, # Data file, or a list of sources; for the task `code`, the folder of a codebase
     output=None, # Run folder; `~/.sage/finetune_output/TASK` if None, or TASK-2, … where that holds another run
     max_facts:int=120, # Facts to take from a codebase
     fresh:bool=False, # Start from scratch instead of resuming
@@ -346,8 +360,8 @@ def quickstart(
     trainer = LoRATrainer(config_from_meta(run.path), quiet=quiet)
     for line in notes: trainer.say(line)
     result = trainer.train(fresh=fresh)
-    done = QuickstartResult(str(run.path), notes[0] if notes else str(trainer.config.data_path), result.loss_before,
-                            result.loss_after,
+    source = notes[0] if notes else source_words(trainer.config.data_path)
+    done = QuickstartResult(str(run.path), source, result.loss_before, result.loss_after,
                             **_examined(run, trainer), seconds=time.monotonic()-began)
     write_json(run.path/'quickstart.json', asdict(done))
     return done
@@ -368,7 +382,7 @@ def _examined(run, trainer):
     from sage_finetune.inference.merging import merge_run
     rows,model,tokenizer = _exam_rows(run, trainer), trainer.model.eval(), trainer.tokenizer
     if not rows:
-        raise SageError(f'no held-out row of {trainer.config.data_path} is a question with an answer; '
+        raise SageError(f'no held-out row of {source_words(trainer.config.data_path)} is a question with an answer; '
                         f'the adapter is in {run.lora_weights}')
     trainer.say(f'Examining with {len(rows)} questions that were not trained on')
     tuned = examine(model, tokenizer, rows)

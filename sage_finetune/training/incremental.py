@@ -18,8 +18,8 @@ from ..core.disk import read_json, SageError
 from ..config import TrainingConfig
 from ..core.run_folder import run_folder, RunFolder
 from ..rows.report import DataReport
-from ..data import how_of, prepare_dataset, source_of
-from .split import split_dataset
+from ..data import sources_of
+from .split import prepared_and_split
 from .batches import example_lengths
 from .loop import stacked_below
 from ..model.loading import quiet_libraries # before peft: it quiets bitsandbytes
@@ -200,10 +200,12 @@ def begin_with_parent(
 def _replay_source(config):
     "The config whose rows are replayed; None where none are known, or where they are gone and none are asked for"
     if config.replay_path is not None:
-        return config.replace(format_type=None, columns=None, data_path=config.replay_path, eval_data_path=None)
+        return config.replace(format_type=None, columns=None, data_path=config.replay_path, eval_data_path=None,
+                              data_weights=None, data_stopping='first_exhausted', sample_by='document')
     parent = parent_adapter(config)
     if parent is None or parent.config is None or parent.config.data_path is None: return None
-    return parent.config if config.replay_share or Path(parent.config.data_path).exists() else None
+    there = all(s.path.exists() for s in sources_of(parent.config))
+    return parent.config if config.replay_share or there else None
 
 # %% ../../nbs/training/07_incremental.ipynb #7a01f0e5
 def _short(data, config, report):
@@ -223,14 +225,7 @@ def replay_data(
     "Rows of the parent run: to be mixed in, and to measure with"
     source = _replay_source(config)
     if source is None or source.data_path is None: return None,None
-    def read(path, report, evaluation):
-        return prepare_dataset(path, tokenizer, source.max_length, report=report, **source_of(source, evaluation),
-                               **how_of(source))
-    data = read(source.data_path, report, False)
-    if source.eval_data_path is None: data,held = split_dataset(data, source.test_size, source.seed, report)
-    else:
-        report.evaluation = DataReport()
-        held = read(source.eval_data_path, report.evaluation, True)
+    data,held = prepared_and_split(source, tokenizer, report)
     return _short(data, config, report),_short(held, config, report)
 
 # %% ../../nbs/training/07_incremental.ipynb #b014cc36

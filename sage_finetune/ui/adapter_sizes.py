@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.display import Shown, shown_figure, Table
-from ..runs.run import on_any_background, Run
+from ..core.display import on_any_background, Shown, shown_figure, Table
+from ..runs.run import Run
 
 # %% ../../nbs/ui/04_adapter_sizes.ipynb #20010258
 def product_values(

@@ -13,7 +13,7 @@ import html
 from collections import deque
 from dataclasses import dataclass
 
-from ..core.display import Panel, Shown, shown_figure, size_text, Table
+from ..core.display import on_any_background, Panel, Shown, shown_figure, size_text, Table
 
 # %% ../../nbs/ui/01_board.ipynb #06f0570a
 class Curve:
@@ -297,17 +297,6 @@ def as_panel(
                                    *([questions_table(board)] if board.questions else [])])
 
 # %% ../../nbs/ui/01_board.ipynb #c713ed1a
-def _on_any_ground(axes):
-    "Letters and frames in a grey that can be read on white and on black"
-    grey = '#808080'
-    for ax in axes:
-        ax.set_facecolor('none')
-        ax.grid(alpha=.3)
-        ax.tick_params(colors=grey)
-        for part in (ax.xaxis.label, ax.yaxis.label, ax.yaxis.get_offset_text(), *ax.spines.values()):
-            part.set_color(grey)
-        if ax.get_legend_handles_labels()[1]: ax.legend(frameon=False, labelcolor=grey)
-
 def board_figure(
     board:Board, # Of a run
 ): # A matplotlib figure
@@ -323,8 +312,9 @@ def board_figure(
     low.set(xlabel='optimizer step', ylabel='learning\nrate')
     low.set_ylim(bottom=0)
     low.ticklabel_format(axis='y', style='sci', scilimits=(-2, 2))
-    _on_any_ground((top, low))
-    return figure
+    low.grid(alpha=.3)
+    if top.get_legend_handles_labels()[1]: top.legend(frameon=False)
+    return on_any_background(figure)
 
 # %% ../../nbs/ui/01_board.ipynb #e000000e
 class CurveImage:

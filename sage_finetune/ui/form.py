@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..core.disk import SageError
 from ..core.display import Clickable, Panel, show_widgets, Shown, size_text
-from ..core.settings import config_table, refuse_unknown
+from ..core.settings import config_table, DataSource, refuse_unknown
 from ..config import fit_config, LoRAConfig, precision_of, preset_for, PresetConfigs, TrainingConfig
 from ..core.machine import Machine
 from ..model.memory import estimate_memory, memory_parts, MemoryEstimate
@@ -31,6 +31,8 @@ def _lora_code(lora):
 def _value_code(value):
     "A value as Python"
     if isinstance(value, LoRAConfig): return _lora_code(value)
+    if isinstance(value, list) and value and isinstance(value[0], DataSource):
+        return f"[{', '.join(repr(str(s.path)) if [*s.to_dict()]==['path'] else repr(s) for s in value)}]"
     return repr(str(value)) if isinstance(value, Path) else repr(value)
 
 # %% ../../nbs/ui/03_form.ipynb #3331daea
@@ -61,7 +63,8 @@ def config_script(
 )->str: # Two lines or more
     "The imports and the call, ready to be copied"
     code = config_code(config, width)
-    names = [n for n in ('LoRAConfig', 'PresetConfigs', 'TrainingConfig') if f'{n}(' in code or f'{n}.' in code]
+    known = 'DataSource', 'LoRAConfig', 'PresetConfigs', 'TrainingConfig'
+    names = [n for n in known if f'{n}(' in code or f'{n}.' in code]
     return f"from sage_finetune import {', '.join(names)}\n\nconfig = {code}"
 
 # %% ../../nbs/ui/03_form.ipynb #dae398b8
@@ -76,7 +79,8 @@ class _Field:
 
 _form_fields = (
     _Field('model_name', 'model', hint='hub name, folder or sage-tiny'),
-    _Field('data_path', 'data', hint='file, folder or data set'),
+    _Field('data_path', 'data', hint='file, folder or data set; several with commas'),
+    _Field('data_weights', 'shares', hint='of several sources, such as 3, 1'),
     _Field('output_dir', 'run folder'),
     _Field('per_device_train_batch_size', 'per-device batch'),
     _Field('gradient_accumulation_steps', 'accumulation'),
@@ -96,7 +100,7 @@ _by_name = {f.name: f for f in _form_fields}
 # %% ../../nbs/ui/03_form.ipynb #1b67f355
 def _as_typed(value):
     "A setting as somebody would type it"
-    if isinstance(value, (list, tuple)): return ', '.join(value)
+    if isinstance(value, (list, tuple)): return ', '.join(_as_typed(getattr(v, 'path', v)) for v in value)
     if isinstance(value, Path) and value.is_relative_to(Path.home()): return f'~/{value.relative_to(Path.home())}'
     return '' if value is None else str(value)
 
@@ -120,7 +124,18 @@ def _settings_of(name, value):
     is_pattern = re.search(r'[*+?()\[\]|\\^$]', value) # for whole names of modules
     if name=='lora.target_modules' and value.lower()!='all-linear' and not is_pattern:
         value = [v for v in re.split(r'[\s,]+', value) if v]
-    return {name.removeprefix('lora.'): None if value=='' and name=='data_path' else value}
+    if name=='data_path' and ',' in value and not Path(value).expanduser().exists():
+        value = [v for v in re.split(r'\s*,\s*', value) if v]
+    return {name.removeprefix('lora.'): None if value=='' and name in _of_data else value}
+
+_of_data = 'data_path', 'data_weights'
+
+def _with_their_own(sources, before):
+    "Paths as typed; a source that was there before keeps what is its own"
+    if not isinstance(before, list): return sources
+    known,typed = [*before],sources if isinstance(sources, list) else [sources]
+    found = [next((s for s in known if _as_typed(s.path)==t), t) for t in typed if t]
+    return found or None
 
 # %% ../../nbs/ui/03_form.ipynb #d168d9e3
 def _field_fault(start, name, settings):
@@ -146,8 +161,11 @@ def _config_from_form(values, start=None):
     for name,value in values.items():
         if value==before[name]: continue
         settings = _settings_of(name, value)
-        if fault := _field_fault(start, name, settings): wrong[name] = fault
+        if name=='data_path': settings['data_path'] = _with_their_own(settings['data_path'], start.data_path)
+        if name not in _of_data and (fault := _field_fault(start, name, settings)): wrong[name] = fault
         (lora if name.startswith('lora.') else config).update(settings)
+    if fault := _field_fault(start, 'data_path', {n: config[n] for n in _of_data if n in config}):
+        wrong['data_path'] = fault
     if wrong: return None,wrong
     if lora: config['lora'] = start.lora.replace(**lora)
     made = start.replace(**config)
@@ -249,7 +267,7 @@ class ConfigForm(Shown):
         "Begin with a preset; model, data and run folder stay"
         refuse_unknown([preset], _presets, 'preset')
         self.start,self.preset = getattr(PresetConfigs, preset)(),preset
-        self.values = _form_values(self.start) | {n: self.values[n] for n in ('model_name', 'data_path', 'output_dir')}
+        self.values = _form_values(self.start) | {n: self.values[n] for n in ('model_name', *_of_data, 'output_dir')}
         return self
 
     @property

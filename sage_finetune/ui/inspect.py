@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from operator import index, itemgetter
 
-from ..core.settings import refuse_unknown
+from ..core.settings import refuse_unknown, source_words
 from ..config import config_from_meta, embedded_model, TrainingConfig
 from ..core.run_folder import RunFolder
 from ..rows.tokens import byte_letters, ignored, is_byte_level
@@ -455,7 +455,8 @@ class _Lengths:
 _of_run = dict(data='data_path', model='model_name', max_length='max_length', packing='packing',
                format_type='format_type', columns='columns', split='data_split',
                subset='data_subset', revision='data_revision', train_on='train_on', overflow='overflow',
-               cut_answers='cut_answers', duplicates='duplicates', strict='strict')
+               cut_answers='cut_answers', duplicates='duplicates', strict='strict',
+               data_weights='data_weights', data_stopping='data_stopping', seed='seed')
 
 def _run_settings(folder):
     "The arguments of `inspect_data` that a run folder asks for; None where it is no run folder"
@@ -464,8 +465,9 @@ def _run_settings(folder):
     if not (run.meta.is_file() or run.config.is_file()): return None
     config = config_from_meta(run.path) if run.meta.is_file() else TrainingConfig.load(run.config)
     if config.data_path is None: raise ValueError(f'the run in {run.path} names no data: give the data itself')
-    notes = [f'settings of the run in {run.path}',
-             *([f'evaluation is on {config.eval_data_path}: inspect that by itself'] if config.eval_data_path else [])]
+    notes = [f'settings of the run in {run.path}']
+    if config.eval_data_path:
+        notes.append(f'evaluation is on {source_words(config.eval_data_path)}: inspect that by itself')
     return {name: getattr(config, setting) for name,setting in _of_run.items()} | dict(notes=notes)
 
 # %% ../../nbs/ui/00_inspect.ipynb #7f9935cd

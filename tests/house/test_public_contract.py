@@ -34,30 +34,37 @@ assert len(trainer.dataset) == 4 and trainer.trainer.state.global_step == 2
 '''
 
 
-def test_the_python_names_work_from_a_plain_file(tmp_path):
-    (tmp_path/'mine.py').write_text(script)
-    done = subprocess.run([sys.executable, 'mine.py', str(tmp_path/'run')], cwd=tmp_path, capture_output=True,
-                          text=True)
+@pytest.fixture(scope='module')
+def plain_run(tmp_path_factory):
+    "What the script came to, and its run folder"
+    folder = tmp_path_factory.mktemp('plain')
+    (folder/'mine.py').write_text(script)
+    done = subprocess.run([sys.executable, 'mine.py', str(folder/'run')], cwd=folder, capture_output=True, text=True)
+    return done,folder/'run'
+
+
+def test_the_python_names_work_from_a_plain_file(plain_run):
+    done,run = plain_run
     assert done.returncode == 0, done.stderr
-    assert (tmp_path/'run'/'lora_weights'/'adapter_model.safetensors').is_file()
-    assert (tmp_path/'run'/'lora_weights'/'training_config.json').is_file()
+    assert (run/'lora_weights'/'adapter_model.safetensors').is_file()
+    assert (run/'lora_weights'/'training_config.json').is_file()
 
 
 def test_a_folder_with_two_keys_trains_by_module_name(tmp_path):
-    (tmp_path/'rows.json').write_text(json.dumps([{'instruction': f'Count {i}.', 'output': f'{i}'} for i in range(40)]))
+    (tmp_path/'rows.json').write_text(json.dumps([{'instruction': f'Count {i}.', 'output': f'{i}'} for i in range(12)]))
     (tmp_path/'finetune_meta.json').write_text(json.dumps(dict(model='sage-tiny', dataset='rows.json')))
     done = subprocess.run([sys.executable, '-m', 'sage_finetune.trainer', str(tmp_path)], capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path/'data_report.json').read_text())
-    assert (report['read'], report['used'], report['dropped']) == (40, 40, [])
+    assert (report['read'], report['used'], report['dropped']) == (12, 12, [])
     assert (tmp_path/'lora_weights'/'adapter_model.safetensors').is_file()
 
 
-def test_only_safetensors_are_written_for_weights(tmp_path):
-    (tmp_path/'mine.py').write_text(script)
-    subprocess.run([sys.executable, 'mine.py', str(tmp_path/'run')], cwd=tmp_path, check=True, capture_output=True)
-    unsafe = [p for p in (tmp_path/'run'/'lora_weights').rglob('*') if p.suffix in ('.bin', '.pt', '.pth', '.pkl')]
+def test_only_safetensors_are_written_for_weights(plain_run):
+    done,run = plain_run
+    assert done.returncode == 0, done.stderr
+    unsafe = [p for p in (run/'lora_weights').rglob('*') if p.suffix in ('.bin', '.pt', '.pth', '.pkl')]
     assert unsafe == []
 
 

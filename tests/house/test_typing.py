@@ -38,29 +38,32 @@ class Mine(LoRATrainer):
 '''
 
 
+MISTAKES = {
+    'LoRATrainer(config).no_such_step()': 'no_such_step', 'TrainingConfig(data_path=3)': 'data_path',
+    'n: int = LoRATrainer': 'LoRATrainer', 'wrong: int = config.checkpoint_dir': 'Path'}
+
+
 @pytest.fixture(scope='module')
-def checked(tmp_path_factory):
+def errors(tmp_path_factory):
+    "What the type checker tells of the script alone, and of the script with each mistake at its end"
     pytest.importorskip('basedpyright')
     folder = tmp_path_factory.mktemp('consumer')
-    def check(text):
-        (folder/'consumer.py').write_text(text)
-        (folder/'pyrightconfig.json').write_text(json.dumps(dict(typeCheckingMode='standard', extraPaths=[str(ROOT)])))
-        done = subprocess.run([sys.executable, '-m', 'basedpyright', '--outputjson', '--pythonpath', sys.executable,
-                               'consumer.py'], cwd=folder, capture_output=True, text=True)
-        return [d for d in json.loads(done.stdout)['generalDiagnostics'] if d['severity']=='error']
-    return check
+    names = {f'consumer_{i}.py': line for i,line in enumerate(['', *MISTAKES])}
+    for name,line in names.items(): (folder/name).write_text(f'{CONSUMER}\n{line}\n')
+    (folder/'pyrightconfig.json').write_text(json.dumps(dict(typeCheckingMode='standard', extraPaths=[str(ROOT)])))
+    done = subprocess.run([sys.executable, '-m', 'basedpyright', '--outputjson', '--pythonpath', sys.executable,
+                           *names], cwd=folder, capture_output=True, text=True)
+    found = [d for d in json.loads(done.stdout)['generalDiagnostics'] if d['severity']=='error']
+    return {line: [d for d in found if d['file'].endswith(name)] for name,line in names.items()}
 
 
-def test_a_consumer_has_no_type_error(checked):
-    assert [(d['range']['start']['line'], d['message']) for d in checked(CONSUMER)]==[]
+def test_a_consumer_has_no_type_error(errors):
+    assert [(d['range']['start']['line'], d['message']) for d in errors['']]==[]
 
 
-@pytest.mark.parametrize('line,told', [
-    ('LoRATrainer(config).no_such_step()', 'no_such_step'), ("TrainingConfig(data_path=3)", 'data_path'),
-    ("n: int = LoRATrainer", 'LoRATrainer'), ("wrong: int = config.checkpoint_dir", "Path")])
-def test_a_mistake_is_told(checked, line, told):
-    faults = checked(CONSUMER+'\n'+line+'\n')
-    assert len(faults)==1 and told in faults[0]['message']
+@pytest.mark.parametrize('line,told', MISTAKES.items())
+def test_a_mistake_is_told(errors, line, told):
+    assert len(errors[line])==1 and told in errors[line][0]['message']
 
 
 @pytest.mark.parametrize('code,wanted', [

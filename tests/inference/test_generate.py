@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from sage_finetune.config import resolve_model
-from sage_finetune.inference.chat_api import ChatRequest, Engine
+from sage_finetune.inference.chat_api import Engine
 from sage_finetune.inference.generate import answers, encode_question, generate_answers, load_for_chat, stream_answer
+from sage_finetune.inference.request import ChatRequest
 from sage_finetune.ui.live import _model_answer
 
 QUESTIONS = ['What does the function `os.path.join` do?', 'What is Python?', '你好 🐟?']
@@ -40,7 +41,8 @@ def live(run, question, temperature, seed):
 def served(run, question, temperature, seed):
     engine,pieces = Engine(run.model, run.tokenizer),Queue()
     request = ChatRequest([dict(role='user', content=question)], 32, temperature, seed=seed)
-    engine.start(request, *engine.prompt(request), pieces.put)
+    engine.start(request, pieces.put)
+    assert pieces.get()==len(engine.prompt(request)[0][0])
     text = ''
     while isinstance(piece := pieces.get(), str): text += piece
     engine.close()

@@ -1,6 +1,7 @@
 "A server that was really started, asked by the real `openai` client: the answers of `chat`, many clients, signals"
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,15 +13,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 
 openai = pytest.importorskip('openai')
 
 from sage_finetune.inference import chat_api, serve as module
+from sage_finetune.inference.client import models_at, stream_from
 from sage_finetune.core.disk import write_json
 from sage_finetune.config import LoRAConfig, resolve_model, SageError, TrainingConfig
 from sage_finetune.inference.generate import answers, load_for_chat, stream_answer
+from sage_finetune.inference.serve import Served, serving, start_server
 from sage_finetune.merge_chat import merge_run
-from sage_finetune.inference.serve import models_at, serving, start_server, stream_from
 from sage_finetune.trainer import LoRATrainer
 
 needs_posix = pytest.mark.skipif(os.name!='posix', reason='needs signals and processes as POSIX has them')
@@ -117,19 +120,68 @@ def test_what_comes_beside_the_text(server, expected):
     assert client(server).models.retrieve('code').id == 'code'
 
 
-@pytest.mark.parametrize('change,error,words', [
-    (dict(model='gpt-4'), openai.NotFoundError, "no model 'gpt-4' here; there is 'code'"),
-    (dict(temperature=9), openai.BadRequestError, '`temperature` must be a number from 0 to 2'),
-    (dict(messages=[]), openai.BadRequestError, '`messages` must be a list'),
-    (dict(messages=[dict(role='user', content='word '*3000)]), openai.BadRequestError, 'the model takes 2,048'),
-    (dict(n=3), openai.BadRequestError, '`n` is not supported'),
-    (dict(response_format=dict(type='json_object')), openai.BadRequestError, '`response_format` is not supported'),
-])
-def test_a_bad_request_is_refused_by_name(server, change, error, words):
+FUNCTION = dict(type='function', function=dict(name='add', parameters=dict(type='object', properties={})))
+BAD = [
+    (dict(model='gpt-4'), openai.NotFoundError, 'model', 'model_not_found', "there is 'code'"),
+    (dict(temperature=9), openai.BadRequestError, 'temperature', 'decimal_above_max_value', 'value <= 2, but got 9'),
+    (dict(temperature='hot'), openai.BadRequestError, 'temperature', 'invalid_type', 'but got a string instead'),
+    (dict(messages=[]), openai.BadRequestError, 'messages', 'empty_array', 'empty array'),
+    (dict(messages=[dict(role='user', content='word '*3000)]), openai.BadRequestError, 'messages',
+     'context_length_exceeded', 'the model takes 2,048'),
+    (dict(n=30), openai.BadRequestError, 'n', 'integer_above_max_value', 'value <= 16, but got 30'),
+    (dict(stop=[*'abcde']), openai.BadRequestError, 'stop', 'array_above_max_length', 'maximum length 4'),
+    (dict(logprobs=True), openai.BadRequestError, 'logprobs', 'unsupported_parameter', "'logprobs' is not supported"),
+    (dict(response_format=dict(type='json_object')), openai.BadRequestError, 'response_format', 'unsupported_value',
+     "does not support 'json_object'"),
+    (dict(tools=[FUNCTION]), openai.BadRequestError, 'tools', 'unsupported_parameter', "'tools' is not supported"),
+    (dict(extra_body=dict(top_k=5)), openai.BadRequestError, 'top_k', 'unknown_parameter', "parameter: 'top_k'"),
+]
+
+
+@pytest.mark.parametrize('change,error,param,code,words', BAD, ids=[f'{p} {c}' for _,_,p,c,_ in BAD])
+def test_a_bad_request_is_refused_by_name(server, change, error, param, code, words):
     for stream in (False, True):
-        with pytest.raises(error, match=words.replace('`', '.')):
-            ask(server, **dict(messages=TALKS[0], stream=stream) | change) if 'model' not in change else \
-                client(server).chat.completions.create(**dict(messages=TALKS[0], stream=stream) | change)
+        with pytest.raises(error) as refused:
+            client(server).chat.completions.create(
+                **dict(model=server.model, messages=TALKS[0], stream=stream, max_tokens=4) | change)
+        assert (refused.value.param, refused.value.code, refused.value.type) == (param, code, 'invalid_request_error')
+        assert words in refused.value.message
+
+
+def test_several_answers_seeds_and_functions_that_may_not_be_called(server, expected):
+    three = ask(server, TALKS[0], n=3)
+    assert [c.message.content for c in three.choices] == expected[:1]*3
+    assert [c.index for c in three.choices] == [0, 1, 2]
+    one = ask(server, TALKS[0])
+    assert three.usage.prompt_tokens == one.usage.prompt_tokens
+    assert three.usage.completion_tokens == 3*one.usage.completion_tokens
+    drawn = [[c.message.content for c in ask(server, TALKS[5], n=2, temperature=1.5, seed=5).choices] for _ in range(2)]
+    assert drawn[0] == drawn[1] and drawn[0][0] != drawn[0][1]
+    pieces = {}
+    for chunk in ask(server, TALKS[5], n=2, temperature=1.5, seed=5, stream=True):
+        for c in chunk.choices: pieces[c.index] = pieces.get(c.index, '')+(c.delta.content or '')
+    assert [*pieces.values()] == drawn[0]
+    assert said(server, TALKS[0], tools=[FUNCTION], tool_choice='none', response_format=dict(type='text'),
+                logprobs=False, presence_penalty=0, user='me') == expected[0]
+
+
+def test_a_text_is_continued_as_it_is(server, run):
+    model,tokenizer = load_for_chat(run)
+    ids = tokenizer('def add(')['input_ids']
+    out = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=8, do_sample=False)
+    text = tokenizer.decode(out[0][len(ids):], skip_special_tokens=True)
+    here = client(server).completions
+    whole = here.create(model=server.model, prompt='def add(', max_tokens=8)
+    assert (whole.choices[0].text, whole.object, whole.usage.prompt_tokens) == (text, 'text_completion', len(ids))
+    assert ''.join(c.choices[0].text for c in here.create(model=server.model, prompt=ids, max_tokens=8,
+                                                          stream=True)) == text
+    two = here.create(model=server.model, prompt=['def add(', 'import '], max_tokens=3, n=2)
+    assert [c.index for c in two.choices] == [0, 1, 2, 3] and two.choices[0].text == two.choices[1].text
+    for more,param in ((dict(echo=True), 'echo'), (dict(suffix='x'), 'suffix'), (dict(best_of=2), 'best_of'),
+                       (dict(logprobs=1), 'logprobs'), (dict(prompt=[10**6]), 'prompt'), (dict(prompt=''), 'prompt')):
+        with pytest.raises(openai.BadRequestError) as refused:
+            here.create(**dict(model=server.model, prompt='a', max_tokens=2) | more)
+        assert refused.value.param == param
 
 
 def test_a_body_that_is_no_json_and_an_unknown_address(server):
@@ -143,12 +195,11 @@ def test_a_body_that_is_no_json_and_an_unknown_address(server):
 
 def test_a_client_that_goes_away_halts_its_answer(run, monkeypatch):
     "Here the application runs in a thread, with a model that never ends by itself, so that tokens can be counted"
-    import uvicorn
     generate,written = chat_api.generate_answers,[]
     monkeypatch.setattr('sage_finetune.inference.generate.stop_ids', lambda *a: [10**6])
     monkeypatch.setattr(chat_api, 'generate_answers', lambda *a: written.append(generate(*a)) or written[-1])
     engine,port = chat_api.Engine(*load_for_chat(run)),module.free_port('127.0.0.1', 0)
-    server = uvicorn.Server(uvicorn.Config(chat_api.chat_app(engine, 'code'), port=port, log_level='error'))
+    server = chat_api.web_server(chat_api.chat_app(engine, 'code'), engine, port=port)
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started: time.sleep(0.01)
@@ -171,6 +222,7 @@ def test_a_client_that_goes_away_halts_its_answer(run, monkeypatch):
 def test_the_log_lies_in_the_run_folder_and_holds_no_conversation(server, run):
     log = (run/'logs'/'serve.log').read_text()
     assert server.log == run/'logs'/'serve.log' and 'POST /v1/chat/completions' in log
+    assert [l for l in log.splitlines() if not re.match(r'\d{4}-\d\d-\d\d [\d:,]+ (info|warning|error): \S', l)] == []
     assert 'return a + b' not in log and 'Complete' not in log and '\x1b' not in log
 
 
@@ -241,10 +293,12 @@ def test_ctrl_c_an_end_and_a_kill_leave_no_server_behind(run, tmp_path):
     assert said[0].endswith('stopped\n') and said[1].endswith('stopped\n') and 'Traceback' not in ''.join(said)
 
 
-def follow(folder, base=None, **more):
-    "What the process of a server does, in this one"
-    module._follow(dict(name='code', folder=str(folder), base=base, log='', host='127.0.0.1', port=0, api_key=None,
-                        max_new_tokens=8, ignore_contract=False) | more)
+def follow(folder, base=None, engine='native'):
+    "What happens before anything is served, in this process"
+    order = dict(name='code', folder=str(folder), log='', host='127.0.0.1', port=0, api_key=None, engine=engine,
+                 max_new_tokens=8, ignore_contract=False, allow_host=(), options=())
+    if engine=='native': module._follow(order)
+    else: module._other_engine(Served('code', folder, base, folder/'log'), order)
 
 
 FAULTS = {
@@ -309,9 +363,51 @@ def test_transformers_serve_can_be_asked_for(run, tmp_path):
     with serving(run, engine='transformers', log=tmp_path/'log') as other:
         assert said(other, TALKS[1]) == LEARNED[TALKS[1][0]['content']]
         assert isinstance(models_at(other.url), list)
-        below = children_of(other.process.pid) if Path('/proc/self/status').exists() else []
-    assert not other.running and not [p for p in below if Path(f'/proc/{p}').exists()], (
-        'the program that was started ends with the one that watches it')
+        assert 'transformers' in (read(Path(f'/proc/{other.process.pid}/cmdline')) or 'transformers'), (
+            'it is the process that was started, with nothing in between')
+    assert not other.running
+
+
+FAKE = """#!{python}
+import json, os, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Up(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+print(json.dumps(dict(argv=sys.argv[1:], key=os.environ.get('VLLM_API_KEY'), pid=os.getpid())), flush=True)
+HTTPServer(('127.0.0.1', int(sys.argv[sys.argv.index('--port')+1])), Up).serve_forever()
+"""
+
+
+@needs_posix
+def test_vllm_is_started_waited_for_and_stopped_and_gets_its_options(run, tmp_path, monkeypatch):
+    "A program of that name that says how it was called"
+    (tmp_path/'bin').mkdir()
+    (tmp_path/'bin'/'vllm').write_text(FAKE.format(python=sys.executable))
+    (tmp_path/'bin'/'vllm').chmod(0o755)
+    monkeypatch.setenv('PATH', f'{tmp_path/"bin"}{os.pathsep}{os.environ["PATH"]}')
+    monkeypatch.setattr(module, 'find_spec', lambda name: name)
+    more = dict(engine='vllm', adapter=True, api_key='key-4711-secret', log=tmp_path/'log')
+    with serving(run, options=['--max-model-len', 512], **more) as server:
+        told = json.loads(next(l for l in server.log.read_text().splitlines() if l.startswith('{')))
+        assert server.engine=='vllm' and told['pid']==server.process.pid, 'nothing stands in between'
+        assert told['argv'][-2:]==['--max-model-len', '512'] and told['key']=='key-4711-secret'
+        assert 'key-4711-secret' not in told['argv'] and told['argv'][told['argv'].index('--allowed-origins')+1]=='[]'
+    assert server.process.wait(1)==-signal.SIGTERM
+    config = json.loads((run/'lora_weights'/'adapter_config.json').read_text())
+    monkeypatch.setattr(module, 'read_json', lambda file: config | dict(bias='all'))
+    with pytest.raises(SageError, match='bias=all.: merge it first'): start_server(run, port=0, **more)
+    assert told['pid'] not in [int(p.name) for p in Path('/proc').glob('[0-9]*')]
+
+
+def test_options_of_the_command_line(capsys):
+    from sage_finetune.cli import main
+    for words,said in ((['--', '--dtype', 'half'], 'are for vLLM and transformers: add `--engine vllm`'),
+                       (['fast'], '`options` must begin with an option'),
+                       (['--allow-host', 'http://x'], '`allow_host` must be a name such as ui.example')):
+        assert main(['serve', 'sage-tiny', '--engine', 'native', '--port', '0', *words]) == 1
+        assert said in capsys.readouterr().err
 
 
 class Scripted(BaseHTTPRequestHandler):

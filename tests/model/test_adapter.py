@@ -9,6 +9,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
+from quick import two_layers
 from sage_finetune.model.adapter import (
     add_lora, best_adapter_file, best_evaluation, ready_for_quantised_training, save_adapter
 )
@@ -108,7 +109,7 @@ def rows(tmp_path_factory):
 
 @pytest.fixture
 def config(tmp_path, rows):
-    return TrainingConfig(model_name='sage-tiny', data_path=rows, output_dir=tmp_path/'run', test_size=0.1,
+    return TrainingConfig(model_name=two_layers, data_path=rows, output_dir=tmp_path/'run', test_size=0.1,
                           max_steps=6, save_steps=2, warmup_ratio=0.0,
                           per_device_train_batch_size=8, gradient_accumulation_steps=1, learning_rate=5e-3,
                           logging_steps=1, report_to='none')
@@ -145,7 +146,7 @@ def same_after_a_kill(config, step, kind=LoRATrainer, within=0.0):
     return run,result
 
 
-def reloaded(config): return PeftModel.from_pretrained(load_model('sage-tiny'), config.lora_dir).eval()
+def reloaded(config): return PeftModel.from_pretrained(load_model(two_layers), config.lora_dir).eval()
 
 
 loras = dict(plain=dict(), rslora=dict(use_rslora=True, r=16), dora=dict(use_dora=True),
@@ -387,7 +388,7 @@ def test_quantised_runs_go_on_and_reload(config, bits, dora):
     else: assert weight.dtype==torch.int8
     probe = [encode(to_messages(dict(question='What is 3 plus 4?', answer='7')), run.tokenizer)['input_ids']]
     run.model.eval()
-    base = ready_for_quantised_training(load_model('sage-tiny', quantisation=quantisation_of(run.fitted)))
+    base = ready_for_quantised_training(load_model(two_layers, quantisation=quantisation_of(run.fitted)))
     again = PeftModel.from_pretrained(base, c.lora_dir).eval()
     assert gap(logits_of(run.model, probe)[0], logits_of(again, probe)[0])<1e-4
     report = merge_run(c.output_dir, rows=2) # compared with the rounded base that was trained

@@ -1,5 +1,5 @@
 "The loss in slices: number and gradients of plain cross-entropy, for any model, wrapped in anything, no logits kept"
-import copy, importlib.util, math, os, warnings
+import copy, importlib.util, math, multiprocessing, os, warnings
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+from quick import forked
 from sage_finetune.model import loss as rooms
 from sage_finetune.model.adapter import linear_names, ready_for_quantised_training
 from sage_finetune.model.loading import load_model
@@ -283,11 +284,15 @@ def _worker(rank, port, queue):
 
 def test_two_processes_average_their_gradients():
     "With a frozen and a trained head, both ways in which torch looks for unused weights, one process without targets"
-    import socket, torch.multiprocessing as mp
+    import socket
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    queue = mp.get_context('spawn').SimpleQueue()
-    mp.spawn(_worker, (port, queue), nprocs=2)
+    processes = forked or multiprocessing.get_context('spawn')
+    queue = processes.SimpleQueue()
+    both = [processes.Process(target=_worker, args=(rank, port, queue)) for rank in range(2)]
+    for process in both: process.start()
+    for process in both: process.join(120)
+    assert [process.exitcode for process in both]==[0, 0]
     found = [queue.get() for _ in range(10)]
     assert not [f for f in found if not f[1]<1e-5]

@@ -8,6 +8,7 @@ import torch
 from transformers import (Gemma2Config, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig, OPTConfig,
                           Qwen2Config, Qwen3Config, Qwen3MoeConfig)
 
+from quick import two_layers
 from sage_finetune.config import fit_config, LoRAConfig, PresetConfigs, SageError, TrainingConfig
 from sage_finetune.core.machine import Machine
 from sage_finetune.model.step_bytes import attention_kernel, build_on_meta, live_bytes, packed_bytes, step_bytes
@@ -175,7 +176,7 @@ def test_live_bytes_of_views_and_copies():
 def tiny_model(**settings):
     from sage_finetune.model.adapter import add_lora
     from sage_finetune.model.loading import load_model
-    return add_lora(load_model('sage-tiny'), LoRAConfig(**settings))
+    return add_lora(load_model(two_layers), LoRAConfig(**settings))
 
 def batch_of(rows, tokens): return dict(input_ids=torch.full((rows, tokens), 7), labels=torch.full((rows, tokens), 7))
 
@@ -183,19 +184,19 @@ def batch_of(rows, tokens): return dict(input_ids=torch.full((rows, tokens), 7),
 @pytest.mark.parametrize('settings', [dict(), dict(target_modules='all-linear', r=32), dict(lora_dropout=0.0),
                                       dict(use_dora=True)])
 def test_counted_is_what_a_real_pass_takes(rows, tokens, settings):
-    config = TrainingConfig(model_name='sage-tiny', fp16=False, load_in_8bit=False, optim='adamw_torch',
+    config = TrainingConfig(model_name=two_layers, fp16=False, load_in_8bit=False, optim='adamw_torch',
                             gradient_checkpointing=False, lora=LoRAConfig(**settings))
     probe = probe_step(tiny_model(**settings), batch_of(rows, tokens), config, Machine())
     assert abs(probe.error)<0.02, str(probe)
 
 def test_packed_rows_are_counted():
-    config = TrainingConfig(model_name='sage-tiny', fp16=False, load_in_8bit=False, gradient_checkpointing=False)
+    config = TrainingConfig(model_name=two_layers, fp16=False, load_in_8bit=False, gradient_checkpointing=False)
     batch = batch_of(2, 128) | dict(position_ids=torch.arange(64).repeat(2, 2))
     probe = probe_step(tiny_model(), batch, config, Machine())
     assert abs(probe.error)<0.1, str(probe)
 
 def test_the_probe_changes_nothing():
-    model,config = tiny_model(),TrainingConfig(model_name='sage-tiny', fp16=False, load_in_8bit=False)
+    model,config = tiny_model(),TrainingConfig(model_name=two_layers, fp16=False, load_in_8bit=False)
     kept = {n: p.detach().clone() for n,p in model.named_parameters()}
     grads = [p for p in model.parameters() if p.requires_grad]
     for p in grads: p.grad = torch.ones_like(p)

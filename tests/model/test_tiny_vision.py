@@ -377,7 +377,7 @@ def test_a_talk_about_a_picture(tuned, tmp_path):
         'Which colour is it?', str(tuned[0]/'1.png'))
 
 def test_the_server_opens_no_picture():
-    from sage_finetune.inference.chat_api import BadRequest, read_request
+    from sage_finetune.inference.request import BadRequest, read_request
     body = dict(messages=[dict(role='user', content=[
         dict(type='image_url', image_url=dict(url='/etc/hostname')), dict(type='text', text='?')])])
     with pytest.raises(BadRequest, match='answers text only, and a turn holds an image'): read_request(body, 'm')

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from sage_finetune.rows import sources
+from sage_finetune.core import text_stream
+from sage_finetune.rows import files
 from sage_finetune.config import SageError
-from sage_finetune.rows.sources import load_training_data, read_rows, Row, save_rows, source_digest, source_files
+from sage_finetune.rows.sources import (
+    has_texts, load_training_data, read_rows, Row, save_rows, source_digest, source_files
+)
 
 pair = [dict(question='a, "b"?', answer='å\nsecond line'), dict(question='2', answer='')]
 
@@ -21,12 +24,16 @@ def as_bytes(ending, rows=pair):
     import pyarrow as pa
     import pyarrow.parquet as pq
     if ending == '.json': return json.dumps(rows).encode()
-    if ending == '.jsonl': return ''.join(json.dumps(r)+'\n' for r in rows).encode()
+    if ending in ('.jsonl', '.ndjson'): return ''.join(json.dumps(r)+'\n' for r in rows).encode()
     if ending in ('.csv', '.tsv'):
         quoted = [['question', 'answer'], *(['"' + v.replace('"', '""') + '"' for v in r.values()] for r in rows)]
         return '\r\n'.join(('\t' if ending == '.tsv' else ',').join(cells) for cells in quoted).encode()
     if ending == '.parquet':
         pq.write_table(pa.Table.from_pylist(rows), made := pa.BufferOutputStream())
+        return made.getvalue().to_pybytes()
+    if ending == '.arrow':
+        table = pa.Table.from_pylist(rows)
+        with pa.ipc.new_stream(made := pa.BufferOutputStream(), table.schema) as writer: writer.write_table(table)
         return made.getvalue().to_pybytes()
     return 'One.\n\nTwo.'.encode()
 
@@ -41,7 +48,7 @@ def refused(kinds, source, **options):
     return str(caught.value)
 
 
-endings = '.json', '.jsonl', '.csv', '.tsv', '.parquet', '.txt', '.md'
+endings = '.json', '.jsonl', '.ndjson', '.csv', '.tsv', '.parquet', '.arrow', '.txt', '.md'
 
 
 @pytest.mark.parametrize('ending', endings)
@@ -95,7 +102,7 @@ def test_lines_of_json_and_what_damages_them(tmp_path):
     assert rows[0].value == {'a': 1} and rows[3].value == [1] and rows[4].value['b'] == float('-inf')
     assert rows[7].value == {'a': '\u2028'}
     assert [r.error for r in rows if r.error] == [
-        'not UTF-8 at byte 8', 'not JSON: more after the row at column 10',
+        'not UTF-8 at byte 8: save the file as UTF-8', 'not JSON: more after the row at column 10',
         "not JSON: Expecting ':' delimiter at column 8",
         'not JSON: Invalid control character at column 9']
 
@@ -138,13 +145,14 @@ def test_csv_with_everything_that_a_cell_may_hold(tmp_path):
     assert [(r.line, r.error[:12] or [v[:4] for v in r.value.values()]) for r in read_rows(file)] == [
         (2, ['1\r\n2', '3']), (5, '3 cells wher'), (6, '1 cells wher'), (7, 'NUL byte at '), (8, 'not UTF-8 at'),
         (9, 'not CSV: \',\''),
-        (10, ['', '']), (11, ['xxxx', '1']), (12, 'not CSV: a q')]
+        (10, ['', '']), (11, ['xxxx', '1']), (12, 'not CSV: a q'), (13, ['3', '4'])]
     assert list(next(read_rows(file)).value) == ['q', 'a']
 
 
 @pytest.mark.parametrize('content,expected', [
-    (b'a,a\n1,2', 'two columns have the name'), (b'a,,b\n', 'column 2 has no name'),
-    ('a,b\n'.encode('utf-16'), 'NUL byte'), (b'\xff,b\n', 'not UTF-8 at byte 1'), (b'"a,b\n', 'never closed'),
+    (b',\n1,2', 'no column has a name'), (b'""\n', 'no column has a name'),
+    ('a,b\n'.encode('utf-16'), 'is UTF-16 text, as its first bytes say: save it as UTF-8'),
+    (b'\xff,b\n', 'not UTF-8 at byte 1'), (b'"a,b\n', 'never closed'),
 ])
 def test_a_csv_header_that_names_no_columns_is_refused(content, expected, tmp_path):
     (tmp_path/'x.csv').write_bytes(content)
@@ -183,17 +191,17 @@ def test_a_parquet_file_keeps_types_and_counts_rows_over_batches(tmp_path):
 def json_values(data, size=2**18):
     "Rows of the JSON `data`, read in blocks of `size`"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, '_block', size)
-        return [(r.line, r.value, r.error) for r in sources._json_rows(io.BytesIO(data), 'x.json')]
+        patch.setattr(text_stream, 'block_size', size)
+        return [(r.line, r.value, r.error) for r in files._json_rows(io.BytesIO(data), 'x.json')]
 
 
 @pytest.mark.parametrize('line,error', [
-    (b'\xff\n', 'not UTF-8 at byte 1'), (b'[[1]]]', 'not JSON: more after the row a'),
+    (b'\xff\n', 'not UTF-8 at byte 1: save the '), (b'[[1]]]', 'not JSON: more after the row a'),
     (b'9'*5000, 'a whole number has too many di'), (b'['*100_000, 'not JSON: nested too deeply at'),
     (b'\xef\xbb\xbf {"a": NaN}\r\n', ''),
 ], ids=['bad byte', 'text after', 'many digits', 'deep', 'NaN'])
 def test_odd_lines_of_json(line, error):
-    assert next(sources._jsonl_rows(io.BytesIO(line), 'x')).error[:30] == error
+    assert next(files._jsonl_rows(io.BytesIO(line), 'x')).error[:30] == error
 
 
 def test_a_list_reads_the_same_in_blocks_of_any_size():
@@ -391,7 +399,8 @@ def test_frames():
         dict(text=None, n=None, k=2, day=None, chat=None)]
     assert [(r.file, r.line) for r in read_rows(frame)] == [('frame', 1), ('frame', 2)]
     assert type(next(read_rows(frame)).value['k']) is int
-    assert "two columns have the name 'a'" in refused(ValueError, pd.DataFrame([[1, 2]], columns=['a', 'a']))
+    twice, = read_rows(pd.DataFrame([[1, 2]], columns=['a', 'a']))
+    assert twice.value == {'a': 1, 'a.1': 2} and "two columns have the name 'a'" in twice.notes[0]
     assert source_digest(frame) == source_digest(frame.copy()) != source_digest(frame.assign(k=[1, 3]))
 
 
@@ -482,9 +491,10 @@ def test_memory_stays_flat(ending, tmp_path):
 def test_one_large_row_takes_time_in_proportion(tmp_path, monkeypatch):
     "A row of 256 blocks is parsed some eight times, not 256 times"
     parsed = []
-    real = sources._decoded
-    monkeypatch.setattr(sources, '_decoded', lambda text, at=0: (parsed.append(len(text)-at), real(text, at))[1])
-    monkeypatch.setattr(sources, '_block', 1000)
+    real = text_stream.decoded_json
+    monkeypatch.setattr(text_stream, 'decoded_json',
+                        lambda text, at=0: (parsed.append(len(text)-at), real(text, at))[1])
+    monkeypatch.setattr(text_stream, 'block_size', 1000)
     (tmp_path/'x.json').write_text(json.dumps([dict(text='x'*256_000), dict(text='y')]))
     assert [len(r.value['text']) for r in read_rows(tmp_path/'x.json')] == [256_000, 1]
     assert len(parsed) < 15 and sum(parsed) < 1_500_000
@@ -525,7 +535,7 @@ if given:
         file = tmp_path/f'x{ending}{".gz" if packed else ""}'
         file.write_bytes(gzip.compress(data) if packed == 'whole' else data)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sources, '_block', size)
+            patch.setattr(text_stream, 'block_size', size)
             lines_add_up(file)
         assert len(source_digest(file)) == 32
 
@@ -535,11 +545,12 @@ if given:
     def test_any_json_values_come_back_whatever_the_block(rows, size, indent, tmp_path):
         (tmp_path/'x.json').write_text(json.dumps(rows, indent=indent, ensure_ascii=bool(indent)), encoding='utf-8',
                                        errors='surrogatepass')
-        (tmp_path/'x.jsonl').write_text(''.join(json.dumps(r)+'\n' for r in rows), encoding='utf-8')
+        (tmp_path/'x.jsonl').write_text(''.join(json.dumps(r)+'\n' for r in [*rows, {}, {}]), encoding='utf-8')
+        expected = [files.without_nulls(r)[0] for r in rows]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sources, '_block', size)
-            assert [r.value for r in read_rows(tmp_path/'x.json')] == rows
-        assert [(r.line, r.value) for r in read_rows(tmp_path/'x.jsonl')] == list(enumerate(rows, 1))
+            patch.setattr(text_stream, 'block_size', size)
+            assert [r.value for r in read_rows(tmp_path/'x.json')] == expected
+        assert [(r.line, r.value) for r in read_rows(tmp_path/'x.jsonl')][:-2] == list(enumerate(expected, 1))
         assert source_digest(rows) == source_digest(pickle.loads(pickle.dumps(rows)))
 
     @often
@@ -551,3 +562,42 @@ if given:
             with open(tmp_path/f'x{ending}', 'w', newline='', encoding='utf-8') as f:
                 csv.writer(f, dialect, quoting=csv.QUOTE_ALL).writerows([('a', 'b'), *cells])
             assert [tuple(r.value.values()) for r in read_rows(tmp_path/f'x{ending}')] == cells
+
+
+def test_whether_a_source_holds_texts(tmp_path):
+    (tmp_path/'a.txt').write_text('one\n\ntwo\n')
+    (tmp_path/'b.jsonl').write_text('{"text": "a"}\n')
+    assert [has_texts(tmp_path/n) for n in ('a.txt', 'b.jsonl')]==[True, False]
+
+
+def test_columns_that_the_format_of_a_data_set_hides_are_not_read():
+    from datasets import Dataset
+    data = Dataset.from_list([dict(question='Why?', answer='So.', context='hidden')])
+    shown = data.with_format(None, columns=['question', 'answer'])
+    assert [r.value for r in read_rows(shown)] == [shown[0]] == [dict(question='Why?', answer='So.')]
+    assert [r.value for r in read_rows(data.with_format('numpy', columns=['answer']))] == [dict(answer='So.')]
+    assert source_digest(shown) != source_digest(data)
+    whole = data.with_format(None, columns=['question'], output_all_columns=True)
+    assert [r.value for r in read_rows(whole)] == [r.value for r in read_rows(data)] == [data[0]]
+    assert [r.value for r in read_rows(shown.select([0, 0]))] == [shown[0]]*2
+
+
+@pytest.mark.parametrize('index,more', [
+    ('context', []), (['context', 'id'], []), (['context', None], ['level_1'])], ids=['one', 'two', 'one of two'])
+def test_an_index_with_a_name_is_a_column_of_a_frame(index, more):
+    import pandas as pd
+    rows = [dict(question='Why?', answer='So.', context='C', id=1), dict(question='Who?', answer='I.', context='D', id=2)]
+    frame = pd.DataFrame(rows).set_index(['context', 'id'] if isinstance(index, list) else index)
+    if more: frame.index.names = index
+    found = [r.value for r in read_rows(frame)]
+    assert [r['context'] for r in found] == ['C', 'D'] and {*more} <= {*found[0]}
+    frame.index.names = [None]*frame.index.nlevels
+    assert [{*r.value} for r in read_rows(frame)] == [{*frame.columns}]*2
+
+
+def test_an_index_with_the_name_of_a_column_is_told():
+    import pandas as pd
+    frame = pd.DataFrame([dict(question='Why?', answer='So.')])
+    frame.index = pd.Index(['other'], name='answer')
+    row = next(read_rows(frame))
+    assert row.value == {'answer': 'other', 'question': 'Why?', 'answer.1': 'So.'} and 'two columns' in row.notes[0]

@@ -128,3 +128,34 @@ def test_every_name_of_trl_has_a_place():
     own = ({f.name for c in (trl.SFTConfig, trl.ModelConfig, trl.ScriptArguments) for f in dataclasses.fields(c)}
            - {f.name for f in dataclasses.fields(TrainingArguments)})
     assert not own-known
+
+@pytest.mark.parametrize('given,weights,stopping', [
+    (dict(mix_strategy='interleave_under', interleave_probs='0.7,0.3'), [.7, .3], 'first_exhausted'),
+    (dict(mix_strategy='interleave_over', interleave_probs='0.7, 0.3'), [.7, .3], 'all_exhausted'),
+    (dict(mix_strategy='interleave_over', interleave_probs=[2, 1]), [2, 1], 'all_exhausted'),
+    (dict(mix_strategy='interleave_under'), [1, 1], 'first_exhausted')])
+def test_data_sets_that_take_turns_keep_their_shares(given, weights, stopping, folder, tmp_path):
+    run = trainer_of(written(folder, tmp_path/'config.yaml', common | given), quiet=True)
+    c = run.config
+    assert ([s.path.name for s in c.data_path], c.data_weights, c.data_stopping)==(
+        ['training_data_1_identity.json', 'training_data_2_alpaca_en_demo.json'], weights, stopping)
+    said = translated(tmp_path/'config.yaml').went
+    assert said['mix_strategy']==f'data_weights = {weights}, data_stopping = {stopping}'
+
+@pytest.mark.parametrize('given', [{}, dict(mix_strategy='concat'), dict(mix_strategy='interleave_once')])
+def test_data_sets_of_which_every_row_is_taken_once_are_one_file(given, folder, tmp_path):
+    c = trainer_of(written(folder, tmp_path/'config.yaml', common | given), quiet=True).config
+    assert (c.data_path.name, c.data_weights)==('training_data_custom.json', None)
+    assert len(json.loads(c.data_path.read_text()))==11
+
+def test_one_data_set_takes_no_turns(folder, tmp_path):
+    asked = common | dict(dataset='identity', mix_strategy='interleave_over')
+    assert trainer_of(written(folder, tmp_path/'config.yaml', asked), quiet=True).config.data_weights is None
+
+@pytest.mark.parametrize('given,why', [
+    (dict(mix_strategy='zip'), "mix_strategy='zip'"), (dict(interleave_probs='0.7,0.3'), 'interleave_probs'),
+    (dict(mix_strategy='interleave_over', interleave_probs='0.7'), 'a number above 0 for each data set'),
+    (dict(mix_strategy='interleave_over', interleave_probs='0.7,x'), 'a number above 0 for each data set'),
+    (dict(mix_strategy='interleave_under', interleave_probs='1,0'), 'a number above 0 for each data set')])
+def test_shares_of_data_sets_that_cannot_be_are_refused(given, why, folder, tmp_path):
+    with pytest.raises(SageError, match=why): translated(written(folder, tmp_path/'config.yaml', common | given))

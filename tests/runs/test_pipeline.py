@@ -4,6 +4,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from safetensors.torch import load_file
+from quick import forked, two_layers
 from sage_finetune.core.run_folder import RunFolder
 
 def settings(folder, name, seed=0, **more):
@@ -11,7 +12,7 @@ def settings(folder, name, seed=0, **more):
     if not data.is_file():
         data.write_text(''.join(json.dumps(dict(question=f'What is {a} + {b}?', answer=str(a+b)))+'\n'
                                 for a in range(4) for b in range(4)))
-    return dict(model_name='sage-tiny', data_path=str(data), output_dir=str(folder/name), max_steps=3,
+    return dict(model_name=two_layers, data_path=str(data), output_dir=str(folder/name), max_steps=3,
                 per_device_train_batch_size=4, gradient_accumulation_steps=1, learning_rate=1e-3,
                 seed=seed, test_size=0.2, logging_steps=1, report_to='none',
                 lora=dict(r=4, lora_alpha=8, lora_dropout=0.1)) | more
@@ -29,7 +30,7 @@ def test_twenty_runs_leave_twenty_sound_folders(tmp_path):
             for n,seed in names: done[n] = finetune(settings(tmp_path, n, seed)).to_dict()
         except BaseException as e: faults.append(e)
     settings(tmp_path, 'first')
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context('spawn')) as pool:
+    with ProcessPoolExecutor(2, mp_context=forked or multiprocessing.get_context('spawn')) as pool:
         others = {f'other-{i}': pool.submit(in_a_process, settings(tmp_path, f'other-{i}', i%5)) for i in range(10)}
         threads = [threading.Thread(target=some, args=([(f'thread-{t}-{i}', (2*t+i)%5) for i in range(2)],))
                    for t in range(3)]
@@ -63,14 +64,13 @@ def test_nothing_is_printed_and_nothing_of_the_process_is_changed(tmp_path):
                           capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert (said.returncode, said.stdout, said.stderr)==(0, '', '')
 
-def started(*args, stdin=None, **env):
+def started(*args):
     return subprocess.Popen([Path(sys.executable).with_name('sage-finetune'), 'run', *args, '--json'],
-                            stdin=subprocess.PIPE if stdin else subprocess.DEVNULL, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env={**os.environ, **env})
+                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-def test_the_command_speaks_json_whatever_happens(tmp_path):
-    run = started('-', stdin=True)
-    out,err = run.communicate(json.dumps(settings(tmp_path, 'run')), timeout=300)
+def test_the_command_speaks_json_whatever_happens(tmp_path, command):
+    run = command('run', '-', '--json', stdin=json.dumps(settings(tmp_path, 'run')))
+    out,err = run.stdout,run.stderr
     result = json.loads(out)
     assert ((run.returncode, result['status'], result['steps'], result['rows']['read'])==(0, 'trained', 3, 16)
             and out.count('\n')==1)
@@ -79,12 +79,11 @@ def test_the_command_speaks_json_whatever_happens(tmp_path):
     assert ([e['step'] for e in events if e['kind']=='log' and 'loss' in e]==[1, 2, 3]
             and {e['of'] for e in events if e['kind']=='log'}=={None, 3})
     (tmp_path/'bad.json').write_text(json.dumps(settings(tmp_path, 'bad') | dict(learning_rate=-1)))
-    run = started(tmp_path/'bad.json')
-    out,err = run.communicate(timeout=300)
-    assert (run.returncode==1 and json.loads(out)['status']=='failed'
-            and '`learning_rate` must be above 0, got -1' in json.loads(out)['error'])
+    run = command('run', tmp_path/'bad.json', '--json')
+    assert (run.returncode==1 and json.loads(run.stdout)['status']=='failed'
+            and '`learning_rate` must be above 0, got -1' in json.loads(run.stdout)['error'])
 
-def test_a_terminated_command_says_so_and_goes_on(tmp_path):
+def test_a_terminated_command_says_so_and_goes_on(tmp_path, command):
     asked = tmp_path/'run.json'
     asked.write_text(json.dumps(settings(tmp_path, 'run', max_steps=40, save_steps=100)))
     run = started(asked)
@@ -97,6 +96,5 @@ def test_a_terminated_command_says_so_and_goes_on(tmp_path):
     assert ((run.returncode, result['status'])==(143, 'stopped')
             and 'running again resumes from there' in result['error'])
     assert RunFolder(tmp_path/'run').state=='stopped'
-    run = started(asked)
-    out,_ = run.communicate(timeout=300)
-    assert (run.returncode, json.loads(out)['steps'])==(0, 40)
+    run = command('run', asked, '--json')
+    assert (run.returncode, json.loads(run.stdout)['steps'])==(0, 40)

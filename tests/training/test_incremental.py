@@ -3,11 +3,12 @@ import json, shutil
 
 import pytest, torch
 from safetensors.torch import load_file
+from quick import two_layers
 from sage_finetune.config import read_json, SageError, TrainingConfig
 from sage_finetune.data import DataReport
 from sage_finetune.trainer import LoRATrainer
 
-settings = dict(model_name='sage-tiny', max_length=128, per_device_train_batch_size=8,
+settings = dict(model_name=two_layers, max_length=128, per_device_train_batch_size=8,
                 gradient_accumulation_steps=1, learning_rate=3e-3, num_train_epochs=4, load_in_8bit=False, fp16=False,
                 optim='adamw_torch', report_to='none', gradient_checkpointing=False, save_steps=1000,
                 warmup_ratio=0, lr_scheduler_type='constant')
@@ -111,7 +112,7 @@ def test_another_adapter_below_is_another_run(first, tmp_path):
 def test_an_adapter_of_another_base_is_refused(first, tmp_path):
     folder,_ = first
     from sage_finetune.model.loading import load_model, load_tokenizer
-    model = load_model('sage-tiny')
+    model = load_model(two_layers)
     with torch.no_grad(): model.model.embed_tokens.weight.add_(.01)
     model.save_pretrained(tmp_path/'base')
     load_tokenizer('sage-tiny').save_pretrained(tmp_path/'base')

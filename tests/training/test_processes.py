@@ -5,8 +5,8 @@ Against one process, row by row, through kills and stops, and with the model div
 The processes are forked from one that has imported everything, with the environment that a launcher gives them;
 the launcher itself is started where it is what is tested.
 """
+import gc
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -21,6 +21,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from quick import forked, two_layers
 from sage_finetune.training.callbacks import read_metrics
 from sage_finetune.core.disk import write_json
 from sage_finetune.config import LoRAConfig, read_json, SageError, TrainingConfig
@@ -29,8 +30,6 @@ from sage_finetune.runs.launch import launch_command
 from sage_finetune.trainer import LoRATrainer, Stopped
 
 pytestmark = pytest.mark.skipif(os.name!='posix', reason='needs signals and processes as POSIX has them')
-forked = multiprocessing.get_context('forkserver') if os.name=='posix' else None
-if forked: forked.set_forkserver_preload(['sage_finetune.trainer', 'sage_finetune.runs.launch'])
 
 fsdp2 = dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2', FSDP_AUTO_WRAP_POLICY='TRANSFORMER_BASED_WRAP',
              FSDP_STATE_DICT_TYPE='FULL_STATE_DICT',
@@ -41,7 +40,7 @@ fsdp2 = dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2', FSDP_AUTO_WRAP_POLICY
 # What is trained: 23 counted words, 21 of them to learn from, so that neither rows nor passes come out even
 
 def config(folder, data, **more):
-    settings = dict(model_name='sage-tiny', data_path=data, output_dir=folder, test_size=0.1, num_train_epochs=2,
+    settings = dict(model_name=two_layers, data_path=data, output_dir=folder, test_size=0.1, num_train_epochs=2,
                     save_steps=3, per_device_train_batch_size=2,
                     gradient_accumulation_steps=2, learning_rate=1e-3, logging_steps=1, report_to='none',
                     lora=LoRAConfig(r=4, lora_dropout=0.0))
@@ -93,6 +92,7 @@ def near(one, two):
 
 def _child(place, rank, work, args, more, env):
     os.environ.update(env)
+    gc.freeze()
     sys.stderr = sys.stdout = open(place/f'said_{rank}', 'w', buffering=1)
     torch.set_num_threads(1)
     try:
@@ -308,7 +308,7 @@ def test_fsdp2(base, data, one, divided):
     seen_once(base/'fsdp_note', 2)
     from peft import PeftModel
     from sage_finetune.model.loading import load_model
-    PeftModel.from_pretrained(load_model('sage-tiny'), RunFolder(divided).lora_weights)
+    PeftModel.from_pretrained(load_model(two_layers), RunFolder(divided).lora_weights)
     assert read_json(RunFolder(divided).config)['_division']=='FSDP'
     with pytest.raises(SageError, match='what divides the model among processes: FSDP → None'): alone(divided, data)
 

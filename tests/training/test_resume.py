@@ -4,7 +4,6 @@
 forked from one that has imported everything. What comes of a run is compared bit by bit with an undisturbed one.
 """
 import gc
-import multiprocessing
 import os
 import random
 import shutil
@@ -19,14 +18,13 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from quick import forked, two_layers
 from sage_finetune.training import callbacks, loop, resume
 from sage_finetune.config import LoRAConfig, read_json, SageError, TrainingConfig
 from sage_finetune.core.run_folder import checkpoint_fault, complete_marker, last_checkpoint, only_run, RunFolder
 from sage_finetune.rows.formats import create_sample_data
 from sage_finetune.trainer import LoRATrainer, Stopped
 
-forked = multiprocessing.get_context('forkserver') if os.name=='posix' else None
-if forked: forked.set_forkserver_preload(['sage_finetune.trainer', 'sage_finetune.merge_chat'])
 needs_posix = pytest.mark.skipif(not forked, reason='needs signals and processes as POSIX has them')
 
 
@@ -34,7 +32,7 @@ needs_posix = pytest.mark.skipif(not forked, reason='needs signals and processes
 # end of each pass
 
 def config(folder, data, **more):
-    settings = dict(model_name='sage-tiny', data_path=data, output_dir=folder, test_size=0.1, max_steps=14,
+    settings = dict(model_name=two_layers, data_path=data, output_dir=folder, test_size=0.1, max_steps=14,
                     save_steps=3, per_device_train_batch_size=2,
                     gradient_accumulation_steps=2, learning_rate=5e-3, logging_steps=2, report_to='none',
                     lora=LoRAConfig(r=4, lora_dropout=0.1))
@@ -84,6 +82,7 @@ def reached(folder): return max((m['step'] for m in callbacks.read_metrics(RunFo
 
 def _in_child(said, work, args, more):
     sys.stderr = open(said, 'a', buffering=1)
+    gc.freeze()
     torch.set_num_threads(1)
     try: work(*args, **more)
     except (KeyboardInterrupt, SageError, ValueError, OSError) as e:

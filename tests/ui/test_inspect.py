@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+import threading
 import tracemalloc
 import unicodedata
 from html.parser import HTMLParser
@@ -18,6 +19,7 @@ from datasets import Dataset
 from rich.cells import cell_len
 from rich.console import Console
 
+from quick import command_in_fork, forked
 from sage_finetune.ui import inspect as module
 from sage_finetune.training.packing import pack_dataset
 from sage_finetune.cli import main
@@ -444,24 +446,28 @@ def test_no_weights_are_loaded(tmp_path, monkeypatch, capsys):
     assert '1 used' in capsys.readouterr().out
 
 
+def read(terminal):
+    "What a terminal says next; nothing where the other end is closed"
+    try: return os.read(terminal, 4096)
+    except OSError: return b''
+
+
+@pytest.mark.skipif(not forked, reason='needs terminals and processes as POSIX has them')
 def test_colours_in_a_terminal_and_none_with_no_color(tmp_path):
-    pty = pytest.importorskip('pty')
-    program = [os.path.join(os.path.dirname(sys.executable), 'sage-finetune'), 'inspect',
-               str(save_rows(tmp_path/'a.jsonl', [qa('a', 'b\x1b[2J')])), '--model', 'sage-tiny']
+    import pty
+    words = 'inspect',save_rows(tmp_path/'a.jsonl', [qa('a', 'b\x1b[2J')]),'--model','sage-tiny'
     def shown(**env):
         leader,follower = pty.openpty()
         env = ({k: v for k,v in os.environ.items() if k not in ('NO_COLOR', 'COLORTERM')}
                | dict(TERM='xterm-256color', SAGE_CACHE=str(tmp_path/'c')) | env)
-        process,out = subprocess.Popen(program, stdout=follower, stderr=follower, env=env),b''
+        said,reader = [],threading.Thread(target=lambda: said.extend(iter(lambda: read(leader), b'')))
+        reader.start()
+        done = command_in_fork(words, tmp_path, env, terminal=os.ttyname(follower))
         os.close(follower)
-        while True:
-            try: block = os.read(leader, 4096)
-            except OSError: break # the other end is closed
-            if not block: break
-            out += block
+        reader.join()
         os.close(leader)
-        assert process.wait()==0, out
-        return out.decode()
+        assert done.returncode==0, said
+        return b''.join(said).decode()
     colours,plain,dumb = shown(),shown(NO_COLOR='1'),shown(TERM='dumb')
     assert ('\x1b[4;' in colours and '⟦' not in colours and '\x1b[2J' not in colours
             and 'b\\x1b[2J' in re.sub(r'\x1b\[[\d;]*m', '', colours))

@@ -13,6 +13,7 @@ import pytest
 fcntl,pty,termios = (pytest.importorskip(m, reason='needs terminals and signals as POSIX has them')
                      for m in ('fcntl', 'pty', 'termios'))
 
+from quick import two_layers
 from sage_finetune.config import LoRAConfig, TrainingConfig
 from sage_finetune.core.run_folder import RunFolder
 from sage_finetune.ui.live import LiveCallback, LiveRun, read_generations, train_in_terminal
@@ -29,7 +30,7 @@ def data(tmp_path_factory):
 
 
 def config(folder, data, **more):
-    settings = dict(model_name='sage-tiny', data_path=data, output_dir=folder, test_size=0.1, max_steps=6,
+    settings = dict(model_name=two_layers, data_path=data, output_dir=folder, test_size=0.1, max_steps=6,
                     save_steps=3, per_device_train_batch_size=4, gradient_accumulation_steps=2,
                     learning_rate=5e-3, logging_steps=2, report_to='none', lora=LoRAConfig(r=4, lora_dropout=0.1))
     return TrainingConfig(**(settings | more))

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
+from quick import two_layers
 from sage_finetune.training.packing import pack_dataset
 from sage_finetune.model.loss import head_bytes
 from sage_finetune.runs.run import adapter_difference, compare, not_exact, Run, runs
@@ -19,7 +20,7 @@ from sage_finetune.trainer import LoRATrainer, Stopped
 def config(folder, name='run', **changes):
     data = folder/'sums.json'
     if not data.is_file(): create_sample_data(data, 'qa', 30)
-    settings = dict(model_name='sage-tiny', data_path=data, max_length=64, test_size=0.2,
+    settings = dict(model_name=two_layers, data_path=data, max_length=64, test_size=0.2,
                     per_device_train_batch_size=4, gradient_accumulation_steps=1, max_steps=4, logging_steps=1,
                     learning_rate=5e-3, report_to='none', output_dir=folder/name)
     return TrainingConfig.from_dict(settings | changes)
