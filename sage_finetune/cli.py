@@ -274,11 +274,6 @@ def _show_result(result, folder):
         echo(f'On rows of the parent run: held-out loss {result.earlier_before:.3f} → {result.earlier_after:.3f}')
     echo(f'Next: sage-finetune chat {_short(folder)}   or   sage-finetune merge {_short(folder)}')
 
-def _settings(target, base):
-    from sage_finetune.runs.tasks import config_of
-    if target=='-': return sys.stdin.read()
-    return config_of(target, True, base) if base else target
-
 # %% ../nbs/05_cli.ipynb #aade896f
 Nproc = Annotated[Optional[int], Option('--nproc', min=1, metavar='N', help='Train with this many processes on '
                                         'this machine, one for each GPU')]
@@ -304,6 +299,11 @@ def _one_of(options):
     "Refuse options that exclude each other"
     given = [name for name,on in options.items() if on]
     if len(given)>1: raise ValueError(f'`{given[0]}` and `{given[1]}` exclude each other')
+
+def _settings(target, base):
+    from sage_finetune.runs.tasks import config_of
+    if target=='-': return sys.stdin.read()
+    return config_of(target, True, base) if base else target
 
 def _as_json(target, fresh, base):
     from sage_finetune.runs.pipeline import run_json

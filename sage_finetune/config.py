@@ -528,7 +528,6 @@ def resolve_model(
     package = find_spec('sage_finetune').submodule_search_locations[0]
     return str(Path(package)/'models'/embedded_model)
 
-# %% ../nbs/00_config.ipynb #34f8502c
 def base_place(
     folder:str|Path, # Of an adapter
     base:str|None=None, # Where it is now, if known

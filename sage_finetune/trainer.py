@@ -22,7 +22,8 @@ from .core.run_folder import last_checkpoint, only_run, RunFolder, write_record
 from .config import config_from_meta, fit_config, PreferenceConfig, TrainingConfig
 from .rows.images import processor_of
 from .rows.report import DataReport
-from .model.adapter import adapter_line, add_lora, BestAdapter, check_settings, ready_for_quantised_training
+from .model.adapter import adapter_line, add_lora, BestAdapter, check_settings
+from .model.adapter import ready_for_quantised_training
 from .model.shards import base_digest
 from .model.memory import estimate_memory, probe_step
 from .training.batches import check_fit, check_rows, Collator, longest_batch, padding_of
@@ -396,8 +397,7 @@ def _finish(run, result, new_adapter):
 def _train_and_save(run, start):
     "Train to the last step, and save the results"
     if not process(): (run.folder.path/manifest_file).unlink(missing_ok=True) # its files change from here on
-    new_adapter = not (start and is_last_step(start) and run.folder.state in ('trained', 'merged'))
-    fault = None
+    new_adapter,fault = not (start and is_last_step(start) and run.folder.state in ('trained', 'merged')),None
     with run.stop_signal.listening(run.say):
         try:
             run._before = None if division() else _losses_before(run, start)
