@@ -9,7 +9,6 @@ __all__ = ['Translation', 'kind_of_config', 'read_settings', 'translated', 'conf
 
 # %% ../../nbs/runs/00_other_tools.ipynb #1896cb6a
 import re
-from collections import Counter
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
@@ -547,6 +546,8 @@ def _judgement(row, info):
     found = {n: row.get(columns.get(n, n)) for n in ('chosen', 'rejected')} if info.get('ranking') else {}
     return found | (dict(label=row.get(columns['kto_tag'])) if 'kto_tag' in columns else {})
 
+def _flags(turn): return {k: v for k,v in turn.items() if k in flag_keys} # whether a turn is to be learned
+
 # %% ../../nbs/runs/00_other_tools.ipynb #7dd13ceb
 _sharegpt_tags = dict(role_tag='from', content_tag='value', user_tag='human', assistant_tag='gpt',
                       observation_tag='observation', function_tag='function_call', system_tag='system')
@@ -559,8 +560,7 @@ def _sharegpt_row(row, info):
     def message(turn):
         if not isinstance(turn, dict): return turn
         role = turn.get(tags['role_tag'])
-        flags = {k: v for k,v in turn.items() if k in flag_keys} # a turn that is not to be learned
-        return dict(role=role_of.get(role, role), content=turn.get(tags['content_tag'])) | flags
+        return dict(role=role_of.get(role, role), content=turn.get(tags['content_tag'])) | _flags(turn)
     turns = row.get(columns.get('messages', 'conversations'))
     if not isinstance(turns, list) or not all(isinstance(t, dict) for t in turns): return dict(messages=turns)
     out = dict(messages=[message(t) for t in turns]) | {k: message(v) for k,v in _judgement(row, info).items()}
@@ -571,12 +571,12 @@ def _rows_of_dataset(data):
     "The rows of a data set of `Translation.data`, in our form"
     rows = (read_rows(str(data['source']), split=data['split'], subset=data['subset'])
             if isinstance(data['source'], str) else read_rows(data['source']))
-    out,info,seen = [],data['info'],Counter()
+    out,info,seen = [],data['info'],{}
     for r in islice(rows, data['most']):
         if r.error: raise SageError(f'{r.file}:{r.line}: {r.error}')
         if info is None or not isinstance(r.value, dict): out.append(r.value) # refused with its line, if so
         else:
-            for k,v in r.value.items(): seen[k] += not is_empty(v)
+            for k,v in r.value.items(): seen[k] = seen.get(k, 0)+(not is_empty(v))
             read = _alpaca_row if info.get('formatting', 'alpaca')=='alpaca' else _sharegpt_row
             out.append(read(r.value, info) | _images_of(r.value, data))
     if info is not None: data['told'] = _not_read(seen, info)
@@ -587,7 +587,8 @@ def _not_read(seen, info):
     alpaca,columns = info.get('formatting', 'alpaca')=='alpaca',info.get('columns', {})
     usual = {**_alpaca_columns, 'system': 'system', 'history': 'history'} if not columns else _alpaca_columns
     named = {*(usual | columns if alpaca else dict(messages='conversations') | columns).values()}
-    unused = [f'{k} ({n:,} rows)' for k,n in seen.items() if n and k not in named and str(k).lower() not in harmless_keys]
+    harmless = lambda k: k in named or str(k).lower() in harmless_keys
+    unused = [f'{k} ({n:,} rows)' for k,n in seen.items() if n and not harmless(k)]
     absent = [f'{theirs!r} (`{ours}`)' for ours,theirs in columns.items() if theirs not in seen]
     return ''.join(f', {what}: {", ".join(names[:9])}' for what,names in
                    [('not used', unused), ('no row has', absent)] if names)

@@ -181,7 +181,8 @@ as_openai = dict(role_tag='role', content_tag='content', user_tag='user', assist
 
 
 @pytest.mark.parametrize('row,info,told', [
-    (pair | dict(context='C', id=1), {}, ', not used: context (2 rows)'), (pair, {}, ''), (pair | dict(system=''), {}, ''),
+    (pair | dict(context='C', id=1), {}, ', not used: context (2 rows)'), (pair, {}, ''),
+    (pair | dict(system=''), {}, ''),
     (pair, dict(columns=dict(prompt='instruction', query='nope', response='output')),
      ", not used: input (2 rows), no row has: 'nope' (`query`)"),
     (dict(conversations=[{'from': 'human', 'value': 'a'}, {'from': 'gpt', 'value': 'b'}], tool='x'),
