@@ -290,7 +290,7 @@ def _records(lines, delimiter):
 _csv_words = {'unexpected end of data': 'a quote that is opened here is never closed',
               'new-line character': 'a line ends in a carriage return alone: save the file with line feeds'}
 
-def _csv_fault(e): return f"not CSV: {next((words for begin,words in _csv_words.items() if str(e).startswith(begin)), e)}"
+def _csv_fault(e): return f"not CSV: {next((said for known,said in _csv_words.items() if known in str(e)), e)}"
 
 # %% ../../nbs/rows/00_files.ipynb #f11e0029
 def _is_like_a_row(line, n, delimiter):

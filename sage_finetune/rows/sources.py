@@ -98,7 +98,8 @@ def _matches(pattern):
 _between = '[-._ 0-9]' # Signs that end a word in a name
 
 def _words(end):
-    return {split: re.compile(f"(?:^|{_between})(?:{'|'.join(words)}){end}", re.I) for split,words in split_keywords.items()}
+    return {split: re.compile(f"(?i)(?:^|{_between})(?:{'|'.join(words)}){end}")
+            for split,words in split_keywords.items()}
 
 _in_folder,_in_file = _words(f'(?:$|{_between})'),_words(_between)
 _shard = re.compile(r'data/(.+)-\d{5}-of-\d{5}[^/]*\.[^/]*').fullmatch
@@ -172,6 +173,7 @@ def _checked_file(path):
     if not stat.S_ISREG(mode): raise ValueError(f'{path} is not a plain file')
     return path
 
+# %% ../../nbs/rows/01_sources.ipynb #b7ea0001
 def _why_beside(path):
     "Why a text in a folder of rows is passed over; the card of a data set may say more than the names of its files"
     card = ''
@@ -212,15 +214,7 @@ def _load(kind, source, split, revision, subset):
     name,data = ('dataset', source) if kind=='dataset' else (str(source), _saved_dataset(source))
     return name, _one_split(data, split, name)
 
-# %% ../../nbs/rows/01_sources.ipynb #f9b7aa8d
-def _dataset_rows(data, name):
-    "The rows of a `datasets` object: plain values, images unopened, unless it has a transform of its own"
-    if _is_plain(data): # 256 rows at a time, eight times faster than one by one
-        shown = _with_shown_columns(data)
-        yield from table_rows(shown.with_format('arrow').iter(256), shown.features.arrow_schema, name)
-    else:
-        for i,value in enumerate(data, 1): yield made_row(name, i, value)
-
+# %% ../../nbs/rows/01_sources.ipynb #b7ea0003
 def _is_plain(data):
     "Whether `data` is a `Dataset` without a transform of its own"
     return hasattr(data, '__len__') and data.format['type']!='custom'
@@ -229,6 +223,15 @@ def _with_shown_columns(data):
     "A `Dataset` without the columns that its format hides"
     hidden = not data.format['output_all_columns'] and {*data.column_names}-{*data.format['columns']}
     return data.select_columns([c for c in data.column_names if c not in hidden]) if hidden else data
+
+# %% ../../nbs/rows/01_sources.ipynb #f9b7aa8d
+def _dataset_rows(data, name):
+    "The rows of a `datasets` object: plain values, images unopened, unless it has a transform of its own"
+    if _is_plain(data): # 256 rows at a time, eight times faster than one by one
+        shown = _with_shown_columns(data)
+        yield from table_rows(shown.with_format('arrow').iter(256), shown.features.arrow_schema, name)
+    else:
+        for i,value in enumerate(data, 1): yield made_row(name, i, value)
 
 # %% ../../nbs/rows/01_sources.ipynb #c6362ca0
 def _list_of_rows(rows, name):

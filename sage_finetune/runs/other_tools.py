@@ -19,7 +19,7 @@ from shutil import which
 from ..core.disk import read_json, SageError
 from ..config import TrainingConfig
 from ..rows.sources import read_rows, save_rows
-from ..rows.turns import read_history, Reading
+from ..rows.turns import flag_keys, harmless_keys, is_empty, read_history, Reading
 from ..rows.formats import detect_data_format
 
 # %% ../../nbs/runs/00_other_tools.ipynb #b036793d
@@ -528,8 +528,9 @@ def _alpaca_row(row, info):
     columns,ranked = info.get('columns', {}),bool(info.get('ranking'))
     names = _alpaca_columns | (columns or dict(system='system', history='history'))
     value = lambda name: row.get(names.get(name))
-    question = '\n'.join(text for text in (value('prompt'), value('query')) if text)
-    answer = None if ranked else value('response')
+    asked,answer = [text for text in (value('prompt'), value('query')) if text],None if ranked else value('response')
+    if not all(isinstance(text, str) for text in asked): return dict(instruction=asked, output=answer) # to be refused
+    question = '\n'.join(asked)
     if not question or not (answer or ranked): return dict(instruction=question, output=answer or '')
     turns = [('system', value('system'))] if value('system') else []
     try: past = read_history(value('history'), Reading())
@@ -545,6 +546,8 @@ def _judgement(row, info):
     found = {n: row.get(columns.get(n, n)) for n in ('chosen', 'rejected')} if info.get('ranking') else {}
     return found | (dict(label=row.get(columns['kto_tag'])) if 'kto_tag' in columns else {})
 
+def _flags(turn): return {k: v for k,v in turn.items() if k in flag_keys} # whether a turn is to be learned
+
 # %% ../../nbs/runs/00_other_tools.ipynb #7dd13ceb
 _sharegpt_tags = dict(role_tag='from', content_tag='value', user_tag='human', assistant_tag='gpt',
                       observation_tag='observation', function_tag='function_call', system_tag='system')
@@ -557,7 +560,7 @@ def _sharegpt_row(row, info):
     def message(turn):
         if not isinstance(turn, dict): return turn
         role = turn.get(tags['role_tag'])
-        return dict(role=role_of.get(role, role), content=turn.get(tags['content_tag']))
+        return dict(role=role_of.get(role, role), content=turn.get(tags['content_tag'])) | _flags(turn)
     turns = row.get(columns.get('messages', 'conversations'))
     if not isinstance(turns, list) or not all(isinstance(t, dict) for t in turns): return dict(messages=turns)
     out = dict(messages=[message(t) for t in turns]) | {k: message(v) for k,v in _judgement(row, info).items()}
@@ -568,14 +571,27 @@ def _rows_of_dataset(data):
     "The rows of a data set of `Translation.data`, in our form"
     rows = (read_rows(str(data['source']), split=data['split'], subset=data['subset'])
             if isinstance(data['source'], str) else read_rows(data['source']))
-    out,info = [],data['info']
+    out,info,seen = [],data['info'],{}
     for r in islice(rows, data['most']):
         if r.error: raise SageError(f'{r.file}:{r.line}: {r.error}')
-        if info is None: out.append(r.value)
+        if info is None or not isinstance(r.value, dict): out.append(r.value) # refused with its line, if so
         else:
+            for k,v in r.value.items(): seen[k] = seen.get(k, 0)+(not is_empty(v))
             read = _alpaca_row if info.get('formatting', 'alpaca')=='alpaca' else _sharegpt_row
             out.append(read(r.value, info) | _images_of(r.value, data))
+    if info is not None: data['told'] = _not_read(seen, info)
     return out
+
+def _not_read(seen, info):
+    "In words: columns of a data set that nobody reads, and names of columns that no row has"
+    alpaca,columns = info.get('formatting', 'alpaca')=='alpaca',info.get('columns', {})
+    usual = {**_alpaca_columns, 'system': 'system', 'history': 'history'} if not columns else _alpaca_columns
+    named = {*(usual | columns if alpaca else dict(messages='conversations') | columns).values()}
+    harmless = lambda k: k in named or str(k).lower() in harmless_keys
+    unused = [f'{k} ({n:,} rows)' for k,n in seen.items() if n and not harmless(k)]
+    absent = [f'{theirs!r} (`{ours}`)' for ours,theirs in columns.items() if theirs not in seen]
+    return ''.join(f', {what}: {", ".join(names[:9])}' for what,names in
+                   [('not used', unused), ('no row has', absent)] if names)
 
 def _images_of(row, data):
     "The images of a row, by paths that hold from any folder"
@@ -618,7 +634,7 @@ def _rows_of_each(datasets, say):
     out = []
     for d in datasets:
         out.append(_rows_of_dataset(d))
-        say(f'{d["name"]}: {len(out[-1]):,} rows')
+        say(f'{d["name"]}: {len(out[-1]):,} rows{d.get("told", "")}')
     return out
 
 # %% ../../nbs/runs/00_other_tools.ipynb #12a9511c

@@ -586,7 +586,8 @@ def test_columns_that_the_format_of_a_data_set_hides_are_not_read():
     ('context', []), (['context', 'id'], []), (['context', None], ['level_1'])], ids=['one', 'two', 'one of two'])
 def test_an_index_with_a_name_is_a_column_of_a_frame(index, more):
     import pandas as pd
-    rows = [dict(question='Why?', answer='So.', context='C', id=1), dict(question='Who?', answer='I.', context='D', id=2)]
+    rows = [dict(question='Why?', answer='So.', context='C', id=1),
+            dict(question='Who?', answer='I.', context='D', id=2)]
     frame = pd.DataFrame(rows).set_index(['context', 'id'] if isinstance(index, list) else index)
     if more: frame.index.names = index
     found = [r.value for r in read_rows(frame)]

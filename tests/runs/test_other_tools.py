@@ -1,12 +1,16 @@
 "Configs that LLaMA-Factory ships as examples, as settings, and what the trainer gets of them; and TRL's"
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 
 from sage_finetune.config import SageError
-from sage_finetune.runs.other_tools import translated
+from sage_finetune.data import DataReport, prepare_dataset
+from sage_finetune.model.loading import load_tokenizer
+from sage_finetune.runs.other_tools import config_from_other_tool, translated
 from sage_finetune.runs.tasks import trainer_of
+from sage_finetune.rows.formats import to_messages
 from sage_finetune.rows.sources import save_rows
 
 common = dict(stage='sft', do_train=True, finetuning_type='lora', lora_target='all', template='llama3',
@@ -159,3 +163,47 @@ def test_one_data_set_takes_no_turns(folder, tmp_path):
     (dict(mix_strategy='interleave_under', interleave_probs='1,0'), 'a number above 0 for each data set')])
 def test_shares_of_data_sets_that_cannot_be_are_refused(given, why, folder, tmp_path):
     with pytest.raises(SageError, match=why): translated(written(folder, tmp_path/'config.yaml', common | given))
+
+
+def described(rows, tmp_path, **info):
+    "A file of LLaMA-Factory for these rows"
+    (tmp_path/'rows.json').write_text(json.dumps(rows))
+    (tmp_path/'dataset_info.json').write_text(json.dumps(dict(mine=dict(file_name='rows.json', **info))))
+    (tmp_path/'l.json').write_text(json.dumps(dict(
+        model_name_or_path='sage-tiny', stage='sft', finetuning_type='lora', lora_target='all', dataset='mine',
+        dataset_dir=str(tmp_path), template='qwen', cutoff_len=128, output_dir=str(tmp_path/'run'), max_steps=1)))
+    return tmp_path/'l.json'
+
+
+pair = dict(instruction='Why?', input='In short.', output='So.')
+tags = dict(messages='messages')
+as_openai = dict(role_tag='role', content_tag='content', user_tag='user', assistant_tag='assistant')
+
+
+@pytest.mark.parametrize('row,info,told', [
+    (pair | dict(context='C', id=1), {}, ', not used: context (2 rows)'), (pair, {}, ''),
+    (pair | dict(system=''), {}, ''),
+    (pair, dict(columns=dict(prompt='instruction', query='nope', response='output')),
+     ", not used: input (2 rows), no row has: 'nope' (`query`)"),
+    (dict(conversations=[{'from': 'human', 'value': 'a'}, {'from': 'gpt', 'value': 'b'}], tool='x'),
+     dict(formatting='sharegpt'), ', not used: tool (2 rows)')])
+def test_columns_that_nobody_reads_are_told(row, info, told, tmp_path):
+    said = []
+    config_from_other_tool(described([row, row], tmp_path, **info), say=said.append)
+    assert said[-1] == f'mine: 2 rows{told}'
+
+
+@pytest.mark.parametrize('flag', [dict(weight=0), dict(train=False), dict(loss='false'), dict(masked=True)])
+def test_a_turn_that_is_not_to_be_learned_stays_so(flag, tmp_path):
+    turns = [dict(role=r, content=c) for r,c in zip(['user', 'assistant']*2, 'abcd')]
+    turns[1] |= flag
+    file = described([dict(messages=turns)], tmp_path, formatting='sharegpt', columns=tags, tags=as_openai)
+    rows = json.loads(Path(config_from_other_tool(file, say=lambda text: None).data_path).read_text())
+    assert [m.get('train', True) for m in to_messages(rows[0])] == [True, False, True, True]
+
+
+@pytest.mark.parametrize('row', ['text', ['Why?', 'So.'], pair | dict(instruction=['Why?']), pair | dict(input=3)])
+def test_rows_of_another_shape_are_refused_with_their_line(row, tmp_path):
+    config,report = config_from_other_tool(described([pair, row], tmp_path), say=lambda text: None),DataReport()
+    prepare_dataset(config.data_path, load_tokenizer('sage-tiny'), report=report, cache=False)
+    assert report.used == 1 and [d['line'] > 2 and 'must be a' in d['reason'] for d in report.dropped] == [True]
