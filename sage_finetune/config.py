@@ -294,8 +294,7 @@ _presets = dict(
     colab_t4=lambda: _plain,
     rtx_4090=lambda: _plain | dict(max_length=2048),
     a100=lambda: _plain | dict(max_length=4096, fp16=False, bf16=True),
-    h200=lambda: _plain | dict(per_device_train_batch_size=8, gradient_accumulation_steps=2, max_length=4096,
-                               fp16=False, bf16=True),
+    h200=lambda: _presets['a100']() | dict(per_device_train_batch_size=8, gradient_accumulation_steps=2),
     cpu=lambda: dict(load_in_8bit=False, gradient_checkpointing=False, optim='adamw_torch', max_length=512, fp16=False))
 
 def _preset(name, changes):
