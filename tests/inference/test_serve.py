@@ -295,8 +295,8 @@ def test_ctrl_c_an_end_and_a_kill_leave_no_server_behind(run, tmp_path):
 
 def follow(folder, base=None, engine='native'):
     "What happens before anything is served, in this process"
-    order = dict(name='code', folder=str(folder), log='', host='127.0.0.1', port=0, api_key=None, engine=engine,
-                 max_new_tokens=8, ignore_contract=False, allow_host=(), options=())
+    order = dict(name='code', folder=str(folder), base=base, log='', host='127.0.0.1', port=0, api_key=None,
+                 engine=engine, max_new_tokens=8, ignore_contract=False, allow_host=(), options=())
     if engine=='native': module._follow(order)
     else: module._other_engine(Served('code', folder, base, folder/'log'), order)
 
