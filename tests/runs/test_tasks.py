@@ -2,6 +2,7 @@
 import json
 import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -197,3 +198,13 @@ def test_every_file_of_a_finished_run_is_told_or_harmless(place):
             file.write_bytes(data)
             with pytest.raises((SageError, ValueError)): load_adapter(lora)
         file.write_bytes(whole)
+
+
+def test_each_of_several_sources_is_found_in_a_moved_folder(tmp_path):
+    (tmp_path/'moved').mkdir()
+    (tmp_path/'moved'/'a.json').write_text('[]')
+    (tmp_path/'b.json').write_text('[]')
+    sources = [dict(path=str(tmp_path/'was'/'a.json'), split='test'), str(tmp_path/'b.json')]
+    TrainingConfig(model_name='sage-tiny', data_path=sources).save(tmp_path/'moved'/'training_config.json')
+    a,b = config_of_run(tmp_path/'moved').data_path
+    assert (Path(a.path), a.split, Path(b.path)) == (tmp_path/'moved'/'a.json', 'test', tmp_path/'b.json')
