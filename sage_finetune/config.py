@@ -503,8 +503,8 @@ def config_from_meta(
     "The config that a run folder asks for"
     folder = RunFolder(folder).path
     meta = read_meta(folder)
-    names = meta['dataset'] if isinstance(meta['dataset'], list) else [meta.get('data_file'), meta['dataset']]
-    data = (_find_sources if names is meta['dataset'] else _find_data)(names, folder)
+    names = [meta.get('data_file'), meta['dataset']]
+    data = _find_sources(names[1], folder) if isinstance(names[1], list) else _find_data(names, folder)
     asked = dict(model_name=meta['model'], data_path=data, output_dir=folder)
     if meta.get('format'): asked['format_type'] = meta['format']
     settings = _meta_settings(meta.get('config'), folder) | dict(data_path=data)

@@ -14,6 +14,8 @@ __all__ = ['harmless_keys', 'harmless_turn_keys', 'image_mark', 'tool_keys', 'fl
 import json,re
 from dataclasses import dataclass, field
 
+from ..core.text_stream import unique_keys
+
 # %% ../../nbs/rows/02_turns.ipynb #7a20000a
 harmless_keys = frozenset((
     '', '__index_level_0__', 'id', 'idx', 'index', 'uuid', 'guid', 'uid', 'hash', 'row_id', 'sample_id', 'example_id',
@@ -93,19 +95,12 @@ def checked_text(
     return value
 
 # %% ../../nbs/rows/02_turns.ipynb #52fc88fa
-def _once(pairs):
-    made = dict(pairs)
-    if len(made)==len(pairs): return made
-    seen = set()
-    key = next(k for k,_ in pairs if k in seen or seen.add(k))
-    raise ValueError(f'the key {key[:60]!r} stands twice in one object')
-
 def json_value(
     text:str, # JSON
     name:str, # What a refusal calls it
 ): # Whatever it holds
     "The JSON that a string holds, or a refusal that names it"
-    try: return json.loads(text, object_pairs_hook=_once)
+    try: return json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as e:
         pythons = re.match(r"\s*[\[{ ]+'", text)
         hint = ' (it is in the notation of Python: write it with `json.dumps`)' if pythons else ''
