@@ -26,9 +26,8 @@ class Injector:
     def begin(self):
         sys.addaudithook(self.hear)
         import pyarrow as pa, safetensors.numpy, safetensors.torch, tokenizers, torch
-        for owner,name in ((safetensors.torch, 'serialize_file'), (safetensors.numpy, 'serialize_file'), (torch, 'save'),
-                           (pa, 'OSFile')):
-            self.ask_before(owner, name)
+        for owner in (safetensors.torch, safetensors.numpy): self.ask_before(owner, 'serialize_file')
+        for owner,name in ((torch, 'save'), (pa, 'OSFile')): self.ask_before(owner, name)
         return self
 
     def ask_before(self, owner, name):

@@ -1,4 +1,5 @@
-"""A fault at every moment of writing, in every command: no wrong result, no lost work, one line, and the same command goes on
+"""A fault at every moment of writing, in every command: no wrong result, no lost work, one line that names it, and the
+same command goes on to the same bits
 
 `make test-faults` tries them all and prints the table; `make test` tries a few of each.
 """
@@ -25,8 +26,8 @@ from sage_finetune.rows.formats import create_sample_data
 pytestmark = pytest.mark.skipif(forked is None, reason='needs processes as POSIX has them')
 
 commands = dict(train=['run', 'run'], merge=['merge', 'run'], clean=['clean', 'run', '--force'],
-                export=['export', 'run', '--output', 'out'], export_adapter=['export', 'run', '--adapter', '--output', 'out',
-                                                                             '--base', 'someone/base'])
+                export=['export', 'run', '--output', 'out'],
+                export_adapter=['export', 'run', '--adapter', '--output', 'out', '--base', 'someone/base'])
 begins_with = dict(train='asked', merge='trained', clean='merged', export='merged', export_adapter='merged')
 
 
@@ -72,7 +73,8 @@ def command(room, words, mode=None, at=0):
     os.close(reader)
     process.join()
     counted = Path(f'{said}.moments')
-    return process.exitcode,heard.decode(errors='replace'), int(counted.read_text()) if counted.is_file() else 0
+    moments = int(counted.read_text()) if counted.is_file() else 0
+    return process.exitcode,heard.decode(errors='replace'), moments
 
 
 @pytest.fixture(scope='module')
@@ -81,8 +83,8 @@ def states(tmp_path_factory):
     asked = tmp_path_factory.mktemp('faults')/'asked'
     (asked/'home').mkdir(parents=True)
     data = create_sample_data(asked/'rows.jsonl', 'qa', num_samples=24)
-    config = TrainingConfig(model_name=two_layers, data_path='rows.jsonl', output_dir='run', test_size=0.25, max_steps=4,
-                            save_steps=2, eval_steps=2, logging_steps=1, per_device_train_batch_size=4,
+    config = TrainingConfig(model_name=two_layers, data_path='rows.jsonl', output_dir='run', test_size=0.25,
+                            max_steps=4, save_steps=2, eval_steps=2, logging_steps=1, per_device_train_batch_size=4,
                             gradient_accumulation_steps=1, learning_rate=5e-3, report_to='none', load_in_8bit=False,
                             fp16=False, lora=LoRAConfig(r=4, lora_dropout=0.1))
     write_meta(asked/'run', two_layers, data, task_type='qa', config=config)
@@ -136,7 +138,8 @@ def one_fault(room, states, name, mode, at):
     return f'left behind: {left}' if left else 'survived'
 
 
-few = [(name, mode, share) for name in commands for mode,share in (('full', .3), ('half', .6), ('dies', .8), ('denied', .95))]
+few = [(name, mode, share) for name in commands
+       for mode,share in (('full', .3), ('half', .6), ('dies', .8), ('denied', .95))]
 
 
 @pytest.mark.parametrize('name,mode,share', few)

@@ -76,8 +76,8 @@ def test_a_wing_is_small():
 
 
 def test_a_test_lies_where_its_notebook_does():
-    """Each test file is named after a notebook of its wing; those of the house, of the browser and of faults are about no
-    single one
+    """Each test file is named after a notebook of its wing; those of the house, of the browser and of faults are about
+    no single one
     """
     stems = {name[:name.rindex('/')+1] + name.rpartition('/')[2][3:] if '/' in name else name[3:]
              for name in modules().values()}
