@@ -22,7 +22,8 @@ small = dict(vocab_size=4096, hidden_size=64, intermediate_size=96, num_hidden_l
              num_key_value_heads=2, max_position_embeddings=512, initializer_range=.1, pad_token_id=0)
 head = dict(target_modules=['q_proj', 'lm_head'])
 kinds = dict(plain={}, rslora=dict(use_rslora=True), dora=dict(use_dora=True),
-             gaussian=dict(init_lora_weights='gaussian'), pissa=dict(init_lora_weights='pissa'), pissa_quick=dict(init_lora_weights='pissa_niter_4'),
+             gaussian=dict(init_lora_weights='gaussian'), pissa=dict(init_lora_weights='pissa'),
+             pissa_quick=dict(init_lora_weights='pissa_niter_4'),
              pissa_dora=dict(init_lora_weights='pissa', use_dora=True), olora=dict(init_lora_weights='olora'),
              orthogonal=dict(init_lora_weights='orthogonal'), bias_all=dict(bias='all'),
              bias_own=dict(bias='lora_only'), all_linear=dict(target_modules='all-linear'), head=head,
