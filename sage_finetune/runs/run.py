@@ -319,12 +319,16 @@ def not_exact(
     run:Run, # To be repeated
 )->list: # One phrase for each; empty where the same bits can be expected
     "Why a repetition here may differ in the last digits"
+    import torch
     from sage_finetune.core.machine import Machine
     from sage_finetune.training.resume import library_versions, memory_ran_out
     now,here = library_versions(),Machine.here()
     found = [f'{p} {v} → {now.get(p)}' for p,v in run.versions.items() if now.get(p)!=v]
     if run.machine!=str(here): found.append(f'machine {run.machine or "unknown"} → {here}')
-    if here.device!='cpu': found.append(f'{here.device} adds in an order of its own')
+    threads = torch.get_num_threads()
+    if here.device=='cpu' and run.record.get('_threads', threads)!=threads:
+        found.append(f"{run.record['_threads']} threads → {threads}")
+    if here.device!='cpu' and not run.config.deterministic: found.append(f'{here.device} adds in an order of its own')
     if '_data' not in run.record: found.append('no checksum of its data was recorded')
     if any(c.reason==memory_ran_out for c in run.changes):
         found.append('memory ran out, and it continued with smaller micro-batches')

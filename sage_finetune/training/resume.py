@@ -136,7 +136,7 @@ def run_record(
     return dict(_from_anywhere(config.to_dict()), _given=sorted(config.given),
                 _fitted={c.setting: c.used for c in changes}, _changes=[vars(c) for c in changes],
                 _evaluation_rows=evaluation_rows,
-                _machine=str(machine), _versions=library_versions(), _data=data,
+                _machine=str(machine), _threads=torch.get_num_threads(), _versions=library_versions(), _data=data,
                 _processes=processes(), _division=division(),
                 **({} if base is None else dict(_base=base)),
                 **({} if init_adapter is None else dict(_init_adapter=init_adapter)))
