@@ -8,7 +8,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/runs/verify.html.md"""
 __all__ = ['Compared', 'compared', 'evidence', 'Verification', 'verify_resume']
 
 # %% ../../nbs/runs/08_verify.ipynb #d08e0006
-import os,tempfile
+import os,re,tempfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -107,12 +107,13 @@ def evidence(
     start:int, # Step it went on from
     end:int, # Step it went on to
     finished:bool=False, # Whether it ended there
+    names:list|None=None, # Of the parameters of the optimizer, where the run did not write them down
 )->dict: # {kind: {name: value}}
     "What a run left of the way from one step to another"
     checkpoint = folder.checkpoints/f'checkpoint-{end}'
     receipt = read_receipt(checkpoint)
     found = _of_receipt(receipt, start, end) | {'logged numbers': _logged(folder, start, end)}
-    names = (receipt or {}).get('parameters')
+    names = (receipt or {}).get('parameters') or names
     for file,values in checkpoint_values(checkpoint).items() if checkpoint.is_dir() else ():
         of = found.setdefault(_kind_of(file), {})
         of.update({value_name(n, names): v for n,v in values.items()})
@@ -175,7 +176,7 @@ def _go_on(run, start, end, scratch, make, base):
     from sage_finetune.training.loop import Stopped
     folder = _copied(run, start, scratch)
     more = dict(model_name=base) if base else {}
-    config = run.config.replace(output_dir=folder.path, report_to='none', save_steps=10**9, **more)
+    config = run.config.replace(output_dir=folder.path, report_to='none', **more)
     trainer = make(config)
     noted = [] if end is None else _stop_after(trainer, end)
     try: trainer.train()
@@ -222,14 +223,14 @@ def _verification_table(v):
                  marks=tuple(i for i,c in enumerate(v.compared) if not c.same))
 
 # %% ../../nbs/runs/08_verify.ipynb #d08e0051
-def _ways(run, whole, from_start):
-    "(start, end, whether the run ended there) for each way that is gone"
-    steps,trained = [s for s in whole if s],run.state in ('trained', 'merged')
+def _ways(run, written, whole, from_start):
+    "(start, end, whether the run ended there) for each way; one leads to a checkpoint that is not whole, but none from it"
+    trained = run.state in ('trained', 'merged')
     last = run.results.get('steps', 0) if trained else max((m['step'] for m in run.metrics), default=0)
-    ends = [*steps, *([last] if last>(steps[-1] if steps else 0) else [])]
-    starts = [0, *steps] if from_start or (from_start is None and len(ends)<2) else steps
-    if 0 not in starts: ends = ends[1:]
-    return [(a, b, trained and b==last) for a,b in zip(starts, ends)]
+    ends = [*written, *([last] if last>max(written, default=0) else [])]
+    before = {end: max((s for s in whole if s<end), default=0) for end in ends}
+    begin = from_start or (from_start is None and not any(before.values()))
+    return [(a, b, trained and b==last) for b,a in before.items() if a or begin]
 
 def _steps_of(run):
     "Step of each checkpoint of a run"
@@ -239,8 +240,8 @@ def _steps_of(run):
 
 # %% ../../nbs/runs/08_verify.ipynb #d08e0053
 def _at_rest(run, found):
-    "Compare the files of a run with what was written down of them; returns the steps of its whole checkpoints"
-    f,whole = run.folder,[]
+    "Compare the files of a run with what was written down of them; returns the steps of its checkpoints, and of the whole ones"
+    f,written,whole = run.folder,[],[]
     for where,fault in ((f.path, record_fault(f.path)), (f.lora_weights, _product_fault(f.lora_weights))):
         if fault: found.faults.append(f'{where.name}: {fault}')
     for step in _steps_of(run):
@@ -249,12 +250,13 @@ def _at_rest(run, found):
             found.notes.append(f'{checkpoint.name} was not finished and is passed over')
             continue
         fault = checkpoint_fault(checkpoint)
+        written.append(step)
         if fault: found.faults.append(f'{checkpoint.name}: {fault}')
         else: whole.append(step)
         found.faults += [f'{checkpoint.name}: {line} has changed since it was written' for line in _changed(checkpoint)]
         if not (checkpoint/'receipt.json').is_file():
             found.notes.append(f'{checkpoint.name} has no receipt (an older version wrote it, or several processes)')
-    return whole
+    return written,whole
 
 def _product_fault(adapter):
     return manifest_fault(adapter) if (adapter/manifest_file).is_file() else None
@@ -270,7 +272,8 @@ def _compare_way(run, way, scratch, make, base, device):
     "Go one way, twice on a machine that adds in an order of its own, and compare each kind of value"
     start,end,finished = way
     gone = lambda name: evidence(_go_on(run, start, None if finished else end, scratch/name, make, base), *way)
-    then,now = evidence(run.folder, *way),gone(f'{start}')
+    now,own = gone(f'{start}'),read_receipt(scratch/f'{start}'/'checkpoints'/f'checkpoint-{end}') or {}
+    then = evidence(run.folder, *way, own.get('parameters'))
     lines = [compared(start, end, what, then.get(what, {}), values) for what,values in now.items()]
     if not finished and not (run.folder.checkpoints/f'checkpoint-{end}').is_dir(): # only the log goes so far
         lines = [line for line in lines if line.what=='logged numbers']
@@ -291,6 +294,8 @@ def _go_each_way(run, found, ways, make, base):
             except Exception as e: # whatever stops it is what the report is about
                 kind = '' if isinstance(e, (SageError, ValueError, OSError)) else f'{type(e).__name__}: '
                 said = ' '.join(str(e).split()).replace(str(scratch/f'{way[0]}'), str(run.folder.path))
+                if other := re.search(r'holds another run \((.*)\): give another', said):
+                    said = f'it would be another run now ({other[1]})'
                 found.faults.append(f'from step {way[0]} it does not go on: {kind}{said}')
                 continue
             finally: rmtree(scratch, ignore_errors=True)
@@ -299,7 +304,7 @@ def _go_each_way(run, found, ways, make, base):
     finally: rmtree(root, ignore_errors=True)
 
 # %% ../../nbs/runs/08_verify.ipynb #d08e0057
-def _refuse_unverifiable(run):
+def _refuse_unverifiable(run, own):
     "Refuse a run that this process cannot go on with"
     if holder := holder_of(run.folder.path):
         raise SageError(f'{run.name} is being trained by process {holder.pid} on {holder.host}: '
@@ -311,7 +316,7 @@ def _refuse_unverifiable(run):
     if run.state=='new' or not (_steps_of(run) or run.results):
         raise SageError(f'{run.name} is {run.state} and has no checkpoint to go on from: '
                         f'train it first (`sage-finetune run {run.folder.path}`)')
-    if run.config.data_path is None:
+    if run.config.data_path is None and not own:
         raise SageError(f'{run.name} had its rows from a program of its own, not from `data_path`: '
                         f'give the trainer as `make`')
 
@@ -326,12 +331,12 @@ def verify_resume(
     "Go on from each checkpoint of a run in a scratch folder, and compare with what the run itself left"
     from sage_finetune.preference import trainer_for
     run = run if isinstance(run, Run) else Run(run)
-    if make is None: _refuse_unverifiable(run)
+    _refuse_unverifiable(run, make)
     found = Verification(str(run.folder.path), machine=str(Machine.here()))
-    whole = _at_rest(run, found)
+    written,whole = _at_rest(run, found)
     with _as_it_was_trained(run):
         found.notes += [f'the bits may differ here: {why}' for why in not_exact(run)]
-        ways = _ways(run, whole, from_start)
+        ways = _ways(run, written, whole, from_start)
         if not ways: found.notes.append('no way leads from one kept checkpoint to another: `from_start` trains it anew')
         _go_each_way(run, found, ways, make or (lambda config: trainer_for(config, quiet=True)), base)
     if report: found.save(report)
