@@ -19,7 +19,7 @@ from ..core.disk import manifest_fault, manifest_file, read_json, SageError
 from ..core.display import falling, on_any_background, Panel, Shown, shown_figure, size_text, Table
 from ..config import config_from_meta, PreferenceConfig, TrainingConfig
 from ..core.machine import Change, Changes
-from ..core.run_folder import find_run, list_runs, record_fault, RunFolder
+from ..core.run_folder import find_run, list_runs, record_notes, RunFolder
 from ..core.settings import source_words
 from ..rows.report import DataReport
 
@@ -123,7 +123,7 @@ class Run(Shown):
         root=None, # Folder of all runs; `~/.sage/finetune_output` if None
     ):
         self.folder = find_run(path, root)
-        if fault := record_fault(self.folder.path): warnings.warn(f'{self.folder.path}: {fault}', stacklevel=2)
+        for note in record_notes(self.folder.path): warnings.warn(note, stacklevel=2)
 
     name = property(lambda self: self.folder.path.name, doc='Name of the folder')
     state = property(lambda self: self.folder.state, doc='"new", "started", "stopped", "trained" or "merged"')

@@ -17,7 +17,7 @@ from shutil import copyfile, rmtree
 from ..core.disk import cannot_write, manifest_fault, manifest_file, read_json, SageError, write_json
 from ..core.display import Shown, Table
 from ..core.machine import Machine, processes
-from sage_finetune.core.receipt import (
+from sage_finetune.core.cache import (
     changed_values, checkpoint_values, read_receipt, same_value, value_difference, value_name
 )
 from ..core.run_folder import checkpoint_fault, complete_marker, holder_of, record_fault, RunFolder

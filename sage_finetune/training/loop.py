@@ -22,9 +22,9 @@ from accelerate.utils import DistributedType
 import sage_finetune.model.loading # before transformers: it quiets bitsandbytes
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from ..core.cache import parameter_names, StepNotes, write_receipt
 from ..core.disk import cannot_write, read_json, SageError, write_json
 from ..core.machine import division, process, processes
-from ..core.receipt import parameter_names, StepNotes, write_receipt
 from ..config import TrainingConfig
 from ..rows.tokens import ignored
 from sage_finetune.model.adapter import (
