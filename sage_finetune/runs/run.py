@@ -1,4 +1,4 @@
-"""A finished run read back, two runs side by side, and a run repeated bit for bit
+"""A finished run read back, two runs side by side, and a run repeated and compared with the first
 
 Docs: https://sage-finetune.github.io/sage_finetune/runs/run.html.md"""
 

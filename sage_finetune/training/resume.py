@@ -1,4 +1,4 @@
-"""A run that was killed or stopped is the same run when it is resumed, bit-exactly, or is refused
+"""A run that was killed or stopped is the same run when it is resumed, or is refused
 
 Docs: https://sage-finetune.github.io/sage_finetune/training/resume.html.md"""
 
