@@ -1,4 +1,4 @@
-"""Results that took time, kept under a checksum of all that decides them; and the receipt of a run, by which it is compared with itself
+"""Results that took time, under a checksum of what decides them; and the receipt by which a run is compared with itself
 
 Docs: https://sage-finetune.github.io/sage_finetune/core/cache.html.md"""
 
@@ -82,6 +82,7 @@ def _tensors_in(batch):
     if isinstance(batch, dict) or hasattr(batch, 'keys'): batch = [batch[k] for k in sorted(batch)]
     return [t for part in batch for t in _tensors_in(part)] if isinstance(batch, (list, tuple)) else []
 
+# %% ../../nbs/core/06_cache.ipynb #c08a0011
 def rows_checksum(
     batches, # Micro-batches: dicts or lists of tensors
 ): # A tensor of one whole number, on the device of the rows; None where there is no tensor
@@ -125,6 +126,7 @@ def _loaded(path):
     kinds = [multi.multiarray._reconstruct, np.ndarray, np.dtype, *{type(np.dtype(t)) for t in ('u4', 'i8', 'f8')}]
     with torch.serialization.safe_globals(kinds): return torch.load(path, map_location='cpu', weights_only=True)
 
+# %% ../../nbs/core/06_cache.ipynb #c08a0023
 def checkpoint_values(
     folder:str|Path, # A `checkpoint-N` folder
 )->dict: # {file: {name: tensor or plain value}}
@@ -152,6 +154,7 @@ def value_digest(
     h.update(held)
     return h.hexdigest()
 
+# %% ../../nbs/core/06_cache.ipynb #c08a0027
 def same_value(
     a, # A tensor or a plain value
     b, # Another
@@ -161,6 +164,7 @@ def same_value(
     if not (torch.is_tensor(a) and torch.is_tensor(b)): return type(a) is type(b) and a==b
     return (a.dtype, a.shape)==(b.dtype, b.shape) and torch.equal(_bits(a), _bits(b))
 
+# %% ../../nbs/core/06_cache.ipynb #c08b0027
 def value_difference(
     a, # A tensor or a plain value
     b, # Another
@@ -211,6 +215,7 @@ def _all_rows(before, lines):
         h = hashlib.blake2b(f'{h.hexdigest()} {n} {rows}'.encode(), digest_size=8)
     return h.hexdigest()
 
+# %% ../../nbs/core/06_cache.ipynb #c08a0033
 def parameter_names(
     model, # That is trained
     optimizer, # Of its parameters
@@ -219,6 +224,7 @@ def parameter_names(
     names = {id(p): n for n,p in model.named_parameters()}
     return [names.get(id(p), '?') for g in optimizer.param_groups for p in g['params']]
 
+# %% ../../nbs/core/06_cache.ipynb #c08b0033
 def write_receipt(
     folder:str|Path, # A checkpoint whose tensors are written
     step:int, # It was written after
@@ -245,6 +251,7 @@ def read_receipt(
     if isinstance(found.get('steps'), list) and isinstance(found.get('values'), dict): return found
     raise SageError(f'{file} is not a receipt of this package: put back the file, or remove it')
 
+# %% ../../nbs/core/06_cache.ipynb #c08a0034
 def changed_values(
     folder:str|Path, # A checkpoint
 )->list: # Phrases that name them; empty where all are as written, or nothing was written down

@@ -211,7 +211,7 @@ _places = {'adapter_config.json': ('base_model_name_or_path',),
 def _exact(path): return [path.stat().st_size, file_digest(path)]
 
 def _entry(path):
-    "Size and checksum of a file; of settings that name places, 0 and checksums of the rest of what they say and of those"
+    "Size and checksum of a file; of settings that name places, 0 and checksums of all else they say, and of those"
     if path.name in _places:
         with suppress(SageError):
             said,places = read_json(path),_places[path.name]

@@ -51,6 +51,7 @@ class Compared:
 
 # %% ../../nbs/runs/08_verify.ipynb #d08e0013
 _of_steps = 'batches', 'learning rates', 'losses', 'logged numbers'
+
 _missing = object()
 
 def _share_off(a, b):
@@ -59,6 +60,7 @@ def _share_off(a, b):
     size = max((float(abs(v).max()) for v in (a, b) if hasattr(v, 'numel') and v.numel()), default=1.0)
     return off/size if off!=float('inf') and size>0 else off
 
+# %% ../../nbs/runs/08_verify.ipynb #d08a0013
 def compared(
     start:int, # Step that was gone on from
     end:int, # Step that was gone on to
@@ -88,6 +90,7 @@ def _logged(folder, start, end):
     return {f"{k} at step {m['step']}": v for m in read_metrics(folder.metrics) if start<m['step']<=end
             for k,v in m.items() if _is_compared(k)}
 
+# %% ../../nbs/runs/08_verify.ipynb #d08a0021
 def _kind_of(file):
     name = file.rpartition('/')[2]
     if name.startswith('rng_state'): return 'random state'
@@ -102,6 +105,7 @@ def _of_receipt(receipt, start, end):
     if (receipt or {}).get('rows'): found['batches']['all steps so far'] = receipt['rows']
     return found
 
+# %% ../../nbs/runs/08_verify.ipynb #d08a0022
 def evidence(
     folder:RunFolder, # Of a run
     start:int, # Step it went on from
@@ -140,6 +144,7 @@ def _as_it_was_trained(run):
         for n in [n for n in os.environ if n not in env]: del os.environ[n]
         os.environ.update(env)
 
+# %% ../../nbs/runs/08_verify.ipynb #d08a0031
 def _copied(run, step, scratch):
     "A run folder that holds what the run had at a step: its settings, its log and that checkpoint"
     f,new = run.folder,RunFolder(scratch)
@@ -171,6 +176,7 @@ def _stop_after(trainer, step):
     trainer.callbacks = lambda: [*own(), StopAfter()]
     return noted
 
+# %% ../../nbs/runs/08_verify.ipynb #d08a0032
 def _go_on(run, start, end, scratch, make, base):
     "Go on from a step of a run to another, or to where it ended if `end` is None, in a scratch folder"
     from sage_finetune.training.loop import Stopped
@@ -224,7 +230,7 @@ def _verification_table(v):
 
 # %% ../../nbs/runs/08_verify.ipynb #d08e0051
 def _ways(run, written, whole, from_start):
-    "(start, end, whether the run ended there) for each way; one leads to a checkpoint that is not whole, but none from it"
+    "(start, end, whether the run ended there) for each way; none leads from a checkpoint that is not whole"
     trained = run.state in ('trained', 'merged')
     last = run.results.get('steps', 0) if trained else max((m['step'] for m in run.metrics), default=0)
     ends = [*written, *([last] if last>max(written, default=0) else [])]
@@ -232,6 +238,7 @@ def _ways(run, written, whole, from_start):
     begin = from_start or (from_start is None and not any(before.values()))
     return [(a, b, trained and b==last) for b,a in before.items() if a or begin]
 
+# %% ../../nbs/runs/08_verify.ipynb #d08a0051
 def _steps_of(run):
     "Step of each checkpoint of a run"
     where = run.folder.checkpoints
@@ -239,8 +246,16 @@ def _steps_of(run):
     return sorted(int(n) for n in names if n.isdigit())
 
 # %% ../../nbs/runs/08_verify.ipynb #d08e0053
+def _product_fault(adapter):
+    return manifest_fault(adapter) if (adapter/manifest_file).is_file() else None
+
+def _changed(checkpoint):
+    try: return changed_values(checkpoint)
+    except SageError as e: return [str(e)]
+
+# %% ../../nbs/runs/08_verify.ipynb #d08a0053
 def _at_rest(run, found):
-    "Compare the files of a run with what was written down of them; returns the steps of its checkpoints, and of the whole ones"
+    "Compare files with what was written down of them; returns the steps of the checkpoints, and of the whole ones"
     f,written,whole = run.folder,[],[]
     for where,fault in ((f.path, record_fault(f.path)), (f.lora_weights, _product_fault(f.lora_weights))):
         if fault: found.faults.append(f'{where.name}: {fault}')
@@ -257,13 +272,6 @@ def _at_rest(run, found):
         if not (checkpoint/'receipt.json').is_file():
             found.notes.append(f'{checkpoint.name} has no receipt (an older version wrote it, or several processes)')
     return written,whole
-
-def _product_fault(adapter):
-    return manifest_fault(adapter) if (adapter/manifest_file).is_file() else None
-
-def _changed(checkpoint):
-    try: return changed_values(checkpoint)
-    except SageError as e: return [str(e)]
 
 # %% ../../nbs/runs/08_verify.ipynb #d08e0055
 _exact_everywhere = 'batches', 'learning rates', 'scheduler', 'random state'

@@ -358,7 +358,7 @@ class WholeCheckpoints:
 
 # %% ../../nbs/training/04_loop.ipynb #9f125347
 class ResumableTrainer(StepChecks, SeededOrder, WholeCheckpoints):
-    "What a `Trainer` of any loss needs to stop, resume as the same run, be measured; it stands before one among the bases"
+    "What a `Trainer` of any loss needs to stop, resume, be measured; it stands before one among the bases"
     metrics_class,loraplus_lr_ratio = TokenMetrics,None # the second: learning rate of B over that of A
 
     def __init__(self, *args, by_length=False, stop_requested=lambda: None, on_smaller_evaluation=lambda rows: None,

@@ -49,7 +49,8 @@ def model_of(loaded):
     for n,t in sorted(model.state_dict().items()):
         h.update(n.encode()+t.contiguous().view(torch.uint8).numpy().tobytes())
     text = tokenizer.apply_chat_template([dict(role='user', content='Add 1 and 2.\n好')], tokenize=False)
-    return h.hexdigest(),text,tokenizer(text)['input_ids'],digest(tokenizer.get_vocab()),model.generation_config.to_dict()
+    ids,settings = tokenizer(text)['input_ids'],model.generation_config.to_dict()
+    return h.hexdigest(),text,ids,digest(tokenizer.get_vocab()),settings
 
 def chat(place): return model_of(load_for_chat(place.run, adapter=True))
 def chat_merged(place): return model_of(load_for_chat(place.run))
@@ -135,7 +136,8 @@ readers = {
 
 def linked(source, to):
     "A copy; large files, which are never written into, share their bytes"
-    os.link(source, to) if os.path.getsize(source)>30_000 and not str(source).endswith('.0') else shutil.copy2(source, to)
+    large = os.path.getsize(source)>30_000
+    os.link(source, to) if large else shutil.copy2(source, to)
 
 class Place:
     "A copy of everything, in which one byte may be another"
@@ -206,6 +208,7 @@ class Flipping:
             said = self.said.get(name) or of(name)
             lines.append(f"{name:58} {all_.count('told'):>5} {all_.count('harmless'):>9} {all_.count('silent'):>7}  "
                          f"{said.replace(str(self.place.run.parent.parent), '')[:110]}")
+        lines += [f'silent: {name}, byte {at} ^ {bit}: {reader}' for name,at,bit,reader in self.silent]
         total = [sum(r.count(k) for r in self.rows.values()) for k in ('told', 'harmless', 'silent')]
         return '\n'.join([*lines, f'{len(self.rows)} files: {total[0]} told, {total[1]} harmless, {total[2]} silent'])
 
@@ -260,7 +263,8 @@ def test_no_flipped_byte_is_silent(flipping):
     flipping.place.fresh()
     root = flipping.place.run
     files = [p.relative_to(root).as_posix() for p in sorted(root.rglob('*')) if p.is_file()]
-    files += [p.relative_to(root.parent.parent).as_posix() for p in sorted(flipping.place.cache.rglob('*')) if p.is_file()]
+    cached = [p for p in sorted(flipping.place.cache.rglob('*')) if p.is_file()]
+    files += [p.relative_to(root.parent.parent).as_posix() for p in cached]
     only = re.compile(os.environ.get('SAGE_FLIP', '')) # to try some again
     for name in [n for n in files if only.search(n)]:
         data = flipping.place.path(name).read_bytes()

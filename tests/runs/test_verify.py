@@ -78,9 +78,10 @@ def test_a_run_with_one_checkpoint_is_gone_from_the_first_step(base, data):
     assert found.ok and {(c.start, c.end) for c in found.compared}=={(0, 4)}
 
 @pytest.mark.parametrize('more', [
-    dict(packing=True, max_length=128), dict(tokens_per_step=256), dict(load_best_model_at_end=True, eval_steps=1),
-    dict(early_stopping_patience=1, eval_steps=1, learning_rate=1.0), dict(lr_scheduler_type='linear', seed=3),
-    dict(deterministic=True, neftune_noise_alpha=5), dict(lora=LoRAConfig(r=4, init_lora_weights='pissa'))])
+    dict(load_best_model_at_end=True, early_stopping_patience=1, eval_steps=1, learning_rate=1.0),
+    dict(deterministic=True, neftune_noise_alpha=5), *(pytest.param(more, marks=pytest.mark.slow) for more in (
+        dict(packing=True, max_length=128), dict(tokens_per_step=256), dict(lr_scheduler_type='linear', seed=3),
+        dict(lora=LoRAConfig(r=4, init_lora_weights='pissa'))))])
 def test_other_kinds_of_run(more, base, data):
     folder = base/'-'.join(more)
     run = LoRATrainer(config(folder, data, **more), quiet=True)
@@ -164,7 +165,8 @@ def test_one_changed_number_is_named(what, step, copied, monkeypatch):
     spoil,name = changes[what]
     checkpoint = RunFolder(copied).checkpoints/f'checkpoint-{step}'
     spoil(checkpoint)
-    if step!=2: monkeypatch.setattr(verify, '_go_each_way', lambda *args: None) # the receipt alone
+    if (what, step)!=('first_moment', 2): # the receipt alone
+        monkeypatch.setattr(verify, '_go_each_way', lambda *args: None)
     mark_complete(checkpoint) # as if it had been written so
     found = verify_resume(copied)
     assert not found.ok and any(f'checkpoint-{step}: ' in f and name in f for f in found.faults), found.faults
@@ -228,7 +230,7 @@ def test_a_logged_loss_and_a_result(copied):
     f.metrics.write_text('\n'.join(lines)+'\n')
     write_json(f.results, read_json(f.results) | dict(loss_after=1.0))
     found = verify_resume(copied)
-    assert any('metrics.jsonl has changed' in x for x in found.faults)
+    assert any('its file metrics.jsonl has ' in x for x in found.faults)
     write_record(copied)
     found = verify_resume(copied)
     assert any('logged numbers: loss at step 4' in x for x in found.faults) and any(
@@ -295,7 +297,8 @@ def test_where_bits_do_not_repeat_two_ways_tell_how_far_apart_they_are(trained, 
     exact = verify_resume(trained)
     assert not exact.ok and 'weights' in ' '.join(exact.faults)
     here = verify.Machine.here()
-    monkeypatch.setattr(verify, 'Machine', type('Card', (), dict(here=staticmethod(lambda: replace(here, device='cuda')))))
+    card = staticmethod(lambda: replace(here, device='cuda'))
+    monkeypatch.setattr(verify, 'Machine', type('Card', (), dict(here=card)))
     found = verify_resume(trained)
     assert found.ok, found.faults
     assert any('as two ways do here' in str(c) for c in found.compared if c.what=='weights')
