@@ -314,7 +314,8 @@ def export_files(
     "What an export consists of"
     from sage_finetune.model.contract import check_contract
     source = _find_source(name, kind)
-    for note in record_notes(source.run.path): warnings.warn(note, stacklevel=3) # the card is written from its files
+    for place in (source.run.path, source.run.lora_weights): # the card is written from their files
+        for note in record_notes(place): warnings.warn(note, stacklevel=3)
     _check_weights(source)
     if kind=='adapter': _check_adapter(source, card.get('base'))
     else: check_contract(source.folder)

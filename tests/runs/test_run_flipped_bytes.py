@@ -123,13 +123,13 @@ def prepared(place):
 
 chat_readers = chat, served(True), exported('adapter'), merge
 readers = {
-    'lora_weights': (*chat_readers, go_on, listed, read_back),
+    'lora_weights': (*chat_readers, exported('merged'), go_on, listed, read_back),
     'merged_model': (chat_merged, served(False), exported('merged'), go_on, listed),
     'exported': (chat_exported,),
     'checkpoints': (go_on, go_on_cut_off, verified),
     'logs': (go_on, listed),
     'cache': (prepared, go_on_cut_off),
-    '.': (listed, read_back, go_on, exported('merged'), chat, merge)}
+    '.': (listed, read_back, go_on, exported('merged'), exported('adapter'), chat, merge)}
 
 
 # A byte is flipped
