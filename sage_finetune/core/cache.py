@@ -69,12 +69,12 @@ def make_room(
 _odd = 0x1E3779B97F4A7C15 # times a place, so that two numbers that change places change the sum
 
 def _whole_numbers(t):
-    "The bits of a tensor as whole numbers of 64 bits"
+    "The bits of a tensor as whole numbers, a million at a time: an image has many"
     import torch
     kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     if t.dtype.is_complex: t = torch.view_as_real(t)
     if t.dtype.is_floating_point: t = t.contiguous().view(kinds.get(t.element_size(), torch.uint8))
-    return t.reshape(-1).to(torch.int64)
+    return t.reshape(-1).split(2**20)
 
 def _tensors_in(batch):
     "The tensors of a batch, those in dicts and lists too, in an order of their own"
@@ -91,10 +91,9 @@ def rows_checksum(
     tensors = _tensors_in(batches)
     if not tensors: return None
     total = torch.zeros((), dtype=torch.int64, device=tensors[0].device)
-    for t in tensors:
-        x = _whole_numbers(t)
+    for x in (part for t in tensors for part in _whole_numbers(t)):
         place = torch.arange(1, len(x)+1, device=x.device)*_odd
-        total = total*1_000_003+((x+1)*(place|1)).sum().to(total.device)+len(x)
+        total = total*1_000_003+((x.to(torch.int64)+1)*(place|1)).sum().to(total.device)+len(x)
     return total
 
 # %% ../../nbs/core/06_cache.ipynb #c08e0021

@@ -69,7 +69,7 @@ def same_bits(
     wanted:bool, # `deterministic` of the settings
 ): # While the block runs
     "Let torch use only operations that give the same bits each time; one that has none is refused by name"
-    before = torch.are_deterministic_algorithms_enabled(),{n: os.environ.get(n) for n in _same_bits}
+    before = torch.get_deterministic_debug_mode(),{n: os.environ.get(n) for n in _same_bits}
     if wanted:
         os.environ.update(_same_bits)
         torch.use_deterministic_algorithms(True)
@@ -78,7 +78,7 @@ def same_bits(
         if not (wanted and 'deterministic' in str(e)): raise
         raise SageError(f'`deterministic=True`: {str(e).split(".")[0]}; leave it out, or compute without it') from None
     finally:
-        torch.use_deterministic_algorithms(before[0])
+        torch.set_deterministic_debug_mode(before[0])
         for n,value in before[1].items(): os.environ.pop(n, None) if value is None else os.environ.update({n: value})
 
 # of any length, so it is compiled once
