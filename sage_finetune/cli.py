@@ -8,7 +8,8 @@ Docs: https://sage-finetune.github.io/sage_finetune/cli.html.md"""
 __all__ = ['app', 'Model', 'RunName', 'Runs', 'Output', 'Data', 'Shares', 'Stopping', 'Fresh', 'Adapter', 'IgnoreContract',
            'Base', 'Key', 'Format', 'Split', 'Subset', 'Revision', 'TrainOn', 'Overflow', 'Columns', 'Nproc', 'Share',
            'Nodes', 'MachineRank', 'MainIp', 'MainPort', 'DryRun', 'EXAMPLES', 'main', 'quickstart', 'inspect', 'start',
-           'run', 'watch', 'merge', 'clean', 'chat', 'compare', 'look', 'repeat', 'serve', 'export', 'examples']
+           'run', 'watch', 'merge', 'clean', 'chat', 'compare', 'look', 'repeat', 'verify', 'serve', 'export',
+           'examples']
 
 # %% ../nbs/05_cli.ipynb #b5095066
 import json,os,sys
@@ -501,6 +502,18 @@ def repeat(
     from sage_finetune.runs.run import repeat_run
     echo(str(repeat_run(name, output, anyway, quiet=False)))
 
+@app.command()
+def verify(
+    name: RunName,
+    output: Annotated[Optional[str], Option('--output', metavar='FILE', help='Write the report as JSON')] = None,
+    from_start: Annotated[bool, Option('--from-start', help='From the first step too, which trains it anew')] = False,
+    base: Base = None,
+):
+    "Go on from each checkpoint of a run in a scratch folder, and compare with the run; status 1 where it differs"
+    from sage_finetune.runs.verify import verify_resume
+    _print(found := verify_resume(name, output, from_start or None, base))
+    if not found.ok: raise Exit(1)
+
 # %% ../nbs/05_cli.ipynb #b29149f7
 @app.command()
 def serve(
@@ -583,6 +596,7 @@ Afterwards:
   sage-finetune merge code
   sage-finetune compare code code-2
   sage-finetune repeat code ~/again
+  sage-finetune verify code
   sage-finetune serve code
   sage-finetune export code --adapter
 

@@ -6,7 +6,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/core/disk.html.md"""
 
 # %% auto #0
 __all__ = ['manifest_file', 'SageError', 'cannot_write', 'is_running', 'to_disk', 'write_text', 'write_json', 'read_json',
-           'whole_folder', 'cache_root', 'file_digest', 'in_threads', 'write_manifest', 'manifest_fault']
+           'whole_folder', 'cache_root', 'file_digest', 'in_threads', 'write_manifest', 'manifest_fault', 'places_note']
 
 # %% ../../nbs/core/00_disk.ipynb #194002a8
 import errno,hashlib,json,os,platform,re,time,zlib
@@ -192,11 +192,13 @@ def file_digest(
     note = cache_root()/'digests'/f'{_text_digest(str(path))}.json'
     with suppress(SageError, OSError, ValueError):
         known = read_json(note)
-        if not again and known.get('state')==state and isinstance(known.get('digest'), str): return known['digest']
+        kept = known.get('state')==state and known.get('check')==_text_digest(f"{state} {known.get('digest')}")
+        if kept and not again: return known['digest']
     digest = _read_digest(path)
     settled = time.time_ns()-max(state[1:3])>2*10**9 # the clock of a file system may be coarse
     if settled and _state_of(path)==state:
-        with suppress(SageError): write_json(note, dict(file=str(path), state=state, digest=digest))
+        with suppress(SageError):
+            write_json(note, dict(file=str(path), state=state, digest=digest, check=_text_digest(f'{state} {digest}')))
     return digest
 
 # %% ../../nbs/core/00_disk.ipynb #a4d10e11
@@ -222,11 +224,12 @@ _places = {'adapter_config.json': ('base_model_name_or_path',),
 def _exact(path): return [path.stat().st_size, file_digest(path)]
 
 def _entry(path):
-    "Size and checksum of a file; of settings that name places, 0 and the checksum of the rest of what they say"
+    "Size and checksum of a file; of settings that name places, 0 and checksums of all else they say, and of those"
     if path.name in _places:
         with suppress(SageError):
-            said = {k: v for k,v in read_json(path).items() if k not in _places[path.name]}
-            return [0, _text_digest(json.dumps(said, sort_keys=True))]
+            said,places = read_json(path),_places[path.name]
+            parts = ({k: v for k,v in said.items() if (k in places)==named} for named in (False, True))
+            return [0, *(_text_digest(json.dumps(part, sort_keys=True)) for part in parts)]
     return _exact(path)
 
 def write_manifest(
@@ -252,14 +255,14 @@ def _crc(path):
     return crc
 
 def _is_entry(entry):
-    return (isinstance(entry, list) and [type(x) for x in entry] in ([int, int], [int, str]))
+    return (isinstance(entry, list) and [type(x) for x in entry] in ([int, int], [int, str], [int, str, str]))
 
 def _file_fault(folder, name, expected):
     "What is wrong with one file of a manifest"
-    path,(size,digest) = folder/name,expected
+    path,size,digest = folder/name,*expected[:2]
     try:
         if not path.is_file(): return f'its file {name} is missing'
-        if not size and path.name in _places: same = _entry(path)==expected
+        if not size and path.name in _places: same = _entry(path)[:2]==expected[:2]
         elif (now := path.stat().st_size)!=size: return f'its file {name} has {now:,} of {size:,} bytes'
         elif isinstance(digest, int): same = _crc(path)==digest
         else: same = digest in (file_digest(path), file_digest(path, again=True))
@@ -279,3 +282,16 @@ def manifest_fault(
     if not files: return f'its file {name} names no file'
     if not all(map(_is_entry, files.values())): return f'its file {name} is broken'
     return next(filter(None, in_threads(lambda file: _file_fault(folder, file, files[file]), files)), None)
+
+def places_note(
+    folder:str|Path, # Folder with a manifest
+)->str|None: # A phrase that names the file; None where all are as they were, or nothing was written down
+    "Whether settings name another place of the base or of the data than they did: no fault, but to be said"
+    folder = Path(folder)
+    try: files = read_json(folder/manifest_file)
+    except (SageError, OSError, ValueError, RecursionError): return None
+    for name,entry in files.items():
+        if not (_is_entry(entry) and len(entry)==3 and (folder/name).is_file()): continue
+        if (now := _entry(folder/name))[:2]==entry[:2] and now!=entry:
+            return f'its file {name} names another place (of the base, the data or the run) than it did'
+    return None

@@ -7,7 +7,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/core/run_folder.html.md"""
 # %% auto #0
 __all__ = ['default_output_dir', 'complete_marker', 'RunFolder', 'stopped_at', 'run_folder', 'mark_complete', 'checkpoint_fault',
            'last_checkpoint', 'only_run', 'Holder', 'holder_of', 'read_meta', 'write_meta', 'is_run', 'write_record',
-           'record_fault', 'RunInfo', 'list_runs', 'find_run', 'remove_run']
+           'record_fault', 'record_notes', 'RunInfo', 'list_runs', 'find_run', 'remove_run']
 
 # %% ../../nbs/core/04_run_folder.ipynb #35e36b9a
 import errno,os,platform,re,shutil,time
@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sage_finetune.core.disk import (
-    cannot_write, is_running, manifest_fault, manifest_file, read_json, SageError, to_disk, write_json, write_manifest
+    cannot_write, is_running, manifest_fault, manifest_file, places_note, read_json, SageError, to_disk, write_json,
+    write_manifest
 )
 from .settings import checked, Settings, with_given
 
@@ -223,7 +224,7 @@ def write_record(
 )->Path: # The manifest
     "Write down the checksums of the files that say what a run was and what came out"
     run = RunFolder(folder)
-    files = run.config, run.data_report, run.metrics, run.results, run.loss_curve
+    files = run.meta, run.config, run.data_report, run.metrics, run.results, run.loss_curve
     return write_manifest(run.path, only=files)
 
 def record_fault(
@@ -231,6 +232,13 @@ def record_fault(
 )->str|None: # A phrase that names the file; None where all are as written, or nothing was written down
     "Whether a file that says what came out of a run has changed since"
     return manifest_fault(folder) if (Path(folder)/manifest_file).is_file() else None
+
+def record_notes(
+    folder:str|Path, # Run folder
+)->list: # One line for each; empty where all is as it was written
+    "What is to be said of the files that say what a run was and what came out, before anything is taken from them"
+    found = record_fault(folder) or places_note(folder)
+    return [f'{folder}: {found}'] if found else []
 
 # %% ../../nbs/core/04_run_folder.ipynb #bdac0f51
 @dataclass(frozen=True)
@@ -255,7 +263,8 @@ def _info(path):
         loss = next((float(x) for x in (results.get('loss_after'), results.get('train_loss'))
                      if isinstance(x, (int, float))), None)
         if fault := record_fault(path): loss = None
-        state = f'{run.state}, but {fault}' if fault else run.state
+        note = fault or places_note(path)
+        state = f'{run.state}, but {note}' if note else run.state
         return RunInfo(path.name, str(meta.get('task_type', 'custom')), str(model), state, loss, _size(path))
     except (SageError, OSError) as e: return RunInfo(path.name, '?', '?', f'unreadable: {e}', None, 0)
 

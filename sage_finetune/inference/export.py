@@ -19,7 +19,7 @@ from sage_finetune.core.disk import (
     cannot_write, file_digest, manifest_file, read_json, SageError, whole_folder, write_manifest, write_text
 )
 from ..core.settings import refuse_unknown
-from ..core.run_folder import find_run, stopped_at
+from ..core.run_folder import find_run, record_notes, stopped_at
 from ..config import base_place, embedded_model
 from ..rows.images import processor_files
 from ..rows.template import chat_form, render
@@ -314,6 +314,8 @@ def export_files(
     "What an export consists of"
     from sage_finetune.model.contract import check_contract
     source = _find_source(name, kind)
+    for place in (source.run.path, source.run.lora_weights): # the card is written from their files
+        for note in record_notes(place): warnings.warn(note, stacklevel=3)
     _check_weights(source)
     if kind=='adapter': _check_adapter(source, card.get('base'))
     else: check_contract(source.folder)

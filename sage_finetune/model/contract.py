@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ..core.disk import manifest_fault, manifest_file, read_json, SageError, write_json
+from ..core.disk import manifest_fault, manifest_file, places_note, read_json, SageError, write_json
 from ..rows.images import copy_processor, processor_digest
 from ..rows.template import render
 from ..rows.tokens import encode, end_of_turn_ids
@@ -169,6 +169,7 @@ def check_contract(
         if not changed: raise
         faults = []
     notes,faults = [*_missing_notes(folder)],[*faults, *([changed] if changed else [])]
+    if note := places_note(folder): notes.append(f'{folder}: {note}')
     if not faults or ignore: return [*notes, *(f'{folder}: {f}' for f in faults)]
     raise SageError(f'{folder} would be used in another form than it was trained in: {"; ".join(faults)}. '
                     f'Put back what was there, or pass `ignore_contract=True`')

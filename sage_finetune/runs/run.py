@@ -1,4 +1,4 @@
-"""A finished run read back, two runs side by side, and a run repeated bit for bit
+"""A finished run read back, two runs side by side, and a run repeated and compared with the first
 
 Docs: https://sage-finetune.github.io/sage_finetune/runs/run.html.md"""
 
@@ -19,7 +19,7 @@ from ..core.disk import manifest_fault, manifest_file, read_json, SageError
 from ..core.display import falling, on_any_background, Panel, Shown, shown_figure, size_text, Table
 from ..config import config_from_meta, PreferenceConfig, TrainingConfig
 from ..core.machine import Change, Changes
-from ..core.run_folder import find_run, list_runs, record_fault, RunFolder
+from ..core.run_folder import find_run, list_runs, record_notes, RunFolder
 from ..core.settings import source_words
 from ..rows.report import DataReport
 
@@ -123,7 +123,7 @@ class Run(Shown):
         root=None, # Folder of all runs; `~/.sage/finetune_output` if None
     ):
         self.folder = find_run(path, root)
-        if fault := record_fault(self.folder.path): warnings.warn(f'{self.folder.path}: {fault}', stacklevel=2)
+        for note in record_notes(self.folder.path): warnings.warn(note, stacklevel=2)
 
     name = property(lambda self: self.folder.path.name, doc='Name of the folder')
     state = property(lambda self: self.folder.state, doc='"new", "started", "stopped", "trained" or "merged"')
@@ -319,12 +319,16 @@ def not_exact(
     run:Run, # To be repeated
 )->list: # One phrase for each; empty where the same bits can be expected
     "Why a repetition here may differ in the last digits"
+    import torch
     from sage_finetune.core.machine import Machine
     from sage_finetune.training.resume import library_versions, memory_ran_out
     now,here = library_versions(),Machine.here()
     found = [f'{p} {v} → {now.get(p)}' for p,v in run.versions.items() if now.get(p)!=v]
     if run.machine!=str(here): found.append(f'machine {run.machine or "unknown"} → {here}')
-    if here.device!='cpu': found.append(f'{here.device} adds in an order of its own')
+    threads = torch.get_num_threads()
+    if here.device=='cpu' and run.record.get('_threads', threads)!=threads:
+        found.append(f"{run.record['_threads']} threads → {threads}")
+    if here.device!='cpu' and not run.config.deterministic: found.append(f'{here.device} adds in an order of its own')
     if '_data' not in run.record: found.append('no checksum of its data was recorded')
     if any(c.reason==memory_ran_out for c in run.changes):
         found.append('memory ran out, and it continued with smaller micro-batches')

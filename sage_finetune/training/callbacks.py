@@ -58,6 +58,19 @@ class NotFinite(SageError):
                          f'state is kept; start anew (`train(fresh=True)`, `--fresh`) '
                          'with a lower `learning_rate`, or compute in bf16 or fp32')
 
+def _as_logged(kept, history, path):
+    "Lines of numbers, each as a checkpoint has it, whose files are compared when they are read"
+    known,changed = {},[]
+    for m in history:
+        for k,v in m.items(): known.setdefault((m.get('step'), k), []).append(v)
+    for m in kept:
+        for k,v in m.items():
+            if v in (was := known.get((m['step'], k), [v])): continue
+            changed.append(f'{k} at step {m["step"]} ({v}, was {was[-1]})')
+            m[k] = was[-1]
+    if changed: warnings.warn(f'{path} has changed since it was written, and is put back: {", ".join(changed[:3])}')
+    return kept
+
 class Metrics(TrainerCallback):
     "Append every number that is logged to `metrics.jsonl`"
     def __init__(self, path): self.path = Path(path)
@@ -65,6 +78,7 @@ class Metrics(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero: return
         kept = [m for m in read_metrics(self.path) if m['step']<=state.global_step]
+        kept = _as_logged(kept, state.log_history, self.path)
         before = kept_before(self.path.parent/'checkpoints'/f'checkpoint-{state.global_step}')
         for m in kept: m.update({k: before[k] for k in m if m['step']==0 and k in before})
         write_text(self.path, ''.join(json.dumps(m)+'\n' for m in kept))

@@ -1,4 +1,4 @@
-"""A run that was killed or stopped is the same run when it is resumed, bit-exactly, or is refused
+"""A run that was killed or stopped is the same run when it is resumed, or is refused
 
 Docs: https://sage-finetune.github.io/sage_finetune/training/resume.html.md"""
 
@@ -11,7 +11,7 @@ __all__ = ['memory_ran_out', 'data_digest', 'RowsDigest', 'differences', 'librar
            'without_traceback', 'smaller_micro_batches', 'remembered_changes']
 
 # %% ../../nbs/training/05_resume.ipynb #5b01f0c2
-import hashlib,os,shutil,signal,threading,time
+import hashlib,os,shutil,signal,threading,time,warnings
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from transformers import TrainerState
 from ..core.disk import manifest_file, read_json, SageError, whole_folder, write_json, write_manifest
 from ..core.display import falling, Shown, Table
 from ..core.machine import Change, division, Machine, process, processes
-from ..core.run_folder import checkpoint_fault, last_checkpoint, RunFolder
+from ..core.run_folder import checkpoint_fault, last_checkpoint, record_notes, RunFolder
 from ..config import embedded_model, TrainingConfig
 from .batches import example_lengths, flat_chunks
 from ..model.adapter import best_evaluation, load_best_adapter, save_adapter, trained_tensors
@@ -136,7 +136,7 @@ def run_record(
     return dict(_from_anywhere(config.to_dict()), _given=sorted(config.given),
                 _fitted={c.setting: c.used for c in changes}, _changes=[vars(c) for c in changes],
                 _evaluation_rows=evaluation_rows,
-                _machine=str(machine), _versions=library_versions(), _data=data,
+                _machine=str(machine), _threads=torch.get_num_threads(), _versions=library_versions(), _data=data,
                 _processes=processes(), _division=division(),
                 **({} if base is None else dict(_base=base)),
                 **({} if init_adapter is None else dict(_init_adapter=init_adapter)))
@@ -149,6 +149,7 @@ def check_same_run(
 )->None: # Nothing: the folder is new, or holds this run
     "Refuse to resume a folder that holds another run"
     if not folder.config.is_file() or folder.state=='new': return
+    for note in record_notes(folder.path): warnings.warn(note, stacklevel=3)
     before = read_json(folder.config)
     if other := differences(before, record):
         raise SageError(f"{folder.path} holds another run ({'; '.join(other)}): "

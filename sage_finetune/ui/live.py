@@ -127,7 +127,7 @@ class _Controls:
         self._hold = False
         return _continue(self) if self.running else _start_again(self)
     def stop(self):
-        "Save the last whole step and end; `go_on()`, or the same run tomorrow, continues bit-exactly"
+        "Save the last whole step and end; `go_on()`, or the same run tomorrow, continues as the same run"
         if not self.running: return
         self._ending = True
         self.board.update(phase='stopping')

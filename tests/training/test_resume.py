@@ -23,6 +23,7 @@ from sage_finetune.training import callbacks, loop, resume
 from sage_finetune.config import LoRAConfig, read_json, SageError, TrainingConfig
 from sage_finetune.core.run_folder import checkpoint_fault, complete_marker, last_checkpoint, only_run, RunFolder
 from sage_finetune.rows.formats import create_sample_data
+from sage_finetune.runs.verify import verify_resume
 from sage_finetune.trainer import LoRATrainer, Stopped
 
 needs_posix = pytest.mark.skipif(not forked, reason='needs signals and processes as POSIX has them')
@@ -116,7 +117,7 @@ def wait_until(happened, process=None, within=60):
 
 def train(folder, data, **more): LoRATrainer(config(folder, data, **more)).train()
 
-def killed_while_writing(folder, data, place, step):
+def killed_while_writing(folder, data, place, step, **more):
     "Die at `place` of writing the checkpoint of `step`"
     def die(): os.kill(os.getpid(), signal.SIGKILL)
     at = f'checkpoint-{step}{os.sep}'
@@ -134,7 +135,13 @@ def killed_while_writing(folder, data, place, step):
             die()
         remove(folder)
     torch.save,callbacks.mark_complete,callbacks.remove_checkpoint = torn,before_marker,half_removed
-    train(folder, data)
+    train(folder, data, **more)
+
+def killed_at(folder, data, place, step, **more):
+    "Die where a step begins, after a micro-batch, when it is done or saved, or while its checkpoint is written"
+    if place not in ('begin', 'pass', 'end', 'save'): return killed_while_writing(folder, data, place, step, **more)
+    die = place,step,lambda run: os.kill(os.getpid(), signal.SIGKILL)
+    Troubled(config(folder, data, **more), trouble=die).train()
 
 
 # The run that nothing happens to, and the table
@@ -201,6 +208,36 @@ def test_killed_at_twenty_random_moments(base, data, told):
     assert same(folder, base/'long')
     told('kill -9 at 20 random moments', f'21 starts to the end, after steps {steps[4]}, {steps[9]}, '
          f'{steps[14]}, {steps[19]}', 'at most 2 steps each time, repeated')
+
+
+@needs_posix
+@pytest.mark.slow
+def test_verified_after_forty_crash_points(base, data, told):
+    places = 'begin', 'pass', 'end', 'save', 'optimizer.pt', 'rng_state.pth', 'scheduler.pt', 'marker'
+    points = [(places[i%8], 2+2*i) for i in range(40)]
+    long,folder = dict(max_steps=84, save_steps=2, logging_steps=1, gradient_accumulation_steps=2), base/'forty'
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    LoRATrainer(config(base/'forty_undisturbed', data, **long), quiet=True).train()
+    lines = []
+    for place,step in points:
+        code,said = finished(start(killed_at, folder, data, place, step, **long))
+        begin = said.rpartition('Resuming from step ')[2].split('\n')[0]
+        lines.append(f"{place:>14} {step:>4} {begin if begin.isdigit() else 'start':>10}")
+        assert code==-signal.SIGKILL, (place, step, said)
+    assert finished(start(train, folder, data, **long))[0]==0
+    assert same(folder, base/'forty_undisturbed')
+    found = verify_resume(folder)
+    assert found.ok, found
+    file = RunFolder(folder).checkpoints/'checkpoint-82'/'optimizer.pt'
+    moments = torch.load(file, weights_only=True)
+    moments['state'][5]['exp_avg'].view(-1)[0] += 1e-9
+    torch.save(moments, file)
+    changed = verify_resume(folder)
+    torch.set_num_threads(threads)
+    assert not changed.ok and any('exp_avg of ' in f and '(state 5)' in f for f in changed.faults), changed.faults
+    print(f"\n{'killed at':>14} {'step':>4} {'went on from':>10}", *lines, '', found, '', *changed.faults, sep='\n')
+    told('kill -9 at 40 points of one run', '41 starts to the end; `verify` confirms it', 'at most 2 steps, repeated')
 
 
 @needs_posix
