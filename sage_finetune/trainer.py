@@ -22,7 +22,7 @@ from .core.run_folder import last_checkpoint, only_run, RunFolder, write_record
 from .config import config_from_meta, fit_config, PreferenceConfig, TrainingConfig
 from .rows.images import processor_of
 from .rows.report import DataReport
-from .model.adapter import adapter_line, add_lora, BestAdapter, check_settings
+from .model.adapter import adapter_line, add_lora, BestAdapter, check_run
 from .model.adapter import ready_for_quantised_training
 from .model.shards import base_digest
 from .model.memory import estimate_memory, probe_step
@@ -182,7 +182,8 @@ class LoRATrainer(LoopParts):
 def _begin(run):
     "Report the machine, what was changed for it, and the expected memory, once; and load the tokenizer"
     if run._announced: return tokenizer_for(run.config)
-    check_settings(run.fitted)
+    c,own = run.fitted,run.dataset is not None or not _is_packaged(run, 'prepare_data')
+    check_run(c, run.machine.device, bool(run.eval_dataset or own or c.test_size or c.eval_data_path))
     run.say(f'{run.machine}\n{show_changes(run.changes)}')
     run._announced = True
     if not (run.quiet or process()):
@@ -200,8 +201,7 @@ def _check_fit(run):
 def _with_lora(model, config):
     "Freeze a model and put an adapter on it"
     set_seed(config.seed)
-    if config.load_in_8bit or config.load_in_4bit: model = ready_for_quantised_training(model)
-    return add_lora(model, config.lora)
+    return add_lora(ready_for_quantised_training(model), config.lora)
 
 # %% ../nbs/02_trainer.ipynb #2f01f0b2
 def _packed_rows(run):

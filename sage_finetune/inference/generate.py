@@ -155,8 +155,7 @@ def load_adapter(
     _note(check_contract(folder, tokenizer, base, ignore_contract))
     if quantised: config = config.adapted(load_in_8bit=settings.load_in_8bit, load_in_4bit=settings.load_in_4bit)
     model = load_model(base, dtype_of(config), machine.device, quantisation_of(config) if quantised else None)
-    if quantised: model = ready_for_quantised_training(model)
-    model = put_adapter(model, folder).eval()
+    model = put_adapter(ready_for_quantised_training(model), folder).eval()
     _note(check_witness(folder, model, ignore_contract))
     return model,tokenizer
 

@@ -20,7 +20,7 @@ import torch
 
 from ..core.disk import read_json, SageError, write_json
 from ..config import base_place
-from ..model.loading import dtype_of, load_model, model_class, no_model, quiet_libraries
+from ..model.loading import dtype_of, empty_model, load_model, quiet_libraries
 from ..model.shards import local_folder, stored_tensors, write_model
 from .generate import adapter_tensors, bare_name, put_adapter, trained_settings
 
@@ -59,14 +59,6 @@ def merged_weight(
 
 # %% ../../nbs/inference/02_merge_weights.ipynb #51f0bea4
 class _NotByName(Exception): "An adapter that cannot be merged weight by weight; the message says why"
-
-def _empty_model(base):
-    "A model without its weights"
-    from transformers import AutoConfig
-    try:
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-        with quiet_libraries(), torch.device('meta'): return model_class(config).from_config(config)
-    except (OSError, ValueError, KeyError, ImportError) as e: raise no_model(str(base), e) from None
 
 # %% ../../nbs/inference/02_merge_weights.ipynb #a200000a
 def _renaming(model):
@@ -339,7 +331,7 @@ def find_weights(
         plan.why,plan.dtype = 'the weights of the base are not in the safetensors format',plan.dtype or torch.float32
         return plan
     plan.dtype = plan.dtype or _main_format(stored)
-    model = _empty_model(place)
+    model = empty_model(place)
     base,vocabulary = base_weights(model, stored),model.get_input_embeddings().weight.shape[0]
     on = put_adapters(model, plan.adapters, empty=True)
     try:
