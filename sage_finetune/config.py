@@ -210,7 +210,7 @@ class TrainingConfig(Settings):
 
 # %% ../nbs/00_config.ipynb #4d91c301
 def _check_sources(config):
-    "Refuse shares that do not go with the sources, and formats that a source cannot have"
+    "Refuse shares and formats that do not go with the sources, and settings without those they are for"
     check_shares(config.data_weights, config.data_stopping, len(config.data_path)
                  if isinstance(config.data_path, list) else 1)
     words,allowed = config._rules['format_type']
@@ -218,6 +218,11 @@ def _check_sources(config):
         for i,s in enumerate(v if isinstance(v := getattr(config, name), list) else ()):
             if s.format_type is not None and not allowed(s.format_type):
                 raise ValueError(f'`{name}[{i}]`: `format_type` must be {words}, got {s.format_type!r}')
+    if config.cut_answers and config.overflow!='truncate':
+        raise ValueError(f'`cut_answers=True` goes with `overflow="truncate"`, got "{config.overflow}": no answer is cut')
+    if config.eval_data_split!='train' and config.eval_data_path is None:
+        raise ValueError(f'`eval_data_split="{config.eval_data_split}"` needs `eval_data_path`: give the file or data '
+                         f'set that has this split')
 
 # %% ../nbs/00_config.ipynb #6c3f643a
 _preference_rules = _training_rules | dict(

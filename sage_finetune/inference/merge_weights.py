@@ -191,6 +191,8 @@ def weight_changes(
             if '.lora_' in key: continue
             if bare_name(key) not in plain: raise _NotByName(f'{key} is no weight of the base')
             changes.replaced[bare_name(key)] = t
+            if bare_name(key)==base.embedding and key.endswith('.base_layer.weight') and base.head:
+                changes.replaced.setdefault(base.head, t) # peft leaves the head tied to what is below the adapter
     for path,layer in model.named_modules():
         if isinstance(layer, LoraLayer): changes.added.update(_layer_changes(path, layer, adapters))
     if base.head: changes.unties = _unties(changes, base)
@@ -331,6 +333,9 @@ def find_weights(
         plan.why,plan.dtype = 'the weights of the base are not in the safetensors format',plan.dtype or torch.float32
         return plan
     plan.dtype = plan.dtype or _main_format(stored)
+    if any('trainable_tokens_delta' in k for f,_ in plan.adapters.values() for k in adapter_tensors(f)):
+        plan.why = 'the adapter trains the rows of single tokens'
+        return plan
     model = empty_model(place)
     base,vocabulary = base_weights(model, stored),model.get_input_embeddings().weight.shape[0]
     on = put_adapters(model, plan.adapters, empty=True)

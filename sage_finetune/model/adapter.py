@@ -368,7 +368,7 @@ def load_best_adapter(
 
 # %% ../../nbs/model/02_adapter.ipynb #d3b6f1e3
 _need_rows = 'eval_steps', 'early_stopping_patience', 'load_best_model_at_end'
-_no_groups = 'lomo', 'layerwise', 'muon', 'dion', 'apollo', 'galore'
+_no_groups = 'muon', 'dion' # of newer versions of transformers
 
 def check_settings(
     config, # A `TrainingConfig`, as fitted to the machine
