@@ -44,7 +44,6 @@ def place(tmp_path_factory):
     save_rows(folder/'talks.jsonl', [dict(messages=[*talk, dict(role='user', content=f'{i}?'),
                                                     dict(role='assistant', content='No. '*20)]) for i in range(4)])
     (folder/'lines.txt').write_text('One line of text.\nAnother line of it.\n\nA third one, a paragraph later.\n')
-    (folder/'long.txt').write_text('A text of many words, none of which is cut off. '*20)
     (folder/'split').mkdir()
     for name in ('train', 'test'): save_rows(folder/'split'/f'{name}.jsonl', [dict(question=name+'?', answer=name)]*3)
     return folder
@@ -172,7 +171,7 @@ training = dict(
     sample_by=[Seen('line', prepared, data_path=rows('lines.txt'), test_size=0), Seen('line', prepared)],
     train_on=[Seen('last', prepared, data_path=rows('talks.jsonl')), Seen('all', prepared)],
     overflow=[Seen('truncate', prepared, data_path=rows('talks.jsonl'), max_length=60),
-              Seen('split', prepared, data_path=rows('long.txt'), max_length=16, test_size=0)],
+              Seen('split', prepared, data_path=rows('talks.jsonl'), max_length=60)],
     cut_answers=[Seen(True, prepared, overflow='truncate', data_path=rows('talks.jsonl'), max_length=60),
                  Refused(True, 'goes with `overflow="truncate"`')],
     duplicates=[Seen('drop', prepared)],

@@ -271,7 +271,8 @@ _limits = ('It knows what its base knew and what stood in the data above. '
 
 def _limits_part(source):
     "What a model does not know, and who cannot serve it"
-    unfit = vllm_limits(source.folder)[1] if source.kind=='adapter' else ()
+    try: unfit = vllm_limits(source.folder)[1] if source.kind=='adapter' else ()
+    except SageError: unfit = () # weights that are cut short are refused where they go out
     if not unfit: return _limits
     return f'{_limits}\n\nvLLM cannot serve it beside its base ({", ".join(unfit)}); merged into it, it can.'
 
