@@ -24,7 +24,7 @@ from sage_finetune.core.settings import (
     Settings, SharesSetting, with_given
 )
 from sage_finetune.core.beforehand import (
-    check_optimizer, check_schedule, is_of_bitsandbytes, OptionsSetting, same_steps, stored_as
+    check_optimizer, check_schedule, fit_stored, is_of_bitsandbytes, OptionsSetting, same_steps, stored_as
 )
 from .core.machine import Change, Changes, division, Machine, show_changes # show_changes: handed on
 from .core.run_folder import default_output_dir, read_meta, run_folder, RunFolder # run_folder: handed on
@@ -219,7 +219,7 @@ def _check_sources(config):
             if s.format_type is not None and not allowed(s.format_type):
                 raise ValueError(f'`{name}[{i}]`: `format_type` must be {words}, got {s.format_type!r}')
     if config.cut_answers and config.overflow!='truncate':
-        raise ValueError(f'`cut_answers=True` goes with `overflow="truncate"`, got "{config.overflow}": no answer is cut')
+        raise ValueError(f'`cut_answers=True` goes with `overflow="truncate"`, got "{config.overflow}"')
     if config.eval_data_split!='train' and config.eval_data_path is None:
         raise ValueError(f'`eval_data_split="{config.eval_data_split}"` needs `eval_data_path`: give the file or data '
                          f'set that has this split')
@@ -439,24 +439,9 @@ def _fit_precision(config, machine):
         yield Change('bf16', True, False, f"without native bf16 a {machine.device} is several times faster in fp32")
 
 # %% ../nbs/00_config.ipynb #4e34fa5c
-def _fit_stored(config, stored, machine):
-    "Use a base as it is stored"
-    own = f'load_in_{stored.bits}bit' if stored.method=='bitsandbytes' else None
-    if own and not machine.bitsandbytes:
-        raise ValueError(f'`model_name`: {config.model_name} is stored in {stored}: pip install bitsandbytes')
-    for name in ('load_in_8bit', 'load_in_4bit'):
-        asked = getattr(config, name)
-        if asked and name!=own and name in config.given:
-            raise ValueError(f'`{name}=True`: {config.model_name} is stored in {stored}, and is not quantised once '
-                             f'more: leave it out, or give the model it was made from')
-        if asked!=(name==own): yield Change(name, asked, name==own, f'the base is stored in {stored}, and used as it is')
-
 def _fit_quantisation(config, machine):
-    if stored := stored_as(resolve_model(config.model_name)):
-        yield from _fit_stored(config, stored, machine)
-        return
-    for name in ('load_in_8bit', 'load_in_4bit'):
-        if not getattr(config, name): continue
+    yield from fit_stored(config, stored := stored_as(resolve_model(config.model_name)), machine.bitsandbytes)
+    for name in () if stored else [n for n in ('load_in_8bit', 'load_in_4bit') if getattr(config, n)]:
         by_hand = name in config.given
         if name=='load_in_8bit' and division():
             if by_hand:
@@ -474,7 +459,7 @@ def _fit_quantisation(config, machine):
 def _why_no_optimizer(config, machine):
     "Why an optimizer of bitsandbytes should not, or cannot, run; and whether it could"
     if not is_of_bitsandbytes(config.optim): return '',True
-    if division(): return f'{division()} gives each process a part of a tensor, and {config.optim} needs whole ones',False
+    if division(): return f'{division()} gives each process a part of a tensor, {config.optim} needs whole ones',False
     if not machine.bitsandbytes: return f'{config.optim} needs bitsandbytes (pip install bitsandbytes)',False
     return ('' if machine.device=='cuda' else f'{config.optim} pages to GPU memory or packs its state for it'),True
 

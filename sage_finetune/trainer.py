@@ -182,8 +182,7 @@ class LoRATrainer(LoopParts):
 def _begin(run):
     "Report the machine, what was changed for it, and the expected memory, once; and load the tokenizer"
     if run._announced: return tokenizer_for(run.config)
-    c,own = run.fitted,run.dataset is not None or not _is_packaged(run, 'prepare_data')
-    check_run(c, run.machine.device, bool(run.eval_dataset or own or c.test_size or c.eval_data_path))
+    check_run(run.fitted, run.machine.device, run.dataset is not None or not _is_packaged(run, 'prepare_data'))
     run.say(f'{run.machine}\n{show_changes(run.changes)}')
     run._announced = True
     if not (run.quiet or process()):

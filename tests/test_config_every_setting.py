@@ -38,7 +38,8 @@ def place(tmp_path_factory):
     save_rows(folder/'other.jsonl', [dict(question=f'And {i} minus 1?', answer=f'{i-1}.') for i in range(6)])
     save_rows(folder/'frage.jsonl', [dict(question=f'a{i}?', answer=f'b{i}.', frage=f'{i}, was?') for i in range(4)])
     save_rows(folder/'odd.jsonl', [*plain[:4], dict(question=7)])
-    save_rows(folder/'both.jsonl', [dict(instruction=f'Do {i}.', output=f'{i}.', text=f'All of {i}.') for i in range(4)])
+    both = [dict(instruction=f'Do {i}.', output=f'{i}.', text=f'All of {i}.') for i in range(4)]
+    save_rows(folder/'both.jsonl', both)
     talk = [dict(role=r, content=c) for r,c in (('user', 'One?'), ('assistant', 'It is one.'), ('user', 'Two?'),
                                                 ('assistant', 'It is two.'))]
     save_rows(folder/'talks.jsonl', [dict(messages=[*talk, dict(role='user', content=f'{i}?'),
@@ -300,7 +301,7 @@ def begun(kind, place, machine, settings):
         from sage_finetune.preference import PreferenceTrainer
         run = PreferenceTrainer(made_one, quiet=True, machine=machine)
     else: run = LoRATrainer(made_one, quiet=True, machine=machine)
-    check_run(run.fitted, 'cpu', bool(made_one.test_size or made_one.eval_data_path))
+    check_run(run.fitted)
 
 
 @pytest.mark.parametrize('kind, name, entry', each(Refused))

@@ -6,7 +6,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/core/beforehand.html.md"""
 
 # %% auto #0
 __all__ = ['is_of_bitsandbytes', 'check_optimizer', 'same_steps', 'check_schedule', 'try_optimizer', 'try_schedule',
-           'OptionsSetting', 'StoredAs', 'stored_as']
+           'OptionsSetting', 'StoredAs', 'stored_as', 'fit_stored']
 
 # %% ../../nbs/core/08_beforehand.ipynb #08be0005
 import os
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .disk import read_json
+from .machine import Change
 from .settings import refuse_unknown
 
 # %% ../../nbs/core/08_beforehand.ipynb #08be0008
@@ -32,6 +33,7 @@ _never = dict(
     adalomo='changes weights within the backward pass, where no step can be checked or taken back',
     schedule_free='trains other weights than those it evaluates and saves')
 
+# %% ../../nbs/core/08_beforehand.ipynb #08be0101
 def is_of_bitsandbytes(
     name:str, # Of an optimizer, as transformers names it
 )->bool: # Whether it needs the package
@@ -121,6 +123,7 @@ def _one_step(name, device='cpu'):
     optimizer.step()
     return holder.weight.detach()
 
+# %% ../../nbs/core/08_beforehand.ipynb #08be0102
 def try_optimizer(
     name:str, # As transformers names it
     device:str='cpu', # "cuda", "mps" or "cpu"
@@ -143,6 +146,7 @@ def _rates(name, options, learning_rate, warmup, steps):
     at = sorted({*range(0, steps, max(1, steps//100)), min(warmup, steps-1)})
     return [learning_rate*made.lr_lambdas[0](i) for i in at]
 
+# %% ../../nbs/core/08_beforehand.ipynb #08be0103
 def try_schedule(
     name:str, # As transformers names it
     options:dict|None, # `lr_scheduler_kwargs`
@@ -193,6 +197,7 @@ class StoredAs:
 
     def __str__(self): return f'{self.bits} bits ({self.method})' if self.bits else self.method
 
+# %% ../../nbs/core/08_beforehand.ipynb #08be0104
 def _config_file(name):
     "`config.json` of a folder, or of a model in the cache of the Hub; None where it is not here"
     if (file := Path(name)/'config.json').is_file(): return file
@@ -224,3 +229,20 @@ def stored_as(
     if how is None: return None
     plain = how.get('load_in_8bit') or how.get('load_in_4bit') # of older files
     return StoredAs(str(how.get('quant_method') or ('bitsandbytes' if plain else 'an unknown method')), _bits(how))
+
+# %% ../../nbs/core/08_beforehand.ipynb #08be0106
+def fit_stored(
+    config, # A `TrainingConfig`
+    stored:StoredAs|None, # How its base is stored
+    bitsandbytes:bool, # Whether the package is here
+): # Yields a `Change` for each setting that gives way
+    "Bring the settings of a config to a base that is used as it is stored"
+    own = f'load_in_{stored.bits}bit' if stored and stored.method=='bitsandbytes' else None
+    what = f'{config.model_name} is stored in {stored}'
+    if own and not bitsandbytes: raise ValueError(f'`model_name`: {what}: pip install bitsandbytes')
+    for name in ('load_in_8bit', 'load_in_4bit') if stored else ():
+        asked,used = getattr(config, name),name==own
+        if asked and not used and name in config.given:
+            raise ValueError(f'`{name}=True`: {what}, and is not quantised once more: leave it out, or give the model '
+                             f'it was made from')
+        if asked!=used: yield Change(name, asked, used, f'the base is stored in {stored}, and used as it is')

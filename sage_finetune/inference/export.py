@@ -86,6 +86,13 @@ def _check_adapter(source, base=None):
         notes.append(f'vLLM cannot serve this adapter beside its base ({", ".join(unfit)}): the merged model, it can')
     for note in notes: warnings.warn(note, stacklevel=3)
 
+def _limits_part(source):
+    "What a model does not know, and who cannot serve it"
+    try: unfit = vllm_limits(source.folder)[1] if source.kind=='adapter' else ()
+    except SageError: unfit = () # weights that are cut short are refused where they go out
+    if not unfit: return _limits
+    return f'{_limits}\n\nvLLM cannot serve it beside its base ({", ".join(unfit)}); merged into it, it can.'
+
 # %% ../../nbs/inference/08_export.ipynb #9244d117
 def _is_hub_name(name):
     "Whether a name can be one of the Hub's"
@@ -268,13 +275,6 @@ _form = ('It was trained on conversations in the form of its own chat template, 
          'another form gives away part of what it learned.')
 _limits = ('It knows what its base knew and what stood in the data above. '
            'Nobody has looked for bias, or for what it says outside that data, unless it is written here.')
-
-def _limits_part(source):
-    "What a model does not know, and who cannot serve it"
-    try: unfit = vllm_limits(source.folder)[1] if source.kind=='adapter' else ()
-    except SageError: unfit = () # weights that are cut short are refused where they go out
-    if not unfit: return _limits
-    return f'{_limits}\n\nvLLM cannot serve it beside its base ({", ".join(unfit)}); merged into it, it can.'
 
 def _licence_part(license, license_name, base):
     "Under which terms"

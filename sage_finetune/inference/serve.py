@@ -168,7 +168,8 @@ def choose_engine(
     "vLLM where it is installed, else the loop of this package"
     refuse_unknown([engine], ['auto', *ENGINES], 'engine')
     if engine=='auto':
-        engine = 'vllm' if installed('vllm') and not (served and served.base and vllm_limits(served.folder)[1]) else 'native'
+        unfit = served and served.base and vllm_limits(served.folder)[1]
+        engine = 'vllm' if installed('vllm') and not unfit else 'native'
     if missing := [m for m in _modules[engine] if not installed(m)]:
         package = 'vllm' if engine=='vllm' else '"sage-finetune[serve]"'
         raise SageError(f'{engine} needs {" and ".join(missing)}: pip install {package}')

@@ -124,25 +124,6 @@ def low_rank(
     "The matrices A and B among the tensors of an adapter"
     return {k: v.detach().cpu().clone() for k,v in tensors.items() if '.lora_A.' in k or '.lora_B.' in k}
 
-# %% ../../nbs/model/02_adapter.ipynb #08be3001
-_not_for_experts = dict(lora_dropout=0, use_dora=False, init_lora_weights=True)
-
-def _no_experts(setting, lora):
-    "The refusal of a setting that peft has for layers only"
-    return ValueError(f'`lora.{setting}={getattr(lora, setting)!r}`: the experts of this model are parameters and no '
-                      f'layers, and peft has that for layers only: set `{setting}={_not_for_experts[setting]}`, or '
-                      f'name layers such as "q_proj" in `target_modules`')
-
-def _in_our_words(error, lora):
-    "What peft refuses, by the name of our setting"
-    text,experts = ' '.join(str(error).split()),'ParamWrapper' in str(error) or 'Experts' in str(error)
-    if experts and isinstance(error, AttributeError): return _no_experts('init_lora_weights', lora)
-    setting = next((n for n in _not_for_experts if experts and n in text), None)
-    if setting: return _no_experts(setting, lora)
-    return error if isinstance(error, AttributeError) else ValueError(f'`lora`: peft refuses its settings for this '
-                                                                      f'model: {text[:300]}')
-
-# %% ../../nbs/model/02_adapter.ipynb #520160a3
 def _check_start(model, lora, layers):
     "Refuse a beginning that these layers do not allow; peft would fail late, or compute something else"
     init,what = lora.init_lora_weights,f'`init_lora_weights="{lora.init_lora_weights}"`'
@@ -164,6 +145,24 @@ def _check_start(model, lora, layers):
 
 _no_quantised = ('{} moves a part of the weights into the adapter, and what is left would be rounded once more: '
                  'set `load_in_8bit=False` and `load_in_4bit=False`, or `init_lora_weights=True`')
+
+# %% ../../nbs/model/02_adapter.ipynb #08be3001
+_not_for_experts = dict(lora_dropout=0, use_dora=False, init_lora_weights=True)
+
+def _no_experts(setting, lora):
+    "The refusal of a setting that peft has for layers only"
+    return ValueError(f'`lora.{setting}={getattr(lora, setting)!r}`: the experts of this model are parameters and no '
+                      f'layers, and peft has that for layers only: set `{setting}={_not_for_experts[setting]}`, or '
+                      f'name layers such as "q_proj" in `target_modules`')
+
+def _in_our_words(error, lora):
+    "What peft refuses, by the name of our setting"
+    text,experts = ' '.join(str(error).split()),'ParamWrapper' in str(error) or 'Experts' in str(error)
+    if experts and isinstance(error, AttributeError): return _no_experts('init_lora_weights', lora)
+    setting = next((n for n in _not_for_experts if experts and n in text), None)
+    if setting: return _no_experts(setting, lora)
+    return error if isinstance(error, AttributeError) else ValueError(f'`lora`: peft refuses its settings for this '
+                                                                      f'model: {text[:300]}')
 
 # %% ../../nbs/model/02_adapter.ipynb #8945d685
 def adapter_line(
@@ -268,6 +267,7 @@ def save_lora_init(
     "Keep how an adapter began beside the adapter"
     if start := getattr(model, 'adapter_start', None): save_file(start, Path(folder)/start_file)
 
+# %% ../../nbs/model/02_adapter.ipynb #25ebc8f7
 @torch.no_grad()
 def load_lora_init(
     model, # With an adapter
@@ -283,6 +283,7 @@ def load_lora_init(
     model.adapter_start = then
     return True
 
+# %% ../../nbs/model/02_adapter.ipynb #158ee7cb
 def _move_base(name, layer, now, then):
     product = lambda start: start[f'{name}.lora_B.weight'] @ start[f'{name}.lora_A.weight']
     W = layer.get_base_layer().weight
@@ -422,10 +423,10 @@ def check_layers(
 def check_run(
     config, # A `TrainingConfig`, as fitted to the machine
     device:str='cpu', # "cuda", "mps" or "cpu"
-    held_out:bool=True, # Whether there may be rows to evaluate on
+    own_rows:bool=False, # Whether somebody else brings the rows, and perhaps some to evaluate on
 )->None: # Nothing: as far as can be known, it can train
     "Refuse, before anything is loaded, a run that could not train"
-    check_settings(config, held_out)
+    check_settings(config, own_rows or config.test_size>0 or config.eval_data_path is not None)
     check_stored(config.model_name)
     if device=='cuda': device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if torch.cuda.is_available() else 'cpu'
     try_optimizer(config.optim, device)

@@ -59,7 +59,8 @@ def test_each_schedule_of_transformers_is_known(name):
 @pytest.mark.parametrize('name, options, words', [
     ('polynomial', dict(lr_end=1), 'learning_rate|lr_end'), ('cosine_with_min_lr', dict(min_lr=-1), 'a rate of -'),
     ('warmup_stable_decay', dict(num_decay_steps='many'), '`lr_scheduler_kwargs'),
-    ('reduce_lr_on_plateau', dict(factor=2), 'Factor'), ('reduce_lr_on_plateau', dict(min_lr=1), 'leads to a rate of 1'),
+    ('reduce_lr_on_plateau', dict(factor=2), 'Factor'),
+    ('reduce_lr_on_plateau', dict(min_lr=1), 'leads to a rate of 1'),
     ('cosine', dict(num_cycles='x'), '`lr_scheduler_kwargs'), ('greedy', dict(max_lr=1), 'leads to a rate of')])
 def test_options_that_cannot_work_are_refused(name, options, words):
     with pytest.raises(ValueError, match=words): try_schedule(name, options, 1e-3, 0, 20)

@@ -1,4 +1,4 @@
-"Mixtures of experts: peft adapts parameters there, and what it has for layers only is refused before anything is loaded"
+"Mixtures of experts: peft adapts parameters there, and what it has for layers only is refused before loading"
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -29,8 +29,8 @@ def base(kind, folder):
 
 def config(kind, tmp_path, **more):
     data = create_sample_data(tmp_path/'rows.json', 'qa', num_samples=16)
-    return TrainingConfig(model_name=base(kind, tmp_path/'base'), data_path=data, output_dir=tmp_path/'run', max_steps=2,
-                          per_device_train_batch_size=4, gradient_accumulation_steps=1, learning_rate=1e-2,
+    return TrainingConfig(model_name=base(kind, tmp_path/'base'), data_path=data, output_dir=tmp_path/'run',
+                          max_steps=2, per_device_train_batch_size=4, gradient_accumulation_steps=1, learning_rate=1e-2,
                           load_in_8bit=False, fp16=False, optim='adamw_torch', report_to='none', test_size=0,
                           lora=dict(target_modules='all-linear', r=4, lora_dropout=0) | more)
 
@@ -46,7 +46,8 @@ def test_what_exists_for_layers_only_is_refused_by_name(kind, setting, value, tm
     with pytest.raises(ValueError, match=f'`lora.{setting}={value!r}`: the experts'): add_lora(model, run.config.lora)
 
 
-@pytest.mark.parametrize('kind, more', [('qwen3_moe', {}), ('mixtral', dict(target_modules=['q_proj', 'w1', 'w2', 'w3'])),
+@pytest.mark.parametrize('kind, more', [('qwen3_moe', {}),
+                                        ('mixtral', dict(target_modules=['q_proj', 'w1', 'w2', 'w3'])),
                                         ('olmoe', dict(bias='all', init_lora_weights='gaussian', use_rslora=True))])
 def test_the_experts_are_trained_loaded_and_merged(kind, more, tmp_path):
     run = LoRATrainer(config(kind, tmp_path, **more), quiet=True)
