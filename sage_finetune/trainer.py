@@ -55,6 +55,9 @@ def _checked_config(config, is_preference):
                          'train it with `sage_finetune.preference.PreferenceTrainer`, or with `sage-finetune run`')
     return config
 
+def _is_packaged(run, step): # a step of a user's subclass may need what came before it
+    return 'packaged' in vars(next(c for c in type(run).__mro__ if step in vars(c)))
+
 # %% ../nbs/02_trainer.ipynb #2f01f0d0
 class RunState:
     "The state of a run: its config as asked and as fitted, what its steps have made, and who sees its messages"
@@ -264,9 +267,6 @@ def _run_missing_steps(run, fresh=False):
     run._base = one_after_another(lambda: base_digest(run.config.model_name)) # whole files, read once
     if not fresh: _remember(run)
     run.setup_trainer()
-
-def _is_packaged(run, step): # a step of a user's subclass may need what came before it
-    return 'packaged' in vars(next(c for c in type(run).__mro__ if step in vars(c)))
 
 def _prepare_first(run):
     "Prepare the rows before minutes go into loading a model, and hold them against its config"
