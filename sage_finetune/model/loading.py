@@ -223,7 +223,8 @@ def _quantiser(name, stored):
     "transformers' part for the method that a base is stored by"
     from transformers.quantizers.auto import AutoHfQuantizer
     config = AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False)
-    said = next(s for c in (config, config.get_text_config()) if (s := getattr(c, 'quantization_config', None)))
+    places = config, config.get_text_config()
+    said = next((s for c in places if (s := getattr(c, 'quantization_config', None))), {})
     if not AutoHfQuantizer.supports_quant_method(said): raise ValueError('transformers does not know this method')
     made = AutoHfQuantizer.from_config(said, pre_quantized=True)
     made.validate_environment(device_map=None, weights_only=True)
