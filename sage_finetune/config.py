@@ -6,7 +6,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/config.html.md"""
 
 # %% auto #0
 __all__ = ['embedded_model', 'LoRAConfig', 'TrainingConfig', 'PreferenceConfig', 'PresetConfigs', 'preset_for', 'precision_of',
-           'show_presets', 'fit_config', 'show_config', 'config_from_meta', 'resolve_model', 'base_place']
+           'show_presets', 'resolve_model', 'base_place', 'fit_config', 'show_config', 'config_from_meta']
 
 # %% ../nbs/00_config.ipynb #8d5faccc
 import warnings
@@ -22,6 +22,9 @@ from .core.display import Shown, Table # Shown: handed on
 from sage_finetune.core.settings import (
     check_shares, checked, config_table, DataPathSetting, DataSource, OptionalPathSetting, PathSetting, refuse_unknown,
     Settings, SharesSetting, with_given
+)
+from sage_finetune.core.beforehand import (
+    check_optimizer, check_schedule, fit_stored, is_of_bitsandbytes, OptionsSetting, same_steps, stored_as
 )
 from .core.machine import Change, Changes, division, Machine, show_changes # show_changes: handed on
 from .core.run_folder import default_output_dir, read_meta, run_folder, RunFolder # run_folder: handed on
@@ -51,6 +54,7 @@ class LoRAConfig(Settings):
         target_modules=('a list with at least one name, or "all-linear"', len),
         lora_dropout=('at least 0 and below 1', lambda v: 0<=v<1),
         bias=('"none", "all" or "lora_only"', ('none', 'all', 'lora_only').__contains__),
+        task_type=('"CAUSAL_LM", since a language model is what is trained here', 'CAUSAL_LM'.__eq__),
         init_lora_weights=('True, "gaussian", "orthogonal", "pissa", "pissa_niter_N" or "olora"',
                            lambda v: v is True or str(v) in _ways_to_begin or
                            str(v).startswith('pissa_niter_') and str(v)[12:].isdigit()))
@@ -160,6 +164,7 @@ class TrainingConfig(Settings):
     stack_adapter: bool = False # Leave `init_adapter` as it is, and train a second adapter on top of it
     replay_path: DataPathSetting = None # Replay rows; None takes those of the run in `init_adapter`
     replay_share: float = 0.0 # Share of the trained rows that are replay rows, against forgetting
+    lr_scheduler_kwargs: OptionsSetting = None # Options of the schedule, such as {"num_cycles": 2}
 
     _rules = _training_rules
     _exclusive = ('load_in_8bit', 'load_in_4bit'), ('fp16', 'bf16')
@@ -172,6 +177,8 @@ class TrainingConfig(Settings):
 
     def __post_init__(self):
         super().__post_init__()
+        check_optimizer(self.optim)
+        check_schedule(self.lr_scheduler_type, self.lr_scheduler_kwargs)
         _check_sources(self)
 
     @property
@@ -204,7 +211,7 @@ class TrainingConfig(Settings):
 
 # %% ../nbs/00_config.ipynb #4d91c301
 def _check_sources(config):
-    "Refuse shares that do not go with the sources, and formats that a source cannot have"
+    "Refuse shares and formats that do not go with the sources, and settings without those they are for"
     check_shares(config.data_weights, config.data_stopping, len(config.data_path)
                  if isinstance(config.data_path, list) else 1)
     words,allowed = config._rules['format_type']
@@ -212,6 +219,11 @@ def _check_sources(config):
         for i,s in enumerate(v if isinstance(v := getattr(config, name), list) else ()):
             if s.format_type is not None and not allowed(s.format_type):
                 raise ValueError(f'`{name}[{i}]`: `format_type` must be {words}, got {s.format_type!r}')
+    if config.cut_answers and config.overflow!='truncate':
+        raise ValueError(f'`cut_answers=True` goes with `overflow="truncate"`, got "{config.overflow}"')
+    if config.eval_data_split!='train' and config.eval_data_path is None:
+        raise ValueError(f'`eval_data_split="{config.eval_data_split}"` needs `eval_data_path`: give the file or data '
+                         f'set that has this split')
 
 # %% ../nbs/00_config.ipynb #6c3f643a
 _preference_rules = _training_rules | dict(
@@ -389,6 +401,31 @@ def show_presets(
                  note,
                  marks=tuple(i for i,n in enumerate(names) if n==best))
 
+# %% ../nbs/00_config.ipynb #34f8502b
+embedded_model = 'sage-tiny'
+
+def resolve_model(
+    name:str, # Hub name, folder, or "sage-tiny"
+)->str: # What `from_pretrained` takes
+    "The folder of the embedded model for its name; any other name as it is"
+    name = checked('name', name, str)
+    if name!=embedded_model:
+        folder = Path(name).expanduser() if name.startswith('~') else None
+        return str(folder) if folder and folder.is_dir() else name
+    package = find_spec('sage_finetune').submodule_search_locations[0]
+    return str(Path(package)/'models'/embedded_model)
+
+def base_place(
+    folder:str|Path, # Of an adapter
+    base:str|None=None, # Where it is now, if known
+)->str|None: # Hub name, folder, or "sage-tiny"; None where nothing names it
+    "Where the base of an adapter lies: as given, else where it was trained, else where `adapter_config.json` says"
+    if base: return str(base)
+    asked,said = ((read_json(file) if (file := Path(folder)/name).is_file() else {}).get(key) for name,key in
+                  (('training_config.json', 'model_name'), ('adapter_config.json', 'base_model_name_or_path')))
+    here = lambda name: bool(name) and Path(resolve_model(name)).is_dir()
+    return asked if asked and (here(asked) or not here(said)) else said or asked
+
 # %% ../nbs/00_config.ipynb #5e6731ff
 def _fit_precision(config, machine):
     if machine.device=='cuda':
@@ -404,8 +441,8 @@ def _fit_precision(config, machine):
 
 # %% ../nbs/00_config.ipynb #4e34fa5c
 def _fit_quantisation(config, machine):
-    for name in ('load_in_8bit', 'load_in_4bit'):
-        if not getattr(config, name): continue
+    yield from fit_stored(config, stored := stored_as(resolve_model(config.model_name)), machine.bitsandbytes)
+    for name in () if stored else [n for n in ('load_in_8bit', 'load_in_4bit') if getattr(config, n)]:
         by_hand = name in config.given
         if name=='load_in_8bit' and division():
             if by_hand:
@@ -420,17 +457,21 @@ def _fit_quantisation(config, machine):
             yield Change(name, True, False, "quantised weights save GPU memory; without a CUDA GPU they only cost time")
 
 # %% ../nbs/00_config.ipynb #2c26c9b4
+def _why_no_optimizer(config, machine):
+    "Why an optimizer of bitsandbytes should not, or cannot, run; and whether it could"
+    if not is_of_bitsandbytes(config.optim): return '',True
+    if division(): return f'{division()} gives each process a part of a tensor, {config.optim} needs whole ones',False
+    if not machine.bitsandbytes: return f'{config.optim} needs bitsandbytes (pip install bitsandbytes)',False
+    return ('' if machine.device=='cuda' else f'{config.optim} pages to GPU memory or packs its state for it'),True
+
 def _fit_optimizer(config, machine):
-    if not (config.optim.startswith('paged_') or '8bit' in config.optim): return
-    if machine.device=='cuda' and machine.bitsandbytes and not division(): return
-    if division():
-        yield Change('optim', config.optim, 'adamw_torch',
-                     f'{division()} gives each process a part of a tensor, and {config.optim} needs whole ones')
-        return
-    why = ("pages to GPU memory or packs its state for it" if machine.bitsandbytes
-           else "needs bitsandbytes (pip install bitsandbytes)")
-    yield Change('optim', config.optim, 'adamw_torch',
-                 f"{config.optim} {why}; adamw_torch takes the same steps in full precision")
+    why,can = _why_no_optimizer(config, machine)
+    other = same_steps(config.optim)
+    if why and other:
+        yield Change('optim', config.optim, other, f'{why}; {other} takes the same steps in full precision')
+    elif not can:
+        raise ValueError(f'`optim="{config.optim}"`: {why}, and no optimizer of torch takes the same steps; '
+                         f'take another, such as "adamw_torch"')
 
 # %% ../nbs/00_config.ipynb #c2cfe78c
 def _fit_checkpointing(config, machine):
@@ -513,28 +554,3 @@ def config_from_meta(
     except ValueError as err: raise ValueError(f"{RunFolder(folder).meta}: {err}") from None
     if config.eval_data_path: config = config.replace(eval_data_path=_find_sources(config.eval_data_path, folder))
     return config
-
-# %% ../nbs/00_config.ipynb #34f8502b
-embedded_model = 'sage-tiny'
-
-def resolve_model(
-    name:str, # Hub name, folder, or "sage-tiny"
-)->str: # What `from_pretrained` takes
-    "The folder of the embedded model for its name; any other name as it is"
-    name = checked('name', name, str)
-    if name!=embedded_model:
-        folder = Path(name).expanduser() if name.startswith('~') else None
-        return str(folder) if folder and folder.is_dir() else name
-    package = find_spec('sage_finetune').submodule_search_locations[0]
-    return str(Path(package)/'models'/embedded_model)
-
-def base_place(
-    folder:str|Path, # Of an adapter
-    base:str|None=None, # Where it is now, if known
-)->str|None: # Hub name, folder, or "sage-tiny"; None where nothing names it
-    "Where the base of an adapter lies: as given, else where it was trained, else where `adapter_config.json` says"
-    if base: return str(base)
-    asked,said = ((read_json(file) if (file := Path(folder)/name).is_file() else {}).get(key) for name,key in
-                  (('training_config.json', 'model_name'), ('adapter_config.json', 'base_model_name_or_path')))
-    here = lambda name: bool(name) and Path(resolve_model(name)).is_dir()
-    return asked if asked and (here(asked) or not here(said)) else said or asked

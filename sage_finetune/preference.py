@@ -389,6 +389,9 @@ def _check_reference(config):
         raise ValueError(f'`lora.init_lora_weights="{config.lora.init_lora_weights}"` moves a part of the weights '
                          f'into the adapter, and `method="{config.method}"` needs the model as it was without '
                          f'it: leave it out')
+    if config.lora.bias!='none':
+        raise ValueError(f'`lora.bias="{config.lora.bias}"` trains biases of the base, and `method="{config.method}"` '
+                         f'needs the model as it was without its adapter: leave it out, or take `method="orpo"`')
     if config.init_adapter is not None:
         raise ValueError(f'`init_adapter` with `method="{config.method}"`: '
                          f'the reference is the model without an adapter; '

@@ -22,7 +22,7 @@ from .core.run_folder import last_checkpoint, only_run, RunFolder, write_record
 from .config import config_from_meta, fit_config, PreferenceConfig, TrainingConfig
 from .rows.images import processor_of
 from .rows.report import DataReport
-from .model.adapter import adapter_line, add_lora, BestAdapter, check_settings
+from .model.adapter import adapter_line, add_lora, BestAdapter, check_run
 from .model.adapter import ready_for_quantised_training
 from .model.shards import base_digest
 from .model.memory import estimate_memory, probe_step
@@ -54,6 +54,9 @@ def _checked_config(config, is_preference):
         raise ValueError('`config` is a PreferenceConfig: '
                          'train it with `sage_finetune.preference.PreferenceTrainer`, or with `sage-finetune run`')
     return config
+
+def _is_packaged(run, step): # a step of a user's subclass may need what came before it
+    return 'packaged' in vars(next(c for c in type(run).__mro__ if step in vars(c)))
 
 # %% ../nbs/02_trainer.ipynb #2f01f0d0
 class RunState:
@@ -182,7 +185,7 @@ class LoRATrainer(LoopParts):
 def _begin(run):
     "Report the machine, what was changed for it, and the expected memory, once; and load the tokenizer"
     if run._announced: return tokenizer_for(run.config)
-    check_settings(run.fitted)
+    check_run(run.fitted, run.machine.device, run.dataset is not None or not _is_packaged(run, 'prepare_data'))
     run.say(f'{run.machine}\n{show_changes(run.changes)}')
     run._announced = True
     if not (run.quiet or process()):
@@ -200,8 +203,7 @@ def _check_fit(run):
 def _with_lora(model, config):
     "Freeze a model and put an adapter on it"
     set_seed(config.seed)
-    if config.load_in_8bit or config.load_in_4bit: model = ready_for_quantised_training(model)
-    return add_lora(model, config.lora)
+    return add_lora(ready_for_quantised_training(model), config.lora)
 
 # %% ../nbs/02_trainer.ipynb #2f01f0b2
 def _packed_rows(run):
@@ -265,9 +267,6 @@ def _run_missing_steps(run, fresh=False):
     run._base = one_after_another(lambda: base_digest(run.config.model_name)) # whole files, read once
     if not fresh: _remember(run)
     run.setup_trainer()
-
-def _is_packaged(run, step): # a step of a user's subclass may need what came before it
-    return 'packaged' in vars(next(c for c in type(run).__mro__ if step in vars(c)))
 
 def _prepare_first(run):
     "Prepare the rows before minutes go into loading a model, and hold them against its config"

@@ -25,6 +25,7 @@ from ..rows.images import processor_files
 from ..rows.template import chat_form, render
 from ..rows.tokens import end_of_turn_ids
 from ..core.repo_files import find_secret
+from .serve import vllm_limits
 
 # %% ../../nbs/inference/08_export.ipynb #89d462d2
 _goes_out = ('config.json', 'generation_config.json', '*.safetensors', '*.safetensors.index.json',
@@ -81,7 +82,16 @@ def _check_adapter(source, base=None):
             why = 'too large to be loaded for it' if place else 'not on this machine'
             notes.append(f'the base {where} is {why}, so the answers of the adapter were not compared with those '
                          f'of the model that was trained')
+    if unfit := vllm_limits(source.folder)[1]:
+        notes.append(f'vLLM cannot serve this adapter beside its base ({", ".join(unfit)}): the merged model, it can')
     for note in notes: warnings.warn(note, stacklevel=3)
+
+def _limits_part(source):
+    "What a model does not know, and who cannot serve it"
+    try: unfit = vllm_limits(source.folder)[1] if source.kind=='adapter' else ()
+    except SageError: unfit = () # weights that are cut short are refused where they go out
+    if not unfit: return _limits
+    return f'{_limits}\n\nvLLM cannot serve it beside its base ({", ".join(unfit)}); merged into it, it can.'
 
 # %% ../../nbs/inference/08_export.ipynb #9244d117
 def _is_hub_name(name):
@@ -170,14 +180,15 @@ def _markdown_table(rows, *head):
 
 # %% ../../nbs/inference/08_export.ipynb #94aab972
 _card_settings = ('num_train_epochs', 'max_steps', 'per_device_train_batch_size', 'gradient_accumulation_steps',
-                  'learning_rate', 'lr_scheduler_type', 'warmup_ratio', 'optim',
+                  'learning_rate', 'lr_scheduler_type', 'lr_scheduler_kwargs', 'warmup_ratio', 'optim',
                   'weight_decay', 'max_length', 'method', 'beta', 'packing', 'train_on', 'load_in_8bit',
                   'load_in_4bit', 'fp16', 'bf16', 'seed')
 
 def _settings_part(source):
     "The settings as used, and the versions of the libraries"
     s = source.settings
-    rows = [(k, s[k]) for k in _card_settings if k in s and not (k=='max_steps' and s[k]==-1)]
+    rows = [(k, s[k]) for k in _card_settings if k in s and
+            (k, s[k]) not in (('max_steps', -1), ('lr_scheduler_kwargs', None))]
     lora = [(f'lora.{k}', ', '.join(v) if isinstance(v, list) else v) for k,v in s.get('lora', {}).items()
             if v is not None and k!='task_type']
     made = ', '.join(f'{k} {v}' for k,v in (s.get('_versions') or {}).items())
@@ -294,7 +305,7 @@ def model_card(
              *([f'`{below}` is not on the Hub: put the folder where you have it in its place.']
                if adapter and not known else []), _form,
              '## Data', _data_part(source), '## Training', _settings_part(source),
-             '## Figures', _figures_part(source), '## Limits', _limits,
+             '## Figures', _figures_part(source), '## Limits', _limits_part(source),
              '## Licence', _licence_part(license, license_name, known)]
     head = _head(source, known, license, license_name, license_link, language)
     return f'---\n{head.to_yaml()}\n---\n\n'+'\n\n'.join(parts)+'\n'

@@ -62,7 +62,7 @@ def bare_name(
     key:str, # Name of a tensor in an adapter or in a model with one
 )->str: # Name in the plain model
     "The name of a weight without what PEFT puts into it"
-    for part in ('.base_layer', '.modules_to_save.default', '.modules_to_save', '.original_module'):
+    for part in ('.token_adapter', '.base_layer', '.modules_to_save.default', '.modules_to_save', '.original_module'):
         key = key.replace(part, '')
     return key.removeprefix('base_model.model.')
 
@@ -73,12 +73,20 @@ def _vocabulary_layers(model):
     layers = model.get_input_embeddings(),model.get_output_embeddings()
     return [f'{name_of[id(m)]}.weight' for m in layers if m is not None]
 
-def _fit_vocabulary(model, tensors):
+def _trained_tokens(settings):
+    "Ids of the tokens whose rows an adapter has trained, by its settings"
+    found = settings.get('trainable_token_indices') or []
+    return [i for part in found.values() for i in part] if isinstance(found, dict) else found
+
+def _fit_vocabulary(model, tensors, settings=dict()):
     "Give a model as many tokens as an adapter was trained with"
     layers = _vocabulary_layers(model)
     rows = {bare_name(k): t.shape[0] for k,t in tensors.items() if bare_name(k) in layers}
     now = model.get_input_embeddings().weight.shape[0]
-    needed = max(rows.values(), default=now)
+    needed,trained = max(rows.values(), default=now),_trained_tokens(settings)
+    if trained and max(trained)>=needed:
+        raise SageError(f'the adapter trains the row of token {max(trained)}, the base has {needed:,} tokens, and the '
+                        f'larger embedding is not in the adapter: give the base with its added tokens as `base`')
     if needed==now: return model
     tied = getattr(model.config.get_text_config(), 'tie_word_embeddings', False)
     if lost := [n for n in layers[:1 if tied else 2] if rows.get(n)!=needed]:
@@ -123,7 +131,8 @@ def put_adapter(
         with quiet_libraries(), warnings.catch_warnings():
             warnings.simplefilter('ignore')
             if on is None:
-                on = PeftModel.from_pretrained(_fit_vocabulary(base, tensors), str(folder), adapter_name=name, **how)
+                base = _fit_vocabulary(base, tensors, read_json(Path(folder)/'adapter_config.json'))
+                on = PeftModel.from_pretrained(base, str(folder), adapter_name=name, **how)
             else: on.load_adapter(str(folder), adapter_name=name, **how)
     except (ValueError, RuntimeError, KeyError, TypeError) as e:
         raise SageError(f'the adapter {folder} does not fit the base: {" ".join(str(e).split())[:300]}') from None
@@ -155,8 +164,7 @@ def load_adapter(
     _note(check_contract(folder, tokenizer, base, ignore_contract))
     if quantised: config = config.adapted(load_in_8bit=settings.load_in_8bit, load_in_4bit=settings.load_in_4bit)
     model = load_model(base, dtype_of(config), machine.device, quantisation_of(config) if quantised else None)
-    if quantised: model = ready_for_quantised_training(model)
-    model = put_adapter(model, folder).eval()
+    model = put_adapter(ready_for_quantised_training(model), folder).eval()
     _note(check_witness(folder, model, ignore_contract))
     return model,tokenizer
 

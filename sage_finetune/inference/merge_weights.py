@@ -20,7 +20,7 @@ import torch
 
 from ..core.disk import read_json, SageError, write_json
 from ..config import base_place
-from ..model.loading import dtype_of, load_model, model_class, no_model, quiet_libraries
+from ..model.loading import dtype_of, empty_model, load_model, quiet_libraries
 from ..model.shards import local_folder, stored_tensors, write_model
 from .generate import adapter_tensors, bare_name, put_adapter, trained_settings
 
@@ -59,14 +59,6 @@ def merged_weight(
 
 # %% ../../nbs/inference/02_merge_weights.ipynb #51f0bea4
 class _NotByName(Exception): "An adapter that cannot be merged weight by weight; the message says why"
-
-def _empty_model(base):
-    "A model without its weights"
-    from transformers import AutoConfig
-    try:
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-        with quiet_libraries(), torch.device('meta'): return model_class(config).from_config(config)
-    except (OSError, ValueError, KeyError, ImportError) as e: raise no_model(str(base), e) from None
 
 # %% ../../nbs/inference/02_merge_weights.ipynb #a200000a
 def _renaming(model):
@@ -199,6 +191,8 @@ def weight_changes(
             if '.lora_' in key: continue
             if bare_name(key) not in plain: raise _NotByName(f'{key} is no weight of the base')
             changes.replaced[bare_name(key)] = t
+            if bare_name(key)==base.embedding and key.endswith('.base_layer.weight') and base.head:
+                changes.replaced.setdefault(base.head, t) # peft leaves the head tied to what is below the adapter
     for path,layer in model.named_modules():
         if isinstance(layer, LoraLayer): changes.added.update(_layer_changes(path, layer, adapters))
     if base.head: changes.unties = _unties(changes, base)
@@ -339,7 +333,10 @@ def find_weights(
         plan.why,plan.dtype = 'the weights of the base are not in the safetensors format',plan.dtype or torch.float32
         return plan
     plan.dtype = plan.dtype or _main_format(stored)
-    model = _empty_model(place)
+    if any('trainable_tokens_delta' in k for f,_ in plan.adapters.values() for k in adapter_tensors(f)):
+        plan.why = 'the adapter trains the rows of single tokens'
+        return plan
+    model = empty_model(place)
     base,vocabulary = base_weights(model, stored),model.get_input_embeddings().weight.shape[0]
     on = put_adapters(model, plan.adapters, empty=True)
     try:

@@ -7,15 +7,15 @@ Docs: https://sage-finetune.github.io/sage_finetune/model/adapter.html.md"""
 # %% auto #0
 __all__ = ['start_file', 'best_adapter_file', 'linear_names', 'add_lora', 'changes_base', 'low_rank', 'adapter_line',
            'full_tensor', 'trained_tensors', 'scaling_of', 'save_adapter', 'save_lora_init', 'load_lora_init',
-           'lora_plus', 'best_evaluation', 'BestAdapter', 'load_best_adapter', 'check_settings',
-           'ready_for_quantised_training']
+           'lora_plus', 'best_evaluation', 'BestAdapter', 'load_best_adapter', 'check_settings', 'check_layers',
+           'check_run', 'ready_for_quantised_training']
 
 # %% ../../nbs/model/02_adapter.ipynb #c3390a9f
-import math,re,warnings
+import math,os,re,warnings
 from pathlib import Path
 
 import torch
-from .loading import quiet_libraries, takes_images # before peft: it quiets bitsandbytes
+from .loading import check_stored, empty_model, quiet_libraries, takes_images # before peft
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
@@ -23,14 +23,18 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
+from ..core.beforehand import check_schedule, stored_as, try_optimizer, try_schedule
 from ..core.disk import read_json, write_json
 from ..core.machine import division
+from ..config import resolve_model
 
 # %% ../../nbs/model/02_adapter.ipynb #01bd3f71
+def _is_linear(layer): return isinstance(layer, (torch.nn.Linear, Conv1D)) or hasattr(layer, 'qweight') # GPTQ, AWQ
+
 def _linear(model):
     "Name → layer that computes W·x, without the head"
     head = model.get_output_embeddings()
-    return {n: m for n,m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head}
+    return {n: m for n,m in model.named_modules() if _is_linear(m) and m is not head}
 
 def linear_names(
     model, # A causal language model
@@ -47,6 +51,15 @@ def _language_part(model):
 
 def _is_named(name, target): return name==target or name.endswith('.'+target)
 
+def _expert_names(model):
+    "Names of layers that are parts of a parameter since transformers 5, and that peft still takes"
+    try: from peft.utils import transformers_weight_conversion as known
+    except ImportError: return {}
+    kind = getattr(known, '_MODEL_TO_CONVERSION_PATTERN', {}).get(model.config.model_type)
+    names = getattr(known, '_MOE_TARGET_MODULE_MAPPING', {}).get(kind) or {}
+    there = {n.rpartition('.')[2] for n,p in model.named_parameters() if p.dim()==3}
+    return {old for old,new in names.items() if new in there}
+
 def _targets(model, wanted):
     "Name → layer that `target_modules` means: names, \"all-linear\" or, as in peft, a pattern for the whole name"
     part = _language_part(model)
@@ -54,9 +67,10 @@ def _targets(model, wanted):
         return ({n: m for n,m in _linear(model).items() if n.startswith(part)} if wanted.lower()=='all-linear'
                 else {n: m for n,m in model.named_modules() if re.fullmatch(wanted, n)})
     found = {t: {n: m for n,m in model.named_modules() if _is_named(n, t) and n.startswith(part)} for t in wanted}
-    if missing := [t for t in wanted if not found[t]]:
+    experts = _expert_names(model)
+    if missing := [t for t in wanted if not found[t] and t not in experts]:
         raise ValueError(f"`target_modules`: {', '.join(missing)} names no layer of this model; "
-                         f"it has {', '.join(linear_names(model))}, or take \"all-linear\"")
+                         f"it has {', '.join(sorted({*linear_names(model), *experts}))}, or take \"all-linear\"")
     return {n: m for layers in found.values() for n,m in layers.items()}
 
 # %% ../../nbs/model/02_adapter.ipynb #8a1354be
@@ -71,15 +85,17 @@ def add_lora(
 ): # The model with an adapter; only the adapter is trained
     "Freeze `model` and put an adapter on it"
     layers = _targets(model, lora.target_modules)
-    if not layers:
+    if not layers and not ({*lora.target_modules} & _expert_names(model)):
         raise ValueError(f"`target_modules` {lora.target_modules!r} names no layer of this model; "
                          f"it has {', '.join(linear_names(model))}")
     _check_start(model, lora, layers)
     conv = any(isinstance(m, Conv1D) for m in layers.values()) # GPT-2 keeps its matrices the other way round
+    settings = LoraConfig(**lora.to_dict() | _only_language(model, lora.target_modules, layers), fan_in_fan_out=conv)
     with quiet_libraries(), warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message='.*fan_in_fan_out|.*path_initial_model_for_weight_conversion')
-        adapted = get_peft_model(model, LoraConfig(
-            **lora.to_dict() | _only_language(model, lora.target_modules, layers), fan_in_fan_out=conv))
+        warnings.filterwarnings('ignore', message='.*fan_in_fan_out|.*path_initial_model_for_weight_conversion|'
+                                '.*(rank|alpha)_pattern keys did not match') # peft looks for parameters among layers
+        try: adapted = get_peft_model(model, settings)
+        except (ValueError, AttributeError) as e: raise _in_our_words(e, lora) from None
     for p in adapted.parameters():
         if p.requires_grad: p.data = p.data.float() # biases too: the optimizer's steps are below what 16 bits resolve
     adapted.base_values = _values_of_base(adapted, changes_base(lora))
@@ -89,7 +105,10 @@ def add_lora(
 # %% ../../nbs/model/02_adapter.ipynb #c7cf4ab2
 def _only_language(model, wanted, layers):
     "`target_modules` for peft where the vision part has the same names; a pattern is left as it is"
-    if not (part := _language_part(model)) or (isinstance(wanted, str) and wanted.lower()!='all-linear'): return {}
+    every = isinstance(wanted, str) and wanted.lower()=='all-linear'
+    if not (part := _language_part(model)) or (isinstance(wanted, str) and not every):
+        packed = every and any(not isinstance(m, (torch.nn.Linear, Conv1D)) for m in layers.values())
+        return dict(target_modules=sorted(layers)) if packed else {} # peft does not know them for linear
     names = sorted({n.rpartition('.')[2] for n in layers})
     return dict(target_modules=rf"{re.escape(part)}(?:.*\.)?(?:{'|'.join(map(re.escape, names))})")
 
@@ -105,7 +124,6 @@ def low_rank(
     "The matrices A and B among the tensors of an adapter"
     return {k: v.detach().cpu().clone() for k,v in tensors.items() if '.lora_A.' in k or '.lora_B.' in k}
 
-# %% ../../nbs/model/02_adapter.ipynb #520160a3
 def _check_start(model, lora, layers):
     "Refuse a beginning that these layers do not allow; peft would fail late, or compute something else"
     init,what = lora.init_lora_weights,f'`init_lora_weights="{lora.init_lora_weights}"`'
@@ -128,13 +146,31 @@ def _check_start(model, lora, layers):
 _no_quantised = ('{} moves a part of the weights into the adapter, and what is left would be rounded once more: '
                  'set `load_in_8bit=False` and `load_in_4bit=False`, or `init_lora_weights=True`')
 
+# %% ../../nbs/model/02_adapter.ipynb #08be3001
+_not_for_experts = dict(lora_dropout=0, use_dora=False, init_lora_weights=True)
+
+def _no_experts(setting, lora):
+    "The refusal of a setting that peft has for layers only"
+    return ValueError(f'`lora.{setting}={getattr(lora, setting)!r}`: the experts of this model are parameters and no '
+                      f'layers, and peft has that for layers only: set `{setting}={_not_for_experts[setting]}`, or '
+                      f'name layers such as "q_proj" in `target_modules`')
+
+def _in_our_words(error, lora):
+    "What peft refuses, by the name of our setting"
+    text,experts = ' '.join(str(error).split()),'ParamWrapper' in str(error) or 'Experts' in str(error)
+    if experts and isinstance(error, AttributeError): return _no_experts('init_lora_weights', lora)
+    setting = next((n for n in _not_for_experts if experts and n in text), None)
+    if setting: return _no_experts(setting, lora)
+    return error if isinstance(error, AttributeError) else ValueError(f'`lora`: peft refuses its settings for this '
+                                                                      f'model: {text[:300]}')
+
 # %% ../../nbs/model/02_adapter.ipynb #8945d685
 def adapter_line(
     model, # With an adapter
 )->str: # One line
     "How much of a model is trained"
     trained,every = model.get_nb_trainable_parameters()
-    return f'{trained:,} trained of {every:,} parameters ({trained/every:.2%}){_where(model)}'
+    return f'{trained:,} trained of {every:,} parameters ({trained/every:.2%}){_where(model)}{_bare_experts(model)}'
 
 def _where(model):
     "Where the adapter of a vision-language model sits"
@@ -145,6 +181,13 @@ def _where(model):
     if inside==len(layers):
         return f', all in {part[:-1]}: the vision part stays as it is (a pattern as `target_modules` reaches it)'
     return f', in {inside} layers of {part[:-1]} and {len(layers)-inside} outside of it'
+
+def _bare_experts(model):
+    "Experts that carry no adapter"
+    bare = [n for n,m in model.named_modules() if not n.endswith('.base_layer') and '.lora_' not in n
+            and any(p.dim()==3 for _,p in m.named_parameters(recurse=False))]
+    if not bare: return ''
+    return f'; no adapter on the experts ({bare[0].removeprefix("base_model.model.")} and {len(bare)-1} more)'
 
 # %% ../../nbs/model/02_adapter.ipynb #8ac804b3
 def full_tensor(
@@ -326,7 +369,7 @@ def load_best_adapter(
 
 # %% ../../nbs/model/02_adapter.ipynb #d3b6f1e3
 _need_rows = 'eval_steps', 'early_stopping_patience', 'load_best_model_at_end'
-_no_groups = 'lomo', 'layerwise', 'muon', 'dion', 'apollo', 'galore'
+_no_groups = 'muon', 'dion' # of newer versions of transformers
 
 def check_settings(
     config, # A `TrainingConfig`, as fitted to the machine
@@ -349,9 +392,47 @@ def check_settings(
     if config.neftune_noise_alpha and config.packing:
         raise ValueError('`neftune_noise_alpha` and `packing` cannot both be set: '
                          'the noise is scaled by the length of a row, and a packed row is many; set one of them off')
+    warmup = config.warmup_ratio if 'warmup_ratio' in config.given else 0
+    check_schedule(config.lr_scheduler_type, config.lr_scheduler_kwargs, warmup)
+    if not held_out and config.lr_scheduler_type in ('reduce_lr_on_plateau', 'greedy'):
+        raise ValueError(f'`lr_scheduler_type="{config.lr_scheduler_type}"` follows the held-out loss: '
+                         f'set `test_size` above 0 or `eval_data_path`')
     if not held_out and (needing := next((n for n in _need_rows if getattr(config, n)), None)):
         raise ValueError(f'`{needing}={getattr(config, needing)}` needs held-out rows: '
                          f'set `test_size` above 0 or `eval_data_path`')
+
+# %% ../../nbs/model/02_adapter.ipynb #08be3003
+def check_layers(
+    config, # A `TrainingConfig`, as fitted to the machine
+)->None: # Nothing: the adapter fits; or the model cannot be built from its config, which is told where it is loaded
+    "Refuse an adapter that does not fit the layers of its model, before any weight is loaded"
+    try: model = empty_model(config.model_name)
+    except Exception: return
+    lora,stored = config.lora,stored_as(resolve_model(config.model_name))
+    if stored and changes_base(lora):
+        raise ValueError(f'`lora.init_lora_weights="{lora.init_lora_weights}"` moves a part of the weights into the '
+                         f'adapter, and {config.model_name} is stored in {stored}: set `init_lora_weights=True`')
+    _check_start(model, lora, _targets(model, lora.target_modules))
+    with torch.device('meta'): adapted = add_lora(model, lora.adapted(init_lora_weights=True))
+    if not any(type(m).__name__=='ParamWrapper' for m in adapted.modules()): return
+    if lora.init_lora_weights not in (True, 'gaussian'): raise _no_experts('init_lora_weights', lora)
+    if config.stack_adapter:
+        raise ValueError('`stack_adapter=True` adds products of matrices, which an adapter on experts is not: '
+                         'leave it out, or name layers such as "q_proj" in `target_modules`')
+
+def check_run(
+    config, # A `TrainingConfig`, as fitted to the machine
+    device:str='cpu', # "cuda", "mps" or "cpu"
+    own_rows:bool=False, # Whether somebody else brings the rows, and perhaps some to evaluate on
+)->None: # Nothing: as far as can be known, it can train
+    "Refuse, before anything is loaded, a run that could not train"
+    check_settings(config, own_rows or config.test_size>0 or config.eval_data_path is not None)
+    check_stored(config.model_name)
+    if device=='cuda': device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if torch.cuda.is_available() else 'cpu'
+    try_optimizer(config.optim, device)
+    try_schedule(config.lr_scheduler_type, config.lr_scheduler_kwargs, config.learning_rate, config.warmup_ratio,
+                 config.max_steps if config.max_steps>0 else None)
+    check_layers(config)
 
 # %% ../../nbs/model/02_adapter.ipynb #4f4f21c6
 def ready_for_quantised_training(

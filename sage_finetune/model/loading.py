@@ -6,7 +6,8 @@ Docs: https://sage-finetune.github.io/sage_finetune/model/loading.html.md"""
 
 # %% auto #0
 __all__ = ['dtype_of', 'quantisation_of', 'quiet_libraries', 'takes_images', 'model_class', 'no_model', 'load_tokenizer',
-           'tokenizer_for', 'load_model', 'ModelLimits', 'model_limits', 'embedding_rows', 'limits_of', 'check_model']
+           'tokenizer_for', 'load_model', 'check_stored', 'ModelLimits', 'model_limits', 'embedding_rows',
+           'empty_model', 'limits_of', 'check_model']
 
 # %% ../../nbs/model/01_loading.ipynb #5d328e9d
 import logging
@@ -24,6 +25,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from ..core.beforehand import stored_as
 from ..core.disk import SageError
 from ..config import resolve_model, TrainingConfig
 from ..core.machine import division
@@ -203,16 +205,43 @@ def load_model(
     name:str, # Hub name, folder, or "sage-tiny"
     dtype=torch.float32, # Number format of the weights
     device:str='cpu', # "cuda", "mps" or "cpu"
-    quantisation=None, # A `BitsAndBytesConfig`, or None
+    quantisation=None, # A `BitsAndBytesConfig`, or None; a base that is stored quantised stays as it is
 ): # A causal language model, or a vision-language model
     "A language model, in evaluation mode"
-    how = dict(dtype=dtype, device_map=_place(device, quantisation), quantization_config=quantisation,
-               trust_remote_code=False)
+    how = dict(dtype=dtype, trust_remote_code=False)
     try:
         with quiet_libraries():
             config = AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False)
+            stored = stored_as(resolve_model(name))
+            if quantisation and not stored: how |= dict(quantization_config=quantisation)
+            how |= dict(device_map=_place(device, quantisation or stored))
             return _protect_quantised(model_class(config).from_pretrained(resolve_model(name), **how))
     except _load_errors as e: raise no_model(name, e) from None
+
+# %% ../../nbs/model/01_loading.ipynb #08be2002
+def _quantiser(name, stored):
+    "transformers' part for the method that a base is stored by"
+    from transformers.quantizers.auto import AutoHfQuantizer
+    config = AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False)
+    places = config, config.get_text_config()
+    said = next((s for c in places if (s := getattr(c, 'quantization_config', None))), {})
+    if not AutoHfQuantizer.supports_quant_method(said): raise ValueError('transformers does not know this method')
+    made = AutoHfQuantizer.from_config(said, pre_quantized=True)
+    made.validate_environment(device_map=None, weights_only=True)
+    return made
+
+def check_stored(
+    name:str, # Hub name, folder, or "sage-tiny"
+)->str|None: # How it is stored; None where that is as plain numbers
+    "Refuse a base that is stored in a way in which it cannot be loaded here, or cannot carry an adapter"
+    if not (stored := stored_as(resolve_model(name))): return None
+    what = f'`model_name`: {name} is stored in {stored}'
+    try: trainable = _quantiser(name, stored).is_trainable
+    except (*_load_errors, RuntimeError, TypeError, AttributeError, NotImplementedError) as e:
+        raise SageError(f'{what}, and cannot be used here: {" ".join(str(e).split())[:300]}') from None
+    if not trainable:
+        raise SageError(f'{what}, and transformers trains no adapter on that: give the model it was made from')
+    return str(stored)
 
 # %% ../../nbs/model/01_loading.ipynb #8e1d0c02
 @dataclass(frozen=True)
@@ -250,6 +279,16 @@ def _position_tables(model):
     for name,t in model.named_buffers():
         if t.dim()==2 and re.search(r'embed_pos|pos_enc|pos_emb', name.rpartition('.')[2]): yield name,len(t)
 
+# %% ../../nbs/model/01_loading.ipynb #08be2004
+def empty_model(
+    name:str, # Hub name, folder, or "sage-tiny"
+): # A causal language model, or a vision-language model, on torch's meta device
+    "A model without its weights, from its config alone"
+    try:
+        config = AutoConfig.from_pretrained(resolve_model(str(name)), trust_remote_code=False)
+        with torch.device('meta'), quiet_libraries(): return model_class(config).from_config(config)
+    except _load_errors as e: raise no_model(str(name), e) from None
+
 # %% ../../nbs/model/01_loading.ipynb #8e1d0c05
 def limits_of(
     name:str, # Hub name, folder, or "sage-tiny"
@@ -262,7 +301,7 @@ def limits_of(
         text = config.get_text_config()
         ids,places = (getattr(text, n, None) or 0 for n in ('vocab_size', 'max_position_embeddings'))
         if None not in (token_id, tokens) and token_id<ids and tokens<=places: return ModelLimits(ids, None, places)
-        with torch.device('meta'), quiet_libraries(): return model_limits(model_class(config).from_config(config))
+        return model_limits(empty_model(name))
     except Exception: return ModelLimits() # reported where it is loaded
 
 # %% ../../nbs/model/01_loading.ipynb #c18d61f4

@@ -41,7 +41,7 @@ from sage_finetune.training.callbacks import (
 # %% ../../nbs/training/04_loop.ipynb #4a01f0d1
 _same_name = ('num_train_epochs', 'max_steps', 'per_device_train_batch_size', 'gradient_accumulation_steps',
               'learning_rate', 'lr_scheduler_type', 'fp16', 'bf16', 'optim', 'logging_steps', 'save_steps', 'seed',
-              'dataloader_num_workers', 'weight_decay', 'max_grad_norm', 'torch_compile')
+              'dataloader_num_workers', 'weight_decay', 'max_grad_norm', 'torch_compile', 'lr_scheduler_kwargs')
 
 def _version_arguments(config, known):
     "The arguments whose names depend on the version of transformers"

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, Trai
 
 from quick import two_layers
 from sage_finetune.model.adapter import (
-    add_lora, best_adapter_file, best_evaluation, ready_for_quantised_training, save_adapter
+    add_lora, best_adapter_file, best_evaluation, check_settings, ready_for_quantised_training, save_adapter
 )
 from sage_finetune.training.callbacks import read_metrics
 from sage_finetune.config import LoRAConfig, read_json, TrainingConfig
@@ -350,11 +350,25 @@ def test_without_held_out_rows_they_are_refused_before_anything_is_loaded(config
      'set `load_in_8bit=False` and `load_in_4bit=False`'),
     (dict(lora=LoRAConfig(r=5, init_lora_weights='orthogonal')), 'needs an even rank'),
     (dict(neftune_noise_alpha=5, packing=True), 'cannot both be set'),
-    (dict(loraplus_lr_ratio=4, optim='galore_adamw_layerwise'), 'does not step by groups')])
+    (dict(warmup_ratio=.1, lr_scheduler_type='constant'), 'has no effect on `lr_scheduler_type="constant"`'),
+    (dict(test_size=0, lr_scheduler_type='reduce_lr_on_plateau'), 'follows the held-out loss'),
+    (dict(optim='grokadamw'), 'cannot be used here: Please install grokadamw'),
+    (dict(learning_rate=1e-3, lr_scheduler_type='cosine_with_min_lr', lr_scheduler_kwargs=dict(min_lr=1e-2)),
+     'leads to a rate of 0.0094'),
+    (dict(lora=LoRAConfig(target_modules=['q_proj', 'c_attn'])), 'c_attn names no layer'),
+    (dict(lora=LoRAConfig(r=65, init_lora_weights='pissa')), 'needs `r` of at most 64')])
 def test_what_does_not_go_together_is_refused_before_anything_is_loaded(config, given, message):
     run = LoRATrainer(config.replace(**given), quiet=True)
     with pytest.raises(ValueError, match=message): run.train()
     assert run.model is None
+
+
+def test_an_optimizer_that_cannot_train_an_adapter_is_refused_where_the_config_is_made(config):
+    with pytest.raises(ValueError, match='projects the gradients of whole matrices'):
+        config.replace(optim='galore_adamw_layerwise')
+    later = config.replace(loraplus_lr_ratio=4)
+    vars(later)['optim'] = 'muon' # of a newer transformers
+    with pytest.raises(ValueError, match='does not step by groups'): check_settings(later)
 
 
 def test_a_stop_by_hand_keeps_the_best_too(config):
