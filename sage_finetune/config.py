@@ -173,7 +173,7 @@ class TrainingConfig(Settings):
               'cut_answers', 'duplicates', 'strict', 'packing', 'max_steps', 'weight_decay', 'max_grad_norm',
               'eval_steps', 'early_stopping_patience', 'load_best_model_at_end', 'loraplus_lr_ratio',
               'neftune_noise_alpha', 'torch_compile', 'deterministic', 'tokens_per_step', 'init_adapter',
-              'stack_adapter', 'replay_path', 'replay_share')
+              'stack_adapter', 'replay_path', 'replay_share', 'lr_scheduler_kwargs')
 
     def __post_init__(self):
         super().__post_init__()
