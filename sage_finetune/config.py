@@ -10,7 +10,7 @@ __all__ = ['embedded_model', 'LoRAConfig', 'TrainingConfig', 'PreferenceConfig',
 
 # %% ../nbs/00_config.ipynb #8d5faccc
 import warnings
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,7 +23,9 @@ from sage_finetune.core.settings import (
     check_shares, checked, config_table, DataPathSetting, DataSource, OptionalPathSetting, PathSetting, refuse_unknown,
     Settings, SharesSetting, with_given
 )
-from .core.machine import Change, Changes, division, Machine, show_changes # show_changes: handed on
+from sage_finetune.core.machine import (
+    Change, Changes, division, Machine, model_parameters, show_changes, step_room # show_changes: handed on
+)
 from .core.run_folder import default_output_dir, read_meta, run_folder, RunFolder # run_folder: handed on
 
 # %% ../nbs/00_config.ipynb #9d8a2e8e
@@ -351,7 +353,7 @@ def preset_for(
     machine = machine or Machine.here()
     if machine.device!='cuda': return 'cpu'
     order = [*(('h200', 'a100', 'rtx_4090') if machine.bf16 else ()), 'colab_t4', 'rtx_3060', 'minimal']
-    return next((n for n in order if PresetConfigs.fits_in[n]*1e9 <= (machine.memory or 0)), 'minimal')
+    return next((n for n in order if PresetConfigs.fits_in[n]*1e9 <= (machine.available or 0)), 'minimal')
 
 def _auto_preset(machine, changes):
     "The largest preset that fits a machine; a CPU with native bf16 computes in it"
@@ -391,13 +393,17 @@ def show_presets(
 # %% ../nbs/00_config.ipynb #5e6731ff
 def _fit_precision(config, machine):
     if machine.device=='cuda':
+        name = machine.name or 'this GPU'
         if config.bf16 and not machine.bf16:
-            name = machine.name or 'this GPU'
             yield Change('bf16', True, False,
                          f"{name} has no bf16 units (they came with capability 8.0) and would only emulate it")
             yield Change('fp16', config.fp16, True, f"the half precision that {name} computes natively")
+        elif machine.bf16 and config.fp16 and not {'fp16', 'bf16'} & config.given:
+            yield Change('fp16', True, False, f"{name} computes bf16 as fast, which needs no loss scaling")
+            yield Change('bf16', False, True, "the range of fp32: no step is lost to an overflow")
         return
-    if config.fp16: yield Change('fp16', True, False, "fp16 training needs a CUDA GPU; this run computes in fp32")
+    if config.fp16:
+        yield Change('fp16', True, False, "fp16 training needs a CUDA GPU; this run computes in fp32")
     if config.bf16 and not machine.bf16 and 'bf16' not in config.given:
         yield Change('bf16', True, False, f"without native bf16 a {machine.device} is several times faster in fp32")
 
@@ -418,10 +424,33 @@ def _fit_quantisation(config, machine):
         elif machine.device!='cuda' and not by_hand:
             yield Change(name, True, False, "quantised weights save GPU memory; without a CUDA GPU they only cost time")
 
+def _fit_bits(config, machine):
+    "As many bits for each weight as the card has room for, where nobody asked for few"
+    now = next((n for n in ('load_in_8bit', 'load_in_4bit') if getattr(config, n)), None)
+    if not now or now in config.given or machine.device!='cuda' or not machine.bitsandbytes or division(): return
+    size = model_parameters(resolve_model(config.model_name)) if machine.available else None
+    if size is None: return
+    tokens,half = config.sequences_per_micro_batch*config.max_length,16 if config.fp16 or config.bf16 else 32
+    def needs(bits):
+        return step_room(size, bits, tokens, config.gradient_checkpointing, config.lora.r,
+                         config.lora.target_modules=='all-linear')
+    def words(bits): return f'in {bits} bits a step needs up to {needs(bits)/2**30:.1f} of {machine.available/2**30:.1f} GiB'
+    if needs(half)<=machine.available:
+        yield Change(now, True, False, f'it fits without: {words(half)}, and is faster and exact')
+    elif now=='load_in_8bit' and needs(8)>machine.available and 'load_in_4bit' not in config.given:
+        yield Change(now, True, False, f'not enough: {words(8)}')
+        yield Change('load_in_4bit', False, True, words(4))
+
 # %% ../nbs/00_config.ipynb #2c26c9b4
 def _fit_optimizer(config, machine):
-    if not (config.optim.startswith('paged_') or '8bit' in config.optim): return
-    if machine.device=='cuda' and machine.bitsandbytes and not division(): return
+    small = config.optim.startswith('paged_') or '8bit' in config.optim
+    if machine.device=='cuda' and not division() and 'optim' not in config.given and 'adamw' in config.optim:
+        why = (f'{config.optim} waits for the GPU after every tensor, to save a few MB of an adapter' if small
+               else 'the same steps')
+        if 'fused' not in config.optim:
+            yield Change('optim', config.optim, 'adamw_torch_fused', f'{why}; one kernel steps all tensors')
+        return
+    if not small or (machine.device=='cuda' and machine.bitsandbytes and not division()): return
     if division():
         yield Change('optim', config.optim, 'adamw_torch',
                      f'{division()} gives each process a part of a tensor, and {config.optim} needs whole ones')
@@ -447,7 +476,7 @@ def _fit_report(config, machine):
                  f'{tool} is not installed (pip install "{extra}"); metrics.jsonl is written all the same')
 
 # %% ../nbs/00_config.ipynb #17570747
-_fitting = _fit_precision, _fit_quantisation, _fit_optimizer, _fit_checkpointing, _fit_report
+_fitting = _fit_precision, _fit_quantisation, _fit_bits, _fit_optimizer, _fit_checkpointing, _fit_report
 
 def fit_config(
     config:TrainingConfig, # As asked
@@ -455,7 +484,8 @@ def fit_config(
 )->tuple[TrainingConfig, Changes]: # As it can run, and what was changed for it
     "Fit `config` to `machine`, and say what was changed and why"
     machine = machine or Machine.here()
-    changes = Changes(c for rule in _fitting for c in rule(config, machine))
+    found = [c for rule in _fitting for c in rule(config, machine)]
+    changes = Changes(replace(c, by_hand=c.setting in config.given) for c in found)
     return config.adapted(**{c.setting: c.used for c in changes}), changes
 
 # %% ../nbs/00_config.ipynb #5a0e0008
