@@ -434,7 +434,8 @@ def _fit_bits(config, machine):
     def needs(bits):
         return step_room(size, bits, tokens, config.gradient_checkpointing, config.lora.r,
                          config.lora.target_modules=='all-linear')
-    def words(bits): return f'in {bits} bits a step needs up to {needs(bits)/2**30:.1f} of {machine.available/2**30:.1f} GiB'
+    def words(bits):
+        return f'in {bits} bits a step needs up to {needs(bits)/2**30:.1f} of {machine.available/2**30:.1f} GiB'
     if needs(half)<=machine.available:
         yield Change(now, True, False, f'it fits without: {words(half)}, and is faster and exact')
     elif now=='load_in_8bit' and needs(8)>machine.available and 'load_in_4bit' not in config.given:
@@ -457,8 +458,8 @@ def _fit_optimizer(config, machine):
         return
     why = ("pages to GPU memory or packs its state for it" if machine.bitsandbytes
            else "needs bitsandbytes (pip install bitsandbytes)")
-    yield Change('optim', config.optim, 'adamw_torch',
-                 f"{config.optim} {why}; adamw_torch takes the same steps in full precision")
+    plain = 'adamw_torch_fused' if machine.device=='cuda' else 'adamw_torch'
+    yield Change('optim', config.optim, plain, f"{config.optim} {why}; {plain} takes the same steps in full precision")
 
 # %% ../nbs/00_config.ipynb #c2cfe78c
 def _fit_checkpointing(config, machine):
