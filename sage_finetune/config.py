@@ -24,7 +24,7 @@ from sage_finetune.core.settings import (
     Settings, SharesSetting, with_given
 )
 from sage_finetune.core.machine import (
-    Change, Changes, division, Machine, model_parameters, show_changes, step_room # show_changes: handed on
+    Change, Changes, division, fit_bits, Machine, show_changes # show_changes: handed on
 )
 from .core.run_folder import default_output_dir, read_meta, run_folder, RunFolder # run_folder: handed on
 
@@ -424,42 +424,21 @@ def _fit_quantisation(config, machine):
         elif machine.device!='cuda' and not by_hand:
             yield Change(name, True, False, "quantised weights save GPU memory; without a CUDA GPU they only cost time")
 
-def _fit_bits(config, machine):
-    "As many bits for each weight as the card has room for, where nobody asked for few"
-    now = next((n for n in ('load_in_8bit', 'load_in_4bit') if getattr(config, n)), None)
-    if not now or now in config.given or machine.device!='cuda' or not machine.bitsandbytes or division(): return
-    size = model_parameters(resolve_model(config.model_name)) if machine.available else None
-    if size is None: return
-    tokens,half = config.sequences_per_micro_batch*config.max_length,16 if config.fp16 or config.bf16 else 32
-    def needs(bits):
-        return step_room(size, bits, tokens, config.gradient_checkpointing, config.lora.r,
-                         config.lora.target_modules=='all-linear')
-    def words(bits):
-        return f'in {bits} bits a step needs up to {needs(bits)/2**30:.1f} of {machine.available/2**30:.1f} GiB'
-    if needs(half)<=machine.available:
-        yield Change(now, True, False, f'it fits without: {words(half)}, and is faster and exact')
-    elif now=='load_in_8bit' and needs(8)>machine.available and 'load_in_4bit' not in config.given:
-        yield Change(now, True, False, f'not enough: {words(8)}')
-        yield Change('load_in_4bit', False, True, words(4))
-
 # %% ../nbs/00_config.ipynb #2c26c9b4
 def _fit_optimizer(config, machine):
-    small = config.optim.startswith('paged_') or '8bit' in config.optim
-    if machine.device=='cuda' and not division() and 'optim' not in config.given and 'adamw' in config.optim:
-        why = (f'{config.optim} waits for the GPU after every tensor, to save a few MB of an adapter' if small
-               else 'the same steps')
-        if 'fused' not in config.optim:
-            yield Change('optim', config.optim, 'adamw_torch_fused', f'{why}; one kernel steps all tensors')
-        return
-    if not small or (machine.device=='cuda' and machine.bitsandbytes and not division()): return
-    if division():
-        yield Change('optim', config.optim, 'adamw_torch',
-                     f'{division()} gives each process a part of a tensor, and {config.optim} needs whole ones')
-        return
-    why = ("pages to GPU memory or packs its state for it" if machine.bitsandbytes
-           else "needs bitsandbytes (pip install bitsandbytes)")
-    plain = 'adamw_torch_fused' if machine.device=='cuda' else 'adamw_torch'
-    yield Change('optim', config.optim, plain, f"{config.optim} {why}; {plain} takes the same steps in full precision")
+    small,name = config.optim.startswith('paged_') or '8bit' in config.optim,config.optim
+    plain = 'adamw_torch_fused' if machine.device=='cuda' and not division() else 'adamw_torch'
+    if plain=='adamw_torch_fused' and 'optim' not in config.given and 'adamw' in name:
+        why = ('one kernel steps all tensors' if not small
+               else f'{name} waits for the GPU after every tensor, to save a few MB; here one kernel steps all of them')
+        if name!=plain: yield Change('optim', name, plain, why)
+    elif small and division():
+        yield Change('optim', name, plain,
+                     f'{division()} gives each process a part of a tensor, and {name} needs whole ones')
+    elif small and not (machine.device=='cuda' and machine.bitsandbytes):
+        why = ("pages to GPU memory or packs its state for it" if machine.bitsandbytes
+               else "needs bitsandbytes (pip install bitsandbytes)")
+        yield Change('optim', name, plain, f"{name} {why}; {plain} takes the same steps in full precision")
 
 # %% ../nbs/00_config.ipynb #c2cfe78c
 def _fit_checkpointing(config, machine):
@@ -477,6 +456,8 @@ def _fit_report(config, machine):
                  f'{tool} is not installed (pip install "{extra}"); metrics.jsonl is written all the same')
 
 # %% ../nbs/00_config.ipynb #17570747
+def _fit_bits(config, machine): return fit_bits(config, machine, resolve_model(config.model_name))
+
 _fitting = _fit_precision, _fit_quantisation, _fit_bits, _fit_optimizer, _fit_checkpointing, _fit_report
 
 def fit_config(

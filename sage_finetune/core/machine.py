@@ -6,7 +6,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/core/machine.html.md"""
 
 # %% auto #0
 __all__ = ['Machine', 'has_bf16_units', 'model_parameters', 'step_room', 'processes', 'process', 'division', 'Change', 'Changes',
-           'show_changes', 'opening']
+           'show_changes', 'opening', 'fit_bits']
 
 # %% ../../nbs/core/03_machine.ipynb #544f2961
 import json,math,os,platform,re,sys
@@ -199,6 +199,7 @@ def show_changes(
     "The changes as plain text"
     return str(Changes(changes))
 
+# %% ../../nbs/core/03_machine.ipynb #ca2d0210
 def opening(
     machine:Machine, # That a run begins on
     changes:list[Change], # For it
@@ -209,3 +210,25 @@ def opening(
     noun = 'default is another one' if rest==1 else 'defaults are others'
     more = [f'{rest} {noun} on such a machine: `changes` of the run says which and why'] if rest else []
     return '\n'.join([str(machine), *([show_changes(wishes)] if wishes else []), *more])
+
+# %% ../../nbs/core/03_machine.ipynb #ca2d0212
+def fit_bits(
+    config, # A `TrainingConfig`
+    machine:Machine, # What it is to run on
+    place:str, # Folder of its model, or name on the Hub
+): # Yields `Change`s
+    "As many bits for each weight as the card has room for, where nobody asked for few"
+    now = next((n for n in ('load_in_8bit', 'load_in_4bit') if getattr(config, n)), None)
+    if not now or now in config.given or machine.device!='cuda' or not machine.bitsandbytes or division(): return
+    size = model_parameters(place) if machine.available else None
+    if size is None: return
+    tokens,half = config.sequences_per_micro_batch*config.max_length,16 if config.fp16 or config.bf16 else 32
+    def needs(bits): return step_room(size, bits, tokens, config.gradient_checkpointing, config.lora.r,
+                                      config.lora.target_modules=='all-linear')
+    def words(bits):
+        return f'in {bits} bits a step needs up to {needs(bits)/2**30:.1f} of {machine.available/2**30:.1f} GiB'
+    if needs(half)<=machine.available:
+        yield Change(now, True, False, f'it fits without: {words(half)}, and is faster and exact')
+    elif now=='load_in_8bit' and needs(8)>machine.available and 'load_in_4bit' not in config.given:
+        yield Change(now, True, False, f'not enough: {words(8)}')
+        yield Change('load_in_4bit', False, True, words(4))

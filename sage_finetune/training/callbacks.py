@@ -169,8 +169,7 @@ def copy_to_memory(
 ): # The same in main memory
     "Copy tensors to main memory; those of a GPU without waiting for it"
     if torch.is_tensor(value):
-        # a processor may not touch pages that a GPU works on
-        if getattr(value, 'is_paged', False) and torch.cuda.is_available(): torch.cuda.synchronize()
+        if getattr(value, 'is_paged', False): torch.cuda.synchronize() # a CPU may not touch pages that a GPU works on
         same = torch.is_tensor(into) and (into.shape, into.dtype)==(value.shape, value.dtype)
         buffer = into if same else torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
         return buffer.copy_(value.detach(), non_blocking=value.is_cuda)

@@ -314,7 +314,8 @@ def prove_packing(
     model, # That is to be trained
     rows:int, # Packed rows in a micro-batch
     dtype=None, # Format that training computes in, under autocast; None trains without
-)->str: # Why a mask is used; empty where documents are computed one by one, and in several processes
+    say=lambda line: None, # Told why a mask is used
+)->str: # The same; empty where documents are computed one by one, and in several processes
     "Choose how packed documents are kept apart, and prove it"
     import torch
     if division():
@@ -328,4 +329,5 @@ def prove_packing(
                 why = ' '.join(str(e).split())[:150]
                 use_documents(model, on=False)
         check_packing(model, rows)
+    say(f'Packed documents are kept apart by a mask: {why}')
     return why

@@ -8,7 +8,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/training/resume.html.md"""
 __all__ = ['memory_ran_out', 'data_digest', 'RowsDigest', 'differences', 'library_versions', 'run_record', 'check_same_run',
            'save_run', 'clear_run', 'checkpoint_step', 'is_last_step', 'load_last_step', 'logged_before_training',
            'replay_loss', 'losses_before', 'keep_best', 'TrainingResult', 'StopSignal', 'keep_last_step',
-           'without_traceback', 'smaller_micro_batches', 'remembered_changes', 'remembered_fit']
+           'without_traceback', 'smaller_micro_batches', 'remembered_changes', 'remembered_fit', 'fit_of_run']
 
 # %% ../../nbs/training/05_resume.ipynb #5b01f0c2
 import hashlib,os,shutil,signal,threading,time
@@ -25,7 +25,7 @@ from ..core.disk import manifest_file, read_json, SageError, whole_folder, write
 from ..core.display import falling, Shown, Table
 from ..core.machine import Change, division, Machine, process, processes
 from ..core.run_folder import checkpoint_fault, last_checkpoint, RunFolder
-from ..config import embedded_model, TrainingConfig
+from ..config import embedded_model, fit_config, TrainingConfig
 from .batches import example_lengths, flat_chunks
 from ..model.adapter import best_evaluation, load_best_adapter, save_adapter, trained_tensors
 from ..model.contract import save_contract, save_witness
@@ -404,9 +404,18 @@ def remembered_fit(
     config:TrainingConfig, # As asked
     machine:Machine, # Where it runs
 )->list|None: # Of `Change`; None where nothing is known, or something else is asked for by hand
-    "How the same run was fitted to this machine when it began: what depends on free memory may be decided otherwise now"
+    "How the same run was fitted to this machine when it began: free memory may decide otherwise now"
     record = _record_here(folder, config, machine) or {}
     given,known = record.get('_given', ()),[c for c in record.get('_changes', ()) if c['reason']!=memory_ran_out]
     if '_changes' not in record or any(c['setting'] in config.given and c['setting'] not in given for c in known):
         return None
     return [Change(**c | dict(by_hand=c['setting'] in given)) for c in known]
+
+def fit_of_run(
+    folder:RunFolder, # Of the run
+    config:TrainingConfig, # As asked
+    machine:Machine, # Where it runs
+)->list: # Of `Change`
+    "What is changed for a machine: as when the run began there, or as it is fitted now"
+    known = remembered_fit(folder, config, machine)
+    return fit_config(config, machine)[1] if known is None else known
