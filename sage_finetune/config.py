@@ -6,7 +6,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/config.html.md"""
 
 # %% auto #0
 __all__ = ['embedded_model', 'LoRAConfig', 'TrainingConfig', 'PreferenceConfig', 'PresetConfigs', 'preset_for', 'precision_of',
-           'show_presets', 'fit_config', 'show_config', 'config_from_meta', 'resolve_model', 'base_place']
+           'show_presets', 'resolve_model', 'base_place', 'fit_config', 'show_config', 'config_from_meta']
 
 # %% ../nbs/00_config.ipynb #8d5faccc
 import warnings
@@ -390,6 +390,31 @@ def show_presets(
                  note,
                  marks=tuple(i for i,n in enumerate(names) if n==best))
 
+# %% ../nbs/00_config.ipynb #34f8502b
+embedded_model = 'sage-tiny'
+
+def resolve_model(
+    name:str, # Hub name, folder, or "sage-tiny"
+)->str: # What `from_pretrained` takes
+    "The folder of the embedded model for its name; any other name as it is"
+    name = checked('name', name, str)
+    if name!=embedded_model:
+        folder = Path(name).expanduser() if name.startswith('~') else None
+        return str(folder) if folder and folder.is_dir() else name
+    package = find_spec('sage_finetune').submodule_search_locations[0]
+    return str(Path(package)/'models'/embedded_model)
+
+def base_place(
+    folder:str|Path, # Of an adapter
+    base:str|None=None, # Where it is now, if known
+)->str|None: # Hub name, folder, or "sage-tiny"; None where nothing names it
+    "Where the base of an adapter lies: as given, else where it was trained, else where `adapter_config.json` says"
+    if base: return str(base)
+    asked,said = ((read_json(file) if (file := Path(folder)/name).is_file() else {}).get(key) for name,key in
+                  (('training_config.json', 'model_name'), ('adapter_config.json', 'base_model_name_or_path')))
+    here = lambda name: bool(name) and Path(resolve_model(name)).is_dir()
+    return asked if asked and (here(asked) or not here(said)) else said or asked
+
 # %% ../nbs/00_config.ipynb #5e6731ff
 def _fit_precision(config, machine):
     if machine.device=='cuda':
@@ -524,28 +549,3 @@ def config_from_meta(
     except ValueError as err: raise ValueError(f"{RunFolder(folder).meta}: {err}") from None
     if config.eval_data_path: config = config.replace(eval_data_path=_find_sources(config.eval_data_path, folder))
     return config
-
-# %% ../nbs/00_config.ipynb #34f8502b
-embedded_model = 'sage-tiny'
-
-def resolve_model(
-    name:str, # Hub name, folder, or "sage-tiny"
-)->str: # What `from_pretrained` takes
-    "The folder of the embedded model for its name; any other name as it is"
-    name = checked('name', name, str)
-    if name!=embedded_model:
-        folder = Path(name).expanduser() if name.startswith('~') else None
-        return str(folder) if folder and folder.is_dir() else name
-    package = find_spec('sage_finetune').submodule_search_locations[0]
-    return str(Path(package)/'models'/embedded_model)
-
-def base_place(
-    folder:str|Path, # Of an adapter
-    base:str|None=None, # Where it is now, if known
-)->str|None: # Hub name, folder, or "sage-tiny"; None where nothing names it
-    "Where the base of an adapter lies: as given, else where it was trained, else where `adapter_config.json` says"
-    if base: return str(base)
-    asked,said = ((read_json(file) if (file := Path(folder)/name).is_file() else {}).get(key) for name,key in
-                  (('training_config.json', 'model_name'), ('adapter_config.json', 'base_model_name_or_path')))
-    here = lambda name: bool(name) and Path(resolve_model(name)).is_dir()
-    return asked if asked and (here(asked) or not here(said)) else said or asked

@@ -122,10 +122,10 @@ def _in_folder(folder):
     return sum(_in_file(folder/name) for name in files)
 
 def _in_name(name):
-    "Parameters by a name such as `Qwen2.5-7B-Instruct`, `SmolLM2-135M` or `Mixtral-8x7B`; None where it does not tell"
+    "Parameters by a name such as `Qwen2.5-7B` (which has 7.62) or `Mixtral-8x7B`; None where it does not tell"
     found = re.findall(r'(?<![A-Za-z0-9.])(?:(\d+)x)?(\d+(?:\.\d+)?)([bm])(?![A-Za-z0-9])', name, re.I)
     sizes = [int(n or 1)*float(size)*(1e9 if unit in 'bB' else 1e6) for n,size,unit in found]
-    return int(max(sizes)) if sizes else None
+    return int(1.1*max(sizes)) if sizes else None # names round down by up to a tenth
 
 # %% ../../nbs/core/03_machine.ipynb #ca2d0206
 def model_parameters(
@@ -229,6 +229,6 @@ def fit_bits(
         return f'in {bits} bits a step needs up to {needs(bits)/2**30:.1f} of {machine.available/2**30:.1f} GiB'
     if needs(half)<=machine.available:
         yield Change(now, True, False, f'it fits without: {words(half)}, and is faster and exact')
-    elif now=='load_in_8bit' and needs(8)>machine.available and 'load_in_4bit' not in config.given:
-        yield Change(now, True, False, f'not enough: {words(8)}')
+    elif now=='load_in_8bit' and 1.1*size>machine.available and 'load_in_4bit' not in config.given:
+        yield Change(now, True, False, f'its weights alone need more: {1.1*size/2**30:.1f} GiB')
         yield Change('load_in_4bit', False, True, words(4))

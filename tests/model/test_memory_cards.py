@@ -187,7 +187,9 @@ def test_packed_bytes_stay_packed(storage, computes):
 
 class Products(TorchDispatchMode):
     "Number formats of the large products"
-    def __init__(self): super().__init__(); self.seen = []
+    def __init__(self):
+        super().__init__()
+        self.seen = []
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func._schema.name in ('aten::mm', 'aten::addmm', 'aten::bmm'):
             tensors = [t for t in args if isinstance(t, torch.Tensor) and t.is_floating_point()]
@@ -327,8 +329,8 @@ def test_other_models_get_the_bits_that_fit():
     assert unknown=={8}
 
 def test_what_is_asked_for_by_hand_stands():
-    wishes = dict(load_in_8bit=True), dict(load_in_4bit=True), dict(fp16=True), dict(optim='paged_adamw_8bit'), \
-        dict(bf16=False), dict(fp16=False), dict(optim='adamw_torch'), dict(gradient_checkpointing=True)
+    wishes = [dict(load_in_8bit=True), dict(load_in_4bit=True), dict(fp16=True), dict(optim='paged_adamw_8bit'),
+              dict(bf16=False), dict(fp16=False), dict(optim='adamw_torch'), dict(gradient_checkpointing=True)]
     for card in CARDS:
         for wish in wishes:
             fitted,changes = fit_config(TrainingConfig(**wish), card)
