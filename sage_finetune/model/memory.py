@@ -107,11 +107,16 @@ def memory_parts(
     yield 'allowance',e.allowance,'runtime and gaps; a rule of thumb','#bab0ac'
 
 # %% ../../nbs/model/07_memory.ipynb #1a8b950d
+def _format(e):
+    "The number format; torch leaves the fast products of 32 bits (TF32) off, and nobody would know"
+    c,slow = e.config,e.machine.device=='cuda' and e.machine.bf16
+    return 'fp16' if c.fp16 else 'bf16' if c.bf16 else f"fp32{' (not TF32: bf16 is many times faster here)' if slow else ''}"
+
 def _title(e):
     c = e.config
     bits = ', 8 bits' if c.load_in_8bit else ', 4 bits' if c.load_in_4bit else ''
     return (f"{c.model_name}: {c.sequences_per_micro_batch} × {c.max_length:,} tokens, "
-            f"{'fp16' if c.fp16 else 'bf16' if c.bf16 else 'fp32'}{bits}, "
+            f"{_format(e)}{bits}, "
             f"{'with' if c.gradient_checkpointing else 'without'} checkpointing"
             f"{', images not counted' if _takes_images(e) else ''}")
 
@@ -269,8 +274,12 @@ def _measured(model, batch, config):
     cast = partial(torch.autocast, device, half) if config.fp16 or config.bf16 else nullcontext
     loss = partial(_loss, autocast=cast)
     with evaluating(model, training=True):
-        with torch.no_grad(): loss(model, **few) # what is made once and kept, such as the work space of libraries
-        return _cuda_peak(loss, model, batch) if device=='cuda' else measured_bytes(model, batch, loss).peak
+        # what is made once and kept, such as the work space of libraries, on a card also that of the way back
+        with torch.set_grad_enabled(device=='cuda'): first = loss(model, **few)
+        if device!='cuda': return measured_bytes(model, batch, loss).peak
+        first.backward()
+        del first
+        return _cuda_peak(loss, model, batch)
 
 # %% ../../nbs/model/07_memory.ipynb #73a315fd
 def _predicted(model, batch, config, machine):
