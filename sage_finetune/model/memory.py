@@ -107,16 +107,13 @@ def memory_parts(
     yield 'allowance',e.allowance,'runtime and gaps; a rule of thumb','#bab0ac'
 
 # %% ../../nbs/model/07_memory.ipynb #1a8b950d
-def _format(e):
-    "The number format; torch leaves the fast products of 32 bits (TF32) off, and nobody would know"
-    c,slow = e.config,e.machine.device=='cuda' and e.machine.bf16
-    return 'fp16' if c.fp16 else 'bf16' if c.bf16 else f"fp32{' (not TF32: bf16 is many times faster here)' if slow else ''}"
+_no_tf32 = 'fp32 without TF32 (bf16 is many times faster here)' # torch leaves it off, and nobody would know
 
 def _title(e):
-    c = e.config
+    c,fast = e.config,e.machine.device=='cuda' and e.machine.bf16
     bits = ', 8 bits' if c.load_in_8bit else ', 4 bits' if c.load_in_4bit else ''
     return (f"{c.model_name}: {c.sequences_per_micro_batch} × {c.max_length:,} tokens, "
-            f"{_format(e)}{bits}, "
+            f"{'fp16' if c.fp16 else 'bf16' if c.bf16 else _no_tf32 if fast else 'fp32'}{bits}, "
             f"{'with' if c.gradient_checkpointing else 'without'} checkpointing"
             f"{', images not counted' if _takes_images(e) else ''}")
 
@@ -256,12 +253,6 @@ def _cuda_peak(loss, model, batch):
     loss(model, **batch).backward()
     return torch.cuda.max_memory_allocated()-before
 
-def _beyond_card(machine):
-    "Bytes that torch has reserved beyond what the card had: the driver has moved them to main memory, where it is slow"
-    import torch
-    if machine.device!='cuda' or machine.available is None or not torch.cuda.is_available(): return 0
-    return max(0, torch.cuda.max_memory_reserved()-machine.available)
-
 # %% ../../nbs/model/07_memory.ipynb #18c6f0eb
 def _measured(model, batch, config):
     "What the batch takes besides weights, optimizer and gradients, on the device of the model"
@@ -274,11 +265,9 @@ def _measured(model, batch, config):
     cast = partial(torch.autocast, device, half) if config.fp16 or config.bf16 else nullcontext
     loss = partial(_loss, autocast=cast)
     with evaluating(model, training=True):
-        # what is made once and kept, such as the work space of libraries, on a card also that of the way back
-        with torch.set_grad_enabled(device=='cuda'): first = loss(model, **few)
+        with torch.set_grad_enabled(device=='cuda'): first = loss(model, **few) # makes the work space of libraries
         if device!='cuda': return measured_bytes(model, batch, loss).peak
         first.backward()
-        del first
         return _cuda_peak(loss, model, batch)
 
 # %% ../../nbs/model/07_memory.ipynb #73a315fd
@@ -289,6 +278,12 @@ def _predicted(model, batch, config, machine):
     with suppress(Exception):
         return step_bytes(build_on_meta(config, model.config)[0], config, machine,
                           learned=(batch['labels'][:, 1:]!=-100).sum().item()).peak
+
+def _beyond_card(machine):
+    "Bytes that torch has reserved beyond what the card had: the driver has moved them to main memory, where it is slow"
+    import torch
+    if machine.device!='cuda' or machine.available is None or not torch.cuda.is_available(): return 0
+    return max(0, torch.cuda.max_memory_reserved()-machine.available)
 
 def probe_step(
     model, # With an adapter
