@@ -219,5 +219,6 @@ def repeat_heads(
         return False
     AttentionInterface.register('repeated_heads', _with_repeated_heads)
     AttentionMaskInterface.register('repeated_heads', sdpa_mask)
-    model.set_attn_implementation('repeated_heads')
+    part = next((n for n in getattr(model.config, 'sub_configs', ()) if getattr(model.config, n, None) is config), None)
+    model.set_attn_implementation({part: 'repeated_heads'} if part else 'repeated_heads')
     return _attention_kind(model)=='repeated_heads'

@@ -170,6 +170,16 @@ def test_what_needs_no_repetition_is_left_alone():
     eager = AutoModelForCausalLM.from_config(random_model('qwen2').config, attn_implementation='eager')
     assert not on_card(eager, (7, 5))
 
+def test_only_the_language_part_of_a_vision_model_repeats(tmp_path):
+    from sage_finetune.model.tiny_vision import tiny_vision_model
+    model = load_model(str(tiny_vision_model(tmp_path/'vision')))
+    text = model.config.get_text_config()
+    grouped = text.num_key_value_heads!=text.num_attention_heads
+    vision = model.config.vision_config._attn_implementation
+    assert on_card(model, (7, 5), torch.float16)==grouped
+    assert model.config.vision_config._attn_implementation==vision
+    assert text._attn_implementation==('repeated_heads' if grouped else 'sdpa')
+
 # G1, G4, G8: bits
 
 @pytest.mark.parametrize('storage', [torch.uint8, torch.bfloat16, torch.float16, torch.float32])
