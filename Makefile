@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 ROWS ?= ../shared/data/gsm8k_train.jsonl
-.PHONY: help setup quickstart test test-slow test-faults test-browser bench lab docs pages readme clean-notebooks sync check clean
+.PHONY: help setup quickstart test test-slow test-faults test-browser bench gpu-check lab docs pages readme clean-notebooks sync check clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -41,6 +41,9 @@ test-browser: $(READY) ## Run the tutorials in a real JupyterLab in Chromium, an
 	  if [ "$$(id -u)" = 0 ]; then apt-get update -q && apt-get install -y -q chromium; else echo "Chromium is missing: sudo apt-get install chromium"; exit 1; fi; }
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt playwright
 	$(BIN)/python -m pytest tests/browser
+
+gpu-check: $(READY) ## See on a card what a CPU cannot show, in 8 minutes: one JSON line a check
+	$(BIN)/python benchmarks/gpu_check.py
 
 bench: $(READY) ## Measure: data and training against TRL, a million rows, the head (ROWS=FILE.jsonl names the rows)
 	$(BIN)/python benchmarks/prepare.py $(ROWS)

@@ -10,7 +10,7 @@ __all__ = ['embedded_model', 'LoRAConfig', 'TrainingConfig', 'PreferenceConfig',
 
 # %% ../nbs/00_config.ipynb #8d5faccc
 import warnings
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,7 +26,9 @@ from sage_finetune.core.settings import (
 from sage_finetune.core.beforehand import (
     check_optimizer, check_schedule, fit_stored, is_of_bitsandbytes, OptionsSetting, same_steps, stored_as
 )
-from .core.machine import Change, Changes, division, Machine, show_changes # show_changes: handed on
+from sage_finetune.core.machine import (
+    Change, Changes, division, fit_bits, Machine, show_changes # show_changes: handed on
+)
 from .core.run_folder import default_output_dir, read_meta, run_folder, RunFolder # run_folder: handed on
 
 # %% ../nbs/00_config.ipynb #9d8a2e8e
@@ -364,7 +366,7 @@ def preset_for(
     machine = machine or Machine.here()
     if machine.device!='cuda': return 'cpu'
     order = [*(('h200', 'a100', 'rtx_4090') if machine.bf16 else ()), 'colab_t4', 'rtx_3060', 'minimal']
-    return next((n for n in order if PresetConfigs.fits_in[n]*1e9 <= (machine.memory or 0)), 'minimal')
+    return next((n for n in order if PresetConfigs.fits_in[n]*1e9 <= (machine.available or 0)), 'minimal')
 
 def _auto_preset(machine, changes):
     "The largest preset that fits a machine; a CPU with native bf16 computes in it"
@@ -429,13 +431,17 @@ def base_place(
 # %% ../nbs/00_config.ipynb #5e6731ff
 def _fit_precision(config, machine):
     if machine.device=='cuda':
+        name = machine.name or 'this GPU'
         if config.bf16 and not machine.bf16:
-            name = machine.name or 'this GPU'
             yield Change('bf16', True, False,
                          f"{name} has no bf16 units (they came with capability 8.0) and would only emulate it")
             yield Change('fp16', config.fp16, True, f"the half precision that {name} computes natively")
+        elif machine.bf16 and config.fp16 and not {'fp16', 'bf16'} & config.given:
+            yield Change('fp16', True, False, f"{name} computes bf16 as fast, which needs no loss scaling")
+            yield Change('bf16', False, True, "the range of fp32: no step is lost to an overflow")
         return
-    if config.fp16: yield Change('fp16', True, False, "fp16 training needs a CUDA GPU; this run computes in fp32")
+    if config.fp16:
+        yield Change('fp16', True, False, "fp16 training needs a CUDA GPU; this run computes in fp32")
     if config.bf16 and not machine.bf16 and 'bf16' not in config.given:
         yield Change('bf16', True, False, f"without native bf16 a {machine.device} is several times faster in fp32")
 
@@ -465,6 +471,12 @@ def _why_no_optimizer(config, machine):
     return ('' if machine.device=='cuda' else f'{config.optim} pages to GPU memory or packs its state for it'),True
 
 def _fit_optimizer(config, machine):
+    if machine.device=='cuda' and not division() and 'optim' not in config.given and 'adamw' in config.optim:
+        name,fused = config.optim,'adamw_torch_fused'
+        why = (f'{name} waits for the GPU after every tensor, to save a few MB; here one kernel steps all of them'
+               if is_of_bitsandbytes(name) else 'one kernel steps all tensors')
+        if name!=fused: yield Change('optim', name, fused, why)
+        return
     why,can = _why_no_optimizer(config, machine)
     other = same_steps(config.optim)
     if why and other:
@@ -489,7 +501,9 @@ def _fit_report(config, machine):
                  f'{tool} is not installed (pip install "{extra}"); metrics.jsonl is written all the same')
 
 # %% ../nbs/00_config.ipynb #17570747
-_fitting = _fit_precision, _fit_quantisation, _fit_optimizer, _fit_checkpointing, _fit_report
+def _fit_bits(config, machine): return fit_bits(config, machine, resolve_model(config.model_name))
+
+_fitting = _fit_precision, _fit_quantisation, _fit_bits, _fit_optimizer, _fit_checkpointing, _fit_report
 
 def fit_config(
     config:TrainingConfig, # As asked
@@ -497,7 +511,8 @@ def fit_config(
 )->tuple[TrainingConfig, Changes]: # As it can run, and what was changed for it
     "Fit `config` to `machine`, and say what was changed and why"
     machine = machine or Machine.here()
-    changes = Changes(c for rule in _fitting for c in rule(config, machine))
+    found = [c for rule in _fitting for c in rule(config, machine)]
+    changes = Changes(replace(c, by_hand=c.setting in config.given) for c in found)
     return config.adapted(**{c.setting: c.used for c in changes}), changes
 
 # %% ../nbs/00_config.ipynb #5a0e0008

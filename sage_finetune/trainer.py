@@ -17,9 +17,9 @@ from peft import PeftModel
 from transformers import Trainer, TrainingArguments, set_seed
 
 from .core.disk import cannot_write, manifest_file, read_json, SageError, write_json
-from .core.machine import division, Machine, process, processes, show_changes
+from .core.machine import division, Machine, opening, process, processes, show_changes
 from .core.run_folder import last_checkpoint, only_run, RunFolder, write_record
-from .config import config_from_meta, fit_config, PreferenceConfig, TrainingConfig
+from .config import config_from_meta, PreferenceConfig, TrainingConfig
 from .rows.images import processor_of
 from .rows.report import DataReport
 from .model.adapter import adapter_line, add_lora, BestAdapter, check_run
@@ -34,9 +34,9 @@ from sage_finetune.training.loop import (
     StepGuard, Stopped, TokenMetrics, trackers, training_arguments
 )
 from sage_finetune.training.resume import (
-    check_same_run, checkpoint_step, clear_run, data_digest, differences, is_last_step, keep_best, keep_last_step,
-    library_versions, load_last_step, losses_before, memory_ran_out, remembered_changes, replay_loss, RowsDigest,
-    run_record, save_run, smaller_micro_batches, StopSignal, TrainingResult, without_traceback
+    check_same_run, checkpoint_step, clear_run, data_digest, differences, fit_of_run, is_last_step, keep_best,
+    keep_last_step, library_versions, load_last_step, losses_before, memory_ran_out, remembered_changes, replay_loss,
+    RowsDigest, run_record, save_run, smaller_micro_batches, StopSignal, TrainingResult, without_traceback
 )
 from sage_finetune.training.processes import (
     agreed, joined_processes, one_after_another, processes_line, refuse_smaller_micro_batches, tell, wait_for_all
@@ -80,7 +80,7 @@ class RunState:
     @property
     def changes(self)->list: # Of `Change`
         "What was changed for this machine, and why"
-        return fit_config(self.config, self.machine)[1] + self.while_running
+        return fit_of_run(self.folder, self.config, self.machine) + self.while_running
     @property
     def fitted(self)->TrainingConfig:
         "The config as it can run"
@@ -186,7 +186,7 @@ def _begin(run):
     "Report the machine, what was changed for it, and the expected memory, once; and load the tokenizer"
     if run._announced: return tokenizer_for(run.config)
     check_run(run.fitted, run.machine.device, run.dataset is not None or not _is_packaged(run, 'prepare_data'))
-    run.say(f'{run.machine}\n{show_changes(run.changes)}')
+    run.say(opening(run.machine, run.changes))
     run._announced = True
     if not (run.quiet or process()):
         try: run.say(estimate_memory(run.fitted, run.machine))
@@ -210,7 +210,7 @@ def _packed_rows(run):
     "The training rows, packed; first it is proved that this model keeps documents apart"
     if run._packed[0] is run.dataset: return run._packed[1]
     c,report = run.fitted,PackingReport()
-    prove_packing(run.model, c.rows_per_micro_batch)
+    prove_packing(run.model, c.rows_per_micro_batch, dtype_of(c), run.say)
     rows = one_after_another(lambda: pack_dataset(run.dataset, c.max_length, report))
     if run.data_report: run.data_report.packing = report.to_dict()
     n = c.effective_batch_size*(1 if c.tokens_per_step else processes())
@@ -372,7 +372,7 @@ def _result(run, before, seconds):
     after = None if run.eval_dataset is None else known[-1] if known else run.trainer.evaluate()['eval_loss']
     train_loss = next((m['loss'] for m in reversed(log) if 'loss' in m), None)
     return run.result(TrainingResult(steps, before[0], after, train_loss, round(seconds, 2), best, before[1],
-                                     replay_loss(run.trainer, run.replay_eval_dataset)))
+                                     replay_loss(run.trainer, run.replay_eval_dataset), run.trainer.skipped_steps()))
 
 # %% ../nbs/02_trainer.ipynb #2f01f1e2
 def _drop_merged(run):

@@ -283,9 +283,10 @@ def test_fitting_by_example():
     laptop,t4 = Machine(cores=2),Machine('cuda', 'Tesla T4', memory=15*2**30)
     changed = lambda config,machine: [c.setting for c in fit_config(config, machine)[1]]
     bare = Machine('cuda', 'x', bf16=True, bitsandbytes=False, tensorboard=False)
-    assert changed(TrainingConfig(), bare)==['load_in_8bit', 'optim', 'report_to']
+    assert changed(TrainingConfig(), bare)==['fp16', 'bf16', 'load_in_8bit', 'optim', 'report_to']
     assert changed(PresetConfigs.a100(), laptop)==['bf16'] and changed(PresetConfigs.cpu(), laptop)==[]
-    assert changed(PresetConfigs.a100(), Machine('cuda', 'A100', bf16=True))==[]
+    assert changed(PresetConfigs.a100(), Machine('cuda', 'A100', bf16=True))==['optim']
+    assert changed(PresetConfigs.a100(optim='adamw_torch'), Machine('cuda', 'A100', bf16=True))==[]
     assert changed(TrainingConfig(), Machine('mps'))==['fp16', 'load_in_8bit', 'optim']
     assert len(changed(TrainingConfig(load_in_8bit=True, gradient_checkpointing=True), laptop))==2
     assert fit_config(TrainingConfig(bf16=True), laptop)[0].bf16

@@ -17,11 +17,12 @@ from pathlib import Path
 from queue import Queue
 
 import torch
+from transformers import AutoConfig
 
 from ..core.disk import read_json, SageError
 from ..core.machine import Machine
 from ..core.run_folder import RunFolder
-from ..config import base_place, fit_config, TrainingConfig
+from ..config import base_place, fit_config, resolve_model, TrainingConfig
 from ..rows.formats import to_messages
 from ..rows.images import image_inputs
 from ..rows.template import images_of
@@ -40,11 +41,12 @@ def trained_settings(
     "What an adapter was trained with; that of another tool says no more than its base"
     folder = Path(folder)
     if (file := folder/'training_config.json').is_file():
-        return TrainingConfig.load(file).adapted(**read_json(file).get('_fitted', {}))
+        config = TrainingConfig.load(file).adapted(**read_json(file).get('_fitted', {}))
+        return config.replace(fp16=True) if config.fp16 else config # it stays in fp16 on a card that has bf16 too
     name = read_json(folder/'adapter_config.json').get('base_model_name_or_path')
     if not name:
         raise SageError(f'{folder}/adapter_config.json does not name a base: add "base_model_name_or_path": "…"')
-    return TrainingConfig(model_name=name).adapted(load_in_8bit=False, load_in_4bit=False, fp16=False)
+    return TrainingConfig(model_name=name).adapted(load_in_8bit=False, load_in_4bit=False)
 
 _adapter_file = 'adapter_model.safetensors'
 
@@ -56,6 +58,15 @@ def adapter_tensors(
     if not (folder/_adapter_file).is_file() or not (folder/'adapter_config.json').is_file():
         raise SageError(f'{folder} holds no adapter ({_adapter_file} and adapter_config.json)')
     return read_header(folder/_adapter_file)
+
+def _format_to_load(folder, machine):
+    "As it is stored; 32 bits on a CPU, and fp16 for bf16 on a card that would only emulate it"
+    if machine.device=='cpu': return torch.float32
+    if machine.device!='cuda' or machine.bf16: return 'auto'
+    with suppress(OSError, ValueError): # reported where it is loaded
+        stored = AutoConfig.from_pretrained(resolve_model(folder), trust_remote_code=False)
+        if getattr(stored.get_text_config(), 'dtype', None) in (torch.bfloat16, 'bfloat16'): return torch.float16
+    return 'auto'
 
 # %% ../../nbs/inference/00_generate.ipynb #b97d4551
 def bare_name(
@@ -173,15 +184,14 @@ def load_plain(
     folder, # Folder of a model
     ignore_contract:bool=False, # Load it even where the form it was trained in has changed
 )->tuple: # Model in evaluation mode, and its tokenizer
-    "A model and its tokenizer, in the number format it is stored in, or 32 bits on a CPU"
-    device,place = Machine.here().device,local_folder(str(folder))
-    dtype = torch.float32 if device=='cpu' else 'auto'
+    "A model and its tokenizer, in the number format it is stored in where this machine has it, or 32 bits on a CPU"
+    machine,place = Machine.here(),local_folder(str(folder))
     tokenizer = load_tokenizer(str(folder))
     if place:
         stored_tensors(place)
         if any((place/n).is_file() for n in (contract_file, 'merge_report.json')):
             _note(check_contract(place, tokenizer, ignore=ignore_contract))
-    model = load_model(str(folder), dtype, device).eval()
+    model = load_model(str(folder), _format_to_load(str(folder), machine), machine.device).eval()
     if place: _note(check_witness(place, model, ignore_contract))
     return model,tokenizer
 
@@ -350,6 +360,18 @@ def generate_answers(
     return [_answer(ids, tokenizer, stops) for ids in out[:, batch['input_ids'].shape[1]:].tolist()]
 
 # %% ../../nbs/inference/00_generate.ipynb #9c1ab2f2
+def _fewer(rows):
+    "Half the prompts at a time, after memory ran out"
+    from sage_finetune.training.loop import free_memory
+    if rows==1: raise SageError('out of memory in the answer to a single prompt: lower `max_new_tokens`')
+    free_memory()
+    warnings.warn(f'memory ran out with {rows} prompts at a time; it goes on with {rows//2}', stacklevel=3)
+    return rows//2
+
+def _out_of_memory(error):
+    from sage_finetune.training.loop import out_of_memory
+    return out_of_memory(error)
+
 def answers(
     model, # A causal language model, in evaluation mode
     tokenizer, # With a chat template
@@ -361,11 +383,15 @@ def answers(
     "Answer many prompts, those of similar length together"
     encoded = [encode_question(p, tokenizer) for p in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i][0]))
-    out = {}
-    for start in range(0, len(order), batch_size):
-        some = order[start:start+batch_size]
+    out,found = {},None
+    while some := order[len(out):len(out)+batch_size]:
         batch = [encoded[i] for i in some]
-        out.update(zip(some, generate_answers(model, tokenizer, batch, max_new_tokens, temperature)))
+        try: found = generate_answers(model, tokenizer, batch, max_new_tokens, temperature)
+        except Exception as e:
+            if not _out_of_memory(e): raise
+            found = None # outside of `except` nothing holds the tensors
+        if found is None: batch_size = _fewer(len(some))
+        else: out.update(zip(some, found))
     return [out[i] for i in range(len(prompts))]
 
 # %% ../../nbs/inference/00_generate.ipynb #d294b0a5

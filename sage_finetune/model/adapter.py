@@ -15,6 +15,7 @@ import math,os,re,warnings
 from pathlib import Path
 
 import torch
+from .attention import autocast_dtype
 from .loading import check_stored, empty_model, quiet_libraries, takes_images # before peft
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -79,6 +80,10 @@ def _values_of_base(adapted, moved):
     return {n: p.detach().clone() for n,p in adapted.named_parameters() if p.requires_grad
             and (n.endswith('bias') and '.lora_' not in n or moved and 'lora_magnitude_vector' in n)}
 
+def _cast_without_autocast(x, dtype):
+    "In place of peft's method, which brings an input to the 32 bits of A that autocast brings back to 16"
+    return x if x is None or autocast_dtype(x.device.type) else x.to(dtype)
+
 def add_lora(
     model, # A causal language model
     lora, # A `LoRAConfig`
@@ -98,6 +103,8 @@ def add_lora(
         except (ValueError, AttributeError) as e: raise _in_our_words(e, lora) from None
     for p in adapted.parameters():
         if p.requires_grad: p.data = p.data.float() # biases too: the optimizer's steps are below what 16 bits resolve
+    for layer in adapted.modules():
+        if isinstance(layer, LoraLayer) and not layer.lora_variant: layer._cast_input_dtype = _cast_without_autocast
     adapted.base_values = _values_of_base(adapted, changes_base(lora))
     if changes_base(lora): adapted.adapter_start = low_rank(get_peft_model_state_dict(adapted))
     return adapted
@@ -435,18 +442,36 @@ def check_run(
     check_layers(config)
 
 # %% ../../nbs/model/02_adapter.ipynb #4f4f21c6
+def _is_packed(p): # by what it is: where processes divide it, packed bytes are stored as numbers of 16 bits
+    return hasattr(p, 'quant_state') or type(p).__name__ in ('Params4bit', 'Int8Params')
+
+def _to_autocast(layer, args):
+    half = autocast_dtype(args[0].device.type)
+    return (args[0].to(half), *args[1:]) if half else None
+
+def _keep_no_input(layer, args, out):
+    "Let go of the input that bitsandbytes keeps, out of reach of checkpointing, for the gradient of frozen weights"
+    node = out.grad_fn
+    if torch.compiler.is_compiling() or getattr(node, 'is_empty', False): return
+    if hasattr(node, 'tensors'): node.tensors = tuple(None for _ in node.tensors)
+    if hasattr(node, 'A'): node.A = None
+
 def ready_for_quantised_training(
     model, # A causal language model, perhaps with quantised weights
 ): # The same model
-    "Frozen weights; norms, and what flows from layer to layer, in 32 bits"
+    "Frozen weights; norms, and what flows from layer to layer, in 32 bits; products in the format of autocast"
     if not getattr(model, 'is_quantized', False): return model
     half,embedding,head = (torch.float16, torch.bfloat16),model.get_input_embeddings(),model.get_output_embeddings()
     matrices = {id(m.weight) for m in (embedding, head) if m is not None and m.weight.dtype in half}
     of_head = {id(p) for p in head.parameters()} if head is not None else set()
     for p in model.parameters():
         p.requires_grad_(False)
-        if p.dtype in half and id(p) not in matrices | of_head: p.data = p.data.float()
+        if p.dtype in half and not _is_packed(p) and id(p) not in matrices | of_head: p.data = p.data.float()
     if id(embedding.weight) in matrices: embedding.register_forward_hook(lambda layer,args,out: out.float())
-    if head is not None and id(head.weight) in matrices:
+    if head is not None and id(head.weight) in matrices and not _is_packed(head.weight):
         head.register_forward_pre_hook(lambda layer,args: (args[0].to(layer.weight.dtype), *args[1:]))
+    for layer in model.modules():
+        if type(layer).__name__=='Linear8bitLt' or getattr(layer, 'bits', None)==8:
+            layer.register_forward_pre_hook(_to_autocast)
+            layer.register_forward_hook(_keep_no_input)
     return model

@@ -31,6 +31,7 @@ from ..config import resolve_model, TrainingConfig
 from ..core.machine import division
 from ..rows.images import need_pillow, processor_files, processor_names, processor_of, with_processor
 from ..rows.template import ensure_template
+from .attention import repeat_heads
 
 # %% ../../nbs/model/01_loading.ipynb #4fc092c5
 def dtype_of(
@@ -215,8 +216,10 @@ def load_model(
             stored = stored_as(resolve_model(name))
             if quantisation and not stored: how |= dict(quantization_config=quantisation)
             how |= dict(device_map=_place(device, quantisation or stored))
-            return _protect_quantised(model_class(config).from_pretrained(resolve_model(name), **how))
+            model = _protect_quantised(model_class(config).from_pretrained(resolve_model(name), **how))
     except _load_errors as e: raise no_model(name, e) from None
+    repeat_heads(model, dtype if isinstance(dtype, torch.dtype) else None)
+    return model
 
 # %% ../../nbs/model/01_loading.ipynb #08be2002
 def _quantiser(name, stored):

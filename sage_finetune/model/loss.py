@@ -159,7 +159,7 @@ _numbers = torch.tensor([0., 2**-10, -2**-10, 1., -8., 32., -256., 2.**30]) # ex
 def _transform_of(given, result):
     "The scale and bound that make `result` of `given`; None if it is something else"
     if result.shape!=given.shape: return None
-    x,y = (v.flatten(0, -2)[0].double() for v in (given, result))
+    x,y = (v.flatten(0, -2)[0].cpu().double() for v in (given, result)) # Apple's GPUs have no 64 bits
     scale,top = (y[1]/x[1]).item(),y[7].abs().item()
     found = LogitTransform(scale, top if top < abs(scale)*2**29 else None)
     return found if torch.allclose(found(x), y, rtol=1e-5, atol=1e-6) else None

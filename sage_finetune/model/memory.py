@@ -10,7 +10,7 @@ __all__ = ['optimizer_bytes', 'MemoryEstimate', 'memory_parts', 'Remedy', 'estim
 # %% ../../nbs/model/07_memory.ipynb #a96d1c54
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from ..core.disk import SageError
 from ..core.display import Panel, Shown, size_text, Table
@@ -75,8 +75,8 @@ class MemoryEstimate(_Sums, Shown):
 
     @property
     def card(self)->int|None: # Bytes, or None if unknown
-        "What the machine has"
-        return self.machine.memory if self.machine.device=='cuda' else self.machine.ram
+        "What the machine has, on a GPU what is free of it"
+        return self.machine.available if self.machine.device=='cuda' else self.machine.ram
     def fits(self,
         card_bytes:int|None=None, # Memory of the card; what the machine has if None
     )->bool: # True also where nothing is known of the card
@@ -107,11 +107,13 @@ def memory_parts(
     yield 'allowance',e.allowance,'runtime and gaps; a rule of thumb','#bab0ac'
 
 # %% ../../nbs/model/07_memory.ipynb #1a8b950d
+_no_tf32 = 'fp32 without TF32 (bf16 is many times faster here)' # torch leaves it off, and nobody would know
+
 def _title(e):
-    c = e.config
+    c,fast = e.config,e.machine.device=='cuda' and e.machine.bf16
     bits = ', 8 bits' if c.load_in_8bit else ', 4 bits' if c.load_in_4bit else ''
     return (f"{c.model_name}: {c.sequences_per_micro_batch} × {c.max_length:,} tokens, "
-            f"{'fp16' if c.fp16 else 'bf16' if c.bf16 else 'fp32'}{bits}, "
+            f"{'fp16' if c.fp16 else 'bf16' if c.bf16 else _no_tf32 if fast else 'fp32'}{bits}, "
             f"{'with' if c.gradient_checkpointing else 'without'} checkpointing"
             f"{', images not counted' if _takes_images(e) else ''}")
 
@@ -222,6 +224,7 @@ class Probe(Shown):
     tokens:int # In each of them
     predicted:int|None # Bytes; None where the model cannot be counted
     measured:int # Bytes
+    beyond:int = 0 # Bytes that torch holds beyond what the card had free
 
     @property
     def error(self)->float|None: # 0.1 is 10 % too much
@@ -230,21 +233,24 @@ class Probe(Shown):
     def shown(self):
         predicted = ('' if self.predicted is None
                      else f', {size_text(self.predicted)} predicted ({round(self.error, 3)+0:+.1%})')
+        spilled = ('' if not self.beyond else f'; {size_text(self.beyond)} more than the card had free, so the driver '
+                   f'may have moved memory off it, which is many times slower: take fewer rows or tokens')
         return Table([], [], f'Longest batch ({self.rows} × {self.tokens:,} tokens): '
-                     f'{size_text(self.measured)}{predicted}')
+                     f'{size_text(self.measured)}{predicted}{spilled}')
 
 # %% ../../nbs/model/07_memory.ipynb #86277c2b
-def _loss(model, **batch):
+def _loss(model, autocast=nullcontext, **batch):
+    "As in training: autocast ends before the backward pass begins"
     from sage_finetune.model.loss import loss_sum
-    return loss_sum(model, **batch)[0]
+    with autocast(): return loss_sum(model, **batch)[0]
 
-def _cuda_peak(model, batch):
+def _cuda_peak(loss, model, batch):
     "What a forward and backward pass adds to what the allocator has given out"
     import torch
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    _loss(model, **batch).backward()
+    loss(model, **batch).backward()
     return torch.cuda.max_memory_allocated()-before
 
 # %% ../../nbs/model/07_memory.ipynb #18c6f0eb
@@ -256,10 +262,13 @@ def _measured(model, batch, config):
     device,half = next(model.parameters()).device.type,torch.float16 if config.fp16 else torch.bfloat16
     few = {k: v[:1, :16] for k,v in batch.items() if k in ('input_ids', 'labels', 'position_ids')
            or k.endswith('token_type_ids')}
-    with (evaluating(model, training=True),
-          torch.autocast(device, half) if config.fp16 or config.bf16 else nullcontext()):
-        with torch.no_grad(): _loss(model, **few) # what is made once and kept, such as the work space of libraries
-        return _cuda_peak(model, batch) if device=='cuda' else measured_bytes(model, batch, _loss).peak
+    cast = partial(torch.autocast, device, half) if config.fp16 or config.bf16 else nullcontext
+    loss = partial(_loss, autocast=cast)
+    with evaluating(model, training=True):
+        with torch.set_grad_enabled(device=='cuda'): first = loss(model, **few) # makes the work space of libraries
+        if device!='cuda': return measured_bytes(model, batch, loss).peak
+        first.backward()
+        return _cuda_peak(loss, model, batch)
 
 # %% ../../nbs/model/07_memory.ipynb #73a315fd
 def _predicted(model, batch, config, machine):
@@ -269,6 +278,12 @@ def _predicted(model, batch, config, machine):
     with suppress(Exception):
         return step_bytes(build_on_meta(config, model.config)[0], config, machine,
                           learned=(batch['labels'][:, 1:]!=-100).sum().item()).peak
+
+def _beyond_card(machine):
+    "Bytes that torch has reserved beyond what the card had: the driver has moved them to main memory, where it is slow"
+    import torch
+    if machine.device!='cuda' or machine.available is None or not torch.cuda.is_available(): return 0
+    return max(0, torch.cuda.max_memory_reserved()-machine.available)
 
 def probe_step(
     model, # With an adapter
@@ -284,4 +299,5 @@ def probe_step(
     batch = {k: v.to(device) for k,v in batch.items()}
     gradients = 4*sum(p.numel() for p in model.parameters() if p.requires_grad)
     measured,predicted = _measured(model, batch, fitted),_predicted(model, batch, fitted, machine)
-    return Probe(rows, tokens, None if predicted is None else gradients+predicted, gradients+measured)
+    return Probe(rows, tokens, None if predicted is None else gradients+predicted, gradients+measured,
+                 _beyond_card(machine))

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..config import TrainingConfig
 from ..core.machine import Machine
+from . import adapter
 from .adapter import add_lora, ready_for_quantised_training
 from .loading import dtype_of, model_class
 from .loss import FrozenHead, head_bytes, LogitTransform
@@ -75,7 +76,6 @@ class _PackedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer,ctx.dtype = layer,x.dtype
-        if layer.bits==8: ctx.kept = x # bitsandbytes keeps it, without a need
         x = x.to(layer.computes)
         dense = x.new_empty(layer.in_features, layer.out_features) if layer.bits==4 else None
         return (x @ (x.new_empty(layer.in_features, layer.out_features) if dense is None else dense)).to(ctx.dtype)
@@ -146,7 +146,7 @@ def attention_kernel(
     if machine.device!='cuda': return 'math'
     half = str(dtype) in ('torch.float16', 'torch.bfloat16')
     if half and machine.bf16 and not masked and head_dim<=256: return 'flash'
-    return 'math' if grouped else 'efficient'
+    return 'efficient' # grouped heads are repeated for it, by `repeat_heads'
 
 # %% ../../nbs/model/06_step_bytes.ipynb #495b00ef
 def _attention(machine, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
@@ -159,6 +159,7 @@ def _attention(machine, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False,
         return ops._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, dropout_p, is_causal, attn_mask=mask, scale=scale)[0]
     if kernel=='efficient':
+        k,v = (t.repeat_interleave(q.shape[1]//t.shape[1], dim=1) if t.shape[1]!=q.shape[1] else t for t in (k, v))
         if mask is not None: mask = mask.expand(*q.shape[:3], k.shape[2])
         return ops._scaled_dot_product_efficient_attention(q, k, v, mask, True, dropout_p, is_causal, scale=scale)[0]
     return ops._scaled_dot_product_attention_math(q, k, v, mask, dropout_p, is_causal, scale=scale,
@@ -323,6 +324,6 @@ def step_bytes(
     def real_only(device_type, *args, **kw):
         return nullcontext() if device_type=='meta' else autocast(device_type, *args, **kw)
     with (_AsOn(machine, half, config.packing), patch.dict(head_bytes, meta=room),
-          patch.object(torch, 'autocast', real_only)):
+          patch.object(torch, 'autocast', real_only), patch.object(adapter, 'autocast_dtype', lambda device: half)):
         loss = partial(_loss_on_meta, half=half, learned=learned)
         return _count_step(_prepared(model, config), _full_rows(config), loss, exact)

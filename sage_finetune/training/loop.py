@@ -11,7 +11,7 @@ __all__ = ['stacked_below', 'backend_arguments', 'same_bits', 'training_argument
            'BeforeFirstStep']
 
 # %% ../../nbs/training/04_loop.ipynb #4a01f0c2
-import errno,gc,os,re,signal,time
+import errno,gc,math,os,re,signal,time
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -35,7 +35,7 @@ from ..model.loss import loss_sum, mean_loss
 from .samplers import SeededOrder
 from sage_finetune.training.callbacks import (
     EvaluateFirst, kept_before, LastSteps, matmul_peak, NotFinite, peak_memory, random_state, remove_checkpoint,
-    training_flops
+    SkippedSteps, training_flops
 )
 
 # %% ../../nbs/training/04_loop.ipynb #4a01f0d1
@@ -190,7 +190,7 @@ class StepGuard(TrainerCallback):
             t.meter.window += torch.tensor(read_json(saved)['sums'], dtype=t.window.dtype, device=t.window.device)
         t.peak = matmul_peak(t.args.device.type,
                              torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32)
-        self.rng = random_state()
+        self.rng,self.first = random_state(),state.global_step
         t.notes.begin(state.global_step, saved.parent)
         t.meter.restart()
 
@@ -203,12 +203,17 @@ class StepGuard(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if not self.trainer.loss_and_gradient_finite(): raise NotFinite(state.global_step+1)
         self.trainer.notes.before_step(self.trainer.optimizer)
+        self.scale = self.trainer.loss_scale()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.rng = random_state()
         self.trainer.notes.done(state.global_step, self.trainer.window)
+        self.trainer.skipped.count(self.trainer.was_skipped(self.scale), state.global_step)
         if args.world_size>1 and self.trainer.gather_stop_requests():
             control.should_save = True # all of them, at the same step; the next one does not begin
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer.skipped.check_end(state.global_step-self.first, state.global_step)
 
 # %% ../../nbs/training/04_loop.ipynb #4a01f0e4
 class StepChecks:
@@ -230,6 +235,19 @@ class StepChecks:
         mine = torch.tensor([self.stop_requested() or 0], device=self.args.device)
         self.agreed_stop = int(self.accelerator.gather(mine).max())
         return self.agreed_stop
+
+    def loss_scale(self)->float|None: # Waits for the device; None where nothing is scaled here
+        "What the loss is multiplied by at the moment"
+        scaler = getattr(self.accelerator, 'scaler', None)
+        return None if scaler is None else scaler.get_scale()
+
+    def was_skipped(self, scale)->bool: # `scale` was that of the step
+        "Whether the optimizer step was skipped: only then the scale falls (a fused optimizer skips by itself, unseen)"
+        return self.accelerator.optimizer_step_was_skipped if scale is None else self.loss_scale()<scale
+
+    def skipped_steps(self)->int: # Since the run began, which may have been resumed
+        "Optimizer steps that loss scaling skipped"
+        return sum(m.get('skipped_steps', 0) for m in self.state.log_history)+self.skipped.unlogged
 
     def loss_and_gradient_finite(self)->bool: # Waits for the device
         "Whether the loss so far and the gradient are finite; with loss scaling the scaler looks after the gradient"
@@ -367,7 +385,7 @@ class ResumableTrainer(StepChecks, SeededOrder, WholeCheckpoints):
         super().__init__(*args, **kwargs)
         self.first_logs = {} # what was measured before the first step
         self.steps,self.notes = None if self.args.world_size>1 else LastSteps(),StepNotes()
-        self.meter,self.peak = self.metrics_class(self.args.device),1.0
+        self.meter,self.peak,self.skipped = self.metrics_class(self.args.device),1.0,SkippedSteps()
         # right after the callback that decides what is due
         self.callback_handler.callbacks[1:1] = [StepGuard(self), EvaluateFirst()]
 
@@ -400,7 +418,10 @@ class ResumableTrainer(StepChecks, SeededOrder, WholeCheckpoints):
 
     def log(self, logs, *args, **kwargs):
         if not self.state.global_step: self.first_logs |= {k: v for k,v in logs.items() if isinstance(v, float)}
-        if 'loss' in logs: logs.update(self.meter.line(self.accelerator.gather, self.count_operations, self.peak))
+        if not math.isfinite(logs.get('grad_norm') or 0): del logs['grad_norm'] # that step was skipped
+        if 'loss' in logs:
+            figures = self.meter.line(self.accelerator.gather, self.count_operations, self.peak)
+            logs.update(figures | self.skipped.line())
         super().log(logs, *args, **kwargs)
 
 # %% ../../nbs/training/04_loop.ipynb #4a01f0ba
@@ -428,12 +449,18 @@ class CausalLMTrainer(ResumableTrainer, Trainer):
         return dict(loss=mean_loss(self.model, batches, add if self.args.world_size>1 else None))
 
 # %% ../../nbs/training/04_loop.ipynb #4a01f1a1
+_full = ('outofmemory', "can'tallocatememory", 'notenoughmemory', # of a GPU, of a CPU, of Windows
+         # the libraries of a card ask for work space by themselves, and fail first on one that is nearly full
+         'allocfailed', 'allocationfailed', 'memoryallocation', 'cudnnstatusnotsupported')
+
 def out_of_memory(
     error:BaseException, # What was raised
 )->bool: # On any device
-    "Whether memory ran out"
+    "Whether memory ran out, of a device or of this machine"
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)): return True
-    return isinstance(error, RuntimeError) and any(w in str(error) for w in ('out of memory', "can't allocate memory"))
+    if not isinstance(error, RuntimeError): return False
+    text = re.sub(r'[\s_]', '', str(error)).lower() # "CUBLAS_STATUS_ALLOC_FAILED", "hipErrorOutOfMemory"
+    return any(w in text for w in _full)
 
 def free_memory()->None: # Nothing: what nobody holds any more is given back
     "Give unused memory back, on the GPU too"

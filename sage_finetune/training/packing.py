@@ -10,7 +10,7 @@ __all__ = ['best_fit', 'PackingReport', 'pack_dataset', 'packing_leak', 'check_p
 # %% ../../nbs/training/08_packing.ipynb #8801f0c1
 import hashlib,math,os
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -313,9 +313,21 @@ def check_packing(
 def prove_packing(
     model, # That is to be trained
     rows:int, # Packed rows in a micro-batch
-)->None: # Nothing: documents stay apart in the way that was chosen
+    dtype=None, # Format that training computes in, under autocast; None trains without
+    say=lambda line: None, # Told why a mask is used
+)->str: # The same; empty where documents are computed one by one, and in several processes
     "Choose how packed documents are kept apart, and prove it"
-    if not division() and use_documents(model):
-        try: return check_packing(model, rows)
-        except (ValueError, RuntimeError): use_documents(model, on=False)
-    if not (division() and process()): check_packing(model, rows)
+    import torch
+    if division():
+        if not process(): check_packing(model, rows)
+        return ''
+    device,why = model.device.type,'no kernel of this machine takes rows with boundaries'
+    with torch.autocast(device, dtype) if dtype in (torch.float16, torch.bfloat16) else nullcontext():
+        if use_documents(model):
+            try: return check_packing(model, rows) or ''
+            except (ValueError, RuntimeError, TypeError) as e:
+                why = ' '.join(str(e).split())[:150]
+                use_documents(model, on=False)
+        check_packing(model, rows)
+    say(f'Packed documents are kept apart by a mask: {why}')
+    return why

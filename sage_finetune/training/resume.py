@@ -8,7 +8,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/training/resume.html.md"""
 __all__ = ['memory_ran_out', 'data_digest', 'RowsDigest', 'differences', 'library_versions', 'run_record', 'check_same_run',
            'save_run', 'clear_run', 'checkpoint_step', 'is_last_step', 'load_last_step', 'logged_before_training',
            'replay_loss', 'losses_before', 'keep_best', 'TrainingResult', 'StopSignal', 'keep_last_step',
-           'without_traceback', 'smaller_micro_batches', 'remembered_changes']
+           'without_traceback', 'smaller_micro_batches', 'remembered_changes', 'remembered_fit', 'fit_of_run']
 
 # %% ../../nbs/training/05_resume.ipynb #5b01f0c2
 import hashlib,os,shutil,signal,threading,time,warnings
@@ -25,7 +25,7 @@ from ..core.disk import manifest_file, read_json, SageError, whole_folder, write
 from ..core.display import falling, Shown, Table
 from ..core.machine import Change, division, Machine, process, processes
 from ..core.run_folder import checkpoint_fault, last_checkpoint, record_notes, RunFolder
-from ..config import embedded_model, TrainingConfig
+from ..config import embedded_model, fit_config, TrainingConfig
 from .batches import example_lengths, flat_chunks
 from ..model.adapter import best_evaluation, load_best_adapter, save_adapter, trained_tensors
 from ..model.contract import save_contract, save_witness
@@ -142,6 +142,13 @@ def run_record(
                 **({} if init_adapter is None else dict(_init_adapter=init_adapter)))
 
 # %% ../../nbs/training/05_resume.ipynb #5b01f0e3
+def _fitted_otherwise(before, now):
+    "What is computed in another format than before, in words; an older record may not hold it"
+    was,new = ({n: r.get('_fitted', {}).get(n, r.get(n)) for n in _formats} for r in (before, now))
+    return ', '.join(f'{n} {was[n]} → {new[n]}' for n in _formats if was[n]!=new[n]) if '_fitted' in before else ''
+
+_formats = 'fp16', 'bf16', 'load_in_8bit', 'load_in_4bit', 'optim'
+
 def check_same_run(
     folder:RunFolder, # Of the run
     record:dict, # From `run_record`
@@ -154,6 +161,7 @@ def check_same_run(
     if other := differences(before, record):
         raise SageError(f"{folder.path} holds another run ({'; '.join(other)}): "
                         f"give another `output_dir`, or start anew with `train(fresh=True)`")
+    if other := _fitted_otherwise(before, record): say(f"Fitted to this machine otherwise than before: {other}")
     if before.get('_processes', 1)!=processes():
         say(f"Another number of processes ({before.get('_processes', 1)} → {processes()}): "
             f"the same rows behind each step, but dropout draws other numbers")
@@ -281,11 +289,13 @@ class TrainingResult(Shown):
     best_step: int|None = None # Step of the adapter that was kept, where the best one was asked for
     earlier_before: float|None = None # On held-out replay rows, before the first step; None where none are known
     earlier_after: float|None = None # The same at the end
+    skipped: int = 0 # Optimizer steps that loss scaling skipped
 
     def shown(self):
         rows = [('steps', f'{self.steps:,}'), ('held-out loss', falling(self.loss_before, self.loss_after)),
                 ('loss on replay rows', falling(self.earlier_before, self.earlier_after)),
                 ('last training loss', falling(self.train_loss)), ('best step', self.best_step),
+                ('skipped steps', self.skipped and f'{self.skipped:,} (fp16: their gradient was not finite)'),
                 ('seconds', f'{self.seconds:,.1f}')]
         return Table(['', ''], [[*row] for row in rows if row[1]], 'Trained')
 
@@ -372,15 +382,41 @@ def smaller_micro_batches(
     return [Change('per_device_train_batch_size', asked.per_device_train_batch_size, batch//by, memory_ran_out), more]
 
 # %% ../../nbs/training/05_resume.ipynb #5b01f1a2
+def _record_here(folder, config, machine):
+    "The record of the same run on this machine, by as many processes; None where there is none"
+    if not folder.config.is_file() or folder.state=='new': return None
+    record = read_json(folder.config)
+    if (record.get('_machine'), record.get('_processes', 1))!=(str(machine), processes()): return None
+    same = not differences(record, config.to_dict() | {k: v for k,v in record.items() if k.startswith('_')})
+    return record if same else None
+
 def remembered_changes(
     folder:RunFolder, # Of the run
     config:TrainingConfig, # As asked
     machine:Machine, # Where it runs
 )->tuple: # Of `Change`s, and of rows in a batch of an evaluation; empty and None where nothing is known
     "The smaller micro-batches that the same run needed before on this machine"
-    if not folder.config.is_file() or folder.state=='new': return [],None
-    record = read_json(folder.config)
-    if (record.get('_machine'), record.get('_processes', 1))!=(str(machine), processes()): return [],None
-    if differences(record, config.to_dict() | {k: v for k,v in record.items() if k.startswith('_')}): return [],None
+    record = _record_here(folder, config, machine) or {}
     known = [Change(**c) for c in record.get('_changes', ()) if c['reason']==memory_ran_out]
     return known,record.get('_evaluation_rows')
+
+def remembered_fit(
+    folder:RunFolder, # Of the run
+    config:TrainingConfig, # As asked
+    machine:Machine, # Where it runs
+)->list|None: # Of `Change`; None where nothing is known, or something else is asked for by hand
+    "How the same run was fitted to this machine when it began: free memory may decide otherwise now"
+    record = _record_here(folder, config, machine) or {}
+    given,known = record.get('_given', ()),[c for c in record.get('_changes', ()) if c['reason']!=memory_ran_out]
+    if '_changes' not in record or any(c['setting'] in config.given and c['setting'] not in given for c in known):
+        return None
+    return [Change(**c | dict(by_hand=c['setting'] in given)) for c in known]
+
+def fit_of_run(
+    folder:RunFolder, # Of the run
+    config:TrainingConfig, # As asked
+    machine:Machine, # Where it runs
+)->list: # Of `Change`
+    "What is changed for a machine: as when the run began there, or as it is fitted now"
+    known = remembered_fit(folder, config, machine)
+    return fit_config(config, machine)[1] if known is None else known
