@@ -24,7 +24,10 @@ from transformers import TrainerState
 from ..core.disk import manifest_file, read_json, SageError, whole_folder, write_json, write_manifest
 from ..core.display import falling, Shown, Table
 from ..core.machine import Change, division, Machine, process, processes
-from ..core.run_folder import checkpoint_fault, last_checkpoint, RunFolder
+from sage_finetune.core.run_folder import (
+    checkpoint_fault, last_checkpoint, refuse_foreign_run, refuse_links, RunFolder, written_by_run
+)
+from ..core.exits import Interrupted, leave_terminal
 from ..config import embedded_model, TrainingConfig
 from .batches import example_lengths, flat_chunks
 from ..model.adapter import best_evaluation, load_best_adapter, save_adapter, trained_tensors
@@ -183,13 +186,12 @@ def clear_run(
     folder:RunFolder, # Of the run
 )->None: # Nothing: what was asked (the meta file, the data) stays
     "Remove what a run has written"
-    written = (folder.checkpoints, folder.lora_weights, folder.merged_model, folder.logs, folder.metrics,
-               folder.loss_curve, folder.results, folder.path/manifest_file)
-    left = [p for p in written if p.exists()]
-    if left and not (folder.meta.is_file() or folder.config.is_file()):
-        raise SageError(f'{folder.path} is not a run folder, so {left[0].name} in it is left alone: '
-                        f'choose another `output_dir`')
-    for p in left if not process() else (): shutil.rmtree(p) if p.is_dir() else p.unlink()
+    refuse_foreign_run(folder.path)
+    refuse_links(folder.path)
+    for p in () if process() else written_by_run(folder.path, everything=False):
+        shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
+    for p in () if process() else (folder.checkpoints, folder.logs):
+        with suppress(OSError): p.rmdir() # where nothing else is in it
 
 # %% ../../nbs/training/05_resume.ipynb #5b01f0f2
 def checkpoint_step(
@@ -290,7 +292,7 @@ class TrainingResult(Shown):
 
 # %% ../../nbs/training/05_resume.ipynb #177adfc6
 class StopSignal:
-    "Whether a run was asked to stop: by `request` from another thread, by Ctrl-C or by SIGTERM"
+    "Whether a run was asked to stop: by `request` from another thread, by Ctrl-C, SIGTERM or a closed terminal"
     def __init__(self): self.number = None # Of the signal; None where nobody asked
 
     def request(self, number:int=signal.SIGINT): self.number = number
@@ -299,11 +301,11 @@ class StopSignal:
 
     @contextmanager
     def listening(self, say): # While the block runs
-        "A first SIGINT or SIGTERM requests a stop, and a second one ends the process"
+        "A first signal requests a stop, and a second one ends the process"
         if threading.current_thread() is not threading.main_thread():
             yield
             return # Python gives signals to the main thread only; `request` is the way here
-        before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+        before = {n: signal.getsignal(n) for n in stop_signals}
         before = {n: h for n,h in before.items() if h not in (signal.SIG_IGN, None)} # who ignores them has a reason
         try:
             for n in before: signal.signal(n, _stop_handler(self, say))
@@ -319,10 +321,11 @@ def _stop_handler(stop, say):
         if os.getpid()!=own: return # a worker that reads data; the run tells it when to end
         if stop.number and processes()>1 and first and time.monotonic()-first[0]<5:
             return # the launcher and the system pass on the same request
-        if stop.number: raise KeyboardInterrupt
+        if stop.number: raise Interrupted(number)
         first.append(time.monotonic())
         stop.request(number)
-        with suppress(RuntimeError): # a print may have been under way
+        leave_terminal(number)
+        with suppress(RuntimeError, OSError): # a print may have been under way
             say('Stopping after the last whole step; once more stops at once')
     return handler
 

@@ -238,8 +238,6 @@ def _start_again(live):
 def _work(live, fresh):
     "Train, in the thread"
     run,board = live.run,live.board
-    if fresh:
-        with suppress(OSError): _generations(live).unlink()
     if run.trainer is not None and not any(isinstance(c, LiveCallback) for c in run.trainer.callback_handler.callbacks):
         run.trainer.remove_callback(Progress)
         run.trainer.add_callback(LiveCallback(live)) # it was set up before it was watched
