@@ -8,7 +8,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/core/run_folder.html.md"""
 __all__ = ['default_output_dir', 'complete_marker', 'RunFolder', 'stopped_at', 'run_folder', 'mark_complete', 'checkpoint_fault',
            'last_checkpoint', 'is_run', 'is_own_run', 'refuse_foreign_run', 'refuse_links', 'only_run', 'Holder',
            'holder_of', 'read_meta', 'write_meta', 'write_record', 'record_fault', 'RunInfo', 'list_runs', 'find_run',
-           'written_by_run', 'remove_run']
+           'written_by_run', 'check_removable', 'remove_run']
 
 # %% ../../nbs/core/04_run_folder.ipynb #35e36b9a
 import errno,os,platform,re,shutil,time
@@ -357,20 +357,29 @@ def written_by_run(
     names = _came_out+_asked_for if everything else _came_out
     return [p for name in names for p in sorted(Path(folder).glob(name))]
 
+# %% ../../nbs/core/04_run_folder.ipynb #fb000005
 def _remove(path):
     if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
     else: path.unlink(missing_ok=True)
 
-def remove_run(
+def check_removable(
     path:str|Path, # Run folder
-)->int: # Bytes that were freed
-    "Remove what a run has written, and its folder if nothing else is in it"
+)->None: # Nothing: it can be removed
+    "Refuse to remove what is no run, holds others, or is in use"
     run = RunFolder(path)
     if not is_own_run(run.path): raise SageError(f'{path} is not a run folder and is left alone')
     if run.path.is_symlink(): raise SageError(f'{path} is a symbolic link: name the folder it points to')
     if inside := list_runs(run.path):
         raise SageError(f'{path} holds other runs ({", ".join(r.name for r in inside)}) and is left alone')
-    freed = 0
+    refuse_links(run.path)
+    if holder_of(run.path): raise _in_use(run)
+
+def remove_run(
+    path:str|Path, # Run folder
+)->int: # Bytes that were freed
+    "Remove what a run has written, and its folder if nothing else is in it"
+    run,freed = RunFolder(path),0
+    check_removable(run.path)
     with only_run(run.path, 'removed'):
         for p in written_by_run(run.path):
             freed += _size(p) if p.is_dir() else p.stat().st_size

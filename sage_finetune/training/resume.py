@@ -7,7 +7,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/training/resume.html.md"""
 # %% auto #0
 __all__ = ['memory_ran_out', 'data_digest', 'RowsDigest', 'differences', 'library_versions', 'run_record', 'check_same_run',
            'save_run', 'clear_run', 'checkpoint_step', 'is_last_step', 'load_last_step', 'logged_before_training',
-           'replay_loss', 'losses_before', 'keep_best', 'TrainingResult', 'StopSignal', 'keep_last_step',
+           'replay_loss', 'losses_before', 'keep_best', 'TrainingResult', 'StopSignal', 'keep_last_step', 'with_place',
            'without_traceback', 'smaller_micro_batches', 'remembered_changes']
 
 # %% ../../nbs/training/05_resume.ipynb #5b01f0c2
@@ -27,7 +27,7 @@ from ..core.machine import Change, division, Machine, process, processes
 from sage_finetune.core.run_folder import (
     checkpoint_fault, last_checkpoint, refuse_foreign_run, refuse_links, RunFolder, written_by_run
 )
-from ..core.exits import Interrupted, leave_terminal
+from ..core.exits import goes_on, Interrupted, leave_terminal, stop_signals
 from ..config import embedded_model, TrainingConfig
 from .batches import example_lengths, flat_chunks
 from ..model.adapter import best_evaluation, load_best_adapter, save_adapter, trained_tensors
@@ -346,6 +346,17 @@ def keep_last_step(
     return folder if step else None
 
 # %% ../../nbs/training/05_resume.ipynb #5b01f0a7
+def with_place(
+    error:KeyboardInterrupt, # What stopped a run
+    trainer, # A `ResumableTrainer`, or None
+)->KeyboardInterrupt: # The same, with words of its own, or those that say where it was
+    "A stop that says at which step it came, and how to go on"
+    if str(error) not in ('', 'stopped'): return error
+    step,of = (trainer.state.global_step, trainer.state.max_steps) if trainer else (0, 0)
+    where = f'at step {step} of {of}' if step else 'before the first step was done'
+    error.args = f'stopped {where}; {goes_on}',
+    return error
+
 def without_traceback(
     error:BaseException, # As it was raised
 )->BaseException: # The same

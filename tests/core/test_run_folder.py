@@ -1,4 +1,5 @@
 "The lock of a run folder among real processes, also those that are killed"
+import errno
 import os
 import signal
 import subprocess
@@ -65,3 +66,26 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 def test_paths_may_be_strings(tmp_path):
     assert RunFolder(str(tmp_path))==RunFolder(tmp_path)
     assert RunFolder(str(tmp_path)).meta==tmp_path/'finetune_meta.json'
+
+
+@pytest.mark.parametrize('refused', [OSError(errno.ENOLCK, 'no locks'), OSError(errno.ENOSYS, 'no flock'),
+                                     NotImplementedError()], ids=['ENOLCK', 'ENOSYS', 'none'])
+def test_a_file_system_without_locks_is_trained_in_unless_somebody_lives_there(tmp_path, other, monkeypatch, refused):
+    def acquire(self): raise refused
+    monkeypatch.setattr('filelock.FileLock.acquire', acquire)
+    with only_run(tmp_path/'free'): assert (tmp_path/'free'/'.lock').exists()
+    with pytest.raises(SageError, match=f'is being trained by process {other.pid}'):
+        with only_run(tmp_path/'run'): pass
+    other.kill()
+    other.wait()
+    with only_run(tmp_path/'run'): pass
+
+
+def test_a_lock_that_is_refused_is_told(tmp_path, monkeypatch):
+    def acquire(self): raise PermissionError(errno.EACCES, 'Permission denied')
+    monkeypatch.setattr('filelock.FileLock.acquire', acquire)
+    with pytest.raises(SageError, match='permission denied; choose a folder you may write to'):
+        with only_run(tmp_path/'busy'): pass
+    (tmp_path/'a file').write_text('')
+    with pytest.raises(SageError, match='a file stands where a folder is needed'):
+        with only_run(tmp_path/'a file'/'run'): pass
