@@ -287,7 +287,7 @@ def _answers(task, model, data, output, auto):
 def _train(target, fresh, live=False, prompts=(), base=None):
     "Train, with curves and answers in the terminal if `live`, and say what came of it"
     from sage_finetune.runs.tasks import trainer_of
-    trainer = trainer_of(target, base=base)
+    trainer = trainer_of(target, base=base, fresh=fresh)
     if live:
         from sage_finetune.ui.live import train_in_terminal
         result = train_in_terminal(trainer, prompts, fresh=fresh)
@@ -327,14 +327,14 @@ def _one_of(options):
     given = [name for name,on in options.items() if on]
     if len(given)>1: raise ValueError(f'`{given[0]}` and `{given[1]}` exclude each other')
 
-def _settings(target, base):
+def _settings(target, base, fresh):
     from sage_finetune.runs.tasks import config_of
     if target=='-': return sys.stdin.read()
-    return config_of(target, True, base) if base else target
+    return config_of(target, True, base, fresh) if base or fresh else target
 
 def _as_json(target, fresh, base):
     from sage_finetune.runs.pipeline import run_json
-    line,status = run_json(_settings(target, base), lambda event: echo(event, err=True), fresh)
+    line,status = run_json(_settings(target, base, fresh), lambda event: echo(event, err=True), fresh)
     echo(line)
     raise Exit(status)
 

@@ -203,7 +203,7 @@ _album = 'images.json' # Path → checksum of each image that the rows name
 def _prepare(source, where, tokenizer, settings, report, strict, place, digest):
     "Prepare the examples of `source` in the folder `place`, whole or not at all"
     if isinstance(source, (str, Path)): report.passed_over = files_passed_over(source, where.get('split', 'train'))
-    with whole_folder(place) as new:
+    with whole_folder(place, ours=True) as new:
         album = Album(new/'images', place/'images')
         batches = _examples(read_rows(source, **where), tokenizer, settings, report, strict, album)
         n = _write_arrow(batches, new/'examples.arrow', bool(processor_of(tokenizer)))

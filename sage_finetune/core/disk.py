@@ -369,30 +369,33 @@ def _json_or_none(path):
     try: return read_json(path)
     except (SageError, OSError, ValueError): return None
 
-def _made_names(folder):
+def _made_names(folder, vouched):
     "A test for names of files that were written here; None where the folder is not one of ours"
     files = _json_or_none(folder/manifest_file)
     if files and all(_is_entry(e) and re.fullmatch('[0-9a-f]{32}', str(e[1])) for e in files.values()):
         return lambda name: name in files or name in _nobodys
-    if files is not None or not any(_json_or_none(folder/n) for n in ('contract.json', 'merge_report.json')): return None
+    signs = 'contract.json', 'merge_report.json' # of older versions
+    if files is not None or not (vouched or any(_json_or_none(folder/n) for n in signs)): return None
     return lambda name: '/' not in name and any(fnmatch(name, g) for g in (*_model_files, *_nobodys))
 
 def foreign_fault(
     folder:str|Path, # A folder, which need not exist
+    vouched:bool=False, # Its place says that it was made here, so that the names of a model's files are enough
 )->str|None: # A phrase; None where it is empty, not there, or was made here and holds nothing else
     "Why a folder may not be replaced"
     folder = Path(os.path.realpath(Path(folder).expanduser()))
     if not os.path.lexists(folder): return None
     if not folder.is_dir(): return 'is a file'
     if not any(folder.iterdir()): return None
-    if not (known := _made_names(folder)): return 'is not empty and was not made here'
+    if not (known := _made_names(folder, vouched)): return 'is not empty and was not made here'
     for p in folder.rglob('*'):
         name = p.relative_to(folder).as_posix()
         if p.is_symlink(): return f'holds a symbolic link, {name}'
         if not p.is_dir() and not known(name): return f'holds {name}, which was not written here'
 
 def refuse_foreign(
-    folder:str|Path, # A folder that is to be replaced
+    folder:str|Path, # A folder that is to be replaced or removed
+    vouched:bool=False, # As for `foreign_fault`
 )->None: # Nothing: it may be
     "Refuse to replace what was not made here"
-    if fault := foreign_fault(folder): raise SageError(f'{folder} {fault}, so it is left alone: give a new folder')
+    if fault := foreign_fault(folder, vouched): raise SageError(f'{folder} {fault}, so it is left alone: give a new folder')

@@ -6,20 +6,20 @@ Docs: https://sage-finetune.github.io/sage_finetune/core/run_folder.html.md"""
 
 # %% auto #0
 __all__ = ['default_output_dir', 'complete_marker', 'RunFolder', 'stopped_at', 'run_folder', 'mark_complete', 'checkpoint_fault',
-           'last_checkpoint', 'is_run', 'is_own_run', 'refuse_foreign_run', 'refuse_links', 'only_run', 'Holder',
-           'holder_of', 'read_meta', 'write_meta', 'write_record', 'record_fault', 'RunInfo', 'list_runs', 'find_run',
-           'written_by_run', 'check_removable', 'remove_run']
+           'last_checkpoint', 'is_run', 'is_own_run', 'refuse_foreign_run', 'refuse_added', 'refuse_links', 'only_run',
+           'hold_for', 'Holder', 'holder_of', 'read_meta', 'write_meta', 'write_record', 'record_fault', 'RunInfo',
+           'list_runs', 'find_run', 'written_by_run', 'remove_part', 'check_removable', 'remove_run']
 
 # %% ../../nbs/core/04_run_folder.ipynb #35e36b9a
 import errno,os,platform,re,shutil,time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from sage_finetune.core.disk import (
-    cannot_write, clear_remains, is_running, manifest_fault, manifest_file, process_mark, read_json, SageError, to_disk,
-    write_json, write_manifest
+    cannot_write, clear_remains, is_running, manifest_fault, manifest_file, process_mark, read_json, refuse_foreign, SageError,
+    to_disk, write_json, write_manifest
 )
 from .settings import checked, Settings, with_given
 
@@ -149,6 +149,14 @@ def refuse_foreign_run(
     if there: raise SageError(f'{run.path} is not a run folder, so {there[0]} in it is left alone: '
                               f'choose another `output_dir`')
 
+def refuse_added(
+    folder:str|Path, # Run folder
+)->None: # Nothing: its folders of models hold nothing else
+    "Refuse to replace or remove an adapter or a model that something was added to"
+    run = RunFolder(folder)
+    exported = [*(run.path/'exported').glob('*')]
+    for p in (run.lora_weights, run.merged_model, *exported): refuse_foreign(p, vouched=p not in exported)
+
 def refuse_links(
     folder:str|Path, # Run folder
 )->None: # Nothing: all its parts lie in it
@@ -171,10 +179,10 @@ def _in_use(run):
     return SageError(f"{run.path} is being {how} by {who or 'another process'}: wait until it ends, stop it, or "
                      f"give another `output_dir`")
 
-def _held(run):
+def _held(run, patience):
     "The lock of a run folder, held; a `SageError` names who holds it"
     from filelock import FileLock, Timeout
-    lock = FileLock(run.path/'.lock.held', timeout=.2, thread_local=False) # one that just ended may still hold it
+    lock = FileLock(run.path/'.lock.held', timeout=patience, thread_local=False)
     try: lock.acquire()
     except Timeout: raise _in_use(run) from None
     except NotImplementedError: _refuse_holder(run) # older releases, for ENOSYS
@@ -199,6 +207,7 @@ def _let_go(lock, run):
 def only_run(
     folder:str|Path, # Run folder; it is made if needed
     doing:str='trained', # What is done to it, for whoever else asks
+    patience:float=.2, # Seconds to wait for another one; a process that just ended may still hold it
 )->Iterator[None]: # While the block runs, no other process writes into this folder
     "Hold the lock of a run folder that is ours, or refuse"
     run = RunFolder(folder)
@@ -207,7 +216,7 @@ def only_run(
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         refuse_links(run.path)
-        lock = _held(run)
+        lock = _held(run, patience)
     except OSError as err: raise cannot_write(run.path, err) from None
     try:
         try: run.lock.write_text(f'{who}\n{doing} {process_mark()}', encoding='utf-8')
@@ -219,6 +228,15 @@ def only_run(
         _let_go(lock, run)
         if made:
             with suppress(OSError): run.path.rmdir() # nothing was written into it
+
+def hold_for(
+    target:str|Path, # To be written
+    folder:str|Path, # Run folder
+    doing:str, # What is done to it
+): # A context: the run folder is held where the target lies in it, for others may only read elsewhere
+    "Hold a run folder while something in it is replaced"
+    inside = Path(target).expanduser().resolve().is_relative_to(Path(folder).resolve())
+    return only_run(folder, doing) if inside else nullcontext()
 
 # %% ../../nbs/core/04_run_folder.ipynb #2e68d97c
 @dataclass(frozen=True)
@@ -358,9 +376,15 @@ def written_by_run(
     return [p for name in names for p in sorted(Path(folder).glob(name))]
 
 # %% ../../nbs/core/04_run_folder.ipynb #fb000005
-def _remove(path):
-    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
-    else: path.unlink(missing_ok=True)
+def remove_part(
+    path:Path, # A file or folder of a run
+)->None: # It is gone; what says whose folder it was goes last, so that an interrupted removal can be finished
+    "Remove what a run has written"
+    if path.is_symlink() or not path.is_dir(): return path.unlink(missing_ok=True)
+    for p in path.iterdir():
+        if p.is_dir() and not p.is_symlink(): shutil.rmtree(p)
+        elif p.name not in (manifest_file, 'contract.json'): p.unlink()
+    shutil.rmtree(path)
 
 def check_removable(
     path:str|Path, # Run folder
@@ -372,6 +396,7 @@ def check_removable(
     if inside := list_runs(run.path):
         raise SageError(f'{path} holds other runs ({", ".join(r.name for r in inside)}) and is left alone')
     refuse_links(run.path)
+    refuse_added(run.path)
     if holder_of(run.path): raise _in_use(run)
 
 def remove_run(
@@ -383,7 +408,7 @@ def remove_run(
     with only_run(run.path, 'removed'):
         for p in written_by_run(run.path):
             freed += _size(p) if p.is_dir() else p.stat().st_size
-            _remove(p)
+            remove_part(p)
         for p in (run.checkpoints, run.logs):
             with suppress(OSError): p.rmdir()
     with suppress(OSError): run.path.rmdir()

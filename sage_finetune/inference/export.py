@@ -16,10 +16,11 @@ from functools import cache
 from pathlib import Path
 
 from sage_finetune.core.disk import (
-    cannot_write, file_digest, manifest_file, read_json, SageError, whole_folder, write_manifest, write_text
+    cannot_write, file_digest, manifest_file, read_json, refuse_foreign, SageError, whole_folder, write_manifest,
+    write_text
 )
 from ..core.settings import refuse_unknown
-from ..core.run_folder import find_run, stopped_at
+from ..core.run_folder import find_run, hold_for, stopped_at
 from ..config import base_place, embedded_model
 from ..rows.images import processor_files
 from ..rows.template import chat_form, render
@@ -334,11 +335,11 @@ def export_folder(
     **card, # As for `model_card`
 )->Path: # The folder
     "Write a model, or an adapter alone, for use elsewhere"
+    run = find_run(name).path
+    target = Path(output).expanduser() if output else run/'exported'/kind
+    refuse_foreign(target)
     files = export_files(name, kind, **card)
-    target = Path(output).expanduser() if output else find_run(name).path/'exported'/kind
-    if target.exists() and (not target.is_dir() or any(target.iterdir()) and not (target/'README.md').is_file()):
-        raise SageError(f'{target} is not empty and not an export: give a new folder')
-    with whole_folder(target) as new:
+    with hold_for(target, run, 'exported'), whole_folder(target, ours=True) as new:
         for n,content in files.items():
             if isinstance(content, str): write_text(new/n, content)
             else: shutil.copyfile(content, new/n)
@@ -443,13 +444,16 @@ def export_gguf(
     check_contract(source.folder)
     _check_weights(source)
     target = Path(output).expanduser() if output else source.run.path/'exported'/'gguf'
+    refuse_foreign(target)
     most = read_json(source.folder/'config.json').get('max_position_embeddings')
     ends = read_json(source.folder/'generation_config.json').get('eos_token_id') or []
     text = modelfile(load_tokenizer(str(source.folder)), f'./{source.name}.gguf', most,
                      ends if isinstance(ends, list) else [ends])
-    _convert(command, source.folder.resolve(), target/f'{source.name}.gguf', outtype)
-    write_text(target/'Modelfile', text)
-    write_text(target/'README.md', model_card(source, **card))
+    with hold_for(target, source.run.path, 'exported'), whole_folder(target, ours=True) as new:
+        _convert(command, source.folder.resolve(), new/f'{source.name}.gguf', outtype)
+        write_text(new/'Modelfile', text)
+        write_text(new/'README.md', model_card(source, **card))
+        write_manifest(new)
     return target
 
 # %% ../../nbs/inference/08_export.ipynb #4e7ca672

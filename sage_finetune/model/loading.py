@@ -15,6 +15,7 @@ for name in ('bitsandbytes.backends.cpu.ops', 'bitsandbytes.autograd._functions'
 
 # %% ../../nbs/model/01_loading.ipynb #ba587791
 import json,os,re,warnings
+from pickle import UnpicklingError
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -25,6 +26,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from ..core.disk import SageError
+from ..core.exits import missing_package
 from ..config import resolve_model, TrainingConfig
 from ..core.machine import division
 from ..rows.images import need_pillow, processor_files, processor_names, processor_of, with_processor
@@ -149,6 +151,10 @@ def no_model(
 )->SageError: # To be raised
     "Why a model cannot be loaded, in one line"
     text = ' '.join(str(err).split())
+    if missing := missing_package(err): return SageError(f'model {name!r} cannot be loaded: {missing}')
+    if isinstance(err, UnpicklingError) or 'weights_only' in text:
+        return SageError(f'model {name!r} has its weights in pickles with something else than numbers in them, and code in '
+                         f'a file is not run: take a model with .safetensors')
     if Path(name).expanduser().is_dir(): return SageError(f'model folder {name} cannot be loaded: {text[:200]}')
     if 'gated' in text.lower():
         return SageError(f'model {name!r} is gated: accept its terms on its page, then log in with `hf auth login`')
@@ -173,7 +179,7 @@ def _keep_scales(layer, args):
     if layer.weight.CB is not None and layer.weight.SCB is None: layer.weight.SCB = layer.state.SCB
 
 # %% ../../nbs/model/01_loading.ipynb #6252678a
-_load_errors = OSError, ValueError, KeyError, ImportError, SafetensorError
+_load_errors = OSError, ValueError, KeyError, ImportError, SafetensorError, UnpicklingError, EOFError
 
 def load_tokenizer(
     name:str, # Hub name, folder, or "sage-tiny"
@@ -213,6 +219,9 @@ def load_model(
             config = AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False)
             return _protect_quantised(model_class(config).from_pretrained(resolve_model(name), **how))
     except _load_errors as e: raise no_model(name, e) from None
+    except (RuntimeError, TypeError, AttributeError, IndexError) as e: # what files of another form come to
+        if type(e).__name__=='OutOfMemoryError' or 'memory' in str(e).lower(): raise
+        raise no_model(name, e) from None
 
 # %% ../../nbs/model/01_loading.ipynb #8e1d0c02
 @dataclass(frozen=True)

@@ -209,7 +209,7 @@ def _leave_group():
 
 # %% ../../nbs/runs/06_launch.ipynb #57bc2452
 def _train(target, fresh, base):
-    run = trainer_of(target, bool(process()), base) # one process reports
+    run = trainer_of(target, bool(process()), base, fresh) # one process reports
     run.quiet = False # whether to try the longest batch is the same for all
     _end_with_parent(run)
     result = run.train(fresh=fresh)

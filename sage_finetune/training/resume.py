@@ -11,7 +11,7 @@ __all__ = ['memory_ran_out', 'data_digest', 'RowsDigest', 'differences', 'librar
            'without_traceback', 'smaller_micro_batches', 'remembered_changes']
 
 # %% ../../nbs/training/05_resume.ipynb #5b01f0c2
-import hashlib,os,shutil,signal,threading,time
+import hashlib,os,signal,threading,time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +21,12 @@ import sage_finetune.model.loading # before transformers: it quiets bitsandbytes
 from peft import PeftModel
 from transformers import TrainerState
 
-from ..core.disk import manifest_file, read_json, SageError, whole_folder, write_json, write_manifest
+from ..core.disk import read_json, refuse_foreign, SageError, whole_folder, write_json, write_manifest
 from ..core.display import falling, Shown, Table
 from ..core.machine import Change, division, Machine, process, processes
 from sage_finetune.core.run_folder import (
-    checkpoint_fault, last_checkpoint, refuse_foreign_run, refuse_links, RunFolder, written_by_run
+    checkpoint_fault, last_checkpoint, refuse_added, refuse_foreign_run, refuse_links, remove_part, RunFolder,
+    written_by_run
 )
 from ..core.exits import goes_on, Interrupted, leave_terminal, stop_signals
 from ..config import embedded_model, TrainingConfig
@@ -150,7 +151,8 @@ def check_same_run(
     record:dict, # From `run_record`
     say=lambda line: None, # Told of another number of processes
 )->None: # Nothing: the folder is new, or holds this run
-    "Refuse to resume a folder that holds another run"
+    "Refuse to resume a folder that holds another run, or things that a run would replace"
+    refuse_added(folder.path)
     if not folder.config.is_file() or folder.state=='new': return
     before = read_json(folder.config)
     if other := differences(before, record):
@@ -173,6 +175,7 @@ def save_run(
         raise ValueError('there is no adapter to save: call `apply_lora()` first')
     tensors = trained_tensors(model) if division() else None # for which every process is asked
     if process(): return
+    refuse_foreign(folder.lora_weights, vouched=True)
     with whole_folder(folder.lora_weights) as new:
         save_adapter(model, new, tensors)
         save_contract(new, tokenizer, model, record['model_name'])
@@ -188,8 +191,8 @@ def clear_run(
     "Remove what a run has written"
     refuse_foreign_run(folder.path)
     refuse_links(folder.path)
-    for p in () if process() else written_by_run(folder.path, everything=False):
-        shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
+    refuse_added(folder.path)
+    for p in () if process() else written_by_run(folder.path, everything=False): remove_part(p)
     for p in () if process() else (folder.checkpoints, folder.logs):
         with suppress(OSError): p.rmdir() # where nothing else is in it
 
