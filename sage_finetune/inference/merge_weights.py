@@ -65,7 +65,8 @@ def _empty_model(base):
     from transformers import AutoConfig
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-        with quiet_libraries(), torch.device('meta'): return model_class(config).from_config(config)
+        with quiet_libraries(), torch.device('meta'): 
+            return model_class(config).from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as e: raise no_model(str(base), e) from None
 
 # %% ../../nbs/inference/02_merge_weights.ipynb #a200000a

@@ -176,7 +176,9 @@ def _reload(folder, dtype, device):
     "The merged model as anybody else would load it"
     from transformers import AutoConfig
     with quiet_libraries():
-        return model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=dtype).to(device).eval()
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model = model_class(config).from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    return model.to(device).eval()
 
 # %% ../../nbs/inference/03_merging.ipynb #48537814
 stream_above = 5*10**8 # Bytes of a model that is not loaded for its proof
@@ -338,7 +340,8 @@ def _generation_settings(plan):
     place = local_folder(plan.base)
     found = [f for f in (plan.first, place) if f and (f/'generation_config.json').is_file()]
     return SimpleNamespace(generation_config=GenerationConfig.from_pretrained(found[0]) if found else
-                           GenerationConfig.from_model_config(AutoConfig.from_pretrained(place or plan.base)))
+                           GenerationConfig.from_model_config(AutoConfig.from_pretrained(
+                               place or plan.base, trust_remote_code=False)))
 
 def _measured(place, tokenizer, probes, reference, streamed):
     "How far a merged model, read back from disk, is from what was trained"

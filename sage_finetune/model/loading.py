@@ -271,7 +271,8 @@ def limits_of(
         text = config.get_text_config()
         ids,places = (getattr(text, n, None) or 0 for n in ('vocab_size', 'max_position_embeddings'))
         if None not in (token_id, tokens) and token_id<ids and tokens<=places: return ModelLimits(ids, None, places)
-        with torch.device('meta'), quiet_libraries(): return model_limits(model_class(config).from_config(config))
+        with torch.device('meta'), quiet_libraries(): return model_limits(
+            model_class(config).from_config(config, trust_remote_code=False))
     except Exception: return ModelLimits() # reported where it is loaded
 
 # %% ../../nbs/model/01_loading.ipynb #c18d61f4

@@ -127,3 +127,116 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path, monkeypatch):
     monkeypatch.setattr(disk.time, 'time_ns', lambda: 2**62)
     (tmp_path/'large').write_bytes(b'0123456789abc')
     assert file_digest(tmp_path/'large')==disk._read_digest(tmp_path/'large')
+
+
+def remains(folder, name, mark, ending, host=None):
+    path = folder/f'.{name}.{host or disk._host}.{mark}.0123abcd.{ending}'
+    path.mkdir()
+    return path
+
+
+def marks():
+    "Marks of processes that are dead: the number is used again, the machine was started anew, nobody has it"
+    number,began,boot,space = disk.process_mark().split('-')
+    other = '0'*8 if boot!='0'*8 else '1'*8
+    return [f'{number}-{int(began)+1}-{boot}-{space}', f'{number}-{began}-{other}-{space}', f'1-7-{boot}-{space}',
+            f'{2**22+1}-{began}-{boot}-{space}', str(2**22+1)]
+
+
+@pytest.mark.parametrize('which', range(5))
+def test_remains_of_a_dead_process_are_cleared_and_a_folder_comes_back(tmp_path, which):
+    (remains(tmp_path, 'adapter', marks()[which], 'old')/'v').write_text('1')
+    half = remains(tmp_path, 'adapter', marks()[which], 'tmp')
+    disk.clear_remains(tmp_path)
+    assert (tmp_path/'adapter'/'v').read_text()=='1' and not half.exists()
+
+
+def test_remains_of_a_living_or_unknown_process_stay(tmp_path, monkeypatch):
+    number,began,boot,space = disk.process_mark().split('-')
+    parent = f'{os.getppid()}-{disk._began(os.getppid())}-{boot}-{space}'
+    elsewhere = f'7-7-{boot}-{int(space)+1}' # another container
+    kept = [remains(tmp_path, 'a', parent, 'tmp'), remains(tmp_path, 'b', parent, 'old'),
+            remains(tmp_path, 'c', elsewhere, 'tmp'), remains(tmp_path, 'd', parent, 'tmp', host='other-machine')]
+    disk.clear_remains(tmp_path)
+    assert all(p.exists() for p in kept)
+    moment = disk.time.time()
+    monkeypatch.setattr(disk.time, 'time', lambda: moment+100_000) # a day later: nobody can know, nobody came back
+    disk.clear_remains(tmp_path)
+    assert [p.exists() for p in kept]==[True, True, False, False]
+
+
+def test_a_folder_between_two_renames_of_another_machine_comes_back_after_a_minute(tmp_path, monkeypatch):
+    remains(tmp_path, 'adapter', '7-7-00-7', 'old', host='other-machine')
+    disk.clear_remains(tmp_path)
+    assert not (tmp_path/'adapter').exists()
+    moment = disk.time.time()
+    monkeypatch.setattr(disk.time, 'time', lambda: moment+61)
+    disk.clear_remains(tmp_path)
+    assert (tmp_path/'adapter').is_dir()
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, MemoryError, OSError, SystemExit])
+@pytest.mark.parametrize('at', [1, 2])
+def test_whatever_happens_between_two_renames_one_of_the_two_is_there(tmp_path, monkeypatch, error, at):
+    (tmp_path/'adapter').mkdir()
+    (tmp_path/'adapter'/'v').write_text('1')
+    own,calls = disk.Path.rename,[]
+    def rename(self, target):
+        calls.append(self)
+        if len(calls)==at: raise error('now')
+        return own(self, target)
+    monkeypatch.setattr(disk.Path, 'rename', rename)
+    with pytest.raises((error, disk.SageError)):
+        with disk.whole_folder(tmp_path/'adapter') as new: (new/'v').write_text('2')
+    assert (tmp_path/'adapter'/'v').read_text()=='1' and len([*tmp_path.iterdir()])==1
+
+
+def test_what_this_process_gave_up_is_cleared_at_its_next_look(tmp_path):
+    remains(tmp_path, 'adapter', disk.process_mark(), 'old')
+    disk.write_text(tmp_path/'other', 'x')
+    assert not (tmp_path/'adapter').exists() # nobody looked for it
+    disk.clear_remains(tmp_path, 'adapter')
+    assert (tmp_path/'adapter').is_dir()
+
+
+def test_long_names_and_names_in_chinese_are_written(tmp_path):
+    for name in ('微'*80, 'x'*250, 'a.b'*70):
+        assert disk.write_text(tmp_path/name, 'here').read_text()=='here'
+    assert len([*tmp_path.iterdir()])==3
+
+
+foreign = {'a README': ['README.md'], 'a project': ['README.md', '.git/HEAD', 'src/thesis.py'], 'a model': ['config.json'],
+           'a report': ['merge_report.json', 'notes.txt'], 'a contract and a folder': ['contract.json', 'src/a.py'],
+           'sums of another program': ['checksums.json', 'data.csv']}
+
+
+@pytest.mark.parametrize('name', foreign)
+def test_a_folder_that_was_not_made_here_is_left_alone(tmp_path, name):
+    for file in foreign[name]: disk.write_text(tmp_path/'x'/file, '{"data.csv": "1f2e3d"}')
+    before = sorted(p for p in tmp_path.rglob('*'))
+    with pytest.raises(disk.SageError, match='is left alone: give a new folder'):
+        with disk.whole_folder(tmp_path/'x', ours=True): raise AssertionError('it is decided before')
+    assert sorted(p for p in tmp_path.rglob('*'))==before
+
+
+@pytest.mark.parametrize('added', ['notes.txt', '.git/HEAD', 'part/more.bin', 'link'])
+def test_what_was_added_to_a_folder_of_ours_keeps_it(folder, added):
+    assert disk.foreign_fault(folder) is None
+    if added=='link': (folder/added).symlink_to(folder.parent)
+    else: disk.write_text(folder/added, 'mine')
+    assert added in disk.foreign_fault(folder)
+
+
+def test_a_file_that_comes_while_a_folder_is_written_keeps_the_old_one(folder):
+    with pytest.raises(disk.SageError, match='holds notes.txt'):
+        with disk.whole_folder(folder, ours=True): (folder/'notes.txt').write_text('mine')
+    assert (folder/'notes.txt').read_text()=='mine' and (folder/'weights.safetensors').exists()
+
+
+def test_an_older_folder_without_a_manifest_is_known_by_its_contract(folder):
+    shutil.rmtree(folder/'part')
+    for name in (manifest_file, 'README.md'): (folder/name).unlink()
+    assert disk.foreign_fault(folder)=='is not empty and was not made here'
+    assert disk.foreign_fault(folder, vouched=True) is None
+    (folder/'contract.json').write_text('{"form": 1}')
+    assert disk.foreign_fault(folder) is None
