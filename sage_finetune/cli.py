@@ -53,8 +53,7 @@ def main(
         with stop_raises():
             refuse_other_encodings(argv)
             return get_command(app).main(argv, prog_name='sage-finetune', standalone_mode=False) or 0
-    except _Ended as e: return _say_end(e.__cause__, argv)
-    except KeyboardInterrupt as e: return _say_end(e, argv)
+    except (_Ended, KeyboardInterrupt) as e: return _say_end(e.__cause__ or e, argv)
     except Exception as e:
         status = _typer_status(e, argv)
         return _say_end(e, argv) if status is None else status
@@ -169,8 +168,7 @@ def quickstart(
 def _print(*things):
     from rich.console import Console
     console = Console(width=None if sys.stdout.isatty() else 100)
-    own_form = lambda t: hasattr(t, '__rich__') or hasattr(t, '__rich_console__')
-    for t in things: console.print(t if own_form(t) else visible(t), markup=False, highlight=False)
+    for t in things: console.print(visible(t) if isinstance(t, str) else t, markup=False, highlight=False)
 
 # %% ../nbs/05_cli.ipynb #0c49953b
 def _next_steps(folder):

@@ -57,6 +57,7 @@ def _world():
     except OSError: space = 0
     return _proc('sys/kernel/random/boot_id')[:8] or '0',str(space)
 
+# %% ../../nbs/core/00_disk.ipynb #fa00000a
 def process_mark()->str: # Such as `4711-88123-3f2a9c1b-4026531836`
     "Which process this is: its number, when it began, the start of the machine, its container"
     return '-'.join([str(os.getpid()), _began(), *_world()])
@@ -94,6 +95,7 @@ def _key(name):
     raw = os.fsencode(name)
     return name if len(raw)<=100 else hashlib.blake2b(raw, digest_size=16).hexdigest()
 
+# %% ../../nbs/core/00_disk.ipynb #fa00000b
 @contextmanager
 def _beside(path, ending='tmp'):
     "A hidden name in the folder of `path` that nobody else uses while the block runs"
@@ -183,6 +185,7 @@ def _once(path):
         raise SageError(f'{path} has the key {twice!r} twice in one object: leave one of them out')
     return build
 
+# %% ../../nbs/core/00_disk.ipynb #fa000009
 def read_json(
     path:str|Path, # File to read
     unique:bool=False, # Refuse a key that stands twice, as a person may have written it
@@ -195,7 +198,7 @@ def read_json(
         raise SageError(f"{path} is not JSON: {err.msg} at line {err.lineno}, column {err.colno}") from None
     except UnicodeDecodeError as err:
         raise SageError(f"{path} is not UTF-8 text: byte {err.start}; save it as UTF-8") from None
-    except RecursionError: raise SageError(f'{path} is nested too deeply to be read: brackets within brackets') from None
+    except RecursionError: raise SageError(f'{path} is nested too deeply to be read') from None
     except ValueError as err: raise SageError(f'{path} cannot be read: {str(err).partition(";")[0]}') from None
     except OSError as err: raise SageError(f"cannot read {path}: {(err.strerror or str(err)).lower()}") from None
     if isinstance(obj, dict): return obj
@@ -378,6 +381,7 @@ def _made_names(folder, vouched):
     if files is not None or not (vouched or any(_json_or_none(folder/n) for n in signs)): return None
     return lambda name: '/' not in name and any(fnmatch(name, g) for g in (*_model_files, *_nobodys))
 
+# %% ../../nbs/core/00_disk.ipynb #fa000008
 def foreign_fault(
     folder:str|Path, # A folder, which need not exist
     vouched:bool=False, # Its place says that it was made here, so that the names of a model's files are enough
@@ -398,4 +402,5 @@ def refuse_foreign(
     vouched:bool=False, # As for `foreign_fault`
 )->None: # Nothing: it may be
     "Refuse to replace what was not made here"
-    if fault := foreign_fault(folder, vouched): raise SageError(f'{folder} {fault}, so it is left alone: give a new folder')
+    if fault := foreign_fault(folder, vouched):
+        raise SageError(f'{folder} {fault}, so it is left alone: give a new folder')

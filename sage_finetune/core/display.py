@@ -142,9 +142,11 @@ def _rich_table(t):
     from rich.table import Table as RichTable
     from rich.text import Text
     if not t.rows: return Text(visible('\n'.join(filter(None, (t.title, t.note)))))
-    out = RichTable(title=Text(visible(t.title), 'bold') if t.title else None, title_justify='left', box=box.SIMPLE_HEAD,
+    title = Text(visible(t.title), 'bold') if t.title else None
+    out = RichTable(title=title, title_justify='left', box=box.SIMPLE_HEAD,
                     pad_edge=False, show_header=any(t.columns))
-    for c,n in zip(t.columns, t.numeric): out.add_column(Text(visible(c)), justify='right' if n else 'left', overflow='fold')
+    for c,n in zip(t.columns, t.numeric):
+        out.add_column(Text(visible(c)), justify='right' if n else 'left', overflow='fold')
     if t.bars: out.add_column('')
     for i,r in enumerate(t.rows):
         bar = [Text(_bar(t.bars[i]))] if t.bars else []

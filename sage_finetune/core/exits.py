@@ -29,6 +29,7 @@ class Interrupted(KeyboardInterrupt):
         self.signal = int(number)
         super().__init__(message)
 
+# %% ../../nbs/core/08_exits.ipynb #fc000030
 def leave_terminal(
     number:int, # Of a signal
 )->None: # Nothing: after SIGHUP there is no terminal to write to, and nothing fails for want of it
@@ -98,6 +99,7 @@ def _is_here(module):
     try: return find_spec(module) is not None
     except (ImportError, ValueError, AttributeError): return False
 
+# %% ../../nbs/core/08_exits.ipynb #fc000031
 def missing_package(
     error:BaseException, # As it was raised
 )->str|None: # One line; None where no package is missing
@@ -121,6 +123,7 @@ def _told(argv):
     return ' '.join('…' if i in after else a.partition('=')[0]+'=…' if i in secret and '=' in a else a
                     for i,a in enumerate(argv))
 
+# %% ../../nbs/core/08_exits.ipynb #fc000032
 def fault_report(
     error:BaseException, # What nobody foresaw
     argv:list, # The command line
@@ -138,6 +141,8 @@ def fault_report(
         with suppress(SageError, OSError): return write_text(folder/name, text)
 
 # %% ../../nbs/core/08_exits.ipynb #fc000018
+_issues = 'https://github.com/sage-finetune/sage_finetune/issues'
+
 def _is_memory(error): return type(error).__name__ in ('OutOfMemoryError', 'MemoryError')
 
 def last_words(
@@ -154,8 +159,8 @@ def last_words(
     if _is_memory(error): return 'error: out of memory: choose a smaller model, or a machine with more',1
     file = fault_report(error, argv)
     if file is None: traceback.print_exception(type(error), error, error.__traceback__)
-    return (f'error: this is a fault of sage_finetune, not of yours ({type(error).__name__}: {line[:200]}). What happened is '
-            f'written in {file}: please report it at https://github.com/sage-finetune/sage_finetune/issues'),1
+    return (f'error: this is a fault of sage_finetune, not of yours ({type(error).__name__}: {line[:200]}). What '
+            f'happened is written in {file}: please report it at {_issues}'),1
 
 # %% ../../nbs/core/08_exits.ipynb #fc000022
 def use_utf8()->None: # It returns where names of files are UTF-8 already, or cannot be made so

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sage_finetune.core.disk import (
-    cannot_write, clear_remains, is_running, manifest_fault, manifest_file, process_mark, read_json, refuse_foreign, SageError,
-    to_disk, write_json, write_manifest
+    cannot_write, clear_remains, is_running, manifest_fault, manifest_file, process_mark, read_json, refuse_foreign,
+    SageError, to_disk, write_json, write_manifest
 )
 from .settings import checked, Settings, with_given
 
@@ -135,7 +135,8 @@ def is_own_run(
 )->bool: # Whether its files say what a run asked for, or was trained with
     "Whether a folder is a run folder by its content"
     run = RunFolder(folder)
-    return is_run(run.path) and (_says(run.meta, 'model', 'dataset') or _says(run.config, 'model_name', 'learning_rate'))
+    said = _says(run.meta, 'model', 'dataset') or _says(run.config, 'model_name', 'learning_rate')
+    return said and is_run(run.path)
 
 _replaced = 'config', 'data_report', 'checkpoints', 'lora_weights', 'merged_model', 'metrics', 'loss_curve', 'results'
 
@@ -365,7 +366,7 @@ def find_run(
 _came_out = ('checkpoints/checkpoint-*', 'lora_weights', 'merged_model', 'logs/events.out.tfevents*', 'logs/wandb',
              'metrics.jsonl', 'loss.png', 'results.json', 'generations.jsonl', manifest_file)
 _asked_for = ('exported', 'data_report.json', 'quickstart.json', 'logs/serve.log',
-              'training_data_*.json', 'held_out_*.json', 'training_config.json', 'finetune_meta.json') # the last go last
+              'training_data_*.json', 'held_out_*.json', 'training_config.json', 'finetune_meta.json')
 
 def written_by_run(
     folder:str|Path, # Run folder

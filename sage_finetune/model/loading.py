@@ -153,8 +153,8 @@ def no_model(
     text = ' '.join(str(err).split())
     if missing := missing_package(err): return SageError(f'model {name!r} cannot be loaded: {missing}')
     if isinstance(err, UnpicklingError) or 'weights_only' in text:
-        return SageError(f'model {name!r} has its weights in pickles with something else than numbers in them, and code in '
-                         f'a file is not run: take a model with .safetensors')
+        return SageError(f'model {name!r} has its weights in pickles with something else than numbers in them, and '
+                         f'code in a file is not run: take a model with .safetensors')
     if Path(name).expanduser().is_dir(): return SageError(f'model folder {name} cannot be loaded: {text[:200]}')
     if 'gated' in text.lower():
         return SageError(f'model {name!r} is gated: accept its terms on its page, then log in with `hf auth login`')

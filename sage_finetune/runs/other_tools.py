@@ -160,16 +160,6 @@ class _Tables:
     notes: dict # Setting without a bearing on the result → why
     off: dict # Setting → the value, or tuple of values, that asks for nothing
 
-def _kind_fault(name, value, default):
-    "What is wrong with the kind of a value, from what the tool takes by default; None where nothing is"
-    number = _number(value)
-    is_number = isinstance(number, (int, float)) and not isinstance(number, bool) and isfinite(number)
-    if isinstance(value, (dict, bytes)) or isinstance(value, list) and default not in (None, 'all'): needed = 'one value'
-    elif isinstance(default, bool): needed = None if isinstance(value, bool) else 'true or false'
-    elif isinstance(default, (int, float)): needed = None if is_number else 'a number'
-    else: needed = None
-    return needed and f'{name}={value_words(value)} (it must be {needed})'
-
 def _by_table(given, tables, out):
     "Settings that one line of a table is enough for; returns the faults"
     faults = [f'{name} is missing' for name in ('model_name_or_path', 'output_dir') if not given.get(name)]
@@ -330,6 +320,17 @@ def _mixing(given, take, out):
     out.went['mix_strategy'] = ', '.join(f'{name} = {value}' for name,value in out.mix.items())
 
 # %% ../../nbs/runs/00_other_tools.ipynb #89f7dc4e
+def _kind_fault(name, value, default):
+    "What is wrong with the kind of a value, from what the tool takes by default; None where nothing is"
+    number = _number(value)
+    is_number = isinstance(number, (int, float)) and not isinstance(number, bool) and isfinite(number)
+    several = isinstance(value, (dict, bytes)) or isinstance(value, list) and default not in (None, 'all')
+    if several: needed = 'one value'
+    elif isinstance(default, bool): needed = None if isinstance(value, bool) else 'true or false'
+    elif isinstance(default, (int, float)): needed = None if is_number else 'a number'
+    else: needed = None
+    return needed and f'{name}={value_words(value)} (it must be {needed})'
+
 def _llamafactory_rest(given, out):
     "What takes more than a line of a table"
     take,s = partial(_take, given, out),out.settings
@@ -519,16 +520,6 @@ def _unsupported(info, stage):
             *(k for k in info.get('columns', {}) if k in columns)]
 
 # %% ../../nbs/runs/00_other_tools.ipynb #2583f6bb
-def _check_description(info, name, file):
-    "Refuse a description of a data set that has another form"
-    if info is None: return
-    kinds = dict(columns=dict, tags=dict, file_name=str, hf_hub_url=str, split=str, subset=str, num_samples=int)
-    odd = [f'`{k}` must be a {kind.__name__}' for k,kind in kinds.items()
-           if isinstance(info, dict) and info.get(k) is not None and not isinstance(info[k], kind)]
-    if not isinstance(info, dict): odd = ['it must be an object']
-    elif not (info.get('file_name') or info.get('hf_hub_url')): odd += ['`file_name` is missing']
-    if odd: raise SageError(f'{file}: {name!r}: {odd[0]}')
-
 def _described(name, about, folder, most, stage):
     "A data set by name, from `dataset_info.json`"
     info,file = about.get(name),folder/'dataset_info.json'
@@ -546,6 +537,16 @@ def _described(name, about, folder, most, stage):
                 most=most)
 
 # %% ../../nbs/runs/00_other_tools.ipynb #16bf8552
+def _check_description(info, name, file):
+    "Refuse a description of a data set that has another form"
+    if info is None: return
+    kinds = dict(columns=dict, tags=dict, file_name=str, hf_hub_url=str, split=str, subset=str, num_samples=int)
+    odd = [f'`{k}` must be a {kind.__name__}' for k,kind in kinds.items()
+           if isinstance(info, dict) and info.get(k) is not None and not isinstance(info[k], kind)]
+    if not isinstance(info, dict): odd = ['it must be an object']
+    elif not (info.get('file_name') or info.get('hf_hub_url')): odd += ['`file_name` is missing']
+    if odd: raise SageError(f'{file}: {name!r}: {odd[0]}')
+
 _alpaca_columns = dict(prompt='instruction', query='input', response='output')
 
 def _alpaca_row(row, info):

@@ -120,8 +120,8 @@ def only_numbers(
     except UnpicklingError:
         files = [p for p in sorted(Path(checkpoint).glob('*')) if p.suffix in ('.pt', '.pth', '.bin')]
         name = next((p.name for p in files if p.name!='training_args.bin' and _holds_code(p)), 'a file')
-        raise SageError(f'{checkpoint}: {name} holds something else than numbers, and code in a file is not run: remove '
-                        f'this checkpoint, and the one before it is used') from None
+        raise SageError(f'{checkpoint}: {name} holds something else than numbers, and code in a file is not run: '
+                        f'remove this checkpoint, and the one before it is used') from None
 
 # %% ../../nbs/training/03_callbacks.ipynb #d0000003
 class EvaluateFirst(TrainerCallback):

@@ -205,7 +205,8 @@ def test_long_names_and_names_in_chinese_are_written(tmp_path):
     assert len([*tmp_path.iterdir()])==3
 
 
-foreign = {'a README': ['README.md'], 'a project': ['README.md', '.git/HEAD', 'src/thesis.py'], 'a model': ['config.json'],
+foreign = {'a README': ['README.md'], 'a project': ['README.md', '.git/HEAD', 'src/thesis.py'],
+           'a model': ['config.json'],
            'a report': ['merge_report.json', 'notes.txt'], 'a contract and a folder': ['contract.json', 'src/a.py'],
            'sums of another program': ['checksums.json', 'data.csv']}
 
