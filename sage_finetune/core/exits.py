@@ -6,7 +6,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/core/exits.html.md"""
 
 # %% auto #0
 __all__ = ['stop_signals', 'goes_on', 'Interrupted', 'leave_terminal', 'stop_raises', 'how_to_install', 'missing_package',
-           'fault_report', 'last_words', 'use_utf8', 'refuse_other_encodings']
+           'fault_report', 'last_words', 'as_written_here', 'use_utf8', 'refuse_other_encodings']
 
 # %% ../../nbs/core/08_exits.ipynb #fc000005
 import os,platform,re,signal,sys,tempfile,threading,time,traceback
@@ -161,6 +161,18 @@ def last_words(
     if file is None: traceback.print_exception(type(error), error, error.__traceback__)
     return (f'error: this is a fault of sage_finetune, not of yours ({type(error).__name__}: {line[:200]}). What '
             f'happened is written in {file}: please report it at {_issues}'),1
+
+# %% ../../nbs/core/08_exits.ipynb #fc000041
+@contextmanager
+def as_written_here(
+    place, # A file or folder, for the message
+): # While the block makes sense of what is written there
+    "A record of another form is refused by its place"
+    try: yield
+    except (TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError) as e:
+        why = ' '.join(visible(f'{type(e).__name__}: {e}').split())[:200]
+        raise SageError(f'{place}: a record has another form than is written here ({why}): '
+                        f'put back what was there') from None
 
 # %% ../../nbs/core/08_exits.ipynb #fc000022
 def use_utf8()->None: # It returns where names of files are UTF-8 already, or cannot be made so

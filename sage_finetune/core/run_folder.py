@@ -330,7 +330,8 @@ def _info(path):
         if fault := record_fault(path): loss = None
         state = f'{run.state}, but {fault}' if fault else run.state
         return RunInfo(path.name, str(meta.get('task_type', 'custom')), str(model), state, loss, _size(path))
-    except (SageError, OSError) as e: return RunInfo(path.name, '?', '?', f'unreadable: {e}', None, 0)
+    except (SageError, OSError, ValueError, TypeError, RecursionError) as e:
+        return RunInfo(path.name, '?', '?', f'unreadable: {e}', None, 0)
 
 # %% ../../nbs/core/04_run_folder.ipynb #90f81199
 def _may_be_run(path):

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
 from itertools import islice
-from math import isfinite
 from pathlib import Path
 from shutil import which
 
@@ -165,7 +164,9 @@ def _by_table(given, tables, out):
     faults = [f'{name} is missing' for name in ('model_name_or_path', 'output_dir') if not given.get(name)]
     faults += filter(None, (_kind_fault(n, given[n], d) for n,d in tables.places.items() if n in given))
     if faults: return faults # with these the rest makes no sense
-    for name,default in tables.places.items(): _place(given, name, default, tables.ours.get(name, name), out)
+    for name,default in tables.places.items():
+        try: _place(given, name, default, tables.ours.get(name, name), out)
+        except (TypeError, AttributeError, OverflowError): faults.append(f'{name}={value_words(given.get(name))}')
     for name,value in given.items():
         if name in tables.notes: out.went[name] = tables.notes[name]
         elif name in tables.off: faults += _fault_of(name, value, tables.off[name], out)
@@ -323,12 +324,12 @@ def _mixing(given, take, out):
 def _kind_fault(name, value, default):
     "What is wrong with the kind of a value, from what the tool takes by default; None where nothing is"
     number = _number(value)
-    is_number = isinstance(number, (int, float)) and not isinstance(number, bool) and isfinite(number)
+    is_number = isinstance(number, (int, float)) and not isinstance(number, bool) and abs(number)<1e300
     several = isinstance(value, (dict, bytes)) or isinstance(value, list) and default not in (None, 'all')
     if several: needed = 'one value'
     elif isinstance(default, bool): needed = None if isinstance(value, bool) else 'true or false'
     elif isinstance(default, (int, float)): needed = None if is_number else 'a number'
-    else: needed = None
+    else: needed = 'text' if isinstance(default, str) and not isinstance(value, (str, list)) else None
     return needed and f'{name}={value_words(value)} (it must be {needed})'
 
 def _llamafactory_rest(given, out):

@@ -7,8 +7,11 @@ import sys
 
 import pytest
 
-from sage_finetune.core.disk import SageError
-from sage_finetune.core.run_folder import holder_of, only_run, RunFolder
+from sage_finetune.core import disk
+from sage_finetune.core.disk import SageError, write_json, write_manifest, write_text
+from sage_finetune.core.run_folder import (
+    find_run, holder_of, only_run, remove_part, remove_run, RunFolder, write_meta
+)
 
 HOLD = """
 import sys, time
@@ -89,3 +92,78 @@ def test_a_lock_that_is_refused_is_told(tmp_path, monkeypatch):
     (tmp_path/'a file').write_text('')
     with pytest.raises(SageError, match='a file stands where a folder is needed'):
         with only_run(tmp_path/'a file'/'run'): pass
+
+
+def made(folder):
+    "A small run that is finished, and what else may lie in its folder"
+    run = RunFolder(folder)
+    write_meta(run.path, 'sage-tiny', 'rows.json')
+    for file in (run.metrics, run.results, run.lora_weights/'adapter_model.safetensors',
+                 run.lora_weights/'adapter_config.json', run.checkpoints/'checkpoint-1'/'optimizer.pt',
+                 run.logs/'events.out.tfevents.1', run.path/'training_data_custom.json'): write_text(file, '{}')
+    write_manifest(run.lora_weights)
+    return run
+
+
+def names(folder): return sorted(p.relative_to(folder).as_posix() for p in folder.rglob('*'))
+
+
+def test_a_run_is_removed_and_nothing_else(tmp_path):
+    run = made(tmp_path/'run')
+    assert remove_run(run.path)>0 and not run.path.exists()
+    run = made(tmp_path/'project')
+    for mine in ('thesis.tex', 'src/a.py', 'checkpoints/best.pt', 'logs/diary.txt'): write_text(run.path/mine, 'mine')
+    remove_run(run.path)
+    assert names(run.path)==['checkpoints', 'checkpoints/best.pt', 'logs', 'logs/diary.txt', 'src', 'src/a.py',
+                             'thesis.tex']
+
+
+@pytest.mark.parametrize('part', ['lora_weights/notes.txt', 'lora_weights/.git/HEAD', 'exported/merged/README.md'])
+def test_what_was_added_to_a_part_of_a_run_is_not_removed(tmp_path, part):
+    run = made(tmp_path/'run')
+    write_text(run.path/part, 'mine')
+    before = names(run.path)
+    with pytest.raises(SageError, match='is left alone'): remove_run(run.path)
+    assert names(run.path)==before
+
+
+@pytest.mark.parametrize('part', ['checkpoints', 'lora_weights', 'merged_model', 'metrics.jsonl', 'logs', 'exported',
+                                  'checkpoints/checkpoint-1'])
+def test_nothing_is_written_or_removed_through_a_link(tmp_path, part):
+    run,elsewhere = made(tmp_path/'run'), tmp_path/'elsewhere'
+    remove_part(run.path/part)
+    elsewhere.mkdir()
+    (elsewhere/'thesis.tex').write_text('mine')
+    (run.path/part).symlink_to(elsewhere)
+    for ask in (lambda: remove_run(run.path), lambda: only_run(run.path).__enter__()):
+        with pytest.raises(SageError, match=f'{part} is a symbolic link'): ask()
+    assert names(elsewhere)==['thesis.tex']
+
+
+def test_a_link_to_a_run_is_not_removed(tmp_path):
+    run = made(tmp_path/'run')
+    (tmp_path/'link').symlink_to(run.path)
+    with pytest.raises(SageError, match='name the folder it points to'): remove_run(tmp_path/'link')
+
+
+@pytest.mark.parametrize('says', [{}, {'name': 'x'}, {'model': 'a'}, {'checkpoints': 3}], ids=str)
+@pytest.mark.parametrize('name', ['finetune_meta.json', 'training_config.json'])
+def test_a_name_that_other_programs_use_too_makes_no_run(tmp_path, name, says):
+    write_json(tmp_path/name, says)
+    write_text(tmp_path/'checkpoints'/'checkpoint-500'/'model.bin', 'months')
+    before = names(tmp_path)
+    for ask in (lambda: remove_run(tmp_path), lambda: only_run(tmp_path).__enter__()):
+        with pytest.raises(SageError, match='is left alone'): ask()
+    assert names(tmp_path)==before
+
+
+def test_a_run_in_progress_is_not_removed(tmp_path, other):
+    write_meta(tmp_path/'run', 'sage-tiny', 'rows.json')
+    with pytest.raises(SageError, match=f'is being trained by process {other.pid}'): remove_run(tmp_path/'run')
+    assert (tmp_path/'run'/'finetune_meta.json').exists()
+
+
+def test_an_adapter_that_was_caught_between_two_renames_is_found(tmp_path):
+    run = made(tmp_path/'run')
+    run.lora_weights.rename(run.path/f'.lora_weights.{disk._host}.{2**22+1}.0123abcd.old')
+    assert run.state=='started' and find_run(run.path).state=='trained'
