@@ -401,17 +401,29 @@ def check_removable(
     refuse_added(run.path)
     if holder_of(run.path): raise _in_use(run)
 
+# %% ../../nbs/core/04_run_folder.ipynb #fb000006
 def remove_run(
     path:str|Path, # Run folder
 )->int: # Bytes that were freed
     "Remove what a run has written, and its folder if nothing else is in it"
     run,freed = RunFolder(path),0
     check_removable(run.path)
-    with only_run(run.path, 'removed'):
-        for p in written_by_run(run.path):
-            freed += _size(p) if p.is_dir() else p.stat().st_size
-            remove_part(p)
-        for p in (run.checkpoints, run.logs):
-            with suppress(OSError): p.rmdir()
-    with suppress(OSError): run.path.rmdir()
+    says = run.config,run.meta # what says that it is a run
+    try:
+        with only_run(run.path, 'removed'):
+            for p in (p for p in written_by_run(run.path) if p not in says):
+                freed += _size(p) if p.is_dir() else p.stat().st_size
+                remove_part(p)
+            _remove_if_empty(run.checkpoints, run.logs)
+        for p in says: # when the lock is gone, so that whatever happens before is finished by the same command
+            freed += p.stat().st_size if p.is_file() else 0
+            p.unlink(missing_ok=True)
+        _remove_if_empty(run.path)
+    except OSError as e:
+        why = (e.strerror or str(e)).lower()
+        raise SageError(f'cannot remove {e.filename or run.path}: {why}; the same command goes on') from None
     return freed
+
+def _remove_if_empty(*folders):
+    for p in folders:
+        if p.is_dir() and not any(p.iterdir()): p.rmdir()

@@ -115,6 +115,10 @@ def _facts(run):
             ('steps', r.get('steps')), ('held-out loss', _both(r)), ('training loss', falling(r.get('train_loss')))]
     return Table(['', ''], [row for row in rows if row[1]])
 
+def _run_panel(run):
+    figure = [_CaptionedFigure(run.plot(), f'losses of {run.name}')] if run.metrics else []
+    return Panel(f'{run.name}: {run.state}', [_facts(run), *figure])
+
 def _both(results): return falling(results.get('loss_before'), results.get('loss_after'))
 def _plain(value): return ', '.join(value) if isinstance(value, list) else str(value)
 
@@ -159,9 +163,7 @@ class Run(Shown):
         "Train the same again in another folder"
         return repeat_run(self, output_dir, anyway, quiet)
     def shown(self):
-        with as_written_here(self.folder.path):
-            figure = [_CaptionedFigure(self.plot(), f'losses of {self.name}')] if self.metrics else []
-            return Panel(f'{self.name}: {self.state}', [_facts(self), *figure])
+        with as_written_here(self.folder.path): return _run_panel(self)
 
 # %% ../../nbs/runs/04_run.ipynb #d8360f34
 @dataclass(repr=False)

@@ -1,12 +1,18 @@
 "Checksums: every file of a folder, every shape of a manifest, and what is remembered of large files"
+import errno
 import json
 import os
 import shutil
+import sys
+from subprocess import run
 
 import pytest
+from fastcore.test import expect_fail, test_eq as same
 
 from sage_finetune.core import disk
-from sage_finetune.core.disk import file_digest, manifest_fault, manifest_file, write_manifest
+from sage_finetune.core.disk import (
+    file_digest, manifest_fault, manifest_file, SageError, whole_folder, write_manifest, write_text
+)
 from sage_finetune.core.run_folder import checkpoint_fault, complete_marker, last_checkpoint, mark_complete
 
 
@@ -241,3 +247,46 @@ def test_an_older_folder_without_a_manifest_is_known_by_its_contract(folder):
     assert disk.foreign_fault(folder, vouched=True) is None
     (folder/'contract.json').write_text('{"form": 1}')
     assert disk.foreign_fault(folder) is None
+
+
+def test_the_edges_of_a_whole_folder(tmp_path):
+    scratch = tmp_path
+    with whole_folder(scratch/'model') as folder: write_text(folder/'weights', 'first')
+    note = write_text(scratch/'note.json', '{}')
+    with whole_folder(scratch/'model') as folder: write_text(folder/'config', 'second').chmod(0o600)
+    same([p.name for p in (scratch/'model').iterdir()], ['config'])
+    same((scratch/'model'/'config').stat().st_mode & 0o777, (scratch/'model').stat().st_mode & 0o666)
+    with expect_fail(SageError, contains='a file stands where a folder is needed'):
+        with whole_folder(note): pass
+    with expect_fail(SageError, contains='free some space'):
+        with whole_folder(scratch/'full'): raise OSError(errno.ENOSPC, 'No space left on device')
+    with expect_fail(FileNotFoundError):
+        with whole_folder(scratch/'other') as folder: (folder/'missing').read_text()
+    same([(scratch/'full').exists(), (scratch/'other').exists(), list(scratch.glob('.*'))], [False, False, []])
+
+
+def test_checksums_while_the_process_ends():
+    at_the_end = """
+    import atexit
+    from sage_finetune.core.disk import in_threads
+    atexit.register(lambda: print(in_threads(len, ['a', 'bcd'])))
+    import concurrent.futures.thread
+    """
+    same(run([sys.executable, '-c', at_the_end], capture_output=True, text=True, check=True).stdout, '[1, 3]\n')
+
+
+def test_manifests_of_other_forms(tmp_path):
+    scratch = tmp_path
+    with whole_folder(scratch/'adapter') as folder:
+        write_text(folder/'weights', 'abd')
+        write_manifest(folder)
+    for wrong,fault in (('', 'broken'), ('{}', 'names no file'), ('{"weights": 5}', 'broken'),
+                        ('{"weights": []}', 'broken'), ('{"weights": null}', 'broken'),
+                        ('{"weights": [3, 891568578]}', 'has changed'),
+                        ('{"weights": [true, "a"]}', 'broken'), ('{"none": [1, 2]}', 'none is missing'),
+                        ('{"\\u0000": [1, 2]}', 'is missing'), ('[1]', 'broken'), ('['*100_000, 'broken')):
+        write_text(scratch/'adapter'/manifest_file, wrong)
+        same(fault in manifest_fault(scratch/'adapter'), True)
+    write_text(scratch/'adapter'/manifest_file, '{"weights": [3, 891568578]}')
+    write_text(scratch/'adapter'/'weights', 'abc')
+    same(manifest_fault(scratch/'adapter'), None)

@@ -6,11 +6,13 @@ import subprocess
 import sys
 
 import pytest
+from fastcore.test import test_eq as same
 
 from sage_finetune.core import disk
 from sage_finetune.core.disk import SageError, write_json, write_manifest, write_text
 from sage_finetune.core.run_folder import (
-    find_run, holder_of, only_run, remove_part, remove_run, RunFolder, write_meta
+    checkpoint_fault, complete_marker, find_run, holder_of, last_checkpoint, mark_complete, only_run, remove_part,
+    remove_run, RunFolder, write_meta
 )
 
 HOLD = """
@@ -167,3 +169,15 @@ def test_an_adapter_that_was_caught_between_two_renames_is_found(tmp_path):
     run = made(tmp_path/'run')
     run.lora_weights.rename(run.path/f'.lora_weights.{disk._host}.{2**22+1}.0123abcd.old')
     assert run.state=='started' and find_run(run.path).state=='trained'
+
+
+def test_whatever_happens_to_a_checkpoint_the_one_before_it_is_used(tmp_path):
+    run = RunFolder(tmp_path)
+    for step in (500, 1000): mark_complete(write_text(run.checkpoints/f'checkpoint-{step}'/'weights', 'whole').parent)
+    write_text(run.checkpoints/'checkpoint-1000'/'weights', 'wrong')
+    same(checkpoint_fault(run.checkpoints/'checkpoint-1000'), 'its file weights has changed since it was written')
+    (run.checkpoints/'checkpoint-1000'/'weights').unlink()
+    same(checkpoint_fault(run.checkpoints/'checkpoint-1000'), 'its file weights is missing')
+    for marker in ('', '{"wei', '{}'):
+        (run.checkpoints/'checkpoint-1000'/complete_marker).write_text(marker)
+        same(last_checkpoint(run.checkpoints).name, 'checkpoint-500')

@@ -1,7 +1,7 @@
 """Settings, files of other tools, records, rows and requests that nobody should write, made by the hundred
 
-Whatever a person, a tool or a damaged disk puts into a file is taken with a reason or refused in one line. Each family is
-tried with a few dozen files in `make test`; `make test-slow` tries two thousand in all.
+Whatever a person, a tool or a damaged disk puts into a file is taken with a reason or refused in one line. Each family
+is tried with a few dozen files in `make test`; `make test-slow` tries two thousand in all.
 """
 import json
 import random
@@ -21,8 +21,10 @@ from sage_finetune.runs.tasks import config_of_file
 
 deep = [1]
 for _ in range(400): deep = [deep]
-odd = [None, [], {}, '', ' ', 'x', -1, 0, 1, 2**63, 10**400, -10**400, 1e308, -0.5, float('inf'), float('nan'), True, False, [1, 2],
-       ['a', None], {'a': {'b': []}}, {'': 0}, deep, 'caf\udce9', '\x00', '\x1b[2J\x1b[31m', '\u202egpj', 'x'*5000, '../../etc',
+odd = [None, [], {}, '', ' ', 'x', -1, 0, 1, 2**63, 10**400, -10**400, 1e308, -0.5, float('inf'), float('nan'),
+       True, False, [1, 2],
+       ['a', None], {'a': {'b': []}}, {'': 0}, deep, 'caf\udce9', '\x00', '\x1b[2J\x1b[31m', '\u202egpj', 'x'*5000,
+                                                            '../../etc',
        '/dev/null', '10**400', '1e400', 'null', '微调', [[]], [{}], '{"a": 1}', '${HOME}', '<b>', 'true']
 
 
@@ -40,7 +42,8 @@ def changed(given, chance, times=2):
                 continue
             what = chance.random()
             if what<.7: at[key] = chance.choice(odd)
-            elif isinstance(at, dict) and what<.85: at[chance.choice(['', 'x', ' '+key, key.upper(), '\x1b[2J'])] = at.pop(key)
+            elif isinstance(at, dict) and what<.85: at[chance.choice(['', 'x', ' '+key, key.upper(),
+                                                            '\x1b[2J'])] = at.pop(key)
             else: at.pop(key)
             break
     return out
@@ -73,30 +76,44 @@ def in_words(work):
             return line
 
 
-ours = dict(model_name='sage-tiny', data_path='rows.json', output_dir='run', max_steps=4, learning_rate=1e-3, num_train_epochs=2,
-            per_device_train_batch_size=2, seed=1, fp16=False, lora=dict(r=4, target_modules='all-linear', lora_dropout=.1),
+ours = dict(model_name='sage-tiny', data_path='rows.json', output_dir='run', max_steps=4, learning_rate=1e-3,
+            num_train_epochs=2,
+            per_device_train_batch_size=2, seed=1, fp16=False, lora=dict(r=4, target_modules='all-linear',
+                                                            lora_dropout=.1),
             save_steps=2, test_size=.1, columns=dict(frage='question'), report_to='none', optim='adamw_torch')
-factory = dict(model_name_or_path='sage-tiny', stage='sft', do_train=True, finetuning_type='lora', lora_target='all', lora_rank=8,
-               dataset='mine', dataset_dir='.', template='qwen', cutoff_len=128, output_dir='out', max_steps=1, val_size=.1,
-               learning_rate=1e-4, quantization_bit=None, lora_alpha=16, mix_strategy='concat', warmup_ratio=.1, bf16=True)
-trl = dict(model_name_or_path='sage-tiny', output_dir='out', use_peft=True, dataset_name='rows.json', lora_r=8, lora_alpha=16,
-           lora_target_modules=['q_proj'], learning_rate=2e-4, max_length=128, warmup_steps=0, assistant_only_loss=True)
-described = dict(mine=dict(file_name='rows.json', formatting='alpaca', columns=dict(prompt='instruction', response='output'),
+factory = dict(model_name_or_path='sage-tiny', stage='sft', do_train=True, finetuning_type='lora',
+               lora_target='all', lora_rank=8,
+               dataset='mine', dataset_dir='.', template='qwen', cutoff_len=128, output_dir='out', max_steps=1,
+                   val_size=.1,
+               learning_rate=1e-4, quantization_bit=None, lora_alpha=16, mix_strategy='concat', warmup_ratio=.1,
+                   bf16=True)
+trl = dict(model_name_or_path='sage-tiny', output_dir='out', use_peft=True, dataset_name='rows.json', lora_r=8,
+           lora_alpha=16,
+           lora_target_modules=['q_proj'], learning_rate=2e-4, max_length=128, warmup_steps=0,
+               assistant_only_loss=True)
+described = dict(mine=dict(file_name='rows.json', formatting='alpaca', columns=dict(prompt='instruction',
+                                                            response='output'),
                            num_samples=2, split='train'))
 meta = dict(task_type='qa', model='sage-tiny', framework='native', format='qa', dataset='rows.json', output_dir='run',
             config=dict(learning_rate=1e-3, lora=dict(r=8)))
-records = {'training_config.json': ours | dict(_given=['seed'], _changes=[dict(setting='fp16', asked=1, used=0, reason='x')],
+records = {'training_config.json': ours | dict(_given=['seed'], _changes=[dict(setting='fp16', asked=1, used=0,
+                                                            reason='x')],
                                                _versions=dict(torch='2'), _machine='cpu', _data='a-b'),
            'results.json': dict(steps=4, loss_before=2.0, loss_after=1.5, train_loss=1.2, seconds=3.0, best_step=2),
-           'data_report.json': dict(read=4, used=3, dropped=[dict(line=2, reason='too long', file='a')], tokens=10, examples=3,
+           'data_report.json': dict(read=4, used=3, dropped=[dict(line=2, reason='too long', file='a')], tokens=10,
+                                    examples=3,
                                     held_out=1, learned_tokens=4, longest=5, notes=['a note']),
            'finetune_meta.json': meta}
 rows = [dict(instruction=f'{i}?', input='', output=f'{i}!') for i in range(4)]
 talk = dict(messages=[dict(role='user', content='a'), dict(role='assistant', content='b', tool_calls=[
-    dict(id='x', type='function', function=dict(name='f', arguments=dict(a=1)))]), dict(role='tool', content='1', tool_call_id='x'),
-    dict(role='assistant', content=[dict(type='text', text='c')])], tools=[dict(type='function', function=dict(name='f'))])
-asked = dict(model='code', messages=[dict(role='user', content='hi')], max_tokens=5, temperature=.5, stop=['a'], stream=False, n=1,
-             seed=3, logprobs=False, tools=[], tool_choice='none', response_format=dict(type='text'), stream_options=None)
+    dict(id='x', type='function', function=dict(name='f', arguments=dict(a=1)))]), dict(role='tool', content='1',
+                                                            tool_call_id='x'),
+    dict(role='assistant', content=[dict(type='text', text='c')])], tools=[dict(type='function',
+                                                            function=dict(name='f'))])
+asked = dict(model='code', messages=[dict(role='user', content='hi')], max_tokens=5, temperature=.5, stop=['a'],
+             stream=False, n=1,
+             seed=3, logprobs=False, tools=[], tool_choice='none', response_format=dict(type='text'),
+                 stream_options=None)
 
 
 def settings_file(kind):
@@ -106,7 +123,8 @@ def settings_file(kind):
         about = changed(described, chance) if kind=='factory' and chance.random()<.5 else described
         (folder/'dataset_info.json').write_text(json.dumps(about))
         file = folder/f'given.{chance.choice(["json", "yaml"])}'
-        file.write_bytes(text_of(changed(given, chance) if given is not factory or chance.random()<.7 else given, chance))
+        file.write_bytes(text_of(changed(given, chance) if given is not factory or chance.random()<.7 else given,
+                                 chance))
         in_words(lambda: config_of_file(file, quiet=True))
     return work
 
@@ -125,13 +143,16 @@ def record_files(folder, chance):
             worse = changed(content, chance) if chance.random()<.5 else content
             (run.path/file).write_bytes(text_of(worse, chance) if chance.random()<.5 else json.dumps(worse).encode())
         lines = [json.dumps(dict(step=i, loss=2.0-i/10, epoch=i/4)) for i in range(4)]
-        run.metrics.write_bytes(damaged('\n'.join(lines)+'\n', chance) if chance.random()<.5 else '\n'.join(lines).encode())
+        run.metrics.write_bytes(damaged('\n'.join(lines)+'\n',
+                                        chance) if chance.random()<.5 else '\n'.join(lines).encode())
     in_words(lambda: list_runs(folder))
-    for work in (lambda: str(Run(folder/'one')), lambda: Run(folder/'one')._repr_html_(), lambda: Run(folder/'one').data_report,
+    for work in (lambda: str(Run(folder/'one')), lambda: Run(folder/'one')._repr_html_(),
+                 lambda: Run(folder/'one').data_report,
                  lambda: compare(folder/'one', folder/'two')): in_words(work)
 
 
-def one_row(folder, chance): in_words(lambda: to_messages(changed(talk, chance, 3), chance.choice([None, 'messages'])))
+def one_row(folder, chance): in_words(lambda: to_messages(changed(talk, chance, 3), chance.choice([None,
+                                                            'messages'])))
 
 
 def one_request(folder, chance):
@@ -140,7 +161,8 @@ def one_request(folder, chance):
     except request.BadRequest as e: assert e.status in range(400, 500)
 
 
-families = dict(ours=settings_file('ours'), factory=settings_file('factory'), trl=settings_file('trl'), meta=meta_file,
+families = dict(ours=settings_file('ours'), factory=settings_file('factory'), trl=settings_file('trl'),
+                meta=meta_file,
                 records=record_files, row=one_row, request=one_request)
 
 
