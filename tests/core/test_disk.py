@@ -266,12 +266,8 @@ def test_the_edges_of_a_whole_folder(tmp_path):
 
 
 def test_checksums_while_the_process_ends():
-    at_the_end = """
-    import atexit
-    from sage_finetune.core.disk import in_threads
-    atexit.register(lambda: print(in_threads(len, ['a', 'bcd'])))
-    import concurrent.futures.thread
-    """
+    at_the_end = ('import atexit\nfrom sage_finetune.core.disk import in_threads\n'
+                  "atexit.register(lambda: print(in_threads(len, ['a', 'bcd'])))\nimport concurrent.futures.thread\n")
     same(run([sys.executable, '-c', at_the_end], capture_output=True, text=True, check=True).stdout, '[1, 3]\n')
 
 
