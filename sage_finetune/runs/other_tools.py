@@ -78,6 +78,17 @@ _shared_places = dict(
     load_best_model_at_end=False,
 )
 
+def _kind_fault(name, value, default):
+    "What is wrong with the kind of a value, from what the tool takes by default; None where nothing is"
+    number = _number(value)
+    is_number = isinstance(number, (int, float)) and not isinstance(number, bool) and abs(number)<1e300
+    several = isinstance(value, (dict, bytes)) or isinstance(value, list) and default not in (None, 'all')
+    if several: needed = 'one value'
+    elif isinstance(default, bool): needed = None if isinstance(value, bool) else 'true or false'
+    elif isinstance(default, (int, float)): needed = None if is_number else 'a number'
+    else: needed = 'text' if isinstance(default, str) and not isinstance(value, (str, list)) else None
+    return needed and f'{name}={value_words(value)} (it must be {needed})'
+
 # %% ../../nbs/runs/00_other_tools.ipynb #949ffbe8
 _no_result = 'has no bearing on the result'
 _no_result_settings = (
@@ -321,17 +332,6 @@ def _mixing(given, take, out):
     out.went['mix_strategy'] = ', '.join(f'{name} = {value}' for name,value in out.mix.items())
 
 # %% ../../nbs/runs/00_other_tools.ipynb #89f7dc4e
-def _kind_fault(name, value, default):
-    "What is wrong with the kind of a value, from what the tool takes by default; None where nothing is"
-    number = _number(value)
-    is_number = isinstance(number, (int, float)) and not isinstance(number, bool) and abs(number)<1e300
-    several = isinstance(value, (dict, bytes)) or isinstance(value, list) and default not in (None, 'all')
-    if several: needed = 'one value'
-    elif isinstance(default, bool): needed = None if isinstance(value, bool) else 'true or false'
-    elif isinstance(default, (int, float)): needed = None if is_number else 'a number'
-    else: needed = 'text' if isinstance(default, str) and not isinstance(value, (str, list)) else None
-    return needed and f'{name}={value_words(value)} (it must be {needed})'
-
 def _llamafactory_rest(given, out):
     "What takes more than a line of a table"
     take,s = partial(_take, given, out),out.settings
