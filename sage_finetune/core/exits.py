@@ -152,6 +152,7 @@ def last_words(
 )->tuple: # One line, and the exit status
     "What a command says when it could not end well"
     line = ' '.join(visible(str(error)).split())
+    if len(line)>2000: line = line[:2000]+'…'
     if isinstance(error, KeyboardInterrupt):
         return line if line not in ('', 'stopped') else f'stopped; {again}',128+getattr(error, 'signal', signal.SIGINT)
     if missing := missing_package(error): return f'error: {visible(missing)}',1

@@ -484,7 +484,10 @@ def translated(
         faults.append(f'a value of another kind than is needed ({one_line(e, 120)})')
     if not odd: faults += [f'{n}{_like(n, tables)}' for n in given if n not in out.went and n not in _data_keys]
     if tool=='LLaMA-Factory' and not faults:
-        out.data,out.held_out = (_datasets(given, out, path, k) for k in ('dataset', 'eval_dataset'))
+        try: out.data,out.held_out = (_datasets(given, out, path, k) for k in ('dataset', 'eval_dataset'))
+        except (TypeError, AttributeError) as e:
+            names = ', '.join((*_data_keys, 'media_dir'))
+            faults.append(f'one of {names} has a value of another kind ({one_line(e, 120)})')
     out.went |= {k: 'null, as if it were left out' for k,v in whole.items() if v is None}
     if faults: raise SageError(f"{path} asks for what is not here: {'; '.join(dict.fromkeys(faults))}")
     TrainingConfig.from_dict(out.settings) # refuses values that make no sense

@@ -3,6 +3,7 @@
 Whatever a person, a tool or a damaged disk puts into a file is taken with a reason or refused in one line. Each family
 is tried with a few dozen files in `make test`; `make test-slow` tries two thousand in all.
 """
+import copy
 import json
 import random
 import warnings
@@ -41,7 +42,7 @@ def changed(given, chance, times=2):
                 at = at[key]
                 continue
             what = chance.random()
-            if what<.7: at[key] = chance.choice(odd)
+            if what<.7: at[key] = copy.deepcopy(chance.choice(odd))
             elif isinstance(at, dict) and what<.85: at[chance.choice(['', 'x', ' '+key, key.upper(),
                                                             '\x1b[2J'])] = at.pop(key)
             else: at.pop(key)
