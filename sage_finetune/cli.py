@@ -7,26 +7,36 @@ Docs: https://sage-finetune.github.io/sage_finetune/cli.html.md"""
 # %% auto #0
 __all__ = ['app', 'Model', 'RunName', 'Runs', 'Output', 'Data', 'Shares', 'Stopping', 'Fresh', 'Adapter', 'IgnoreContract',
            'Base', 'Key', 'Format', 'Split', 'Subset', 'Revision', 'TrainOn', 'Overflow', 'Columns', 'Nproc', 'Share',
-           'Nodes', 'MachineRank', 'MainIp', 'MainPort', 'DryRun', 'EXAMPLES', 'main', 'quickstart', 'inspect', 'start',
-           'run', 'watch', 'merge', 'clean', 'chat', 'compare', 'look', 'repeat', 'verify', 'serve', 'export',
+           'Nodes', 'MachineRank', 'MainIp', 'MainPort', 'DryRun', 'EXAMPLES', 'main', 'echo', 'quickstart', 'inspect',
+           'start', 'run', 'watch', 'merge', 'clean', 'chat', 'compare', 'look', 'repeat', 'verify', 'serve', 'export',
            'examples']
 
 # %% ../nbs/05_cli.ipynb #b5095066
 import json,os,sys
+from contextlib import suppress
 from pathlib import Path
 from shlex import quote
 from typing import Annotated, Optional
 
-from typer import Argument, Exit, Option, Typer, confirm, echo, prompt
+from typer import Argument, Exit, Option, Typer, confirm, echo as typer_echo, prompt
+from typer.core import TyperGroup
 from typer.main import get_command
 
 from .core.disk import SageError
-from .core.display import size_text
+from .core.display import size_text, visible
+from .core.exits import goes_on, last_words, refuse_other_encodings, stop_raises, use_utf8
 
 # %% ../nbs/05_cli.ipynb #7c48b3da
-app = Typer(name='sage-finetune', help='Fine-tune language models with LoRA: data, training, merging, chatting.',
-            no_args_is_help=True, add_completion=False,
-            pretty_exceptions_enable=False, rich_markup_mode=None)
+class _Ended(Exception): "A command was stopped: the signal is its cause, which typer would take for itself"
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx):
+        try: return super().invoke(ctx)
+        except KeyboardInterrupt as e: raise _Ended from e
+
+app = Typer(cls=_Commands, name='sage-finetune',
+            help='Fine-tune language models with LoRA: data, training, merging, chatting.', no_args_is_help=True,
+            add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 @app.callback()
 def _commands(): pass # a Typer app with a callback takes the name of a command, however few it has
@@ -36,19 +46,17 @@ def main(
     argv:list|None=None, # Arguments; those of the process if None
 )->int: # Exit status
     "The command `sage-finetune`"
+    if argv is None: use_utf8()
     _prepare_process()
     argv = sys.argv[1:] if argv is None else argv
-    try: return get_command(app).main(argv, prog_name='sage-finetune', standalone_mode=False) or 0
-    except KeyboardInterrupt as e:
-        return _fail(str(e) or 'stopped; the same command resumes from the last checkpoint',
-                     128+getattr(e, 'signal', 2))
-    except (SageError, ValueError, OSError) as e:
-        if os.environ.get('SAGE_DEBUG'): raise
-        return _fail(e, getattr(e, 'status', 1)) # of a process that was launched
+    try:
+        with stop_raises():
+            refuse_other_encodings(argv)
+            return get_command(app).main(argv, prog_name='sage-finetune', standalone_mode=False) or 0
+    except (_Ended, KeyboardInterrupt) as e: return _say_end(e.__cause__ or e, argv)
     except Exception as e:
         status = _typer_status(e, argv)
-        if status is None: raise
-        return status
+        return _say_end(e, argv) if status is None else status
 
 # %% ../nbs/05_cli.ipynb #b7041afd
 def _prepare_process():
@@ -59,23 +67,39 @@ def _prepare_process():
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')
 
 def _fail(text, status):
-    echo(f'error: {" ".join(str(text).split())}', err=True)
+    with suppress(OSError): typer_echo(text, err=True) # the terminal may be gone
     return status
+
+_after_a_stop = dict(
+    run=goes_on, start=goes_on, quickstart=goes_on, repeat='the same command, with a new folder, begins again',
+    merge='no merged model was written, and the same command begins again',
+    export='nothing was exported, and the same command begins again', serve='the same command serves again')
+
+def _say_end(error, argv):
+    "The last words of a command that did not end well; its exit status"
+    if os.environ.get('SAGE_DEBUG') and isinstance(error, Exception): raise error
+    again = _after_a_stop.get(str(argv[0]) if argv else '', 'nothing more was done')
+    return _fail(*last_words(error, argv, again))
+
+def echo(
+    text:str, # May hold names, rows and answers that others wrote
+    **how, # As for `typer.echo`
+)->None: # It is shown
+    "Show text, and nothing in it that would steer the terminal"
+    typer_echo(visible(text), **how)
 
 # %% ../nbs/05_cli.ipynb #f0b62197
 def _typer_status(e, argv):
     "Report an error of typer or of memory in one line and return its exit status; None for any other error"
     kind = type(e).__name__
-    if kind=='OutOfMemoryError': return _fail('out of memory: choose a smaller model, or a machine with more', 1)
     if kind=='NoArgsIsHelpError':
         echo(e.ctx.get_help())
         return 0
     if kind=='Abort':
-        echo('stopped; nothing more was done', err=True)
-        return 130
+        return _fail('stopped; nothing more was done', 130)
     if not hasattr(e, 'format_message'): return None
     command = f'{argv[0]} ' if argv and argv[0] in get_command(app).commands else ''
-    return _fail(f'{e.format_message().rstrip(".")}: see sage-finetune {command}--help', 2)
+    return _fail(f'error: {visible(e.format_message()).rstrip(".")}: see sage-finetune {command}--help', 2)
 
 # %% ../nbs/05_cli.ipynb #6b4b7ae4
 _task_help = 'code, qa, instruction, chat or custom'
@@ -144,7 +168,7 @@ def quickstart(
 def _print(*things):
     from rich.console import Console
     console = Console(width=None if sys.stdout.isatty() else 100)
-    for t in things: console.print(t, markup=False, highlight=False)
+    for t in things: console.print(visible(t) if isinstance(t, str) else t, markup=False, highlight=False)
 
 # %% ../nbs/05_cli.ipynb #0c49953b
 def _next_steps(folder):
@@ -261,7 +285,7 @@ def _answers(task, model, data, output, auto):
 def _train(target, fresh, live=False, prompts=(), base=None):
     "Train, with curves and answers in the terminal if `live`, and say what came of it"
     from sage_finetune.runs.tasks import trainer_of
-    trainer = trainer_of(target, base=base)
+    trainer = trainer_of(target, base=base, fresh=fresh)
     if live:
         from sage_finetune.ui.live import train_in_terminal
         result = train_in_terminal(trainer, prompts, fresh=fresh)
@@ -301,14 +325,14 @@ def _one_of(options):
     given = [name for name,on in options.items() if on]
     if len(given)>1: raise ValueError(f'`{given[0]}` and `{given[1]}` exclude each other')
 
-def _settings(target, base):
+def _settings(target, base, fresh):
     from sage_finetune.runs.tasks import config_of
     if target=='-': return sys.stdin.read()
-    return config_of(target, True, base) if base else target
+    return config_of(target, True, base, fresh) if base or fresh else target
 
 def _as_json(target, fresh, base):
     from sage_finetune.runs.pipeline import run_json
-    line,status = run_json(_settings(target, base), lambda event: echo(event, err=True), fresh)
+    line,status = run_json(_settings(target, base, fresh), lambda event: echo(event, err=True), fresh)
     echo(line)
     raise Exit(status)
 
@@ -393,18 +417,20 @@ def clean(
     force: Annotated[bool, Option('--force', help='Do not ask')] = False,
 ):
     "Remove runs; folders that are not runs are left alone"
-    from sage_finetune.core.run_folder import default_output_dir, find_run, list_runs, remove_run
+    from sage_finetune.core.run_folder import check_removable, default_output_dir, find_run, list_runs, remove_run
     root = default_output_dir if dir is None else Path(dir).expanduser()
     paths = ([find_run(name, dir).path] if name
              else [root/r.name for r in list_runs(dir) if not r.state.startswith('unreadable')])
     if not paths:
         echo(f'No runs in {root}.')
         return
+    for p in paths: check_removable(p) # all of them, before the first is removed
     echo('\n'.join(f'  {p}' for p in paths))
     if not force and not confirm(f'Remove {len(paths)} run{"s" if len(paths)>1 else ""}?', default=False):
         echo('Nothing was removed.')
         return
     echo(f'{size_text(sum(map(remove_run, paths)))} freed.')
+    if left := [str(p) for p in paths if p.exists()]: echo(f'What else was in {", ".join(left)} is left alone.')
 
 # %% ../nbs/05_cli.ipynb #6ba45626
 @app.command()
@@ -534,9 +560,10 @@ def serve(
 ):
     "Serve a run to programs that speak the API of OpenAI"
     from sage_finetune.inference.serve import serve as go
-    go(name, host, port, api_key, say=echo, engine=engine, adapter=adapter, max_new_tokens=max_new_tokens,
+    stopped_by = go(name, host, port, api_key, say=echo, engine=engine, adapter=adapter, max_new_tokens=max_new_tokens,
        ignore_contract=ignore_contract, base=base, allow_host=tuple(allow_host or ()),
        options=tuple(options or ()))
+    if stopped_by: raise Exit(128+stopped_by)
 
 # %% ../nbs/05_cli.ipynb #3e4b1e62
 @app.command()

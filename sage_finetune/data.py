@@ -227,7 +227,7 @@ def _only_new_garbage():
 def _prepare(source, where, tokenizer, settings, report, strict, place, digest):
     "Prepare the examples of `source` in the folder `place`, whole or not at all"
     if isinstance(source, (str, Path)): report.passed_over = files_passed_over(source, where.get('split', 'train'))
-    with _only_new_garbage(), whole_folder(place) as new:
+    with _only_new_garbage(), whole_folder(place, ours=True) as new:
         album = Album(new/'images', place/'images')
         batches = _examples(read_rows(source, **where), tokenizer, settings, report, strict, album)
         n = _write_arrow(batches, new/'examples.arrow', bool(processor_of(tokenizer)))

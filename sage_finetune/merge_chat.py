@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .core.disk import SageError, write_json
+from .core.display import visible
 from .rows.formats import content_parts, question as question_about
 from .rows.images import as_image
 from .model.contract import check_contract, stop_ids
@@ -142,7 +143,7 @@ def _obey(talk, line):
     elif line: _turn(talk, line)
 
 # %% ../nbs/03_merge_chat.ipynb #3c0a0019
-def _to_terminal(text): print(text, end='', flush=True)
+def _to_terminal(text): print(visible(text), end='', flush=True)
 
 def converse(
     say, # Called with messages and temperature, yields the pieces of an answer

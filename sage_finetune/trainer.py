@@ -16,6 +16,7 @@ from .model.loading import dtype_of, load_model, quantisation_of, tokenizer_for 
 from peft import PeftModel
 from transformers import Trainer, TrainingArguments, set_seed
 
+from .core.exits import goes_on, last_words, stop_raises
 from .core.disk import cannot_write, manifest_file, read_json, SageError, write_json
 from .core.machine import division, Machine, opening, process, processes, show_changes
 from .core.run_folder import last_checkpoint, only_run, RunFolder, write_record
@@ -36,7 +37,7 @@ from sage_finetune.training.loop import (
 from sage_finetune.training.resume import (
     check_same_run, checkpoint_step, clear_run, data_digest, differences, fit_of_run, is_last_step, keep_best,
     keep_last_step, library_versions, load_last_step, losses_before, memory_ran_out, remembered_changes, replay_loss,
-    RowsDigest, run_record, save_run, smaller_micro_batches, StopSignal, TrainingResult, without_traceback
+    RowsDigest, run_record, save_run, smaller_micro_batches, StopSignal, TrainingResult, with_place, without_traceback
 )
 from sage_finetune.training.processes import (
     agreed, joined_processes, one_after_another, processes_line, refuse_smaller_micro_batches, tell, wait_for_all
@@ -169,7 +170,7 @@ class LoRATrainer(LoopParts):
         self.stop_signal.clear()
         self.unfinished = None
         with only_run(self.folder.path) if not process() else nullcontext(), joined_processes(self.machine.device):
-            if fresh: _start_anew(self)
+            if fresh and self.trainer is not None: self.model = self.trainer = None # trained already
             _run_missing_steps(self, fresh)
             return _train_and_save(self, _resume_point(self, fresh))
 
@@ -277,10 +278,9 @@ def _prepare_first(run):
     if run.is_preference: _check_fit(run)
 
 def _start_anew(run):
-    "Remove what an earlier run left in the folder, in memory too"
+    "Remove what an earlier run left in the folder, now that nothing can be refused any more"
     clear_run(run.folder)
     wait_for_all()
-    if run.trainer is not None: run.model = run.trainer = None # trained already: load the base again
 
 def _remember(run):
     "Use the smaller micro-batches that this run needed before on this machine"
@@ -298,7 +298,7 @@ def _record(run):
 def _resume_point(run, fresh):
     "The checkpoint to resume from, or None; from here on the folder holds this run"
     record = _record(run)
-    if not fresh: check_same_run(run.folder, record, run.say)
+    _start_anew(run) if fresh else check_same_run(run.folder, record, run.say)
     start = agreed(None if fresh else last_checkpoint(run.folder.checkpoints, run.say))
     if not process():
         write_json(run.folder.config, record)
@@ -360,7 +360,7 @@ def _stop_here(run, fault):
     if not isinstance(fault, Stopped): return fault
     done = (f'at step {step} of {last}; a checkpoint and the adapter so far are saved' if step
             else 'before the first step was done')
-    return Stopped(fault.signal, f'stopped {done}; running again resumes from there')
+    return Stopped(fault.signal, f'stopped {done}; {goes_on}')
 
 # %% ../nbs/02_trainer.ipynb #2f01f1d2
 def _result(run, before, seconds):
@@ -403,7 +403,8 @@ def _train_and_save(run, start):
             began = time.monotonic()
             _fit(run, start)
             result = _result(run, run._before or _losses_before(run, start), time.monotonic()-began)
-        except (SageError, KeyboardInterrupt) as e: fault = e
+        except SageError as e: fault = e
+        except KeyboardInterrupt as e: fault = with_place(e, run.trainer)
     if fault: raise _let_go(run, fault) # outside of `except`, where nothing holds the tensors of the step
     _finish(run, result, new_adapter)
     if run.stop_requested:
@@ -436,13 +437,12 @@ def main(
     if len(argv)!=1 or argv[0].startswith('-'):
         print('usage: python -m sage_finetune.trainer DIR    (DIR holds a finetune_meta.json)', file=sys.stderr)
         return 2
-    try: train_from_meta(argv[0])
-    except (SageError, ValueError, OSError) as e:
-        print(f'error: {e}', file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as e:
-        print(str(e) or 'stopped; the same command resumes from the last checkpoint', file=sys.stderr)
-        return 128+getattr(e, 'signal', signal.SIGINT)
+    try:
+        with stop_raises(): train_from_meta(argv[0])
+    except (Exception, KeyboardInterrupt) as e:
+        words,status = last_words(e, ['trainer', *argv], goes_on)
+        print(words, file=sys.stderr)
+        return status
     return 0
 
 # %% ../nbs/02_trainer.ipynb #edac7979

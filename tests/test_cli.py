@@ -1,11 +1,15 @@
 "The command line as a process: bad input, a kill in the middle, and no word to any other machine"
 import json
+import re
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from sage_finetune.cli import main
+from sage_finetune.cli import echo, main
 from sage_finetune.data import create_sample_data
 
 bad_files = {
@@ -188,3 +192,47 @@ def test_sources_that_cannot_be_are_refused_and_nothing_is_written(args, expecte
 def test_the_task_code_reads_one_folder(tmp_path, capsys):
     assert 'reads one folder of code, got 2' in refused(
         capsys, 'quickstart', 'code', '--data', tmp_path, '--data', tmp_path, '--output', tmp_path/'run')
+
+
+def small_run(folder, **more):
+    "A file of settings for a run of small steps"
+    from quick import two_layers
+    data = create_sample_data(folder/'rows.jsonl', 'qa', 24)
+    settings = dict(model_name=two_layers, data_path=str(data), output_dir=str(folder/'run'), test_size=0.0,
+                    save_steps=1, max_steps=3000, per_device_train_batch_size=2, gradient_accumulation_steps=1,
+                    report_to='none', load_in_8bit=False, lora=dict(r=2, target_modules='all-linear')) | more
+    (folder/'run.json').write_text(json.dumps(settings))
+    return folder/'run.json'
+
+
+@pytest.mark.parametrize('name,status', [('SIGINT', 130), ('SIGTERM', 143), ('SIGHUP', 129)])
+def test_a_run_that_is_stopped_says_where_and_goes_on(home_of, tmp_path, name, status):
+    file,give_up = small_run(tmp_path), time.monotonic()+120
+    command = [Path(sys.executable).with_name('sage-finetune'), 'run', file]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=home_of({}))
+    marker = tmp_path/'run'/'checkpoints'/'checkpoint-1'
+    while not marker.exists() and first.poll() is None and time.monotonic()<give_up: time.sleep(.02)
+    first.send_signal(getattr(signal, name))
+    said = first.communicate(timeout=120)
+    wanted = r'stopped at step \d+ of 3000; .*the same command goes on'
+    assert first.returncode==status and re.search(wanted, said[1]), said
+    assert 'Traceback' not in said[1]
+
+
+def test_fresh_removes_nothing_before_the_order_is_found_good(tmp_path, capsys):
+    file = small_run(tmp_path, max_steps=1)
+    assert main(['run', str(file)])==0
+    before = {p: p.read_bytes() for p in (tmp_path/'run').rglob('*') if p.is_file()}
+    for wrong in (dict(data_path='gone.jsonl'), dict(model_name='nobody/nothing'), dict(learning_rate=-1)):
+        worse = json.loads(file.read_text()) | wrong
+        (tmp_path/'worse.json').write_text(json.dumps(worse))
+        assert main(['run', str(tmp_path/'worse.json'), '--fresh'])==1
+        assert capsys.readouterr().err.splitlines()[-1].startswith('error: ')
+        assert {p: p.read_bytes() for p in (tmp_path/'run').rglob('*') if p.is_file()}==before
+
+
+def test_what_others_wrote_does_not_steer_the_terminal(tmp_path, capsys):
+    line = refused(capsys, 'run', tmp_path/'\x1b[2J\x1b[31mred\u202egpj.json')
+    assert '\x1b' not in line and '\u202e' not in line and '\\x1b[2J' in line
+    echo('a\x1b[2Jb')
+    assert capsys.readouterr().out=='a\\x1b[2Jb\n'

@@ -6,19 +6,20 @@ Docs: https://sage-finetune.github.io/sage_finetune/core/run_folder.html.md"""
 
 # %% auto #0
 __all__ = ['default_output_dir', 'complete_marker', 'RunFolder', 'stopped_at', 'run_folder', 'mark_complete', 'checkpoint_fault',
-           'last_checkpoint', 'only_run', 'Holder', 'holder_of', 'read_meta', 'write_meta', 'is_run', 'write_record',
-           'record_fault', 'record_notes', 'RunInfo', 'list_runs', 'find_run', 'remove_run']
+           'last_checkpoint', 'is_run', 'is_own_run', 'refuse_foreign_run', 'refuse_added', 'refuse_links', 'only_run',
+           'hold_for', 'Holder', 'holder_of', 'read_meta', 'write_meta', 'write_record', 'record_fault', 'record_notes',
+           'RunInfo', 'list_runs', 'find_run', 'written_by_run', 'remove_part', 'check_removable', 'remove_run']
 
 # %% ../../nbs/core/04_run_folder.ipynb #35e36b9a
 import errno,os,platform,re,shutil,time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from sage_finetune.core.disk import (
-    cannot_write, is_running, manifest_fault, manifest_file, places_note, read_json, SageError, to_disk, write_json,
-    write_manifest
+    cannot_write, clear_remains, is_running, manifest_fault, manifest_file, places_note, process_mark, read_json,
+    refuse_foreign, SageError, to_disk, write_json, write_manifest
 )
 from .settings import checked, Settings, with_given
 
@@ -114,23 +115,86 @@ def last_checkpoint(
         if not (fault := checkpoint_fault(p)): return p
         if say: say(f'{p.name} is passed over: {fault}')
 
-# %% ../../nbs/core/04_run_folder.ipynb #31d2f8d5
-_no_locks = errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP # A file system that knows no locks is trained in all the same
+# %% ../../nbs/core/04_run_folder.ipynb #5a0e0010
+def is_run(
+    path:str|Path, # A folder
+)->bool: # Whether a run asked for it or was trained in it
+    "Whether a folder is a run folder"
+    run = RunFolder(path)
+    # an adapter has its settings beside it
+    return (run.meta.is_file() or run.config.is_file()) and not (run.path/'adapter_config.json').is_file()
 
-def _held(run):
+# %% ../../nbs/core/04_run_folder.ipynb #fb000002
+def _says(path, *keys):
+    "Whether a file is a JSON object with these keys"
+    try: return {*keys}<={*read_json(path)}
+    except (SageError, OSError, ValueError): return False
+
+def is_own_run(
+    folder:str|Path, # A folder
+)->bool: # Whether its files say what a run asked for, or was trained with
+    "Whether a folder is a run folder by its content"
+    run = RunFolder(folder)
+    said = _says(run.meta, 'model', 'dataset') or _says(run.config, 'model_name', 'learning_rate')
+    return said and is_run(run.path)
+
+_replaced = 'config', 'data_report', 'checkpoints', 'lora_weights', 'merged_model', 'metrics', 'loss_curve', 'results'
+
+def refuse_foreign_run(
+    folder:str|Path, # To be written into
+)->None: # Nothing: it is a run folder, or holds nothing that a run replaces
+    "Refuse to write over what no run has written"
+    run = RunFolder(folder)
+    if is_own_run(run.path): return
+    there = [p.name for n in _replaced if (p := getattr(run, n)).is_file() or p.is_dir() and any(p.iterdir())]
+    if there: raise SageError(f'{run.path} is not a run folder, so {there[0]} in it is left alone: '
+                              f'choose another `output_dir`')
+
+def refuse_added(
+    folder:str|Path, # Run folder
+)->None: # Nothing: its folders of models hold nothing else
+    "Refuse to replace or remove an adapter or a model that something was added to"
+    run = RunFolder(folder)
+    exported = [*(run.path/'exported').glob('*')]
+    for p in (run.lora_weights, run.merged_model, *exported): refuse_foreign(p, vouched=p not in exported)
+
+def refuse_links(
+    folder:str|Path, # Run folder
+)->None: # Nothing: all its parts lie in it
+    "Refuse a run folder with a symbolic link among its parts"
+    run = RunFolder(folder)
+    inside = (*(getattr(run, n) for n in (*_replaced, 'meta', 'logs', 'lock')), run.path/'exported',
+              *(run.checkpoints.iterdir() if run.checkpoints.is_dir() else ()))
+    for p in inside:
+        if p.is_symlink(): raise SageError(f'{p} is a symbolic link, and nothing is written or removed through one: '
+                                           f'put what it points to in its place')
+
+# %% ../../nbs/core/04_run_folder.ipynb #31d2f8d5
+_no_locks = errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP # A file system that knows no locks
+
+def _in_use(run):
+    "The refusal of a folder that somebody else holds"
+    try: who,_,doing = run.lock.read_text(encoding='utf-8').strip().partition('\n')
+    except (OSError, ValueError): who = doing = ''
+    how = doing.partition(' ')[0] or 'trained'
+    return SageError(f"{run.path} is being {how} by {who or 'another process'}: wait until it ends, stop it, or "
+                     f"give another `output_dir`")
+
+def _held(run, patience):
     "The lock of a run folder, held; a `SageError` names who holds it"
     from filelock import FileLock, Timeout
-    lock = FileLock(run.path/'.lock.held', timeout=.2, thread_local=False) # one that just ended may still hold it
+    lock = FileLock(run.path/'.lock.held', timeout=patience, thread_local=False)
     try: lock.acquire()
-    except Timeout:
-        try: who = run.lock.read_text(encoding='utf-8').strip()
-        except OSError: who = ''
-        raise SageError(f"{run.path} is being trained by {who or 'another process'}: wait until it ends, stop it, or "
-                        f"give another `output_dir`") from None
-    except NotImplementedError: pass # older releases, for ENOSYS
+    except Timeout: raise _in_use(run) from None
+    except NotImplementedError: _refuse_holder(run) # older releases, for ENOSYS
     except OSError as err:
         if err.errno not in _no_locks: raise
+        _refuse_holder(run)
     return lock
+
+def _refuse_holder(run):
+    "Without locks, the note of a living process of this machine has to do"
+    if (holder := holder_of(run.path)) and holder.here: raise _in_use(run)
 
 def _let_go(lock, run):
     "Release a lock, and remove its files while it is still held"
@@ -143,23 +207,37 @@ def _let_go(lock, run):
 @contextmanager
 def only_run(
     folder:str|Path, # Run folder; it is made if needed
-)->Iterator[None]: # While the block runs, no other process trains in this folder
-    "Hold the lock of a run folder, or refuse"
+    doing:str='trained', # What is done to it, for whoever else asks
+    patience:float=.2, # Seconds to wait for another one; a process that just ended may still hold it
+)->Iterator[None]: # While the block runs, no other process writes into this folder
+    "Hold the lock of a run folder that is ours, or refuse"
     run = RunFolder(folder)
     made = not run.path.exists()
     who = f'process {os.getpid()} on {platform.node()} since {time.strftime("%Y-%m-%d %H:%M:%S")}'
     try:
         run.path.mkdir(parents=True, exist_ok=True)
-        lock = _held(run)
+        refuse_links(run.path)
+        lock = _held(run, patience)
     except OSError as err: raise cannot_write(run.path, err) from None
     try:
-        try: run.lock.write_text(who, encoding='utf-8')
+        try: run.lock.write_text(f'{who}\n{doing} {process_mark()}', encoding='utf-8')
         except OSError as err: raise cannot_write(run.path, err) from None
+        clear_remains(run.path)
+        refuse_foreign_run(run.path)
         yield
     finally:
         _let_go(lock, run)
         if made:
             with suppress(OSError): run.path.rmdir() # nothing was written into it
+
+def hold_for(
+    target:str|Path, # To be written
+    folder:str|Path, # Run folder
+    doing:str, # What is done to it
+): # A context: the run folder is held where the target lies in it, for others may only read elsewhere
+    "Hold a run folder while something in it is replaced"
+    inside = Path(target).expanduser().resolve().is_relative_to(Path(folder).resolve())
+    return only_run(folder, doing) if inside else nullcontext()
 
 # %% ../../nbs/core/04_run_folder.ipynb #2e68d97c
 @dataclass(frozen=True)
@@ -168,6 +246,7 @@ class Holder:
     pid: int # Number of the process
     host: str # Machine it runs on
     since: str # When it began, as `YYYY-MM-DD HH:MM:SS`
+    doing: str = 'trained' # What it does to the folder
 
     @property
     def here(self)->bool:
@@ -176,13 +255,15 @@ class Holder:
 
 def holder_of(
     folder:str|Path, # Run folder
-)->Holder|None: # None where nobody trains there
+)->Holder|None: # None where nobody writes there
     "The process that holds the lock of a run folder; one on another machine is taken to be alive"
     try: text = RunFolder(folder).lock.read_text(encoding='utf-8')
-    except OSError: return None
-    if not (m := re.fullmatch(r'process (\d+) on (.*) since (.*)', text.strip())): return None
-    holder = Holder(int(m[1]), m[2], m[3])
-    return holder if not holder.here or is_running(holder.pid) else None
+    except (OSError, UnicodeDecodeError): return None
+    first,_,second = text.strip().partition('\n')
+    if not (m := re.fullmatch(r'process (\d{1,9}) on (.*) since (.*)', first)): return None
+    doing,_,mark = second.partition(' ')
+    holder = Holder(int(m[1]), m[2], m[3], doing or 'trained')
+    return holder if not holder.here or is_running(holder.pid, mark) else None
 
 # %% ../../nbs/core/04_run_folder.ipynb #cdba3095
 def read_meta(
@@ -208,15 +289,6 @@ def write_meta(
     meta = dict(task_type='custom', model=model, framework='native', dataset=dataset, output_dir=folder) | more
     meta = {k: with_given(v) if isinstance(v, Settings) else v for k,v in meta.items() if v is not None}
     return write_json(RunFolder(folder).meta, meta)
-
-# %% ../../nbs/core/04_run_folder.ipynb #5a0e0010
-def is_run(
-    path:str|Path, # A folder
-)->bool: # Whether a run asked for it or was trained in it
-    "Whether a folder is a run folder"
-    run = RunFolder(path)
-    # an adapter has its settings beside it
-    return (run.meta.is_file() or run.config.is_file()) and not (run.path/'adapter_config.json').is_file()
 
 # %% ../../nbs/core/04_run_folder.ipynb #c0b5e102
 def write_record(
@@ -266,7 +338,8 @@ def _info(path):
         note = fault or places_note(path)
         state = f'{run.state}, but {note}' if note else run.state
         return RunInfo(path.name, str(meta.get('task_type', 'custom')), str(model), state, loss, _size(path))
-    except (SageError, OSError) as e: return RunInfo(path.name, '?', '?', f'unreadable: {e}', None, 0)
+    except (SageError, OSError, ValueError, TypeError, RecursionError) as e:
+        return RunInfo(path.name, '?', '?', f'unreadable: {e}', None, 0)
 
 # %% ../../nbs/core/04_run_folder.ipynb #90f81199
 def _may_be_run(path):
@@ -288,22 +361,77 @@ def find_run(
 )->RunFolder: # An existing run folder
     "The run with this name or at this path"
     path = checked('name', name, str|Path)
+    clear_remains(path) # of a process that died while it replaced something in it
     if path.is_dir() and is_run(path) and (root is None or len(path.parts)>1): return RunFolder(path)
     if len(path.parts)!=1 or path.is_absolute():
         raise SageError(f'{name} is not a run folder: it has neither finetune_meta.json nor training_config.json')
     run = run_folder(str(name), root)
+    clear_remains(run.path)
     if is_run(run.path): return run
     there = ', '.join(r.name for r in list_runs(root)) or 'none yet (`sage-finetune quickstart` makes one)'
     raise SageError(f'no run {str(name)!r} in {run.path.parent}; there are: {there}')
 
 # %% ../../nbs/core/04_run_folder.ipynb #a9f81c05
+_came_out = ('checkpoints/checkpoint-*', 'lora_weights', 'merged_model', 'logs/events.out.tfevents*', 'logs/wandb',
+             'metrics.jsonl', 'loss.png', 'results.json', 'generations.jsonl', manifest_file)
+_asked_for = ('exported', 'data_report.json', 'quickstart.json', 'logs/serve.log',
+              'training_data_*.json', 'held_out_*.json', 'training_config.json', 'finetune_meta.json')
+
+def written_by_run(
+    folder:str|Path, # Run folder
+    everything:bool=True, # Also what it was made from: rows that were written for it, and the files that say what it is
+)->list: # Paths, in the order in which they may be removed
+    "What a run has written into its folder"
+    names = _came_out+_asked_for if everything else _came_out
+    return [p for name in names for p in sorted(Path(folder).glob(name))]
+
+# %% ../../nbs/core/04_run_folder.ipynb #fb000005
+def remove_part(
+    path:Path, # A file or folder of a run
+)->None: # It is gone; what says whose folder it was goes last, so that an interrupted removal can be finished
+    "Remove what a run has written"
+    if path.is_symlink() or not path.is_dir(): return path.unlink(missing_ok=True)
+    for p in path.iterdir():
+        if p.is_dir() and not p.is_symlink(): shutil.rmtree(p)
+        elif p.name not in (manifest_file, 'contract.json'): p.unlink()
+    shutil.rmtree(path)
+
+def check_removable(
+    path:str|Path, # Run folder
+)->None: # Nothing: it can be removed
+    "Refuse to remove what is no run, holds others, or is in use"
+    run = RunFolder(path)
+    if not is_own_run(run.path): raise SageError(f'{path} is not a run folder and is left alone')
+    if run.path.is_symlink(): raise SageError(f'{path} is a symbolic link: name the folder it points to')
+    if inside := list_runs(run.path):
+        raise SageError(f'{path} holds other runs ({", ".join(r.name for r in inside)}) and is left alone')
+    refuse_links(run.path)
+    refuse_added(run.path)
+    _refuse_holder(run) # a note from another machine may be old; the lock tells, when it is taken
+
+# %% ../../nbs/core/04_run_folder.ipynb #fb000006
 def remove_run(
     path:str|Path, # Run folder
 )->int: # Bytes that were freed
-    "Remove a run folder"
-    if not is_run(path): raise SageError(f'{path} is not a run folder and is left alone')
-    if inside := list_runs(path):
-        raise SageError(f'{path} holds other runs ({", ".join(r.name for r in inside)}) and is left alone')
-    freed = _size(Path(path))
-    shutil.rmtree(path)
+    "Remove what a run has written, and its folder if nothing else is in it"
+    run,freed = RunFolder(path),0
+    check_removable(run.path)
+    says = run.config,run.meta # what says that it is a run
+    try:
+        with only_run(run.path, 'removed'):
+            for p in (p for p in written_by_run(run.path) if p not in says):
+                freed += _size(p) if p.is_dir() else p.stat().st_size
+                remove_part(p)
+            _remove_if_empty(run.checkpoints, run.logs)
+        for p in says: # when the lock is gone, so that whatever happens before is finished by the same command
+            freed += p.stat().st_size if p.is_file() else 0
+            p.unlink(missing_ok=True)
+        _remove_if_empty(run.path)
+    except OSError as e:
+        why = (e.strerror or str(e)).lower()
+        raise SageError(f'cannot remove {e.filename or run.path}: {why}; the same command goes on') from None
     return freed
+
+def _remove_if_empty(*folders):
+    for p in folders:
+        if p.is_dir() and not any(p.iterdir()): p.rmdir()

@@ -6,7 +6,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/core/text_stream.html.md"""
 
 # %% auto #0
 __all__ = ['block_size', 'cannot_read', 'one_line', 'open_file', 'text_blocks', 'check_encoding', 'unique_keys', 'decoded_json',
-           'json_fault', 'is_cut_off', 'JsonWindow', 'next_value', 'broken_json']
+           'json_fault', 'is_cut_off', 'JsonWindow', 'next_value', 'broken_json', 'read_yaml']
 
 # %% ../../nbs/core/07_text_stream.ipynb #7e570004
 import codecs,gzip,io,json,re,zlib
@@ -193,3 +193,41 @@ def broken_json(
     newline = window.text.rfind('\n', 0, pos)
     column = pos-newline if newline>=0 else window.before+pos+1
     return ValueError(f'{window.file}:{window.line_of(pos)}: {words} {column}; mend the file there')
+
+# %% ../../nbs/core/07_text_stream.ipynb #fd000002
+def _yaml_fault(node, above, left):
+    "What is wrong with a node of YAML, as (line, words); `left` counts down what it may grow to"
+    left[0] -= 1
+    line = node.start_mark.line+1
+    if node in above: return line,'an anchor holds itself'
+    if left[0]<0 or len(above)>64: return line,'it is nested too deeply, or grows too large by its anchors'
+    pairs = node.value if node.id=='mapping' else ()
+    seen = set()
+    for key,_ in pairs:
+        at,name = key.start_mark.line+1,key.value
+        if key.tag=='tag:yaml.org,2002:merge': continue
+        if key.tag!='tag:yaml.org,2002:str':
+            return at,f'the key {name if key.id=="scalar" else key.id} is no name: put it in quotes'
+        if name in seen: return at,f'the key {name!r} stands twice: leave one of them out'
+        seen.add(name)
+    inside = [n for pair in pairs for n in pair] if pairs else node.value if node.id=='sequence' else ()
+    return next(filter(None, (_yaml_fault(n, [*above, node], left) for n in inside)), None)
+
+def read_yaml(
+    path:Path, # A file of settings
+)->dict: # Its names and values
+    "Read settings in YAML, and nothing that only YAML would understand"
+    import yaml
+    try:
+        loader = yaml.SafeLoader(path.read_text(encoding='utf-8-sig'))
+        node = loader.get_single_node()
+        fault = node and _yaml_fault(node, [], [10_000])
+        given = None if fault or not node else loader.construct_document(node)
+    except RecursionError: raise SageError(f'{path} is nested too deeply to be read') from None
+    except OSError as e: raise cannot_read(path, e) from None
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as e:
+        raise SageError(f'{path} is not YAML: {one_line(e, 200)}') from None
+    if fault: raise SageError(f'{path}:{fault[0]}: {one_line(fault[1], 200)}')
+    if not isinstance(given, dict):
+        raise SageError(f'{path} must hold settings as `name: value`, got {type(given).__name__}')
+    return given

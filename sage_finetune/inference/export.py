@@ -8,7 +8,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/inference/export.html.md"""
 __all__ = ['model_card', 'export_files', 'export_folder', 'push_to_hub', 'export_gguf', 'ollama_template', 'modelfile']
 
 # %% ../../nbs/inference/08_export.ipynb #04cbbda0
-import json,os,re,shutil,subprocess,sys,warnings
+import html,json,os,re,shutil,subprocess,sys,warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -16,10 +16,12 @@ from functools import cache
 from pathlib import Path
 
 from sage_finetune.core.disk import (
-    cannot_write, file_digest, manifest_file, read_json, SageError, whole_folder, write_manifest, write_text
+    cannot_write, file_digest, manifest_file, read_json, refuse_foreign, SageError, whole_folder, write_manifest,
+    write_text
 )
 from ..core.settings import refuse_unknown
-from ..core.run_folder import find_run, record_notes, stopped_at
+from ..core.text_stream import one_line
+from ..core.run_folder import find_run, hold_for, record_notes, stopped_at
 from ..config import base_place, embedded_model
 from ..rows.images import processor_files
 from ..rows.template import chat_form, render
@@ -175,8 +177,13 @@ def _number(x):
 def _markdown_table(rows, *head):
     "Rows of values as a table of Markdown"
     lines = [head, ['---']*len(head), *rows]
-    cell = lambda x: _number(x).replace('|', '\\|').replace('\n', ' ')
-    return '\n'.join(f"| {' | '.join(map(cell, line))} |" for line in lines)
+    return '\n'.join(f"| {' | '.join(_text(_number(x)) for x in line)} |" for line in lines)
+
+def _text(text):
+    "What others wrote, in a card: one line, and no markup of theirs"
+    return re.sub(r'([\\`*\[\]|~])', r'\\\1', html.escape(one_line(text, 500), quote=False))
+
+def _name_in(text): return '`'+one_line(text, 200).replace('`', "'")+'`'
 
 # %% ../../nbs/inference/08_export.ipynb #94aab972
 _card_settings = ('num_train_epochs', 'max_steps', 'per_device_train_batch_size', 'gradient_accumulation_steps',
@@ -227,7 +234,7 @@ _counts = dict(read='rows read', used='rows used', duplicates='copies', examples
 def _data_part(source):
     "What was trained on, and what was dropped and why"
     report = read_json(source.run.data_report) if source.run.data_report.is_file() else {}
-    short = lambda data: f'`{data if _is_hub_name(data) and "/" in data else Path(data).name}`'
+    short = lambda data: _name_in(data if _is_hub_name(data) and '/' in data else Path(data).name)
     name = ', '.join(map(short, _sources(source.settings)))
     rows,why = _named(source.run.data_report, _counts),{}
     for d in report.get('dropped', ()):
@@ -279,7 +286,7 @@ _limits = ('It knows what its base knew and what stood in the data above. '
 def _licence_part(license, license_name, base):
     "Under which terms"
     name = license_name if license=='other' and license_name else license
-    if name: return f'{name}. The terms of the base model{f" ({base})" if base else ""} hold as well.'
+    if name: return f'{_text(name)}. The terms of the base model{f" ({base})" if base else ""} hold as well.'
     return ('No licence was named. The terms of the base model and of the data hold; '
             'ask the author before you pass this model on.')
 
@@ -299,10 +306,10 @@ def model_card(
     known,adapter = _base_elsewhere(source, base),source.kind=='adapter'
     below = known or Path(source.settings['model_name']).name
     what = 'A LoRA adapter for' if adapter else 'A language model, fine-tuned with LoRA from'
-    parts = [f'# {source.name}',
-             f'{what} `{below}`, made with [sage_finetune](https://github.com/sage-finetune/sage_finetune).',
+    parts = [f'# {_text(source.name)}',
+             f'{what} {_name_in(below)}, made with [sage_finetune](https://github.com/sage-finetune/sage_finetune).',
              '## Use', f'```python\n{_usage(source, place or source.name, below)}\n```',
-             *([f'`{below}` is not on the Hub: put the folder where you have it in its place.']
+             *([f'{_name_in(below)} is not on the Hub: put the folder where you have it in its place.']
                if adapter and not known else []), _form,
              '## Data', _data_part(source), '## Training', _settings_part(source),
              '## Figures', _figures_part(source), '## Limits', _limits_part(source),
@@ -347,11 +354,11 @@ def export_folder(
     **card, # As for `model_card`
 )->Path: # The folder
     "Write a model, or an adapter alone, for use elsewhere"
+    run = find_run(name).path
+    target = Path(output).expanduser() if output else run/'exported'/kind
+    refuse_foreign(target)
     files = export_files(name, kind, **card)
-    target = Path(output).expanduser() if output else find_run(name).path/'exported'/kind
-    if target.exists() and (not target.is_dir() or any(target.iterdir()) and not (target/'README.md').is_file()):
-        raise SageError(f'{target} is not empty and not an export: give a new folder')
-    with whole_folder(target) as new:
+    with hold_for(target, run, 'exported'), whole_folder(target, ours=True) as new:
         for n,content in files.items():
             if isinstance(content, str): write_text(new/n, content)
             else: shutil.copyfile(content, new/n)
@@ -456,13 +463,17 @@ def export_gguf(
     check_contract(source.folder)
     _check_weights(source)
     target = Path(output).expanduser() if output else source.run.path/'exported'/'gguf'
+    refuse_foreign(target)
     most = read_json(source.folder/'config.json').get('max_position_embeddings')
     ends = read_json(source.folder/'generation_config.json').get('eos_token_id') or []
-    text = modelfile(load_tokenizer(str(source.folder)), f'./{source.name}.gguf', most,
+    name = re.sub(r'[^\w.\- ]+', '_', source.name) # it stands in a line of the Modelfile
+    text = modelfile(load_tokenizer(str(source.folder)), f'./{name}.gguf', most,
                      ends if isinstance(ends, list) else [ends])
-    _convert(command, source.folder.resolve(), target/f'{source.name}.gguf', outtype)
-    write_text(target/'Modelfile', text)
-    write_text(target/'README.md', model_card(source, **card))
+    with hold_for(target, source.run.path, 'exported'), whole_folder(target, ours=True) as new:
+        _convert(command, source.folder.resolve(), new/f'{name}.gguf', outtype)
+        write_text(new/'Modelfile', text)
+        write_text(new/'README.md', model_card(source, **card))
+        write_manifest(new)
     return target
 
 # %% ../../nbs/inference/08_export.ipynb #4e7ca672

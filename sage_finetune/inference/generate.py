@@ -55,6 +55,9 @@ def adapter_tensors(
 )->dict: # Name → `Stored`
     "What an adapter holds"
     folder = Path(folder)
+    if (folder/'adapter_model.bin').is_file() and not (folder/_adapter_file).is_file():
+        raise SageError(f'{folder} has its weights in adapter_model.bin, a pickle, which may hold code and is not '
+                        f'loaded: save the adapter as {_adapter_file}')
     if not (folder/_adapter_file).is_file() or not (folder/'adapter_config.json').is_file():
         raise SageError(f'{folder} holds no adapter ({_adapter_file} and adapter_config.json)')
     return read_header(folder/_adapter_file)

@@ -17,10 +17,12 @@ from pathlib import Path
 
 import torch
 
-from ..core.disk import read_json, SageError, whole_folder, write_json, write_manifest
+from sage_finetune.core.disk import (
+    read_json, refuse_foreign, SageError, whole_folder, write_json, write_manifest
+)
 from ..core.display import Shown, Table
 from ..core.settings import checked
-from ..core.run_folder import RunFolder, stopped_at
+from ..core.run_folder import hold_for, RunFolder, stopped_at
 from ..config import config_from_meta
 from ..rows.images import image_inputs
 from ..rows.template import images_of
@@ -174,7 +176,9 @@ def _reload(folder, dtype, device):
     "The merged model as anybody else would load it"
     from transformers import AutoConfig
     with quiet_libraries():
-        return model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=dtype).to(device).eval()
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model = model_class(config).from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    return model.to(device).eval()
 
 # %% ../../nbs/inference/03_merging.ipynb #48537814
 stream_above = 5*10**8 # Bytes of a model that is not loaded for its proof
@@ -281,12 +285,6 @@ def _refuse_quantised(base):
         raise SageError(f'{base} is stored quantised, and an adapter cannot be merged into that: '
                         f'give the model it was made from as `base`')
 
-def _refuse_target(target):
-    "Never replace a folder that is not a merged model"
-    if target.is_dir() and any(target.iterdir()) and not (target/'merge_report.json').is_file():
-        raise SageError(f'{target} is not empty and not a merged model: give a new folder')
-    if target.exists() and not target.is_dir(): raise SageError(f'{target} is a file: give a folder')
-
 def _refuse_cut_files(plan):
     "A file that is cut short or missing is named as that"
     for path,_ in plan.adapters.values(): adapter_tensors(path)
@@ -342,7 +340,8 @@ def _generation_settings(plan):
     place = local_folder(plan.base)
     found = [f for f in (plan.first, place) if f and (f/'generation_config.json').is_file()]
     return SimpleNamespace(generation_config=GenerationConfig.from_pretrained(found[0]) if found else
-                           GenerationConfig.from_model_config(AutoConfig.from_pretrained(place or plan.base)))
+                           GenerationConfig.from_model_config(AutoConfig.from_pretrained(
+                               place or plan.base, trust_remote_code=False)))
 
 def _measured(place, tokenizer, probes, reference, streamed):
     "How far a merged model, read back from disk, is from what was trained"
@@ -491,7 +490,7 @@ def merge_adapters(
 )->MergeReport: # What it did, measured
     "Merge adapters into their base, prove the result, and write it whole or not at all"
     began,target = time.monotonic(),checked('output', output, Path)
-    _refuse_target(target)
+    refuse_foreign(target)
     plan = merge_plan(adapters, base, dtype)
     _refuse_quantised(plan.base)
     _refuse_cut_files(plan)
@@ -500,7 +499,7 @@ def merge_adapters(
     compute = _machine_format(plan)
     if rows: _check_room(plan, compute)
     if plan.weights is None: notes.append(f'merged in memory, because {plan.why}')
-    with whole_folder(target) as new:
+    with whole_folder(target, ours=True) as new:
         proof = _prove(plan, tokenizer, probes_of(run, tokenizer, rows), compute) if rows else None
         if proof: notes += _held_against_training(plan, proof, ignore_contract)
         figures = _merge_ways(new, plan, tokenizer, proof)
@@ -525,4 +524,6 @@ def merge_run(
     run = RunFolder(path)
     if run.state not in ('trained', 'merged', 'stopped'):
         raise SageError(f'{run.path} has no adapter to merge: train it first (`sage-finetune run {run.path}`)')
-    return merge_adapters(run.lora_weights, output or run.merged_model, rows, dtype, base, run.path, ignore_contract)
+    target = output or run.merged_model
+    with hold_for(target, run.path, 'merged'):
+        return merge_adapters(run.lora_weights, target, rows, dtype, base, run.path, ignore_contract)

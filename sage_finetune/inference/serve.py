@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..core.disk import read_json, SageError
+from ..core.exits import Interrupted, last_words, leave_terminal, stop_signals
 from ..core.settings import refuse_unknown
 from ..core.run_folder import default_output_dir, find_run
 from ..core.text_stream import one_line
@@ -241,12 +242,9 @@ def _main():
     "A server as a process of its own; its order is the first line of standard input. Gives the exit status"
     _tidy_output()
     try: return _follow(json.loads(sys.stdin.buffer.readline())) or 0
-    except (SageError, ValueError, OSError) as e: text = str(e)
-    except Exception as e:
-        at = traceback.extract_tb(e.__traceback__)[-1]
-        text = f'{type(e).__name__}: {e} ({Path(at.filename).name}:{at.lineno}); this is a fault of sage_finetune'
-    print('error:', one_line(text, 500), flush=True)
-    return 1
+    except Exception as e: words,status = last_words(e, ['serve'])
+    print(one_line(words, 500), flush=True)
+    return status
 
 # %% ../../nbs/inference/07_serve.ipynb #260db733
 def _program(name):
@@ -443,9 +441,10 @@ def _ended_by_signals():
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    def stop(number, frame): raise KeyboardInterrupt
-    caught = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
-    before = {s: signal.signal(s, stop) for s in caught}
+    def stop(number, frame):
+        leave_terminal(number)
+        raise Interrupted(number)
+    before = {s: signal.signal(s, stop) for s in stop_signals}
     try: yield
     finally:
         for s,handler in before.items(): signal.signal(s, handler or signal.SIG_DFL)
@@ -457,8 +456,8 @@ def serve(
     api_key:str|None=None, # What clients must know; None lets everybody in
     say=print, # Called with each line for the user
     **more, # As for `start_server`
-)->None: # Nothing: it was stopped
-    "Serve until Ctrl-C or SIGTERM"
+)->int: # Number of the signal that stopped it
+    "Serve until Ctrl-C, SIGTERM or the end of the terminal"
     with _ended_by_signals():
         try:
             server = start_server(name, host, port, api_key, **more)
@@ -466,9 +465,9 @@ def serve(
                 for line in _greeting(server, host, api_key): say(line)
                 while server.running: time.sleep(0.2)
             finally: server.stop()
-        except KeyboardInterrupt:
-            say('stopped')
-            return
+        except KeyboardInterrupt as e:
+            with suppress(OSError): say('stopped; the same command serves again')
+            return getattr(e, 'signal', signal.SIGINT)
     raise SageError(f'the server ended by itself: {_last_words(server.log)} (log: {server.log})')
 
 # %% ../../nbs/inference/07_serve.ipynb #836b3951

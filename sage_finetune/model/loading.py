@@ -16,6 +16,7 @@ for name in ('bitsandbytes.backends.cpu.ops', 'bitsandbytes.autograd._functions'
 
 # %% ../../nbs/model/01_loading.ipynb #ba587791
 import json,os,re,warnings
+from pickle import UnpicklingError
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -27,6 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from ..core.beforehand import stored_as
 from ..core.disk import SageError
+from ..core.exits import missing_package
 from ..config import resolve_model, TrainingConfig
 from ..core.machine import division
 from ..rows.images import need_pillow, processor_files, processor_names, processor_of, with_processor
@@ -152,6 +154,10 @@ def no_model(
 )->SageError: # To be raised
     "Why a model cannot be loaded, in one line"
     text = ' '.join(str(err).split())
+    if missing := missing_package(err): return SageError(f'model {name!r} cannot be loaded: {missing}')
+    if isinstance(err, UnpicklingError) or 'weights_only' in text:
+        return SageError(f'model {name!r} has its weights in pickles with something else than numbers in them, and '
+                         f'code in a file is not run: take a model with .safetensors')
     if Path(name).expanduser().is_dir(): return SageError(f'model folder {name} cannot be loaded: {text[:200]}')
     if 'gated' in text.lower():
         return SageError(f'model {name!r} is gated: accept its terms on its page, then log in with `hf auth login`')
@@ -176,7 +182,7 @@ def _keep_scales(layer, args):
     if layer.weight.CB is not None and layer.weight.SCB is None: layer.weight.SCB = layer.state.SCB
 
 # %% ../../nbs/model/01_loading.ipynb #6252678a
-_load_errors = OSError, ValueError, KeyError, ImportError, SafetensorError
+_load_errors = OSError, ValueError, KeyError, ImportError, SafetensorError, UnpicklingError, EOFError
 
 def load_tokenizer(
     name:str, # Hub name, folder, or "sage-tiny"
@@ -218,6 +224,9 @@ def load_model(
             how |= dict(device_map=_place(device, quantisation or stored))
             model = _protect_quantised(model_class(config).from_pretrained(resolve_model(name), **how))
     except _load_errors as e: raise no_model(name, e) from None
+    except (RuntimeError, TypeError, AttributeError, IndexError) as e: # what files of another form come to
+        if type(e).__name__=='OutOfMemoryError' or 'memory' in str(e).lower(): raise
+        raise no_model(name, e) from None
     repeat_heads(model, dtype if isinstance(dtype, torch.dtype) else None)
     return model
 
@@ -289,7 +298,8 @@ def empty_model(
     "A model without its weights, from its config alone"
     try:
         config = AutoConfig.from_pretrained(resolve_model(str(name)), trust_remote_code=False)
-        with torch.device('meta'), quiet_libraries(): return model_class(config).from_config(config)
+        with torch.device('meta'), quiet_libraries():
+            return model_class(config).from_config(config, trust_remote_code=False)
     except _load_errors as e: raise no_model(str(name), e) from None
 
 # %% ../../nbs/model/01_loading.ipynb #8e1d0c05

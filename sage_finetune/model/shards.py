@@ -180,7 +180,7 @@ def model_without_weights(
     from transformers import AutoConfig
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with quiet_libraries(), _no_initialisation(), init_empty_weights(include_buffers=False):
-        model = model_class(config).from_config(config, dtype=dtype).eval()
+        model = model_class(config).from_config(config, dtype=dtype, trust_remote_code=False).eval()
     model.tie_weights() # each had become a parameter of its own
     return model
 

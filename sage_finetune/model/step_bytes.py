@@ -127,7 +127,8 @@ def build_on_meta(
     "The model of a run, without its weights"
     dtype,lora = dtype_of(config),config.lora.replace(init_lora_weights=True) # how it begins takes no memory
     with torch.device('meta'):
-        model = model_class(model_config).from_config(deepcopy(model_config), dtype=dtype) # it writes into the config
+        model = model_class(model_config).from_config(
+            deepcopy(model_config), dtype=dtype, trust_remote_code=False) # it writes into the config
         bits = 8 if config.load_in_8bit else 4 if config.load_in_4bit else None
         if bits: model = ready_for_quantised_training(_pack(model, bits, torch.float16 if bits==8 else dtype))
         weights = _weight_bytes(model)

@@ -51,7 +51,8 @@ def tiny_vision_model(
     "The embedded model with a vision encoder of random weights: a LLaVA of 3 million parameters"
     from transformers import AutoTokenizer
     from sage_finetune.config import resolve_model
-    processor = _processor(AutoTokenizer.from_pretrained(resolve_model('sage-tiny')), size, patch)
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model('sage-tiny'), trust_remote_code=False)
+    processor = _processor(tokenizer, size, patch)
     language = load_model('sage-tiny')
     language.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
     model = _random_llava(processor, language, size, patch)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..core.disk import SageError
 from ..core.settings import checked, refuse_unknown
+from ..core.exits import goes_on, last_words, stop_raises
 from ..core.machine import process, processes
 from .other_tools import read_settings
 from ..core.run_folder import find_run
@@ -97,7 +98,7 @@ def _message(failure):
 def _first_failure(error):
     "Exit status of a `ChildFailedError` of torch, and why in one line; None where nothing is left to say"
     number,failure = error.get_first_failure()
-    if failure.exitcode in (130, 143):
+    if failure.exitcode in (129, 130, 143):
         return failure.exitcode,None # a stop was requested; the first process has reported where it stopped
     message,status = _message(failure),128-failure.exitcode if failure.exitcode<0 else failure.exitcode
     named = 'message' in failure.error_file_data and number==0 or 'process ' in message
@@ -188,13 +189,14 @@ def _end_with_parent(run):
     with suppress(OSError, AttributeError): ctypes.CDLL(None).prctl(1, int(signal.SIGUSR1)) # 1: PR_SET_PDEATHSIG
 
 # %% ../../nbs/runs/06_launch.ipynb #afe1714a
-def _report(error, status):
-    "Leave the error for the launcher, or print it where there is none"
+def _report(error, argv):
+    "Leave the error for the launcher, or print it where there is none; the exit status"
+    words,status = last_words(error, ['launch', *argv], goes_on)
     if processes()>1 and os.environ.get('TORCHELASTIC_ERROR_FILE'):
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-        get_error_handler().record_exception(error)
+        get_error_handler().record_exception(SageError(words.removeprefix('error: ')))
     if processes()==1 or (status>128 and not process()):
-        print(f'error: {" ".join(str(error).split())}', file=sys.stderr, flush=True)
+        with suppress(OSError): print(words, file=sys.stderr, flush=True)
     return status
 
 # %% ../../nbs/runs/06_launch.ipynb #fd55a9a7
@@ -206,6 +208,13 @@ def _leave_group():
         with suppress(Exception): dist.destroy_process_group()
 
 # %% ../../nbs/runs/06_launch.ipynb #57bc2452
+def _train(target, fresh, base):
+    run = trainer_of(target, bool(process()), base, fresh) # one process reports
+    run.quiet = False # whether to try the longest batch is the same for all
+    _end_with_parent(run)
+    result = run.train(fresh=fresh)
+    if not process(): print(result, f'Adapter: {run.folder.lora_weights}', sep='\n', flush=True)
+
 def main(
     argv:list|None=None, # Arguments; those of the process if None
 )->int: # Exit status
@@ -217,15 +226,8 @@ def main(
         print('usage: python -m sage_finetune.runs.launch TARGET [--fresh] [--base PLACE]', file=sys.stderr)
         return 2
     try:
-        run = trainer_of(target[0], bool(process()), base) # one process reports
-        run.quiet = False # whether to try the longest batch is the same for all
-        _end_with_parent(run)
-        result = run.train(fresh=fresh)
-        if not process(): print(result, f'Adapter: {run.folder.lora_weights}', sep='\n', flush=True)
-    except KeyboardInterrupt as e:
-        return _report(e if str(e) else KeyboardInterrupt(
-            'stopped; the same command resumes from the last checkpoint'), 128+getattr(e, 'signal', 2))
-    except (SageError, ValueError, OSError) as e: return _report(e, 1)
+        with stop_raises(): _train(target[0], fresh, base)
+    except (Exception, KeyboardInterrupt) as e: return _report(e, argv)
     finally: _leave_group()
     return 0
 

@@ -17,8 +17,10 @@ from pathlib import Path
 from shutil import which
 
 from ..core.disk import read_json, SageError
+from ..core.settings import value_words
+from ..core.text_stream import one_line, read_yaml
 from ..config import TrainingConfig
-from ..rows.sources import read_rows, save_rows
+from ..rows.sources import keep_rows, read_rows
 from ..rows.turns import flag_keys, harmless_keys, is_empty, read_history, Reading
 from ..rows.formats import detect_data_format
 
@@ -76,6 +78,17 @@ _shared_places = dict(
     torch_compile=False,
     load_best_model_at_end=False,
 )
+
+def _kind_fault(name, value, default):
+    "What is wrong with the kind of a value, from what the tool takes by default; None where nothing is"
+    number = _number(value)
+    is_number = isinstance(number, (int, float)) and not isinstance(number, bool) and abs(number)<1e300
+    several = isinstance(value, (dict, bytes)) or isinstance(value, list) and default not in (None, 'all')
+    if several: needed = 'one value'
+    elif isinstance(default, bool): needed = None if isinstance(value, bool) else 'true or false'
+    elif isinstance(default, (int, float)): needed = None if is_number else 'a number'
+    else: needed = 'text' if isinstance(default, str) and not isinstance(value, (str, list)) else None
+    return needed and f'{name}={value_words(value)} (it must be {needed})'
 
 # %% ../../nbs/runs/00_other_tools.ipynb #949ffbe8
 _no_result = 'has no bearing on the result'
@@ -160,7 +173,11 @@ class _Tables:
 def _by_table(given, tables, out):
     "Settings that one line of a table is enough for; returns the faults"
     faults = [f'{name} is missing' for name in ('model_name_or_path', 'output_dir') if not given.get(name)]
-    for name,default in tables.places.items(): _place(given, name, default, tables.ours.get(name, name), out)
+    faults += filter(None, (_kind_fault(n, given[n], d) for n,d in tables.places.items() if n in given))
+    if faults: return faults # with these the rest makes no sense
+    for name,default in tables.places.items():
+        try: _place(given, name, default, tables.ours.get(name, name), out)
+        except (TypeError, AttributeError, OverflowError): faults.append(f'{name}={value_words(given.get(name))}')
     for name,value in given.items():
         if name in tables.notes: out.went[name] = tables.notes[name]
         elif name in tables.off: faults += _fault_of(name, value, tables.off[name], out)
@@ -440,14 +457,7 @@ def read_settings(
 )->dict: # Its content
     "What a config file says"
     path = Path(path).expanduser()
-    if path.suffix=='.json': return read_json(path)
-    import yaml
-    try: given = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise SageError(f'{path} is not YAML: {" ".join(str(e).split())[:200]}') from None
-    if not isinstance(given, dict):
-        raise SageError(f'{path} must hold settings as `name: value`, got {type(given).__name__}')
-    return given
+    return read_json(path, unique=True) if path.suffix=='.json' else read_yaml(path)
 
 # %% ../../nbs/runs/00_other_tools.ipynb #d8ea81e7
 _tools = {'LLaMA-Factory': (_llamafactory, _llamafactory_rest), 'TRL': (_trl, _trl_rest)}
@@ -458,18 +468,27 @@ def translated(
 )->Translation: # What it means here
     "Every setting of a file of another tool in the words of this package"
     path = Path(path).expanduser()
-    given = read_settings(path)
+    whole = read_settings(path)
+    given = {k: v for k,v in whole.items() if v is not None} # null is what a setting has that is left out
     tool = kind_of_config(given)
     if tool not in _tools:
         raise SageError(f'{path} is no config of LLaMA-Factory or TRL: it has no `model_name_or_path`')
     tables,rest = _tools[tool]
     out = Translation(tool, path, dict(lora={}))
     faults = _by_table(given, tables, out)
-    try: rest(given, out)
+    odd = bool(faults)
+    try:
+        if not odd: rest(given, out)
     except _Refused as e: faults.append(str(e))
-    faults += [f'{n}{_like(n, tables)}' for n in given if n not in out.went and n not in _data_keys]
+    except (TypeError, AttributeError, ValueError, OverflowError) as e:
+        faults.append(f'a value of another kind than is needed ({one_line(e, 120)})')
+    if not odd: faults += [f'{n}{_like(n, tables)}' for n in given if n not in out.went and n not in _data_keys]
     if tool=='LLaMA-Factory' and not faults:
-        out.data,out.held_out = (_datasets(given, out, path, k) for k in ('dataset', 'eval_dataset'))
+        try: out.data,out.held_out = (_datasets(given, out, path, k) for k in ('dataset', 'eval_dataset'))
+        except (TypeError, AttributeError) as e:
+            names = ', '.join((*_data_keys, 'media_dir'))
+            faults.append(f'one of {names} has a value of another kind ({one_line(e, 120)})')
+    out.went |= {k: 'null, as if it were left out' for k,v in whole.items() if v is None}
     if faults: raise SageError(f"{path} asks for what is not here: {'; '.join(dict.fromkeys(faults))}")
     TrainingConfig.from_dict(out.settings) # refuses values that make no sense
     return out
@@ -508,6 +527,7 @@ def _unsupported(info, stage):
 def _described(name, about, folder, most, stage):
     "A data set by name, from `dataset_info.json`"
     info,file = about.get(name),folder/'dataset_info.json'
+    _check_description(info, name, file)
     if info is None:
         raise SageError(f'{file} does not describe {name!r}; '
                         f'it has {", ".join(sorted(about)) or "nothing, or is not there"}')
@@ -521,6 +541,16 @@ def _described(name, about, folder, most, stage):
                 most=most)
 
 # %% ../../nbs/runs/00_other_tools.ipynb #16bf8552
+def _check_description(info, name, file):
+    "Refuse a description of a data set that has another form"
+    if info is None: return
+    kinds = dict(columns=dict, tags=dict, file_name=str, hf_hub_url=str, split=str, subset=str, num_samples=int)
+    odd = [f'`{k}` must be a {kind.__name__}' for k,kind in kinds.items()
+           if isinstance(info, dict) and info.get(k) is not None and not isinstance(info[k], kind)]
+    if not isinstance(info, dict): odd = ['it must be an object']
+    elif not (info.get('file_name') or info.get('hf_hub_url')): odd += ['`file_name` is missing']
+    if odd: raise SageError(f'{file}: {name!r}: {odd[0]}')
+
 _alpaca_columns = dict(prompt='instruction', query='input', response='output')
 
 def _alpaca_row(row, info):
@@ -607,6 +637,7 @@ def _images_of(row, data):
 def config_from_other_tool(
     path, # A config file of LLaMA-Factory or TRL
     say=print, # Called with what became of each setting, and how many rows each data set has
+    fresh:bool=False, # Take the place of other rows that a run in this folder has
 )->TrainingConfig: # To be trained
     "The config that a file of another tool means, its rows written into the run folder"
     t = translated(path)
@@ -615,19 +646,24 @@ def config_from_other_tool(
     rows = [r for part in parts for r in part]
     if not rows: raise SageError(f'{t.file} names no rows to train on')
     folder = Path(t.settings['output_dir']).expanduser()
-    t.settings['data_path'] = _saved(parts, t, folder)
+    files = _files_of_rows(parts, t)
+    paths = [str(folder/name) for name in files]
+    t.settings['data_path'] = [dict(path=p) for p in paths] if t.mix else paths[0]
     if held := [r for part in held for r in part]:
-        t.settings['eval_data_path'] = save_rows(folder/'held_out_custom.json', held)
+        files['held_out_custom.json'] = held
+        t.settings['eval_data_path'] = str(folder/'held_out_custom.json')
     if t.settings['train_on'] is None:
         t.settings['train_on'] = 'assistant' if detect_data_format(rows[0])=='prompt_completion' else 'all'
     t.settings['test_size'] = t.share if t.share<1 else min(t.share/len(rows), .99)
-    return TrainingConfig.from_dict(t.settings | t.mix)
+    config = TrainingConfig.from_dict(t.settings | t.mix)
+    keep_rows(folder, files, fresh)
+    return config
 
-def _saved(parts, t, folder):
-    "The file of all rows, or one for each data set where these take turns"
-    if not t.mix: return save_rows(folder/'training_data_custom.json', [r for part in parts for r in part])
+def _files_of_rows(parts, t):
+    "{name of a file: rows}: one of all rows, or one for each data set where these take turns"
+    if not t.mix: return {'training_data_custom.json': [r for part in parts for r in part]}
     name = lambda i: f"training_data_{i+1}_{re.sub(r'[^0-9A-Za-z.-]+', '_', t.data[i]['name'])}.json"
-    return [dict(path=str(save_rows(folder/name(i), part))) for i,part in enumerate(parts)]
+    return {name(i): part for i,part in enumerate(parts)}
 
 def _rows_of_each(datasets, say):
     "The rows of each data set"

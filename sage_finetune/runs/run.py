@@ -18,6 +18,7 @@ from pathlib import Path
 from ..core.disk import manifest_fault, manifest_file, read_json, SageError
 from ..core.display import falling, on_any_background, Panel, Shown, shown_figure, size_text, Table
 from ..config import config_from_meta, PreferenceConfig, TrainingConfig
+from ..core.exits import as_written_here
 from ..core.machine import Change, Changes
 from ..core.run_folder import find_run, list_runs, record_notes, RunFolder
 from ..core.settings import source_words
@@ -33,7 +34,8 @@ def _config_of(run):
     "What the run was trained with; what its meta file asks for, where it was not trained yet"
     f,record = run.folder,run.record
     if f.meta.is_file() and (f.state=='new' or not record): return config_from_meta(f.path)
-    try: config = TrainingConfig.from_dict(record)
+    try:
+        with as_written_here(f.config): config = TrainingConfig.from_dict(record)
     except ValueError as e: raise ValueError(f'{f.config}: {e}') from None
     return config.replace(output_dir=f.path,
                           **{n: _found(getattr(config, n), f.path) for n in ('data_path', 'eval_data_path')})
@@ -74,7 +76,8 @@ def _load(run):
 
 # %% ../../nbs/runs/04_run.ipynb #77a45022
 def _report_of(run):
-    return DataReport.from_dict(read_json(run.folder.data_report)) if run.folder.data_report.is_file() else None
+    if not run.folder.data_report.is_file(): return None
+    with as_written_here(run.folder.data_report): return DataReport.from_dict(read_json(run.folder.data_report))
 
 def _prepare(run):
     "Training and held-out examples, prepared again by the trainer of the run; no weights are loaded"
@@ -111,6 +114,10 @@ def _facts(run):
             ('changed for it', ', '.join(f'{x.setting}: {_plain(x.asked)} → {_plain(x.used)}' for x in run.changes)),
             ('steps', r.get('steps')), ('held-out loss', _both(r)), ('training loss', falling(r.get('train_loss')))]
     return Table(['', ''], [row for row in rows if row[1]])
+
+def _run_panel(run):
+    figure = [_CaptionedFigure(run.plot(), f'losses of {run.name}')] if run.metrics else []
+    return Panel(f'{run.name}: {run.state}', [_facts(run), *figure])
 
 def _both(results): return falling(results.get('loss_before'), results.get('loss_after'))
 def _plain(value): return ', '.join(value) if isinstance(value, list) else str(value)
@@ -156,8 +163,7 @@ class Run(Shown):
         "Train the same again in another folder"
         return repeat_run(self, output_dir, anyway, quiet)
     def shown(self):
-        figure = [_CaptionedFigure(self.plot(), f'losses of {self.name}')] if self.metrics else []
-        return Panel(f'{self.name}: {self.state}', [_facts(self), *figure])
+        with as_written_here(self.folder.path): return _run_panel(self)
 
 # %% ../../nbs/runs/04_run.ipynb #d8360f34
 @dataclass(repr=False)
@@ -310,7 +316,9 @@ def compare(
     "Lay runs side by side"
     if len(runs)<2: raise ValueError(f'`compare` needs at least two runs, got {len(runs)}')
     runs = [r if isinstance(r, Run) else Run(r, root) for r in runs]
-    figures = [_figures(r) for r in runs]
+    figures = []
+    for r in runs:
+        with as_written_here(r.folder.path): figures.append((_figures(r), _facts_of(r))[0])
     kept = {n: [f[n] for f in figures] for n in figures[0] if any(f[n] for f in figures)}
     return RunComparison(runs, _labels(runs), _differing([_facts_of(r) for r in runs]), kept, _axis(by, runs))
 

@@ -10,7 +10,6 @@ __all__ = ['TASKS', 'TaskRows', 'code_rows', 'quick_settings', 'start_settings',
 
 # %% ../../nbs/runs/03_tasks.ipynb #9978827a
 import json,sys,time
-from functools import partial
 from itertools import count
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,8 +19,8 @@ from ..core.disk import read_json, SageError, write_json
 from sage_finetune.core.settings import (
     checked, data_sources, DataPathSetting, is_mixture, refuse_unknown, source_words
 )
-from ..core.run_folder import find_run, is_run, run_folder, RunFolder
-from ..core.display import Panel, Shown, Table
+from ..core.run_folder import find_run, is_own_run, is_run, only_run, run_folder, RunFolder
+from ..core.display import Panel, Shown, Table, visible
 from ..config import config_from_meta, embedded_model, resolve_model, TrainingConfig
 from ..rows.sources import load_training_data, read_rows, save_rows
 from sage_finetune.rows.formats import (
@@ -150,18 +149,22 @@ def _meta(run, task, model, file, format_type, settings, data):
 # %% ../../nbs/runs/03_tasks.ipynb #8be17b16
 def _same_request(run, meta, files):
     "Whether the run folder holds what is asked for, and nothing else"
-    if not run.meta.is_file(): return _is_ours(run)
     request = lambda m: {k:v for k,v in m.items() if k!='output_dir'} # the folder is here, however its path is written
-    if request(read_json(run.meta))!=request(json.loads(json.dumps(meta, default=str))): return False
-    return all((run.path/n).is_file() and json.loads((run.path/n).read_text(encoding='utf-8'))==rows
-               for n,rows in files.items())
+    wanted = request(json.loads(json.dumps(meta, default=str)))
+    if run.meta.is_file() and request(read_json(run.meta))!=wanted: return False
+    return all(_holds(run.path/n, rows) for n,rows in files.items() if (run.path/n).exists())
+
+def _holds(path, rows):
+    "Whether a file holds these rows"
+    try: return json.loads(path.read_text(encoding='utf-8'))==json.loads(json.dumps(rows, default=str))
+    except (OSError, ValueError, RecursionError): return False
 
 # %% ../../nbs/runs/03_tasks.ipynb #74963ec0
-def _is_ours(run):
-    "Whether a folder without a meta file is missing, empty, or was left by a start that was killed"
+def _is_free(run, files):
+    "Whether a folder that is no run is missing, empty, or holds nothing but the files that are to be written"
     if not run.path.exists(): return True
-    ours = {'held_out_code.json', *(f'training_data_{t}.json' for t in TASKS)}
-    return run.path.is_dir() and all(p.name in ours or p.name.startswith('.') for p in run.path.iterdir())
+    return run.path.is_dir() and all(p.name.startswith('.') or p.name in files and _holds(p, files[p.name])
+                                     for p in run.path.iterdir())
 
 # %% ../../nbs/runs/03_tasks.ipynb #f598d45a
 class HoldsAnotherRun(SageError):
@@ -169,7 +172,7 @@ class HoldsAnotherRun(SageError):
 
 def _check_folder(run, meta, files, fresh):
     "Refuse a folder that holds something else"
-    if not _is_ours(run) and not is_run(run.path):
+    if not is_own_run(run.path) and not _is_free(run, files):
         raise SageError(f'{run.path} is not empty and not a run folder: choose another folder (--output)')
     if not fresh and not _same_request(run, meta, files):
         raise HoldsAnotherRun(f'{run.path} holds another run: '
@@ -202,8 +205,10 @@ def new_run(
     if 'held_out_code.json' in files: settings['eval_data_path'] = 'held_out_code.json'
     meta = _meta(run, task, model, file, format_type, settings, data)
     _check_folder(run, meta, files, fresh)
-    for name,rows in files.items(): save_rows(run.path/name, rows)
-    write_json(run.meta, meta)
+    with only_run(run.path, 'set up'):
+        _check_folder(run, meta, files, fresh) # once more, now that nobody else writes there
+        write_json(run.meta, meta) # first: it says whose folder this is
+        for name,rows in files.items(): save_rows(run.path/name, rows)
     return run,notes
 
 def _check_model(name):
@@ -211,9 +216,12 @@ def _check_model(name):
     check_model(name)
 
 # %% ../../nbs/runs/03_tasks.ipynb #bd4c3aa0
+def _to_stderr(line): print(visible(line), file=sys.stderr)
+
 def config_of_file(
     path, # File of settings: ours, or those of LLaMA-Factory or TRL
     quiet:bool=False, # Say nothing of a translation
+    fresh:bool=False, # It is to start anew: its rows take the place of others
 )->TrainingConfig: # To be trained
     "The config that a file of settings means, whichever tool it was written for"
     path = checked('path', path, Path)
@@ -221,7 +229,7 @@ def config_of_file(
         raise SageError(f'{path} is not a file of settings (.json, .yaml)')
     given = read_settings(path)
     if kind_of_config(given)!='sage_finetune':
-        return config_from_other_tool(path, (lambda line: None) if quiet else partial(print, file=sys.stderr))
+        return config_from_other_tool(path, (lambda line: None) if quiet else _to_stderr, fresh)
     return TrainingConfig.load(path) if path.suffix=='.json' else TrainingConfig.from_dict(given)
 
 # %% ../../nbs/runs/03_tasks.ipynb #ce3d1355
@@ -257,6 +265,7 @@ def config_of(
     target, # A config, run folder, name of a run, or file of settings, of LLaMA-Factory and TRL too
     quiet:bool=False, # Say nothing of a translation
     base:str|None=None, # Where the base model is now; None: where it was
+    fresh:bool=False, # It is to start anew
 )->TrainingConfig: # To be trained
     "The config of what `target` asks for"
     if isinstance(target, TrainingConfig): config = target
@@ -264,7 +273,7 @@ def config_of(
         path = checked('target', target, Path)
         file = path.is_file()
         run = _run_of(path) if file else find_run(target)
-        config = config_of_run(run.path) if run else config_of_file(path, quiet)
+        config = config_of_run(run.path) if run else config_of_file(path, quiet, fresh)
     if base is None: return config
     place = Path(base).expanduser()
     return config.replace(model_name=str(place.resolve()) if place.is_dir() else base)
@@ -274,10 +283,11 @@ def trainer_of(
     target, # As for `config_of`
     quiet:bool=False, # Say nothing and show no progress
     base:str|None=None, # Where the base model is now; None: where it was
+    fresh:bool=False, # It is to start anew
 ): # A `LoRATrainer`; a `PreferenceTrainer` where the settings have a `method` or the rows are judged answers
     "The trainer of what `target` asks for"
     from sage_finetune.preference import trainer_for
-    return trainer_for(config_of(target, quiet, base), quiet)
+    return trainer_for(config_of(target, quiet, base, fresh), quiet)
 
 # %% ../../nbs/runs/03_tasks.ipynb #f66ddbc4
 @dataclass(repr=False)

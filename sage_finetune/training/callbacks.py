@@ -6,13 +6,15 @@ Docs: https://sage-finetune.github.io/sage_finetune/training/callbacks.html.md""
 
 # %% auto #0
 __all__ = ['read_metrics', 'kept_before', 'NotFinite', 'Metrics', 'SkippedSteps', 'remove_checkpoint', 'Checkpoints',
-           'EvaluateFirst', 'random_state', 'set_random_state', 'copy_to_memory', 'LastSteps', 'training_flops',
-           'matmul_peak', 'peak_memory', 'series', 'loss_curves', 'draw_curves', 'plot_losses', 'progress_line',
-           'Progress']
+           'only_numbers', 'EvaluateFirst', 'random_state', 'set_random_state', 'copy_to_memory', 'LastSteps',
+           'training_flops', 'matmul_peak', 'peak_memory', 'series', 'loss_curves', 'draw_curves', 'plot_losses',
+           'progress_line', 'Progress']
 
 # %% ../../nbs/training/03_callbacks.ipynb #7e9aa816
 import copy,functools,json,math,random,shutil,sys,time,warnings
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import sage_finetune.model.loading # before transformers: it quiets bitsandbytes
@@ -145,6 +147,28 @@ class Checkpoints(TrainerCallback):
                  if p.name.rpartition('-')[2].isdigit()}
         whole = sorted((p for p in found if (p/complete_marker).is_file()), key=found.get)
         for p in set(found) - set(whole[-self.keep:] if self.keep else whole): remove_checkpoint(p)
+
+# %% ../../nbs/training/03_callbacks.ipynb #ff000002
+def _holds_code(path):
+    "Whether a pickle asks for more than numbers; nothing of it is run"
+    from transformers.trainer_pt_utils import safe_globals # for the state of NumPy's generator
+    try:
+        with safe_globals(): torch.load(path, weights_only=True, map_location='cpu')
+    except UnpicklingError: return True
+    except Exception: return False # it is refused by whoever needs it
+    return False
+
+@contextmanager
+def only_numbers(
+    checkpoint, # A `checkpoint-N` folder
+): # While the block reads it
+    "A pickle that holds code is refused by its name, and not run"
+    try: yield
+    except UnpicklingError:
+        files = [p for p in sorted(Path(checkpoint).glob('*')) if p.suffix in ('.pt', '.pth', '.bin')]
+        name = next((p.name for p in files if p.name!='training_args.bin' and _holds_code(p)), 'a file')
+        raise SageError(f'{checkpoint}: {name} holds something else than numbers, and code in a file is not run: '
+                        f'remove this checkpoint, and the one before it is used') from None
 
 # %% ../../nbs/training/03_callbacks.ipynb #d0000003
 class EvaluateFirst(TrainerCallback):

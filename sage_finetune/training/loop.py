@@ -34,8 +34,8 @@ from ..model.contract import check_witness, save_witness
 from ..model.loss import loss_sum, mean_loss
 from .samplers import SeededOrder
 from sage_finetune.training.callbacks import (
-    EvaluateFirst, kept_before, LastSteps, matmul_peak, NotFinite, peak_memory, random_state, remove_checkpoint,
-    SkippedSteps, training_flops
+    EvaluateFirst, kept_before, LastSteps, matmul_peak, NotFinite, only_numbers, peak_memory, random_state,
+    remove_checkpoint, SkippedSteps, training_flops
 )
 
 # %% ../../nbs/training/04_loop.ipynb #4a01f0d1
@@ -366,9 +366,15 @@ class WholeCheckpoints:
         self._save(output_dir, trained_tensors(self.model)) # the library would gather the whole base first
 
     def _load_from_checkpoint(self, checkpoint, model=None):
-        with only_top_adapter(self.model): super()._load_from_checkpoint(checkpoint, model)
+        with only_top_adapter(self.model), only_numbers(checkpoint): super()._load_from_checkpoint(checkpoint, model)
         load_lora_init(self.model, checkpoint)
         if not division(): check_witness(checkpoint, self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with only_numbers(checkpoint): super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with only_numbers(checkpoint): super()._load_rng_state(checkpoint)
 
     def _save_checkpoint(self, model, trial):
         save = super()._save_checkpoint

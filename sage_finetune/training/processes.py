@@ -18,7 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from ..core.disk import SageError
-from ..core.display import in_notebook
+from ..core.display import in_notebook, visible
 from ..core.machine import division, process, processes
 from ..config import TrainingConfig
 from .loop import backend_arguments
@@ -87,11 +87,11 @@ def tell(
     if process(): return
     if in_notebook():
         from IPython.display import display
-        display(what) if hasattr(what, '_repr_html_') else print(what, flush=True)
+        display(what) if hasattr(what, '_repr_html_') else print(visible(what), flush=True)
     elif sys.stderr.isatty() and hasattr(what, '__rich__'):
         from rich.console import Console
         Console(stderr=True).print(what)
-    else: print(what, file=sys.stderr, flush=True)
+    else: print(visible(what), file=sys.stderr, flush=True)
 
 # %% ../../nbs/training/06_processes.ipynb #6c01f0e7
 def processes_line(

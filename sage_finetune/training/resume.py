@@ -7,11 +7,11 @@ Docs: https://sage-finetune.github.io/sage_finetune/training/resume.html.md"""
 # %% auto #0
 __all__ = ['memory_ran_out', 'data_digest', 'RowsDigest', 'differences', 'library_versions', 'run_record', 'check_same_run',
            'save_run', 'clear_run', 'checkpoint_step', 'is_last_step', 'load_last_step', 'logged_before_training',
-           'replay_loss', 'losses_before', 'keep_best', 'TrainingResult', 'StopSignal', 'keep_last_step',
+           'replay_loss', 'losses_before', 'keep_best', 'TrainingResult', 'StopSignal', 'keep_last_step', 'with_place',
            'without_traceback', 'smaller_micro_batches', 'remembered_changes', 'remembered_fit', 'fit_of_run']
 
 # %% ../../nbs/training/05_resume.ipynb #5b01f0c2
-import hashlib,os,shutil,signal,threading,time,warnings
+import hashlib,os,signal,threading,time,warnings
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,14 @@ import sage_finetune.model.loading # before transformers: it quiets bitsandbytes
 from peft import PeftModel
 from transformers import TrainerState
 
-from ..core.disk import manifest_file, read_json, SageError, whole_folder, write_json, write_manifest
+from ..core.disk import read_json, refuse_foreign, SageError, whole_folder, write_json, write_manifest
 from ..core.display import falling, Shown, Table
 from ..core.machine import Change, division, Machine, process, processes
-from ..core.run_folder import checkpoint_fault, last_checkpoint, record_notes, RunFolder
+from sage_finetune.core.run_folder import (
+    checkpoint_fault, last_checkpoint, refuse_added, refuse_foreign_run, refuse_links, record_notes, remove_part,
+    RunFolder, written_by_run
+)
+from ..core.exits import goes_on, Interrupted, leave_terminal, stop_signals
 from ..config import embedded_model, fit_config, TrainingConfig
 from .batches import example_lengths, flat_chunks
 from ..model.adapter import best_evaluation, load_best_adapter, save_adapter, trained_tensors
@@ -154,7 +158,8 @@ def check_same_run(
     record:dict, # From `run_record`
     say=lambda line: None, # Told of another number of processes
 )->None: # Nothing: the folder is new, or holds this run
-    "Refuse to resume a folder that holds another run"
+    "Refuse to resume a folder that holds another run, or things that a run would replace"
+    refuse_added(folder.path)
     if not folder.config.is_file() or folder.state=='new': return
     for note in record_notes(folder.path): warnings.warn(note, stacklevel=3)
     before = read_json(folder.config)
@@ -179,6 +184,7 @@ def save_run(
         raise ValueError('there is no adapter to save: call `apply_lora()` first')
     tensors = trained_tensors(model) if division() else None # for which every process is asked
     if process(): return
+    refuse_foreign(folder.lora_weights, vouched=True)
     with whole_folder(folder.lora_weights) as new:
         save_adapter(model, new, tensors)
         save_contract(new, tokenizer, model, record['model_name'])
@@ -192,13 +198,12 @@ def clear_run(
     folder:RunFolder, # Of the run
 )->None: # Nothing: what was asked (the meta file, the data) stays
     "Remove what a run has written"
-    written = (folder.checkpoints, folder.lora_weights, folder.merged_model, folder.logs, folder.metrics,
-               folder.loss_curve, folder.results, folder.path/manifest_file)
-    left = [p for p in written if p.exists()]
-    if left and not (folder.meta.is_file() or folder.config.is_file()):
-        raise SageError(f'{folder.path} is not a run folder, so {left[0].name} in it is left alone: '
-                        f'choose another `output_dir`')
-    for p in left if not process() else (): shutil.rmtree(p) if p.is_dir() else p.unlink()
+    refuse_foreign_run(folder.path)
+    refuse_links(folder.path)
+    refuse_added(folder.path)
+    for p in () if process() else written_by_run(folder.path, everything=False): remove_part(p)
+    for p in () if process() else (folder.checkpoints, folder.logs):
+        with suppress(OSError): p.rmdir() # where nothing else is in it
 
 # %% ../../nbs/training/05_resume.ipynb #5b01f0f2
 def checkpoint_step(
@@ -301,7 +306,7 @@ class TrainingResult(Shown):
 
 # %% ../../nbs/training/05_resume.ipynb #177adfc6
 class StopSignal:
-    "Whether a run was asked to stop: by `request` from another thread, by Ctrl-C or by SIGTERM"
+    "Whether a run was asked to stop: by `request` from another thread, by Ctrl-C, SIGTERM or a closed terminal"
     def __init__(self): self.number = None # Of the signal; None where nobody asked
 
     def request(self, number:int=signal.SIGINT): self.number = number
@@ -310,11 +315,11 @@ class StopSignal:
 
     @contextmanager
     def listening(self, say): # While the block runs
-        "A first SIGINT or SIGTERM requests a stop, and a second one ends the process"
+        "A first signal requests a stop, and a second one ends the process"
         if threading.current_thread() is not threading.main_thread():
             yield
             return # Python gives signals to the main thread only; `request` is the way here
-        before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+        before = {n: signal.getsignal(n) for n in stop_signals}
         before = {n: h for n,h in before.items() if h not in (signal.SIG_IGN, None)} # who ignores them has a reason
         try:
             for n in before: signal.signal(n, _stop_handler(self, say))
@@ -330,10 +335,11 @@ def _stop_handler(stop, say):
         if os.getpid()!=own: return # a worker that reads data; the run tells it when to end
         if stop.number and processes()>1 and first and time.monotonic()-first[0]<5:
             return # the launcher and the system pass on the same request
-        if stop.number: raise KeyboardInterrupt
+        if stop.number: raise Interrupted(number)
         first.append(time.monotonic())
         stop.request(number)
-        with suppress(RuntimeError): # a print may have been under way
+        leave_terminal(number)
+        with suppress(RuntimeError, OSError): # a print may have been under way
             say('Stopping after the last whole step; once more stops at once')
     return handler
 
@@ -354,6 +360,17 @@ def keep_last_step(
     return folder if step else None
 
 # %% ../../nbs/training/05_resume.ipynb #5b01f0a7
+def with_place(
+    error:KeyboardInterrupt, # What stopped a run
+    trainer, # A `ResumableTrainer`, or None
+)->KeyboardInterrupt: # The same, with words of its own, or those that say where it was
+    "A stop that says at which step it came, and how to go on"
+    if str(error) not in ('', 'stopped'): return error
+    step,of = (trainer.state.global_step, trainer.state.max_steps) if trainer else (0, 0)
+    where = f'at step {step} of {of}' if step else 'before the first step was done'
+    error.args = f'stopped {where}; {goes_on}',
+    return error
+
 def without_traceback(
     error:BaseException, # As it was raised
 )->BaseException: # The same

@@ -221,7 +221,7 @@ def _html_row(view):
         body += _styled('u', 'learned', inner) if learned else inner
     legend = (f'{_styled("u", "learned", "learned")} · ignored · {_styled("code", "special", "special token")} · '
               f'place and id on hover')
-    return (f'<div style="{text_styles["head"]}">{view.summary} &nbsp;|&nbsp; '
+    return (f'<div style="{text_styles["head"]}">{html.escape(view.summary)} &nbsp;|&nbsp; '
             f'{legend}</div><div style="{text_styles["box"]}">{body}</div>')
 
 # %% ../../nbs/ui/00_inspect.ipynb #56b29806

@@ -21,7 +21,7 @@ from ..preference import trainer_for
 from transformers import TrainerCallback
 
 from ..core.disk import read_json, SageError, write_text
-from ..core.display import Clickable, in_notebook
+from ..core.display import Clickable, in_notebook, visible
 from ..model.loss import evaluating
 from ..training.callbacks import Progress, read_metrics, series
 from ..inference.generate import encode_question, generate_answers
@@ -238,8 +238,6 @@ def _start_again(live):
 def _work(live, fresh):
     "Train, in the thread"
     run,board = live.run,live.board
-    if fresh:
-        with suppress(OSError): _generations(live).unlink()
     if run.trainer is not None and not any(isinstance(c, LiveCallback) for c in run.trainer.callback_handler.callbacks):
         run.trainer.remove_callback(Progress)
         run.trainer.add_callback(LiveCallback(live)) # it was set up before it was watched
@@ -555,7 +553,8 @@ def train_in_terminal(
     if not console.is_terminal:
         live.run.watcher = None
         return live.run.train(fresh=fresh)
-    live._listener = lambda what: console.print(what, markup=False, highlight=False)
+    live._listener = lambda what: console.print(
+        what if hasattr(what, '__rich__') else visible(what), markup=False, highlight=False)
     with Live(get_renderable=lambda: live.board.__rich__(), console=console, refresh_per_second=2) as shown:
         try:
             live.result = live.run.train(fresh=fresh)

@@ -15,7 +15,7 @@ from queue import Queue
 
 import torch
 
-from ..core.display import Clickable, Panel, show_widgets, Table
+from ..core.display import Clickable, Panel, show_widgets, Table, visible
 from ..inference.generate import stream_answer
 from ..runs.run import Run
 from .token_losses import check_base
@@ -203,11 +203,11 @@ _column = ('flex:1 1 18em;min-width:0;border:1px solid rgba(128,128,128,.5);bord
 def _html_answer(name, text, writing):
     "An answer in a box, with a cursor while it is written"
     head = f'<div style="font-size:11px;opacity:.7;margin-bottom:.3em">{name}</div>'
-    return f'<div style="{_column}">{head}{html.escape(text)}{"▌" if writing else ""}</div>'
+    return f'<div style="{_column}">{head}{html.escape(visible(text))}{"▌" if writing else ""}</div>'
 
 def _html_exchange(e, writing=False):
     "Two boxes that stand below each other where there is little room"
-    prompt = html.escape(e.prompt)+' (stopped)'*e.stopped
+    prompt = html.escape(visible(e.prompt))+' (stopped)'*e.stopped
     boxes = _html_answer('base', e.base, writing)+_html_answer(_named(e.strength), e.tuned, writing)
     return (f'<div style="font-weight:bold;margin:.6em 0 .3em;line-height:1.4;overflow-wrap:anywhere">{prompt}</div>'
             f'<div style="display:flex;flex-wrap:wrap;gap:.6em">{boxes}</div>')

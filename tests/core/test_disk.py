@@ -1,12 +1,18 @@
 "Checksums: every file of a folder, every shape of a manifest, and what is remembered of large files"
+import errno
 import json
 import os
 import shutil
+import sys
+from subprocess import run
 
 import pytest
+from fastcore.test import expect_fail, test_eq as same
 
 from sage_finetune.core import disk
-from sage_finetune.core.disk import file_digest, manifest_fault, manifest_file, write_manifest
+from sage_finetune.core.disk import (
+    file_digest, manifest_fault, manifest_file, SageError, whole_folder, write_manifest, write_text
+)
 from sage_finetune.core.run_folder import checkpoint_fault, complete_marker, last_checkpoint, mark_complete
 
 
@@ -127,3 +133,156 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path, monkeypatch):
     monkeypatch.setattr(disk.time, 'time_ns', lambda: 2**62)
     (tmp_path/'large').write_bytes(b'0123456789abc')
     assert file_digest(tmp_path/'large')==disk._read_digest(tmp_path/'large')
+
+
+def remains(folder, name, mark, ending, host=None):
+    path = folder/f'.{name}.{host or disk._host}.{mark}.0123abcd.{ending}'
+    path.mkdir()
+    return path
+
+
+def marks():
+    "Marks of processes that are dead: the number is used again, the machine was started anew, nobody has it"
+    number,began,boot,space = disk.process_mark().split('-')
+    other = '0'*8 if boot!='0'*8 else '1'*8
+    return [f'{number}-{int(began)+1}-{boot}-{space}', f'{number}-{began}-{other}-{space}', f'1-7-{boot}-{space}',
+            f'{2**22+1}-{began}-{boot}-{space}', str(2**22+1)]
+
+
+@pytest.mark.parametrize('which', range(5))
+def test_remains_of_a_dead_process_are_cleared_and_a_folder_comes_back(tmp_path, which):
+    (remains(tmp_path, 'adapter', marks()[which], 'old')/'v').write_text('1')
+    half = remains(tmp_path, 'adapter', marks()[which], 'tmp')
+    disk.clear_remains(tmp_path)
+    assert (tmp_path/'adapter'/'v').read_text()=='1' and not half.exists()
+
+
+def test_remains_of_a_living_or_unknown_process_stay(tmp_path, monkeypatch):
+    number,began,boot,space = disk.process_mark().split('-')
+    parent = f'{os.getppid()}-{disk._began(os.getppid())}-{boot}-{space}'
+    elsewhere = f'7-7-{boot}-{int(space)+1}' # another container
+    kept = [remains(tmp_path, 'a', parent, 'tmp'), remains(tmp_path, 'b', parent, 'old'),
+            remains(tmp_path, 'c', elsewhere, 'tmp'), remains(tmp_path, 'd', parent, 'tmp', host='other-machine')]
+    disk.clear_remains(tmp_path)
+    assert all(p.exists() for p in kept)
+    moment = disk.time.time()
+    monkeypatch.setattr(disk.time, 'time', lambda: moment+100_000) # a day later: nobody can know, nobody came back
+    disk.clear_remains(tmp_path)
+    assert [p.exists() for p in kept]==[True, True, False, False]
+
+
+def test_a_folder_between_two_renames_of_another_machine_comes_back_after_a_minute(tmp_path, monkeypatch):
+    remains(tmp_path, 'adapter', '7-7-00-7', 'old', host='other-machine')
+    disk.clear_remains(tmp_path)
+    assert not (tmp_path/'adapter').exists()
+    moment = disk.time.time()
+    monkeypatch.setattr(disk.time, 'time', lambda: moment+61)
+    disk.clear_remains(tmp_path)
+    assert (tmp_path/'adapter').is_dir()
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, MemoryError, OSError, SystemExit])
+@pytest.mark.parametrize('at', [1, 2])
+def test_whatever_happens_between_two_renames_one_of_the_two_is_there(tmp_path, monkeypatch, error, at):
+    (tmp_path/'adapter').mkdir()
+    (tmp_path/'adapter'/'v').write_text('1')
+    own,calls = disk.Path.rename,[]
+    def rename(self, target):
+        calls.append(self)
+        if len(calls)==at: raise error('now')
+        return own(self, target)
+    monkeypatch.setattr(disk.Path, 'rename', rename)
+    with pytest.raises((error, disk.SageError)):
+        with disk.whole_folder(tmp_path/'adapter') as new: (new/'v').write_text('2')
+    assert (tmp_path/'adapter'/'v').read_text()=='1' and len([*tmp_path.iterdir()])==1
+
+
+def test_what_this_process_gave_up_is_cleared_at_its_next_look(tmp_path):
+    remains(tmp_path, 'adapter', disk.process_mark(), 'old')
+    disk.write_text(tmp_path/'other', 'x')
+    assert not (tmp_path/'adapter').exists() # nobody looked for it
+    disk.clear_remains(tmp_path, 'adapter')
+    assert (tmp_path/'adapter').is_dir()
+
+
+def test_long_names_and_names_in_chinese_are_written(tmp_path):
+    for name in ('微'*80, 'x'*250, 'a.b'*70):
+        assert disk.write_text(tmp_path/name, 'here').read_text()=='here'
+    assert len([*tmp_path.iterdir()])==3
+
+
+foreign = {'a README': ['README.md'], 'a project': ['README.md', '.git/HEAD', 'src/thesis.py'],
+           'a model': ['config.json'],
+           'a report': ['merge_report.json', 'notes.txt'], 'a contract and a folder': ['contract.json', 'src/a.py'],
+           'sums of another program': ['checksums.json', 'data.csv']}
+
+
+@pytest.mark.parametrize('name', foreign)
+def test_a_folder_that_was_not_made_here_is_left_alone(tmp_path, name):
+    for file in foreign[name]: disk.write_text(tmp_path/'x'/file, '{"data.csv": "1f2e3d"}')
+    before = sorted(p for p in tmp_path.rglob('*'))
+    with pytest.raises(disk.SageError, match='is left alone: give a new folder'):
+        with disk.whole_folder(tmp_path/'x', ours=True): raise AssertionError('it is decided before')
+    assert sorted(p for p in tmp_path.rglob('*'))==before
+
+
+@pytest.mark.parametrize('added', ['notes.txt', '.git/HEAD', 'part/more.bin', 'link'])
+def test_what_was_added_to_a_folder_of_ours_keeps_it(folder, added):
+    assert disk.foreign_fault(folder) is None
+    if added=='link': (folder/added).symlink_to(folder.parent)
+    else: disk.write_text(folder/added, 'mine')
+    assert added in disk.foreign_fault(folder)
+
+
+def test_a_file_that_comes_while_a_folder_is_written_keeps_the_old_one(folder):
+    with pytest.raises(disk.SageError, match='holds notes.txt'):
+        with disk.whole_folder(folder, ours=True): (folder/'notes.txt').write_text('mine')
+    assert (folder/'notes.txt').read_text()=='mine' and (folder/'weights.safetensors').exists()
+
+
+def test_an_older_folder_without_a_manifest_is_known_by_its_contract(folder):
+    shutil.rmtree(folder/'part')
+    for name in (manifest_file, 'README.md'): (folder/name).unlink()
+    assert disk.foreign_fault(folder)=='is not empty and was not made here'
+    assert disk.foreign_fault(folder, vouched=True) is None
+    (folder/'contract.json').write_text('{"form": 1}')
+    assert disk.foreign_fault(folder) is None
+
+
+def test_the_edges_of_a_whole_folder(tmp_path):
+    scratch = tmp_path
+    with whole_folder(scratch/'model') as folder: write_text(folder/'weights', 'first')
+    note = write_text(scratch/'note.json', '{}')
+    with whole_folder(scratch/'model') as folder: write_text(folder/'config', 'second').chmod(0o600)
+    same([p.name for p in (scratch/'model').iterdir()], ['config'])
+    same((scratch/'model'/'config').stat().st_mode & 0o777, (scratch/'model').stat().st_mode & 0o666)
+    with expect_fail(SageError, contains='a file stands where a folder is needed'):
+        with whole_folder(note): pass
+    with expect_fail(SageError, contains='free some space'):
+        with whole_folder(scratch/'full'): raise OSError(errno.ENOSPC, 'No space left on device')
+    with expect_fail(FileNotFoundError):
+        with whole_folder(scratch/'other') as folder: (folder/'missing').read_text()
+    same([(scratch/'full').exists(), (scratch/'other').exists(), list(scratch.glob('.*'))], [False, False, []])
+
+
+def test_checksums_while_the_process_ends():
+    at_the_end = ('import atexit\nfrom sage_finetune.core.disk import in_threads\n'
+                  "atexit.register(lambda: print(in_threads(len, ['a', 'bcd'])))\nimport concurrent.futures.thread\n")
+    same(run([sys.executable, '-c', at_the_end], capture_output=True, text=True, check=True).stdout, '[1, 3]\n')
+
+
+def test_manifests_of_other_forms(tmp_path):
+    scratch = tmp_path
+    with whole_folder(scratch/'adapter') as folder:
+        write_text(folder/'weights', 'abd')
+        write_manifest(folder)
+    for wrong,fault in (('', 'broken'), ('{}', 'names no file'), ('{"weights": 5}', 'broken'),
+                        ('{"weights": []}', 'broken'), ('{"weights": null}', 'broken'),
+                        ('{"weights": [3, 891568578]}', 'has changed'),
+                        ('{"weights": [true, "a"]}', 'broken'), ('{"none": [1, 2]}', 'none is missing'),
+                        ('{"\\u0000": [1, 2]}', 'is missing'), ('[1]', 'broken'), ('['*100_000, 'broken')):
+        write_text(scratch/'adapter'/manifest_file, wrong)
+        same(fault in manifest_fault(scratch/'adapter'), True)
+    write_text(scratch/'adapter'/manifest_file, '{"weights": [3, 891568578]}')
+    write_text(scratch/'adapter'/'weights', 'abc')
+    same(manifest_fault(scratch/'adapter'), None)

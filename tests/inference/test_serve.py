@@ -290,7 +290,8 @@ def test_ctrl_c_an_end_and_a_kill_leave_no_server_behind(run, tmp_path):
         time.sleep(0.1)
     assert not left
     said = [p.stdout.read() for p in started]
-    assert said[0].endswith('stopped\n') and said[1].endswith('stopped\n') and 'Traceback' not in ''.join(said)
+    assert all(s.endswith('stopped; the same command serves again\n') for s in said[:2])
+    assert 'Traceback' not in ''.join(said)
 
 
 def follow(folder, base=None, engine='native'):

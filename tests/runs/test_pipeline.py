@@ -94,7 +94,7 @@ def test_a_terminated_command_says_so_and_goes_on(tmp_path, command):
     out,_ = run.communicate(timeout=300)
     result = json.loads(out)
     assert ((run.returncode, result['status'])==(143, 'stopped')
-            and 'running again resumes from there' in result['error'])
+            and 'the same command goes on' in result['error'])
     assert RunFolder(tmp_path/'run').state=='stopped'
     run = command('run', asked, '--json')
     assert (run.returncode, json.loads(run.stdout)['steps'])==(0, 40)

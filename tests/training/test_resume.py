@@ -352,7 +352,7 @@ def test_sigterm_and_the_exit_code(base, data, undisturbed, told):
     os.kill(process.pid, signal.SIGTERM)
     code,said = finished(process)
     assert (code==128+signal.SIGTERM and 'Stopping after the last whole step' in said
-            and 'running again resumes from there' in said), said
+            and 'the same command goes on' in said), said
     assert RunFolder(folder).state=='stopped'
     assert finished(start(train, folder, data))[0]==0
     assert same(folder, undisturbed)
