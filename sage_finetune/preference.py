@@ -470,6 +470,7 @@ def _predicted(config, machine, model_config):
 class PreferenceTrainer(LoRATrainer):
     "A run that learns from preferences, step by step"
     is_preference = packaged = True
+    result_class = PreferenceResult
 
     def __init__(self,
         config:PreferenceConfig, # What is requested; it is fitted to the machine when it is used

@@ -60,10 +60,10 @@ def _targets(model, wanted):
     return {n: m for layers in found.values() for n,m in layers.items()}
 
 # %% ../../nbs/model/02_adapter.ipynb #8a1354be
-def _values_of_base(adapted, moved):
-    "What is trained and belongs to the base: biases, and the lengths of DoRA where its weights were moved"
-    return {n: p.detach().clone() for n,p in adapted.named_parameters() if p.requires_grad
-            and (n.endswith('bias') and '.lora_' not in n or moved and 'lora_magnitude_vector' in n)}
+def _values_of_base(adapted):
+    "The biases that are trained and belong to the base, as it has them"
+    return {n: p.detach().clone() for n,p in adapted.named_parameters()
+            if p.requires_grad and n.endswith('bias') and '.lora_' not in n}
 
 def add_lora(
     model, # A causal language model
@@ -80,9 +80,9 @@ def add_lora(
         warnings.filterwarnings('ignore', message='.*fan_in_fan_out|.*path_initial_model_for_weight_conversion')
         adapted = get_peft_model(model, LoraConfig(
             **lora.to_dict() | _only_language(model, lora.target_modules, layers), fan_in_fan_out=conv))
+    adapted.base_values = _values_of_base(adapted)
     for p in adapted.parameters():
         if p.requires_grad: p.data = p.data.float() # biases too: the optimizer's steps are below what 16 bits resolve
-    adapted.base_values = _values_of_base(adapted, changes_base(lora))
     if changes_base(lora): adapted.adapter_start = low_rank(get_peft_model_state_dict(adapted))
     return adapted
 

@@ -366,7 +366,9 @@ class ResumableTrainer(StepChecks, SeededOrder, WholeCheckpoints):
 
     def log(self, logs, *args, **kwargs):
         if not self.state.global_step: self.first_logs |= {k: v for k,v in logs.items() if isinstance(v, float)}
-        if 'loss' in logs: logs.update(self.meter.line(self.accelerator.gather, self.count_operations, self.peak))
+        if 'loss' in logs:
+            logs.update(self.meter.line(self.accelerator.gather, self.count_operations, self.peak))
+            logs['from_step'] = 1+max((m['step'] for m in self.state.log_history if 'loss' in m), default=0)
         super().log(logs, *args, **kwargs)
 
 # %% ../../nbs/training/04_loop.ipynb #4a01f0ba

@@ -43,10 +43,11 @@ def _lengths_at(layer, name, strength):
 @torch.no_grad()
 def _wholes_at(model, base, strength):
     "(parameter, its numbers at a strength) of what is learned as a whole: biases, layers, rows of tokens"
+    from peft.utils import ModulesToSaveWrapper
     pairs = [*base.values]
     for m in model.modules():
-        for name in getattr(m, 'modules_to_save', {}):
-            pairs += zip(m.modules_to_save[name].parameters(), m.original_module.parameters())
+        for whole in m.modules_to_save.values() if isinstance(m, ModulesToSaveWrapper) else ():
+            pairs += zip(whole.parameters(), m.original_module.parameters())
         for name,rows in getattr(m, 'trainable_tokens_delta', {}).items():
             pairs.append((rows, m.get_base_layer().weight[m.token_indices[name]]))
     if any(p.shape!=b.shape for p,b in pairs):
