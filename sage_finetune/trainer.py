@@ -168,8 +168,7 @@ class LoRATrainer(LoopParts):
         with only_run(self.folder.path) if not process() else nullcontext(), joined_processes(self.machine.device):
             if fresh: _start_anew(self)
             _run_missing_steps(self, fresh)
-            start = _resume_point(self, fresh)
-            return _finished(self) or _train_and_save(self, start)
+            return _train_and_save(self, _resume_point(self, fresh))
 
     def save_model(self):
         "Save the adapter, the tokenizer and the settings, whole or not at all"
@@ -396,6 +395,7 @@ def _finish(run, result, new_adapter):
 # %% ../nbs/02_trainer.ipynb #ca466627
 def _train_and_save(run, start):
     "Train to the last step, and save the results"
+    if result := _finished(run): return result
     if not process(): (run.folder.path/manifest_file).unlink(missing_ok=True) # its files change from here on
     new_adapter,fault = not (start and is_last_step(start) and run.folder.state in ('trained', 'merged')),None
     with run.stop_signal.listening(run.say):

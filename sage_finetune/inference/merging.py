@@ -296,6 +296,15 @@ def _stopped(folder):
     at = stopped_at(folder)
     return f"the run was stopped at step {at.get('step')} of {at.get('of')}: this is its adapter at that step"
 
+def _generation_settings(plan, *folders):
+    "Something with the generation settings of the first folder that has some, or of the base"
+    from types import SimpleNamespace
+    from transformers import AutoConfig, GenerationConfig
+    place = local_folder(plan.base)
+    found = [f for f in (*folders, place) if f and (f/'generation_config.json').is_file()]
+    return SimpleNamespace(generation_config=GenerationConfig.from_pretrained(found[0]) if found else
+                           GenerationConfig.from_model_config(AutoConfig.from_pretrained(place or plan.base)))
+
 def _checked_form(plan, ignore):
     "Notes, and the tokenizer that all adapters were trained with"
     from sage_finetune.model.loading import load_tokenizer
@@ -336,15 +345,6 @@ def _bound(plan, reference, rounding=0.0):
     return max(plain, merge_bounds['bfloat16'])+2*rounding if plan.bits and reference else plain
 
 # %% ../../nbs/inference/03_merging.ipynb #b0000011
-def _generation_settings(plan, *folders):
-    "Something with the generation settings of the first folder that has some, or of the base"
-    from types import SimpleNamespace
-    from transformers import AutoConfig, GenerationConfig
-    place = local_folder(plan.base)
-    found = [f for f in (*folders, place) if f and (f/'generation_config.json').is_file()]
-    return SimpleNamespace(generation_config=GenerationConfig.from_pretrained(found[0]) if found else
-                           GenerationConfig.from_model_config(AutoConfig.from_pretrained(place or plan.base)))
-
 def _measured(place, tokenizer, probes, reference, streamed):
     "How far a merged model, read back from disk, is from what was trained"
     now = (_sample_streamed(place, probes[0], reference.dtype, reference.asked) if streamed

@@ -257,6 +257,7 @@ def moves_base(
     return any(str(getattr(c, 'init_lora_weights', True)).lower().startswith(_moving_starts)
                for c in model.peft_config.values())
 
+# %% ../../nbs/model/04_shards.ipynb #c0b5e012
 def _of_base(name): return not any(part in name for part in ('.lora_', '.modules_to_save.', '.trainable_tokens_'))
 
 def _touched(model):
@@ -295,6 +296,7 @@ def _why_not(model):
     if any(getattr(c, 'layer_replication', None) for c in model.peft_config.values()):
         return 'its adapter repeats layers of the base (`layer_replication`)'
 
+# %% ../../nbs/model/04_shards.ipynb #c0b5e013
 class BaseSwitch:
     "Makes a model with an adapter its untouched base, and the tuned model again"
     def __init__(self,
@@ -328,7 +330,7 @@ class BaseSwitch:
 def base_of(
     model, # A model, perhaps with an adapter
 ): # While the block runs, it answers as its base
-    "Inside this block a model with an adapter answers as its base did before it was trained, to the bit"
+    "Inside this block a model with an adapter answers as its base did before it was trained, bit-exactly"
     if not hasattr(model, 'disable_adapter'):
         yield
         return

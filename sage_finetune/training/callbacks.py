@@ -100,7 +100,7 @@ class Checkpoints(TrainerCallback):
 
 # %% ../../nbs/training/03_callbacks.ipynb #d0000003
 class EvaluateFirst(TrainerCallback):
-    "What is due together: the training loss beside a held-out one and at the end, an epoch's evaluation before its save"
+    "What is due together: training and held-out loss, the last window, and an epoch's evaluation before its save"
     at = None # Step of the last evaluation at the end of an epoch
 
     def on_step_end(self, args, state, control, **kwargs):

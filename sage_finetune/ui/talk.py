@@ -40,6 +40,7 @@ def _lengths_at(layer, name, strength):
     start = (W.norm(dim=1) if m.numel()==len(W) else W.norm(dim=0)).view(m.shape)
     return start + strength*(m-start)
 
+# %% ../../nbs/ui/06_talk.ipynb #6ae392e0
 @torch.no_grad()
 def _wholes_at(model, base, strength):
     "(parameter, its numbers at a strength) of what is learned as a whole: biases, layers, rows of tokens"

@@ -2,6 +2,7 @@
 import hashlib
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
@@ -14,7 +15,8 @@ from sage_finetune.rows.formats import create_sample_data
 from sage_finetune.runs.pipeline import finetune
 from sage_finetune.trainer import LoRATrainer, main
 from sage_finetune.training.callbacks import read_metrics
-from sage_finetune.training.resume import finished_result, TrainingResult
+from sage_finetune.core.run_folder import RunFolder
+from sage_finetune.training.resume import finished_result, load_finished, result_of, TrainingResult
 
 
 @pytest.fixture(scope='session')
@@ -44,7 +46,8 @@ def windows(folder): return [(m['from_step'], m['step']) for m in read_metrics(f
 @pytest.mark.parametrize('more,found', [
     (dict(test_size=0.0), [(1, 1), (2, 5), (6, 7)]), (dict(test_size=0.0, logging_steps=100), [(1, 1), (2, 7)]),
     (dict(eval_steps=3), [(1, 1), (2, 3), (4, 5), (6, 6), (7, 7)]), (dict(max_steps=1), [(1, 1)]),
-    (dict(test_size=0.0, max_steps=-1, num_train_epochs=1.2, logging_steps=3), [(1, 1), (2, 3), (4, 6), (7, 9), (10, 10)])])
+    (dict(test_size=0.0, max_steps=-1, num_train_epochs=1.2, logging_steps=3),
+     [(1, 1), (2, 3), (4, 6), (7, 9), (10, 10)])])
 def test_every_step_is_in_a_window(config, more, found):
     config = config.replace(**more)
     result = train(config)
@@ -64,7 +67,8 @@ def test_a_held_out_loss_stands_beside_the_training_loss_of_its_step(config):
 
 def test_a_run_that_stops_early_logs_its_last_steps(config):
     from sage_finetune.model import adapter
-    result = train(config.replace(eval_steps=1, early_stopping_patience=1, max_steps=40, learning_rate=1.0, logging_steps=50))
+    result = train(config.replace(eval_steps=1, early_stopping_patience=1, max_steps=40, learning_rate=1.0,
+                                  logging_steps=50))
     assert result.steps<40 and windows(config.output_dir)[-1][1]==result.steps==result.train_steps[1]
     assert adapter.best_evaluation(read_metrics(config.output_dir/'metrics.jsonl'))[0]<result.steps
 
@@ -78,8 +82,10 @@ def test_windows_are_the_same_where_a_run_was_killed(config):
         def callbacks(self): return [*super().callbacks(), Cut()]
     with pytest.raises(RuntimeError, match='power cut'): Unlucky(config, quiet=True).train()
     once,again = train(config.replace(output_dir=config.output_dir.with_name('peace'))),train(config)
-    figures = lambda f: [{k: m.get(k) for k in ('step', 'from_step', 'loss', 'eval_loss')} for m in read_metrics(f/'metrics.jsonl')]
-    assert figures(config.output_dir)==figures(config.output_dir.with_name('peace')) and once.train_loss==again.train_loss
+    figures = lambda f: [{k: m.get(k) for k in ('step', 'from_step', 'loss', 'eval_loss')}
+                         for m in read_metrics(f/'metrics.jsonl')]
+    assert figures(config.output_dir)==figures(config.output_dir.with_name('peace'))
+    assert once.train_loss==again.train_loss
 
 
 def test_names_of_training_losses():
@@ -88,6 +94,19 @@ def test_names_of_training_losses():
     assert 'last training loss' in str(old)
     best = TrainingResult(50, 3.0, 2.0, 1.0, 1.0, 20, train_steps=[11, 20], loss_after_step=20)
     assert 'training loss, steps 11 to 20' in str(best) and 'held-out loss, step 20' in str(best)
+
+
+def test_the_training_loss_of_a_result_is_that_of_the_adapter_that_is_kept():
+    log = [dict(step=1, loss=3.0, from_step=1), dict(step=4, loss=2.0, from_step=2), dict(step=4, eval_loss=2.5),
+           dict(step=7, loss=1.0, from_step=5), dict(step=7, eval_loss=2.7)]
+    trainer = SimpleNamespace(state=SimpleNamespace(log_history=log, global_step=7), eval_dataset=[1])
+    best,last = (result_of(trainer, at, (9.0, None), None, 1.0) for at in (4, None))
+    assert (best.loss_after, best.loss_after_step, best.train_loss, best.train_steps)==(2.5, 4, 2.0, [2, 4])
+    assert (last.loss_after, last.loss_after_step, last.train_loss, last.train_steps)==(2.7, 7, 1.0, [5, 7])
+    log[:] = [dict(step=7, loss=1.0)] # of an older version
+    trainer.eval_dataset = None
+    old = result_of(trainer, None, (None, None), None, 1.0)
+    assert (old.train_loss, old.train_steps, old.loss_after_step)==(1.0, None, None)
 
 
 # --- a finished run
@@ -100,15 +119,16 @@ def ways(config):
                 json=lambda: command_in_fork(['run', settings, '--json'], config.output_dir.parent))
 
 
-@pytest.mark.parametrize('more', [dict(), dict(eval_steps=2, load_best_model_at_end=True), dict(report_to='tensorboard'),
-                                  dict(lora=LoRAConfig(r=4, init_lora_weights='pissa')), dict(packing=True, max_length=64)])
+@pytest.mark.parametrize('more', [
+    dict(), dict(eval_steps=2, load_best_model_at_end=True), dict(report_to='tensorboard'),
+    dict(lora=LoRAConfig(r=4, init_lora_weights='pissa')), dict(packing=True, max_length=64)])
 def test_running_a_finished_run_again_changes_no_file(config, more):
     config = config.replace(**more)
     first = LoRATrainer(config, quiet=True)
     result = first.train()
     before = files(config.output_dir)
     assert len(before)>10
-    for name,way in ways(config).items():
+    for name,way in ways(config).items() if not more else ():
         again = way()
         assert files(config.output_dir)==before, name
         if name in ('cli', 'json'): assert again.returncode==0, again.stderr
@@ -132,8 +152,9 @@ def test_a_finished_run_of_preferences(tmp_path):
     from sage_finetune.preference import PreferenceTrainer
     data = tmp_path/'judged.json'
     write_json(data, [dict(prompt=f'What is {i} plus 1?', chosen=f'It is {i+1}.', rejected='No.') for i in range(24)])
-    config = PreferenceConfig(model_name=two_layers, data_path=data, output_dir=tmp_path/'run', max_steps=3, test_size=0.2,
-                              per_device_train_batch_size=4, gradient_accumulation_steps=1, report_to='none')
+    config = PreferenceConfig(model_name=two_layers, data_path=data, output_dir=tmp_path/'run', max_steps=3,
+                              test_size=0.2, per_device_train_batch_size=4, gradient_accumulation_steps=1,
+                              report_to='none')
     result = PreferenceTrainer(config, quiet=True).train()
     before = files(config.output_dir)
     assert PreferenceTrainer(config, quiet=True).train()==result and files(config.output_dir)==before
@@ -149,13 +170,15 @@ def test_a_finished_run_is_not_trained_anew_where_its_checkpoints_are_gone(confi
     run.watcher = type('W', (), dict(heard=lambda self, what: said.append(str(what)), callbacks=lambda self: []))()
     assert run.train()==result and files(config.output_dir)==before and run.model is None
     assert any('Its last checkpoint is gone' in line and 'Run(' in line for line in said)
+    assert load_finished(None, config, RunFolder(config.output_dir), said.append) is False
 
 
 def test_a_run_whose_results_were_not_written_is_finished_by_the_next_command(config):
     result = train(config)
     (config.output_dir/'results.json').unlink()
     again = train(config)
-    assert (again.loss_after, again.train_loss, again.train_steps)==(result.loss_after, result.train_loss, result.train_steps)
+    losses = lambda r: (r.loss_after, r.train_loss, r.train_steps)
+    assert losses(again)==losses(result)
     assert finished_result(LoRATrainer(config, quiet=True).folder, TrainingResult)==again
 
 
@@ -175,12 +198,14 @@ def test_more_for_a_finished_run_names_the_way_which_is_one(config, more):
     train(config)
     before = files(config.output_dir)
     for form in (lambda c: train(c), lambda c: finetune(c)):
-        with pytest.raises(SageError, match='holds another run .*another `output_dir`, there with `init_adapter="(.*)"`') as e:
+        with pytest.raises(SageError, match='holds another run .* `output_dir`, there with `init_adapter="(.*)"`') as e:
             form(config.replace(**more))
     assert files(config.output_dir)==before
     parent = str(e.value).partition('init_adapter="')[2].partition('"')[0]
-    further = config.replace(**more | dict(max_steps=2), output_dir=config.output_dir.with_name('further'), init_adapter=parent)
-    assert train(further).loss_before==pytest.approx(read_json(config.output_dir/'results.json')['loss_after'], abs=1e-4)
+    further = config.replace(**more | dict(max_steps=2), init_adapter=parent,
+                             output_dir=config.output_dir.with_name('further'))
+    done = read_json(config.output_dir/'results.json')
+    assert train(further).loss_before==pytest.approx(done['loss_after'], abs=1e-4)
     settings = config.output_dir.with_name('more.json')
     config.replace(**more).save(settings)
     told = command_in_fork(['run', settings], config.output_dir.parent)

@@ -77,7 +77,8 @@ def test_in_training_and_loaded_from_what_was_saved(tmp_path, name, tied):
     model = moved(add_lora(load_model(where), lora))
     is_base(model, where)
     save_run(RunFolder(tmp_path/'run'), model, load_tokenizer(where),
-             TrainingConfig(model_name=where, output_dir=tmp_path/'run', lora=lora, load_in_8bit=False, fp16=False).to_dict())
+             TrainingConfig(model_name=where, output_dir=tmp_path/'run', lora=lora, load_in_8bit=False,
+                            fp16=False).to_dict())
     loaded = load_adapter(tmp_path/'run'/'lora_weights')[0]
     is_base(loaded, where)
     with at_strength(loaded, 0): assert torch.equal(logits(loaded), logits(load_model(where).eval()))
@@ -113,7 +114,8 @@ def test_kinds_that_are_not_lora(tmp_path):
 @pytest.mark.filterwarnings('ignore')
 def test_experts(tmp_path):
     where = base(tmp_path/'base', 'qwen3_moe', **moe, head_dim=8)
-    how = LoraConfig(task_type='CAUSAL_LM', r=4, target_modules=['q_proj'], target_parameters=['mlp.experts.gate_up_proj'])
+    how = LoraConfig(task_type='CAUSAL_LM', r=4, target_modules=['q_proj'],
+                     target_parameters=['mlp.experts.gate_up_proj'])
     is_base(moved(get_peft_model(load_model(where), how)), where)
 
 
@@ -139,8 +141,10 @@ def test_a_vocabulary_that_has_grown(tmp_path, tied):
 def test_stacked_on_another(tmp_path, lora):
     where = base(tmp_path/'base')
     first = moved(add_lora(load_model(where), LoRAConfig(r=4)))
-    save_run(RunFolder(tmp_path/'first'), first, load_tokenizer(where), dict(model_name=where, load_in_8bit=False, fp16=False))
-    config = TrainingConfig(model_name=where, init_adapter=tmp_path/'first', stack_adapter=True, lora=LoRAConfig(r=4, **lora))
+    save_run(RunFolder(tmp_path/'first'), first, load_tokenizer(where),
+             dict(model_name=where, load_in_8bit=False, fp16=False))
+    config = TrainingConfig(model_name=where, init_adapter=tmp_path/'first', stack_adapter=True,
+                            lora=LoRAConfig(r=4, **lora))
     model = add_lora(load_model(where), config.lora)
     begin_with_parent(model, load_tokenizer(where), config)
     is_base(moved(model), where)
@@ -155,8 +159,8 @@ def test_two_adapters_with_biases(tmp_path):
     where = base(tmp_path/'base')
     for k in range(2):
         torch.manual_seed(k)
-        moved(get_peft_model(load_model(where), LoraConfig(task_type='CAUSAL_LM', r=4, target_modules=['q_proj'],
-                                                           bias='all' if k else 'none'))).save_pretrained(tmp_path/f'{k}')
+        how = LoraConfig(task_type='CAUSAL_LM', r=4, target_modules=['q_proj'], bias='all' if k else 'none')
+        moved(get_peft_model(load_model(where), how)).save_pretrained(tmp_path/f'{k}')
     model = put_adapter(load_model(where), tmp_path/'0')
     put_adapter(None, tmp_path/'1', 'second', model)
     is_base(model.eval(), where)
@@ -172,7 +176,8 @@ def test_in_16_bits(tmp_path, lora):
 
 
 def test_on_a_quantised_base(tmp_path):
-    where,how = base(tmp_path/'base', hidden_size=64, intermediate_size=64),TrainingConfig(load_in_4bit=True, fp16=False)
+    where = base(tmp_path/'base', hidden_size=64, intermediate_size=64)
+    how = TrainingConfig(load_in_4bit=True, fp16=False)
     load = lambda: ready_for_quantised_training(load_model(where, torch.float32, 'cpu', quantisation_of(how)))
     model = moved(add_lora(load(), LoRAConfig(r=4, bias='all')))
     with base_of(model): assert torch.equal(logits(model), logits(load().eval()))
@@ -200,13 +205,14 @@ def test_what_cannot_be_taken_away_is_refused_with_its_reason(tmp_path):
         before = {n: p.clone() for n,p in model.named_parameters()}
         with pytest.raises(SageError, match=why), base_of(model): pass
         with pytest.raises(SageError, match=why): BaseSwitch(model)
-        with pytest.raises(SageError, match='load the saved adapter, or give the base itself'), at_strength(model, 0): pass
+        with pytest.raises(SageError, match='load the saved adapter, or give the base'), at_strength(model, 0): pass
         assert all(torch.equal(p, before[n]) for n,p in model.named_parameters())
 
 
 @pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('how', [dict(bias='all'), dict(modules_to_save=['lm_head', 'embed_tokens']),
-                                 dict(trainable_token_indices=[5, 17]), dict(init_lora_weights='pissa'), dict(use_dora=True)])
+@pytest.mark.parametrize('how', [
+    dict(bias='all'), dict(modules_to_save=['lm_head', 'embed_tokens']), dict(trainable_token_indices=[5, 17]),
+    dict(init_lora_weights='pissa'), dict(use_dora=True)])
 def test_whoever_shows_the_base_shows_the_same(tmp_path, how):
     where,q = base(tmp_path/'base'),['What is 2 plus 3?', 'Say hello']
     kind = dict(task_type='CAUSAL_LM', r=4, target_modules=['q_proj', 'down_proj'])
