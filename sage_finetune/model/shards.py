@@ -1,4 +1,4 @@
-"""The weights of a model on disk, one tensor at a time, and whether they are all there
+"""The weights of a model on disk, one tensor at a time, whether they are all there, and the base below an adapter
 
 Docs: https://sage-finetune.github.io/sage_finetune/model/shards.html.md"""
 
