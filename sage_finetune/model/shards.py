@@ -305,6 +305,7 @@ class BaseSwitch:
         if why := why or lost:
             raise SageError(f'the model in memory cannot answer as its base: {why}; load the saved adapter, '
                             f'or give the base itself as a second model')
+        self.values = [(p, t.to(p.device)) for p,t in self.values]
         self.parts = [m for m in model.modules() if hasattr(m, '_disable_adapters')]
         self.rows = [(m, len(t)) for p,t in self.values for m in model.modules()
                      if getattr(m, 'weight', None) is p and getattr(m, 'num_embeddings', len(t))!=len(t)]
@@ -314,7 +315,7 @@ class BaseSwitch:
         self.before = [(m, m._disable_adapters) for m in self.parts],[(p, p.data) for p,_ in self.values]
         self.sizes = [(m, m.num_embeddings) for m,_ in self.rows]
         for m in self.parts: m._disable_adapters = True
-        for p,t in self.values: p.data = t.to(p.device)
+        for p,t in self.values: p.data = t
         for m,n in self.rows: m.num_embeddings = n
 
     def off(self):
