@@ -305,8 +305,8 @@ def _of_rounding(folder, then, now):
     "A note where a base that was rounded in training is not rounded now, and that is more than computing explains"
     off = witness_difference(then['log_probs'][:len(now['log_probs'])], now['log_probs'])
     if not then.get('bits') or now.get('bits') or off<=witness_bounds.get(now['format'], math.inf): return []
-    return [f"{folder}: its base was rounded to {then['bits']} bits in training and is not rounded here, so answers differ "
-            f'by {off:.2g} nats a token; the merged model is the one that was trained']
+    return [f"{folder}: its base was rounded to {then['bits']} bits in training and is not rounded here, so answers "
+            f'differ by {off:.2g} nats a token; the merged model is the one that was trained']
 
 def check_witness(
     folder, # Of an adapter, a merged model or a checkpoint

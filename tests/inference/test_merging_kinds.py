@@ -1,5 +1,5 @@
-"""Every kind of adapter, trained by the trainer itself, in every way out: chat, merge (in memory and weight by weight) and
-export, each held against the model that was trained, in memory: `pytest -m slow -s tests/inference/test_merging_kinds.py`
+"""Every kind of adapter, trained by the trainer itself, in every way out: chat, merge (proved in memory, and weight by
+weight) and export, each held against the model that was trained, in memory
 """
 import pytest
 import torch
@@ -21,13 +21,15 @@ pytestmark = pytest.mark.slow
 small = dict(vocab_size=4096, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=512, initializer_range=.1, pad_token_id=0)
 head = dict(target_modules=['q_proj', 'lm_head'])
-kinds = dict(plain={}, rslora=dict(use_rslora=True), dora=dict(use_dora=True), gaussian=dict(init_lora_weights='gaussian'),
-             pissa=dict(init_lora_weights='pissa'), pissa_quick=dict(init_lora_weights='pissa_niter_4'),
+kinds = dict(plain={}, rslora=dict(use_rslora=True), dora=dict(use_dora=True),
+             gaussian=dict(init_lora_weights='gaussian'), pissa=dict(init_lora_weights='pissa'),
+             pissa_quick=dict(init_lora_weights='pissa_niter_4'),
              pissa_dora=dict(init_lora_weights='pissa', use_dora=True), olora=dict(init_lora_weights='olora'),
              orthogonal=dict(init_lora_weights='orthogonal'), bias_all=dict(bias='all'),
              bias_own=dict(bias='lora_only'), all_linear=dict(target_modules='all-linear'), head=head,
              head_dora=head | dict(use_dora=True), head_pissa=head | dict(init_lora_weights='pissa'),
-             head_olora=head | dict(init_lora_weights='olora'), embedding=dict(target_modules=['embed_tokens', 'v_proj']))
+             head_olora=head | dict(init_lora_weights='olora'),
+             embedding=dict(target_modules=['embed_tokens', 'v_proj']))
 cases = [*((k, 'qwen2', tied, None) for k in kinds for tied in (False, True)),
          *((k, 'mixtral', False, None) for k in ('plain', 'rslora', 'all_linear', 'dora', 'pissa')),
          *((k, 'qwen2', True, bits) for k in ('plain', 'rslora', 'dora', 'all_linear', 'bias_own') for bits in (8, 4))]
@@ -53,7 +55,8 @@ def made(tmp_path_factory):
 def table():
     rows = []
     yield rows
-    print(f'\n{"difference, nats a token":34}'+''.join(f'{w:>11}' for w in ways)+f'{"bound":>9}{"of chat":>9}{"effect":>9}')
+    print(f'\n{"difference, nats a token":34}'+''.join(f'{w:>11}' for w in ways),
+          f'{"bound":>8}{"of chat":>9}{"effect":>9}')
     for name,found,bound,effect in rows:
         if isinstance(found, str): print(f'{name:34}  refused: {found[:110]}')
         else: print(f'{name:34}'+''.join(f'{found[w]:11.1e}' for w in ways)+f'{bound["merged"]:9.0e}'
@@ -75,7 +78,7 @@ def train(made, folder, base, lora, bits=None, **more):
 def ways_out(run, base, monkeypatch):
     "How far each way out is from the model in memory; the bound, and what training changed"
     folder,rows = run.folder.path,witness_rows(run.tokenizer, small['vocab_size'])
-    rows += [[(7*i+3*k)%4000+5 for i in range(60)] for k in range(8)] # some hundred tokens that the witness does not ask
+    rows += [[(7*i+3*k)%4000+5 for i in range(60)] for k in range(8)] # what the witness does not ask
     trained,off = answered(run.model.eval(), rows),{}
     compare = lambda model: witness_difference(trained, answered(model, rows))
     off['chat'] = compare(load_for_chat(folder, adapter=True)[0])

@@ -162,11 +162,11 @@ def test_every_file_of_an_adapter_is_compared(tmp_path):
 def test_a_base_that_is_not_rounded_as_in_training_is_noted(tmp_path):
     where = base(tmp_path/'base')
     lora = LoRAConfig(r=4, target_modules=every, lora_dropout=0.0)
-    config = TrainingConfig(model_name=where, output_dir=tmp_path/'run', lora=lora, load_in_8bit=False, load_in_4bit=True,
-                            fp16=False)
+    config = TrainingConfig(model_name=where, output_dir=tmp_path/'run', lora=lora, load_in_8bit=False,
+                            load_in_4bit=True, fp16=False)
     model = add_lora(ready_for_quantised_training(load_model(where, quantisation=quantisation_of(config))), lora)
     save_run(RunFolder(tmp_path/'run'), model, load_tokenizer(where), config.to_dict())
-    with pytest.warns(UserWarning, match='rounded to 4 bits in training and is not rounded here, so answers differ by 0'):
+    with pytest.warns(UserWarning, match='to 4 bits in training and is not rounded here, so answers differ by 0'):
         load_adapter(tmp_path/'run'/'lora_weights')
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
