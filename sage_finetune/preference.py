@@ -472,7 +472,7 @@ def _predicted(config, machine, model_config):
 # %% ../nbs/04_preference.ipynb #79ed87da
 class PreferenceTrainer(LoRATrainer):
     "A run that learns from preferences, step by step"
-    is_preference = packaged = True
+    is_preference,packaged,result_class = True,True,PreferenceResult
 
     def __init__(self,
         config:PreferenceConfig, # What is requested; it is fitted to the machine when it is used

@@ -12,7 +12,7 @@ __all__ = ['RunState', 'LoopParts', 'LoRATrainer', 'train_from_meta', 'main', 'C
 import shutil,signal,sys,time
 from contextlib import nullcontext, suppress
 
-from .model.loading import dtype_of, load_model, quantisation_of, tokenizer_for # before transformers
+from .model.loading import dtype_of, load_model, put_aside_notes, quantisation_of, tokenizer_for # first
 from peft import PeftModel
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -35,9 +35,10 @@ from sage_finetune.training.loop import (
     StepGuard, Stopped, TokenMetrics, trackers, training_arguments
 )
 from sage_finetune.training.resume import (
-    check_same_run, checkpoint_step, clear_run, data_digest, differences, fit_of_run, is_last_step, keep_best,
-    keep_last_step, library_versions, load_last_step, losses_before, memory_ran_out, remembered_changes, replay_loss,
-    RowsDigest, run_record, save_run, smaller_micro_batches, StopSignal, TrainingResult, with_place, without_traceback
+    check_same_run, checkpoint_step, clear_run, data_digest, differences, finished_result, fit_of_run, is_last_step,
+    keep_best, keep_last_step, library_versions, load_finished, load_last_step, losses_before, memory_ran_out,
+    remembered_changes, result_of, RowsDigest, run_record, save_run, smaller_micro_batches, StopSignal, TrainingResult,
+    with_place, without_traceback
 )
 from sage_finetune.training.processes import (
     agreed, joined_processes, one_after_another, processes_line, refuse_smaller_micro_batches, tell, wait_for_all
@@ -137,7 +138,7 @@ class LoopParts(RunState):
 # %% ../nbs/02_trainer.ipynb #8c099757
 class LoRATrainer(LoopParts):
     "A LoRA fine-tuning run, step by step"
-    packaged = True # Its steps are not those of a user's subclass
+    packaged,result_class = True,TrainingResult # the first: its steps are not those of a user's subclass
     def load_model_and_tokenizer(self):
         "Load the model in the precision that fits this machine, and its tokenizer"
         self.tokenizer,c,self._announced = _begin(self),self.fitted,False
@@ -147,7 +148,7 @@ class LoRATrainer(LoopParts):
         "Freeze the model and put the adapter on it"
         self.model = _with_lora(self.model, self.config)
         begin_with_parent(self.model, self.tokenizer, self.config, self.say)
-        self.say(adapter_line(self.model))
+        self.say('\n'.join([adapter_line(self.model), *put_aside_notes(self.model)]))
 
     def prepare_data(self):
         "Read the rows, hold some out, and report what became of each"
@@ -300,7 +301,7 @@ def _resume_point(run, fresh):
     record = _record(run)
     _start_anew(run) if fresh else check_same_run(run.folder, record, run.say)
     start = agreed(None if fresh else last_checkpoint(run.folder.checkpoints, run.say))
-    if not process():
+    if not (process() or finished_result(run.folder, run.result_class)):
         write_json(run.folder.config, record)
         if run.data_report: run.data_report.save(run.folder.data_report)
     return start
@@ -365,14 +366,14 @@ def _stop_here(run, fault):
 # %% ../nbs/02_trainer.ipynb #2f01f1d2
 def _result(run, before, seconds):
     "The results of a run; `before` holds its losses before the first step"
-    log,steps = run.trainer.state.log_history,run.trainer.state.global_step # the same in every process
     best = keep_best(run.trainer, run.config, run.folder.checkpoints, run.say)
-    at = steps if best is None else best
-    known = [m['eval_loss'] for m in log if m['step']==at and 'eval_loss' in m]
-    after = None if run.eval_dataset is None else known[-1] if known else run.trainer.evaluate()['eval_loss']
-    train_loss = next((m['loss'] for m in reversed(log) if 'loss' in m), None)
-    return run.result(TrainingResult(steps, before[0], after, train_loss, round(seconds, 2), best, before[1],
-                                     replay_loss(run.trainer, run.replay_eval_dataset), run.trainer.skipped_steps()))
+    return run.result(result_of(run.trainer, best, before, run.replay_eval_dataset, seconds))
+
+def _finished(run):
+    "The result of a run that was finished before, whose files stay as they are; None where there is something to do"
+    result = finished_result(run.folder, run.result_class)
+    if result and not load_finished(run.trainer, run.config, run.folder, run.say): run.model = run.trainer = None
+    return result
 
 # %% ../nbs/02_trainer.ipynb #2f01f1e2
 def _drop_merged(run):
@@ -383,18 +384,18 @@ def _drop_merged(run):
 
 def _finish(run, result, new_adapter):
     "Save adapter and results"
-    folder = run.folder
     if new_adapter: _drop_merged(run)
     run.save_model()
     if process(): return
-    write_json(folder.config, read_json(folder.lora_weights/'training_config.json')) # with changes while running
-    plot_losses(read_metrics(folder.metrics), folder.loss_curve)
-    write_json(folder.results, vars(result))
-    write_record(folder.path)
+    write_json(run.folder.config, read_json(run.folder.lora_weights/'training_config.json'))
+    plot_losses(read_metrics(run.folder.metrics), run.folder.loss_curve)
+    write_json(run.folder.results, vars(result))
+    write_record(run.folder.path)
 
 # %% ../nbs/02_trainer.ipynb #ca466627
 def _train_and_save(run, start):
     "Train to the last step, and save the results"
+    if result := _finished(run): return result
     if not process(): (run.folder.path/manifest_file).unlink(missing_ok=True) # its files change from here on
     new_adapter,fault = not (start and is_last_step(start) and run.folder.state in ('trained', 'merged')),None
     with run.stop_signal.listening(run.say):

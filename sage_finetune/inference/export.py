@@ -203,7 +203,8 @@ def _settings_part(source):
 
 # %% ../../nbs/inference/08_export.ipynb #c0000009
 _figures = dict(loss_before='held-out loss of the base', loss_after='held-out loss after training',
-                train_loss='training loss', steps='steps',
+                loss_after_step='step at which that was measured', train_loss='training loss',
+                train_steps='first and last step that it is the mean of', steps='steps',
                 margin_before='reward margin on held-out pairs before training',
                 margin_after='the same after training', accuracy_after='share of held-out pairs ranked correctly')
 _exam = dict(questions='exam questions', share_before='answered correctly by the base',

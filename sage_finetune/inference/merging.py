@@ -28,7 +28,7 @@ from ..rows.images import image_inputs
 from ..rows.template import images_of
 from ..rows.tokens import encode, encode_prompt
 from ..data import conversations, source_of
-from ..model.loading import dtype_of, load_model, model_class, quiet_libraries
+from ..model.loading import dtype_of, load_model, model_class, put_aside_notes, quiet_libraries
 from sage_finetune.model.shards import (
     fetched_folder, local_folder, logits_together, model_without_weights, read_as_needed, stored_tensors
 )
@@ -215,16 +215,16 @@ def _reference_streamed(plan, dtype, rows, asked=()):
     on = put_adapters(model, plan.adapters, empty=True)
     low_rank = {f'{path}.{n}': t for path,layer in on.named_modules() if hasattr(layer, 'lora_A')
                 for n,t in layer_tensors(path, layer, adapters).items()}
+    asked_base = []
     def read(name):
         if name in low_rank: return low_rank[name].read().float()
         plain = bare_name(name)
-        whole = plan.changes.replaced.get(plain) if '.original_module.' not in name else None
+        whole = plan.changes.replaced.get(plain) if '.original_module.' not in name and not asked_base else None
         return (whole or base.stored[base.key(plain)]).read().to(dtype)
     with read_as_needed(on.eval(), read):
         tuned,more = _apart(logits_together(on, [*rows, *asked]), rows, asked)
-        with warnings.catch_warnings(), base_of(on):
-            warnings.simplefilter('ignore')
-            plain = logits_together(on, rows)
+        asked_base.append(True)
+        with base_of(on): plain = logits_together(on, rows)
     known = [t[:, :p.shape[1]] for t,p in zip(tuned, plain)] # without the tokens that the base does not have
     return _ProofSample(tuned, _next_tokens(tuned), largest_difference(known, plain), divergence(known, plain),
                         dtype=dtype, **more)
@@ -294,13 +294,23 @@ def _stopped(folder):
     at = stopped_at(folder)
     return f"the run was stopped at step {at.get('step')} of {at.get('of')}: this is its adapter at that step"
 
+def _generation_settings(plan, *folders):
+    "Something with the generation settings of the first folder that has some, or of the base"
+    from types import SimpleNamespace
+    from transformers import AutoConfig, GenerationConfig
+    place = local_folder(plan.base)
+    found = [f for f in (*folders, place) if f and (f/'generation_config.json').is_file()]
+    return SimpleNamespace(generation_config=GenerationConfig.from_pretrained(found[0]) if found else
+                           GenerationConfig.from_model_config(AutoConfig.from_pretrained(place or plan.base)))
+
 def _checked_form(plan, ignore):
     "Notes, and the tokenizer that all adapters were trained with"
     from sage_finetune.model.loading import load_tokenizer
     tokenizer = load_tokenizer(str(plan.first) if (plan.first/'tokenizer_config.json').is_file() else plan.base)
     folders = [path for path,_ in plan.adapters.values()]
     return [*map(_stopped, filter(stopped_at, folders)),
-            *(n for path in folders for n in check_contract(path, tokenizer, plan.base, ignore))],tokenizer
+            *(n for path in folders for n in check_contract(path, tokenizer, plan.base, ignore)),
+            *put_aside_notes(_generation_settings(plan))],tokenizer
 
 # %% ../../nbs/inference/03_merging.ipynb #b000000e
 def _free_memory():
@@ -333,16 +343,6 @@ def _bound(plan, reference, rounding=0.0):
     return max(plain, merge_bounds['bfloat16'])+2*rounding if plan.bits and reference else plain
 
 # %% ../../nbs/inference/03_merging.ipynb #b0000011
-def _generation_settings(plan):
-    "Something with the generation settings of the adapter or its base"
-    from types import SimpleNamespace
-    from transformers import AutoConfig, GenerationConfig
-    place = local_folder(plan.base)
-    found = [f for f in (plan.first, place) if f and (f/'generation_config.json').is_file()]
-    return SimpleNamespace(generation_config=GenerationConfig.from_pretrained(found[0]) if found else
-                           GenerationConfig.from_model_config(AutoConfig.from_pretrained(
-                               place or plan.base, trust_remote_code=False)))
-
 def _measured(place, tokenizer, probes, reference, streamed):
     "How far a merged model, read back from disk, is from what was trained"
     now = (_sample_streamed(place, probes[0], reference.dtype, reference.asked) if streamed
@@ -436,7 +436,7 @@ def _written_ways(folder, plan, tokenizer, proof):
     for i,(onto,quantised) in enumerate(_ways(plan, proof and proof.reference.quantised)):
         place = folder/f'way{i}'
         write_merged(place, plan, quantised)
-        save_contract(place, tokenizer, _generation_settings(plan), plan.base)
+        save_contract(place, tokenizer, _generation_settings(plan, plan.first), plan.base)
         ways[place] = dict(onto=onto)
         if not proof: continue
         ways[place] |= _measured(place, tokenizer, (proof.rows, proof.prompts), proof.reference, proof.streamed)

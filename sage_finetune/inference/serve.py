@@ -105,6 +105,11 @@ def _has_date(folder):
     file = folder/'chat_template.jinja'
     return file.is_file() and 'date_string' in file.read_text(encoding='utf-8')
 
+def _own_settings(folder):
+    "What a model asks for in its answers"
+    file = folder/'generation_config.json'
+    return read_json(file) if file.is_file() else {}
+
 def vllm_command(
     served:Served, # What is to be served
     host:str, # Address to listen on
@@ -113,6 +118,7 @@ def vllm_command(
 )->list: # The program and its arguments
     "The command line of vLLM"
     settings = dict(temperature=0.0, repetition_penalty=1.0)
+    if 'max_new_tokens' in _own_settings(served.folder): settings['max_new_tokens'] = None
     model,name = (served.base, served.base) if served.base else (str(served.folder), served.name)
     return ['vllm', 'serve', model, '--served-model-name', name, '--host', host, '--port', str(port),
             '--generation-config', str(served.folder), '--override-generation-config', json.dumps(settings),
@@ -258,10 +264,19 @@ def _other_engine(served, order):
     if order['engine']=='vllm':
         command = vllm_command(served, order['host'], order['port'], order['options'])
         return command,dict(VLLM_API_KEY=order['api_key']) if order['api_key'] else {},notes
+    from types import SimpleNamespace
     from huggingface_hub import constants
+    from transformers import GenerationConfig
+    from sage_finetune.model.loading import put_aside
     from sage_finetune.core.machine import Machine
     Path(constants.HF_HUB_CACHE).mkdir(parents=True, exist_ok=True) # without it, /v1/models fails
     device = Machine.here().device
+    try: own = SimpleNamespace(generation_config=GenerationConfig(**_own_settings(served.folder)))
+    except (ValueError, TypeError) as e:
+        raise SageError(f'`transformers serve` refuses {served.folder}/generation_config.json ({one_line(str(e), 200)}): '
+                        f'choose the engine "native", which puts it aside') from None
+    if aside := ', '.join(put_aside(own)):
+        notes = [*notes, f'`transformers serve` follows generation settings that `chat` puts aside: {aside}']
     return transformers_command(served, order['host'], order['port'], device, order['options']),{},notes
 
 # %% ../../nbs/inference/07_serve.ipynb #44c022ab

@@ -75,10 +75,10 @@ def _targets(model, wanted):
     return {n: m for layers in found.values() for n,m in layers.items()}
 
 # %% ../../nbs/model/02_adapter.ipynb #8a1354be
-def _values_of_base(adapted, moved):
-    "What is trained and belongs to the base: biases, and the lengths of DoRA where its weights were moved"
-    return {n: p.detach().clone() for n,p in adapted.named_parameters() if p.requires_grad
-            and (n.endswith('bias') and '.lora_' not in n or moved and 'lora_magnitude_vector' in n)}
+def _values_of_base(adapted):
+    "The biases that are trained and belong to the base, as it has them"
+    return {n: p.detach().clone() for n,p in adapted.named_parameters()
+            if p.requires_grad and n.endswith('bias') and '.lora_' not in n}
 
 def _cast_without_autocast(x, dtype):
     "In place of peft's method, which brings an input to the 32 bits of A that autocast brings back to 16"
@@ -101,11 +101,11 @@ def add_lora(
                                 '.*(rank|alpha)_pattern keys did not match') # peft looks for parameters among layers
         try: adapted = get_peft_model(model, settings)
         except (ValueError, AttributeError) as e: raise _in_our_words(e, lora) from None
+    adapted.base_values = _values_of_base(adapted)
     for p in adapted.parameters():
         if p.requires_grad: p.data = p.data.float() # biases too: the optimizer's steps are below what 16 bits resolve
     for layer in adapted.modules():
         if isinstance(layer, LoraLayer) and not layer.lora_variant: layer._cast_input_dtype = _cast_without_autocast
-    adapted.base_values = _values_of_base(adapted, changes_base(lora))
     if changes_base(lora): adapted.adapter_start = low_rank(get_peft_model_state_dict(adapted))
     return adapted
 

@@ -6,13 +6,11 @@ Docs: https://sage-finetune.github.io/sage_finetune/model/contract.html.md"""
 
 # %% auto #0
 __all__ = ['contract_file', 'witness_file', 'witness_bounds', 'stop_ids', 'contract_of', 'save_contract', 'contract_faults',
-           'check_contract', 'base_of', 'witness_rows', 'log_probs_of', 'answered', 'witness_of', 'save_witness',
+           'check_contract', 'witness_rows', 'log_probs_of', 'answered', 'witness_of', 'save_witness',
            'witness_difference', 'witness_bound', 'read_witness', 'witness_fault', 'check_witness']
 
 # %% ../../nbs/model/05_contract.ipynb #1023d0bb
-import hashlib,json,math,random,warnings
-from contextlib import contextmanager
-from copy import deepcopy
+import hashlib,json,math,random
 from pathlib import Path
 
 import torch
@@ -21,9 +19,9 @@ from ..core.disk import manifest_fault, manifest_file, places_note, read_json, S
 from ..rows.images import copy_processor, processor_digest
 from ..rows.template import render
 from ..rows.tokens import encode, end_of_turn_ids
-from .loading import load_tokenizer, quiet_libraries
+from .loading import harmless_settings, load_tokenizer, put_aside, quiet_libraries
 from .loss import evaluating
-from .shards import base_files, local_folder, stored_tensors, weights_digest
+from .shards import base_files, base_of, local_folder, stored_tensors, weights_digest
 
 # %% ../../nbs/model/05_contract.ipynb #183fba91
 def stop_ids(
@@ -74,14 +72,12 @@ def contract_of(
 
 # %% ../../nbs/model/05_contract.ipynb #209da1c8
 def _generation_settings(model, tokenizer):
-    "A copy of a model's generation settings that stop where an answer ends"
-    from transformers import GenerationConfig
-    g = deepcopy(getattr(model, 'generation_config', None) or GenerationConfig())
+    "The generation settings of a model that leave the likeliest token the likeliest, and stop where an answer ends"
+    g = harmless_settings(model)
     g.eos_token_id = stop_ids(model, tokenizer)
     if tokenizer.pad_token_id is not None: g.pad_token_id = tokenizer.pad_token_id
-    if not g.do_sample: g.temperature = g.top_p = g.top_k = None # some bases ship both, which no longer can be saved
     try: g.validate(strict=True)
-    except (ValueError, TypeError): return GenerationConfig(eos_token_id=g.eos_token_id, pad_token_id=g.pad_token_id)
+    except (ValueError, TypeError): return type(g)(eos_token_id=g.eos_token_id, pad_token_id=g.pad_token_id)
     return g
 
 # %% ../../nbs/model/05_contract.ipynb #dc5900a4
@@ -97,8 +93,9 @@ def save_contract(
         _generation_settings(model, tokenizer).save_pretrained(folder)
         copy_processor(tokenizer, folder)
     seen = processor_digest(folder)
-    return write_json(Path(folder)/contract_file,
-                      contract_of(tokenizer, model, base) | (dict(processor=seen) if seen else {}))
+    more = dict(processor=seen) if seen else {}
+    if aside := put_aside(model): more['put_aside'] = {k: str(v)[:200] for k,v in aside.items()}
+    return write_json(Path(folder)/contract_file, contract_of(tokenizer, model, base) | more)
 
 # %% ../../nbs/model/05_contract.ipynb #d12284bf
 def _special_faults(then, now):
@@ -173,48 +170,6 @@ def check_contract(
     if not faults or ignore: return [*notes, *(f'{folder}: {f}' for f in faults)]
     raise SageError(f'{folder} would be used in another form than it was trained in: {"; ".join(faults)}. '
                     f'Put back what was there, or pass `ignore_contract=True`')
-
-# %% ../../nbs/model/05_contract.ipynb #c0b5e002
-def _start_values(model):
-    "Parameter → its value at the beginning of training, of an adapter that took a part of its base"
-    start = getattr(model, 'adapter_start', None) or {}
-    names = {n.replace('.default', '', 1): n for n,_ in model.named_parameters() if '.default' in n}
-    return {names[k]: t for k,t in start.items() if k in names}
-
-@contextmanager
-def _holding(model, values):
-    "While the block runs, some parameters of a model (by name) have other numbers"
-    held = [(p, p.data, values[n]) for n,p in model.named_parameters() if n in values]
-    try:
-        for p,data,value in held: p.data = value.to(data.device, data.dtype)
-        yield
-    finally:
-        for p,data,_ in held: p.data = data
-
-# %% ../../nbs/model/05_contract.ipynb #c0b5e003
-@contextmanager
-def _without_others(model):
-    "While the block runs, no adapter but the one that is trained acts"
-    others = [(m.scaling, n, s) for m in model.modules() if isinstance(getattr(m, 'scaling', None), dict)
-              for n,s in m.scaling.items() if n!='default']
-    try:
-        for scaling,name,_ in others: scaling[name] = 0.0
-        yield
-    finally:
-        for scaling,name,s in others: scaling[name] = s
-
-@contextmanager
-def base_of(
-    model, # A model, perhaps with an adapter
-): # While the block runs, it answers as its base
-    "Inside this block a model with an adapter answers as its base did before it was trained"
-    if not hasattr(model, 'disable_adapter'):
-        yield
-        return
-    start,own = _start_values(model),getattr(model, 'base_values', {})
-    with _holding(model, start | own), warnings.catch_warnings():
-        if own: warnings.filterwarnings('ignore', message='Careful, disabling adapter layers with bias')
-        with _without_others(model) if start else model.disable_adapter(): yield
 
 # %% ../../nbs/model/05_contract.ipynb #c0b5e007
 witness_file = 'witness.json'

@@ -1,4 +1,4 @@
-"""The weights of a model on disk, one tensor at a time, and whether they are all there
+"""The weights of a model on disk, one tensor at a time, whether they are all there, and the base below an adapter
 
 Docs: https://sage-finetune.github.io/sage_finetune/model/shards.html.md"""
 
@@ -6,7 +6,8 @@ Docs: https://sage-finetune.github.io/sage_finetune/model/shards.html.md"""
 
 # %% auto #0
 __all__ = ['Stored', 'read_header', 'local_folder', 'fetched_folder', 'stored_tensors', 'weights_digest', 'base_files',
-           'base_digest', 'model_without_weights', 'read_as_needed', 'logits_together', 'write_tensors', 'write_model']
+           'base_digest', 'model_without_weights', 'read_as_needed', 'logits_together', 'bare_name', 'moves_base',
+           'BaseSwitch', 'base_of', 'write_tensors', 'write_model']
 
 # %% ../../nbs/model/04_shards.ipynb #ed9686ce
 import hashlib,json
@@ -233,6 +234,112 @@ def logits_together(
     ids = torch.tensor([[*r, *[0]*(longest-len(r))] for r in rows])
     logits = model(input_ids=ids, use_cache=False).logits
     return [l[:len(r)].float() for l,r in zip(logits, rows)]
+
+# %% ../../nbs/model/04_shards.ipynb #b97d4551
+def bare_name(
+    key:str, # Name of a tensor in an adapter or in a model with one
+)->str: # Name in the plain model
+    "The name of a weight without what PEFT puts into it"
+    for part in ('.token_adapter', '.base_layer', '.modules_to_save.default', '.modules_to_save', '.original_module'):
+        key = key.replace(part, '')
+    return key.removeprefix('base_model.model.')
+
+# %% ../../nbs/model/04_shards.ipynb #c0b5e002
+# Beginnings of LoRA that take a part of the base's weights, as PEFT names them
+_moving_starts = 'pissa', 'olora', 'corda', 'loftq', 'lora_ga'
+
+def moves_base(
+    model, # With an adapter
+)->bool: # True for PiSSA and OLoRA in the process that trained them
+    "Whether the weights of the base, as they are in memory, were moved when the adapter began"
+    return any(str(getattr(c, 'init_lora_weights', True)).lower().startswith(_moving_starts)
+               for c in model.peft_config.values())
+
+# %% ../../nbs/model/04_shards.ipynb #c0b5e012
+def _of_base(name): return not any(part in name for part in ('.lora_', '.modules_to_save.', '.trainable_tokens_'))
+
+def _touched(model):
+    "Name → parameter, for those of the base that may have other numbers than in its files"
+    ends = ('.base_layer.weight',) if moves_base(model) else ()
+    biases = {getattr(c, 'bias', None) for c in model.peft_config.values()}
+    ends += ('.bias',) if 'all' in biases else ('.base_layer.bias',) if 'lora_only' in biases else ()
+    own = getattr(model, 'base_values', {})
+    return {n: p for n,p in model.named_parameters() if n in own or ends and n.endswith(ends) and _of_base(n)}
+
+# %% ../../nbs/model/04_shards.ipynb #c0b5e003
+def _stored_as(name, stored):
+    "The tensor on disk that a parameter was loaded from; names may lack their first parts there"
+    parts = bare_name(name).split('.')
+    return next((stored[k] for i in range(len(parts)) if (k := '.'.join(parts[i:])) in stored), None)
+
+def _untouched(model):
+    "Parameter, its numbers in the base; and why they are not known, or None"
+    own,found = getattr(model, 'base_values', {}),[]
+    touched = {n: p for n,p in _touched(model).items() if p.device.type!='meta'}
+    name = getattr(model.get_base_model().config, '_name_or_path', '')
+    place = local_folder(name) if name and touched.keys()-own else None
+    stored = stored_tensors(place) if place else {}
+    for name,p in touched.items():
+        t = own[name] if name in own else _stored_as(name, stored)
+        if t is None or (name not in own and tuple(t.shape)!=tuple(p.shape)):
+            return [],f'{bare_name(name)} of the base was changed, and as it was it is in no file here'
+        found.append((p, t if name in own else t.read().to(p.dtype)))
+    return found,None
+
+# %% ../../nbs/model/04_shards.ipynb #c0b5e004
+def _why_not(model):
+    "Why an adapter cannot be taken away from its base; None where it can"
+    if any(getattr(m, 'merged_adapters', None) for m in model.modules()):
+        return 'its adapter is merged into the weights in memory, which rounds them'
+    if any(getattr(c, 'layer_replication', None) for c in model.peft_config.values()):
+        return 'its adapter repeats layers of the base (`layer_replication`)'
+
+# %% ../../nbs/model/04_shards.ipynb #c0b5e013
+class BaseSwitch:
+    "Makes a model with an adapter its untouched base, and the tuned model again"
+    def __init__(self,
+        model, # With an adapter
+    ):
+        why = _why_not(model)
+        self.values,lost = ([],None) if why else _untouched(model) # the second: of the base
+        if why := why or lost:
+            raise SageError(f'the model in memory cannot answer as its base: {why}; load the saved adapter, '
+                            f'or give the base itself as a second model')
+        self.values = [(p, t.to(p.device)) for p,t in self.values]
+        self.parts = [m for m in model.modules() if hasattr(m, '_disable_adapters')]
+        self.rows = [(m, len(t)) for p,t in self.values for m in model.modules()
+                     if getattr(m, 'weight', None) is p and getattr(m, 'num_embeddings', len(t))!=len(t)]
+
+    def on(self): # not PEFT's `disable_adapter`, which goes through all modules and decides anew what is trained
+        "Become the base"
+        self.before = [(m, m._disable_adapters) for m in self.parts],[(p, p.data) for p,_ in self.values]
+        self.sizes = [(m, m.num_embeddings) for m,_ in self.rows]
+        for m in self.parts: m._disable_adapters = True
+        for p,t in self.values: p.data = t
+        for m,n in self.rows: m.num_embeddings = n
+
+    def off(self):
+        "Become what it was"
+        for m,disabled in self.before[0]: m._disable_adapters = disabled
+        for p,data in self.before[1]: p.data = data
+        for m,n in self.sizes: m.num_embeddings = n
+
+# %% ../../nbs/model/04_shards.ipynb #c0b5e006
+@contextmanager
+def base_of(
+    model, # A model, perhaps with an adapter
+): # While the block runs, it answers as its base
+    "Inside this block a model with an adapter answers as its base did before it was trained, bit-exactly"
+    if not hasattr(model, 'disable_adapter'):
+        yield
+        return
+    if any(c.is_prompt_learning or c.is_adaption_prompt for c in model.peft_config.values()):
+        with model.disable_adapter(): yield
+        return
+    switch = BaseSwitch(model)
+    switch.on()
+    try: yield
+    finally: switch.off()
 
 # %% ../../nbs/model/04_shards.ipynb #14322d26
 def write_tensors(

@@ -28,11 +28,13 @@ class RunResult(Shown):
     steps: int = 0 # Optimizer steps in all
     loss_before: float|None = None # On held-out rows, before the first step
     loss_after: float|None = None # On held-out rows, after the last step
-    train_loss: float|None = None # Last training loss that was logged
+    train_loss: float|None = None # Mean over the learned tokens of some steps, `train_steps`
     best_step: int|None = None # Step of the adapter that was kept, where the best one was asked for
     earlier_before: float|None = None # On held-out rows of the parent run, before the first step
     earlier_after: float|None = None # The same at the end
-    seconds: float = 0.0 # Spent training, by this call
+    train_steps: list|None = None # First and last step of the window that `train_loss` is of
+    loss_after_step: int|None = None # Step at which `loss_after` was measured
+    seconds: float = 0.0 # Spent training, by this call; of a run that was finished before, by that one
     rows: dict = field(default_factory=dict) # Rows read, used, dropped and held out, examples and tokens
     changes: list = field(default_factory=list) # {setting, asked, used, reason} for what was changed for the machine
     machine: str = '' # Where it ran
@@ -59,6 +61,7 @@ def _result_table(result):
 
 def _value_text(value):
     if isinstance(value, float): return f'{value:.4g}'
+    if isinstance(value, list): return ' to '.join(map(str, value))
     if isinstance(value, dict): return ', '.join(f'{n:,} {k}' for k,n in value.items())
     return f'{value:,}' if isinstance(value, int) else value
 

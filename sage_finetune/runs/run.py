@@ -16,7 +16,9 @@ from itertools import cycle
 from pathlib import Path
 
 from ..core.disk import manifest_fault, manifest_file, read_json, SageError
-from ..core.display import falling, on_any_background, Panel, Shown, shown_figure, size_text, Table
+from sage_finetune.core.display import (
+    falling, held_out_name, on_any_background, Panel, Shown, shown_figure, size_text, Table, training_loss_name
+)
 from ..config import config_from_meta, PreferenceConfig, TrainingConfig
 from ..core.exits import as_written_here
 from ..core.machine import Change, Changes
@@ -112,7 +114,8 @@ def _facts(run):
             ('adapter', f'rank {c.lora.r}, alpha {c.lora.lora_alpha}, on {_plain(c.lora.target_modules)}'),
             ('machine', run.machine),
             ('changed for it', ', '.join(f'{x.setting}: {_plain(x.asked)} → {_plain(x.used)}' for x in run.changes)),
-            ('steps', r.get('steps')), ('held-out loss', _both(r)), ('training loss', falling(r.get('train_loss')))]
+            ('steps', r.get('steps')), (held_out_name(r.get('loss_after_step'), r.get('steps')), _both(r)),
+            (training_loss_name(r.get('train_steps')), falling(r.get('train_loss')))]
     return Table(['', ''], [row for row in rows if row[1]])
 
 def _run_panel(run):
@@ -222,16 +225,22 @@ def _differing(each):
 # %% ../../nbs/runs/04_run.ipynb #082a90d4
 def _median(xs): return sorted(xs)[len(xs)//2] if xs else None
 
+def _of_steps(line):
+    "The training loss of a line of the log, and of which steps it is"
+    first,last = line.get('from_step'),line.get('step')
+    of = '' if first is None else f' (step {last})' if first==last else f' (steps {first} to {last})'
+    return falling(line.get('loss'))+of
+
 def _figures(run):
     "{figure: as text}"
     r,log = run.results,run.metrics
     of = lambda key: [m[key] for m in log if m.get(key) is not None]
     rate,memory,seen = _median(of('tokens_per_second')),max(of('memory'), default=None),_tokens(run)
-    last = of('loss')[-1:] or [None]
+    last = next((m for m in reversed(log) if 'loss' in m), {})
     return {'state': run.state, 'steps': str(r.get('steps') or max(of('step'), default=0)),
             'tokens seen': f'{seen[-1][1]:,.0f}' if seen else '',
             'held-out loss before': falling(r.get('loss_before')),
-            'held-out loss after': falling(r.get('loss_after')), 'last training loss': falling(last[0]),
+            'held-out loss after': falling(r.get('loss_after')), 'last training loss': _of_steps(last),
             'best step': str(r.get('best_step') or ''), 'seconds': f"{r['seconds']:,.0f}" if 'seconds' in r else '',
             'tokens per second': f'{rate:,.0f}' if rate else '', 'peak memory': size_text(memory) if memory else ''}
 

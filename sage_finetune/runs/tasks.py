@@ -205,6 +205,8 @@ def new_run(
     if 'held_out_code.json' in files: settings['eval_data_path'] = 'held_out_code.json'
     meta = _meta(run, task, model, file, format_type, settings, data)
     _check_folder(run, meta, files, fresh)
+    if not fresh and run.meta.is_file() and read_json(run.meta)==json.loads(json.dumps(meta, default=str)):
+        return run,notes # it asks for the same, and its files are these
     with only_run(run.path, 'set up'):
         _check_folder(run, meta, files, fresh) # once more, now that nobody else writes there
         write_json(run.meta, meta) # first: it says whose folder this is
@@ -363,17 +365,20 @@ def quickstart(
     fresh:bool=False, # Start from scratch instead of resuming
     quiet:bool=False, # Say nothing and show no progress
 )->QuickstartResult: # Every figure, measured
-    "Data, training, exam, merge and exam again, in one run folder"
+    "Data, training, exam, merge and exam again, in one run folder; one that was finished is read back"
     from sage_finetune.trainer import LoRATrainer
+    from sage_finetune.training.resume import finished_result, TrainingResult
     began = time.monotonic()
     run,notes = _own_folder(task, model, data, output, max_facts, fresh)
     trainer = LoRATrainer(config_from_meta(run.path), quiet=quiet)
     for line in notes: trainer.say(line)
+    before,stored = None if fresh else finished_result(run, TrainingResult),run.path/'quickstart.json'
     result = trainer.train(fresh=fresh)
+    if before and run.state=='merged' and stored.is_file(): return QuickstartResult(**read_json(stored))
     source = notes[0] if notes else source_words(trainer.config.data_path)
     done = QuickstartResult(str(run.path), source, result.loss_before, result.loss_after,
                             **_examined(run, trainer), seconds=time.monotonic()-began)
-    write_json(run.path/'quickstart.json', asdict(done))
+    write_json(stored, asdict(done))
     return done
 
 def _own_folder(task, model, data, output, max_facts, fresh):

@@ -172,13 +172,14 @@ def only_numbers(
 
 # %% ../../nbs/training/03_callbacks.ipynb #d0000003
 class EvaluateFirst(TrainerCallback):
-    "At the end of an epoch, evaluate before the checkpoint is written, so that a run resumed from it has the figure"
-    at = None # Step of the last such evaluation
+    "What is due together: training and held-out loss, the last window, and an epoch's evaluation before its save"
+    at = None # Step of the last evaluation at the end of an epoch
 
     def on_step_end(self, args, state, control, **kwargs):
-        if args.eval_strategy!='epoch' or not (float(state.epoch).is_integer() or state.global_step>=state.max_steps):
-            return
-        control.should_evaluate,self.at = True,state.global_step
+        ends = state.global_step>=state.max_steps
+        if args.eval_strategy=='epoch' and (float(state.epoch).is_integer() or ends):
+            control.should_evaluate,self.at = True,state.global_step
+        if control.should_evaluate or ends: control.should_log = True # the window so far, however short
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.at==state.global_step: control.should_evaluate = False

@@ -428,6 +428,7 @@ class ResumableTrainer(StepChecks, SeededOrder, WholeCheckpoints):
         if 'loss' in logs:
             figures = self.meter.line(self.accelerator.gather, self.count_operations, self.peak)
             logs.update(figures | self.skipped.line())
+            logs['from_step'] = 1+max((m['step'] for m in self.state.log_history if 'loss' in m), default=0)
         super().log(logs, *args, **kwargs)
 
 # %% ../../nbs/training/04_loop.ipynb #4a01f0ba

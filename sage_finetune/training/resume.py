@@ -6,14 +6,15 @@ Docs: https://sage-finetune.github.io/sage_finetune/training/resume.html.md"""
 
 # %% auto #0
 __all__ = ['memory_ran_out', 'data_digest', 'RowsDigest', 'differences', 'library_versions', 'run_record', 'check_same_run',
-           'save_run', 'clear_run', 'checkpoint_step', 'is_last_step', 'load_last_step', 'logged_before_training',
-           'replay_loss', 'losses_before', 'keep_best', 'TrainingResult', 'StopSignal', 'keep_last_step', 'with_place',
-           'without_traceback', 'smaller_micro_batches', 'remembered_changes', 'remembered_fit', 'fit_of_run']
+           'save_run', 'clear_run', 'checkpoint_step', 'is_last_step', 'load_last_step', 'finished_result',
+           'load_finished', 'logged_before_training', 'replay_loss', 'losses_before', 'keep_best', 'result_of',
+           'TrainingResult', 'StopSignal', 'keep_last_step', 'with_place', 'without_traceback', 'smaller_micro_batches',
+           'remembered_changes', 'remembered_fit', 'fit_of_run']
 
 # %% ../../nbs/training/05_resume.ipynb #5b01f0c2
 import hashlib,os,signal,threading,time,warnings
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -22,11 +23,11 @@ from peft import PeftModel
 from transformers import TrainerState
 
 from ..core.disk import read_json, refuse_foreign, SageError, whole_folder, write_json, write_manifest
-from ..core.display import falling, Shown, Table
+from ..core.display import falling, held_out_name, Shown, Table, training_loss_name
 from ..core.machine import Change, division, Machine, process, processes
 from sage_finetune.core.run_folder import (
-    checkpoint_fault, last_checkpoint, refuse_added, refuse_foreign_run, refuse_links, record_notes, remove_part,
-    RunFolder, written_by_run
+    checkpoint_fault, last_checkpoint, refuse_added, refuse_foreign_run, refuse_links, record_fault, record_notes,
+    remove_part, RunFolder, written_by_run
 )
 from ..core.exits import goes_on, Interrupted, leave_terminal, stop_signals
 from ..config import embedded_model, fit_config, TrainingConfig
@@ -164,8 +165,10 @@ def check_same_run(
     for note in record_notes(folder.path): warnings.warn(note, stacklevel=3)
     before = read_json(folder.config)
     if other := differences(before, record):
-        raise SageError(f"{folder.path} holds another run ({'; '.join(other)}): "
-                        f"give another `output_dir`, or start anew with `train(fresh=True)`")
+        further = (f', there with `init_adapter="{folder.path}"` to go on from the adapter of this run (and '
+                   f'`stack_adapter=True` to train a second one on top of it)' if folder.lora_weights.is_dir() else '')
+        raise SageError(f"{folder.path} holds another run ({'; '.join(other)}): give another `output_dir`{further}, "
+                        f"or start anew with `train(fresh=True)`, `--fresh`")
     if other := _fitted_otherwise(before, record): say(f"Fitted to this machine otherwise than before: {other}")
     if before.get('_processes', 1)!=processes():
         say(f"Another number of processes ({before.get('_processes', 1)} → {processes()}): "
@@ -231,6 +234,31 @@ def load_last_step(
     else: trainer._load_from_checkpoint(str(checkpoint))
     trainer.state = TrainerState.load_from_json(str(checkpoint/'trainer_state.json'))
 
+def finished_result(
+    folder:RunFolder, # Of a run
+    kind:type, # `TrainingResult`, or a class of its kind
+): # Of `kind`; None where there is something left to do
+    "The result of a run that is finished, with all its files as they were written"
+    if folder.state not in ('trained', 'merged') or record_fault(folder.path): return None
+    found = read_json(folder.results) if folder.results.is_file() else {}
+    return kind(**{f.name: found[f.name] for f in fields(kind) if f.name in found}) if 'steps' in found else None
+
+def load_finished(
+    trainer, # A `ResumableTrainer` that has not trained
+    config:TrainingConfig, # As asked
+    folder:RunFolder, # Of the run, which is finished
+    say, # Told what is left
+)->bool: # Whether the model has the adapter of the run
+    "Give a model the adapter of a finished run, and leave its files as they are"
+    say('All steps are done; nothing is left to train, and the files of the run stay as they are')
+    start = last_checkpoint(folder.checkpoints)
+    if start and is_last_step(start):
+        load_last_step(trainer, start)
+        keep_best(trainer, config, folder.checkpoints, say)
+        return True
+    say(f'Its last checkpoint is gone, so the adapter is not loaded here: `Run("{folder.path}").model` does')
+    return False
+
 # %% ../../nbs/training/05_resume.ipynb #5b01f0f5
 def logged_before_training(
     metrics:Path, # A `metrics.jsonl`
@@ -282,6 +310,24 @@ def keep_best(
     if kept is not None: say(f'Kept the adapter of step {kept}, the best on held-out rows')
     return kept
 
+def result_of(
+    trainer, # A `ResumableTrainer` that has trained
+    best:int|None, # From `keep_best`
+    before:tuple, # From `losses_before`
+    replay_rows, # Held-out replay rows, or None
+    seconds:float, # Spent training
+)->'TrainingResult': # Its losses are those of one step, that of the adapter
+    "The result of a run whose adapter is the one that is kept"
+    log,steps = trainer.state.log_history,trainer.state.global_step # the same in every process
+    at = steps if best is None else best
+    held = [m['eval_loss'] for m in log if m['step']==at and 'eval_loss' in m]
+    after = None if trainer.eval_dataset is None else held[-1] if held else trainer.evaluate()['eval_loss']
+    last = next((m for m in reversed(log) if 'loss' in m and m['step']<=at), {})
+    return TrainingResult(steps, before[0], after, last.get('loss'), round(seconds, 2), best, before[1],
+                          replay_loss(trainer, replay_rows), trainer.skipped_steps(),
+                          [last['from_step'], last['step']] if 'from_step' in last else None,
+                          None if after is None else at)
+
 # %% ../../nbs/training/05_resume.ipynb #a528c634
 @dataclass(repr=False)
 class TrainingResult(Shown):
@@ -289,17 +335,20 @@ class TrainingResult(Shown):
     steps: int # Optimizer steps in all
     loss_before: float|None # On held-out rows, before the first step; None without such rows
     loss_after: float|None # On held-out rows, after the last step
-    train_loss: float|None # Last training loss that was logged
+    train_loss: float|None # Mean over the learned tokens of some steps, `train_steps`
     seconds: float # Spent training, by this process
     best_step: int|None = None # Step of the adapter that was kept, where the best one was asked for
     earlier_before: float|None = None # On held-out replay rows, before the first step; None where none are known
     earlier_after: float|None = None # The same at the end
     skipped: int = 0 # Optimizer steps that loss scaling skipped
+    train_steps: list|None = None # First and last step of the window that `train_loss` is of
+    loss_after_step: int|None = None # Step at which `loss_after` was measured
 
     def shown(self):
-        rows = [('steps', f'{self.steps:,}'), ('held-out loss', falling(self.loss_before, self.loss_after)),
+        rows = [('steps', f'{self.steps:,}'),
+                (held_out_name(self.loss_after_step, self.steps), falling(self.loss_before, self.loss_after)),
                 ('loss on replay rows', falling(self.earlier_before, self.earlier_after)),
-                ('last training loss', falling(self.train_loss)), ('best step', self.best_step),
+                (training_loss_name(self.train_steps), falling(self.train_loss)), ('best step', self.best_step),
                 ('skipped steps', self.skipped and f'{self.skipped:,} (fp16: their gradient was not finite)'),
                 ('seconds', f'{self.seconds:,.1f}')]
         return Table(['', ''], [[*row] for row in rows if row[1]], 'Trained')

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..training.loop import Stopped # before transformers: it quiets bitsandbytes
-from ..training.resume import TrainingResult
+from ..training.resume import finished_result, TrainingResult
 from ..trainer import LoRATrainer
 from ..preference import trainer_for
 from transformers import TrainerCallback
 
-from ..core.disk import read_json, SageError, write_text
+from ..core.disk import SageError, write_text
 from ..core.display import Clickable, in_notebook, visible
 from ..model.loss import evaluating
 from ..training.callbacks import Progress, read_metrics, series
@@ -70,7 +70,8 @@ def _line(generation): return json.dumps(generation, ensure_ascii=False)+'\n'
 def _take_generations(path, board, step):
     "Keep the generations up to a step, and put those of the board's prompts on it"
     kept = [g for g in read_generations(path) if g['step']<=step]
-    if path.is_file(): write_text(path, ''.join(map(_line, kept)))
+    text = ''.join(map(_line, kept))
+    if path.is_file() and path.read_text(encoding='utf-8')!=text: write_text(path, text)
     board.answers = {prompt_text(p): [] for p in board.prompts}
     for g in kept:
         answer = SampledAnswer(g['step'], g['step'], g['text'], g['stopped'])
@@ -228,7 +229,8 @@ def _continue(live):
 
 def _start_again(live):
     if live.board.phase=='done':
-        raise SageError('all steps are done: raise `max_steps` or `num_train_epochs` for more, in another `output_dir`')
+        raise SageError('all steps are done: for more, train in another `output_dir`, with '
+                        f'`init_adapter="{live.run.folder.path}"` to go on from this adapter')
     live.run.model = live.run.trainer = None # what was in memory may be broken off in the middle of a step
     live.start()
     if in_notebook(): show_live(live)
@@ -258,12 +260,15 @@ def _work(live, fresh):
 def _stopped(live, error):
     "The phase of a run that was stopped; one that was stopped after its last step is done"
     live.board.notes.append(str(error))
-    if live.run.folder.state not in ('trained', 'merged') or not live.run.folder.results.is_file(): return 'stopped'
-    live.result = TrainingResult(**read_json(live.run.folder.results))
+    if not (result := finished_result(live.run.folder, live.run.result_class)): return 'stopped'
+    live.result = result
     return 'done'
 
 def _conclude(live):
     "The last figures and answers of a run that has come to its end"
+    if live.run.trainer is None: # finished before, and its last checkpoint is gone
+        live.board.update(step=live.result.steps, steps=live.result.steps)
+        return
     state = live.run.trainer.state
     live.board.update(step=state.global_step, steps=state.max_steps)
     if live.schedule.started is None:

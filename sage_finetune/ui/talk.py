@@ -16,6 +16,7 @@ from queue import Queue
 import torch
 
 from ..core.display import Clickable, Panel, show_widgets, Table, visible
+from ..model.shards import BaseSwitch, moves_base
 from ..inference.generate import stream_answer
 from ..runs.run import Run
 from .token_losses import check_base
@@ -39,6 +40,21 @@ def _lengths_at(layer, name, strength):
     start = (W.norm(dim=1) if m.numel()==len(W) else W.norm(dim=0)).view(m.shape)
     return start + strength*(m-start)
 
+# %% ../../nbs/ui/06_talk.ipynb #6ae392e0
+@torch.no_grad()
+def _wholes_at(model, base, strength):
+    "(parameter, its numbers at a strength) of what is learned as a whole: biases, layers, rows of tokens"
+    from peft.utils import ModulesToSaveWrapper
+    pairs = [*base.values]
+    for m in model.modules():
+        for whole in m.modules_to_save.values() if isinstance(m, ModulesToSaveWrapper) else ():
+            pairs += zip(whole.parameters(), m.original_module.parameters())
+        for name,rows in getattr(m, 'trainable_tokens_delta', {}).items():
+            pairs.append((rows, m.get_base_layer().weight[m.token_indices[name]]))
+    if any(p.shape!=b.shape for p,b in pairs):
+        raise ValueError('`model` has an adapter for a larger vocabulary than its base, and so no strength in between')
+    return [(p, (b.to(p)+strength*(p-b.to(p))).to(p.dtype)) for p,b in pairs]
+
 # %% ../../nbs/ui/06_talk.ipynb #312de977
 class _Strength:
     "Switches the adapter of a model to a strength and back"
@@ -49,26 +65,28 @@ class _Strength:
         self.layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
         if not self.layers:
             raise ValueError('`model` has an adapter without LoRA layers, and only those have a strength')
-        self.scaling = [(m, dict(m.scaling)) for m in self.layers]
-        self.lengths = ([] if self.strength in (0, 1) else
-                        [(m.lora_magnitude_vector[a], _lengths_at(m, a, self.strength)) for m in self.layers
-                         for a in m.lora_magnitude_vector])
+        if self.strength not in (0, 1) and moves_base(model):
+            raise ValueError('`model` began with a part of its weights in the adapter (PiSSA, OLoRA), so it is there '
+                             'at strength 0 and 1 only: take the saved one, `Run(path).model`')
+        self.base = BaseSwitch(model) if self.strength!=1 else None
+        between = self.strength not in (0, 1)
+        self.scaling = [(m, dict(m.scaling)) for m in self.layers] if between else []
+        self.wholes = _wholes_at(model, self.base, self.strength) if between else []
+        self.wholes += [(m.lora_magnitude_vector[a].weight, _lengths_at(m, a, self.strength)) for m in self.layers
+                        for a in m.lora_magnitude_vector] if between else []
 
     def on(self):
         "Switch to the strength"
-        self.disabled = [m._disable_adapters for m in self.layers]
-        if self.strength==0: # as peft's `disable_adapter`, without looking through all modules at every token
-            for m in self.layers: m._disable_adapters = True
-        elif self.strength!=1:
-            for m,scaling in self.scaling: m.scaling.update({a: s*self.strength for a,s in scaling.items()})
-        self.kept = [(v, v.weight.data) for v,_ in self.lengths]
-        for v,m in self.lengths: v.weight.data = m
+        if self.strength==0: self.base.on()
+        for m,scaling in self.scaling: m.scaling.update({a: s*self.strength for a,s in scaling.items()})
+        self.kept = [(p, p.data) for p,_ in self.wholes]
+        for p,data in self.wholes: p.data = data
 
     def off(self):
         "Switch back to what it was"
-        for m,disabled in zip(self.layers, self.disabled): m._disable_adapters = disabled
+        if self.strength==0: self.base.off()
         for m,scaling in self.scaling: m.scaling.update(scaling)
-        for v,m in self.kept: v.weight.data = m
+        for p,data in self.kept: p.data = data
 
 # %% ../../nbs/ui/06_talk.ipynb #703fa927
 @contextmanager

@@ -72,18 +72,11 @@ def _by_logits(model, ids_BT, inputs, n=256):
 # %% ../../nbs/ui/05_token_losses.ipynb #5439e7f2
 def check_base(
     model, # With an adapter
-)->None: # Nothing: without its adapter it is the base
-    "Refuse a model that is not its base when its adapter is switched off"
+)->None: # Nothing: there is something to take away from it
+    "Refuse a model that has no adapter, and so no base below it"
     if not hasattr(model, 'disable_adapter'):
         raise ValueError('`model` has no adapter, so before and after are the same: '
                          'give the model of a run (`Run(path).model`), or a second model')
-    if getattr(model, 'adapter_start', None):
-        raise ValueError('`model` began with a part of its weights in the adapter (PiSSA, OLoRA): '
-                         'take the saved one, `Run(path).model`, which fits the untouched base')
-    bias = next((c.bias for c in model.peft_config.values() if getattr(c, 'bias', 'none')!='none'), None)
-    if bias:
-        raise ValueError(f'`model` was trained with `bias="{bias}"`, so the biases of its base are gone: '
-                         f'give the base itself as a second model')
 
 # %% ../../nbs/ui/05_token_losses.ipynb #87d9750a
 def _before_and_after(model, base, measure):
