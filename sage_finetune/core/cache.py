@@ -164,6 +164,13 @@ def same_value(
     return (a.dtype, a.shape)==(b.dtype, b.shape) and torch.equal(_bits(a), _bits(b))
 
 # %% ../../nbs/core/06_cache.ipynb #c08b0027
+def _as_tensor(value):
+    "Numbers as a tensor; None where a value holds something else"
+    import torch
+    numbers = value if isinstance(value, list) else [value]
+    if torch.is_tensor(value): return value
+    return torch.tensor(value) if numbers and all(isinstance(x, (int, float)) for x in numbers) else None
+
 def value_difference(
     a, # A tensor or a plain value
     b, # Another
@@ -171,7 +178,7 @@ def value_difference(
     "How far two values are from each other at most"
     import torch
     if same_value(a, b): return 0.0
-    x,y = (v if torch.is_tensor(v) else torch.tensor(v) if isinstance(v, (int, float)) else None for v in (a, b))
+    x,y = map(_as_tensor, (a, b))
     if x is None or y is None or x.shape!=y.shape or not x.numel(): return float('inf')
     off = (x.double()-y.double()).abs().max().item()
     return off if off==off else float('inf')

@@ -323,7 +323,8 @@ def _entry(path):
         with suppress(SageError):
             said,places = read_json(path),_places[path.name]
             parts = ({k: v for k,v in said.items() if (k in places)==named} for named in (False, True))
-            return [0, *(_text_digest(json.dumps(part, sort_keys=True)) for part in parts)]
+            rest,places = (_text_digest(json.dumps(part, sort_keys=True)) for part in parts)
+            return [0, rest, places, _text_digest(rest+places)]
     return _exact(path)
 
 def write_manifest(
@@ -349,7 +350,9 @@ def _crc(path):
     return crc
 
 def _is_entry(entry):
-    return (isinstance(entry, list) and [type(x) for x in entry] in ([int, int], [int, str], [int, str, str]))
+    if not isinstance(entry, list): return False
+    kinds = [type(x) for x in entry]
+    return kinds in ([int, int], [int, str]) or kinds==[int, *[str]*3] and entry[3]==_text_digest(entry[1]+entry[2])
 
 def _file_fault(folder, name, expected):
     "What is wrong with one file of a manifest"
@@ -385,7 +388,7 @@ def places_note(
     try: files = read_json(folder/manifest_file)
     except (SageError, OSError, ValueError, RecursionError): return None
     for name,entry in files.items():
-        if not (_is_entry(entry) and len(entry)==3 and (folder/name).is_file()): continue
+        if not (_is_entry(entry) and len(entry)==4 and (folder/name).is_file()): continue
         if (now := _entry(folder/name))[:2]==entry[:2] and now!=entry:
             return f'its file {name} names another place (of the base, the data or the run) than it did'
     return None

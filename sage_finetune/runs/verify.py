@@ -34,17 +34,18 @@ class Compared:
     differ: int = 0 # Values that differ in any bit
     name: str = '' # Of the value that differs first or most
     difference: float = 0.0 # Its largest one; infinite where it is missing or of another kind
-    allowed: float = 0.0 # By which two ways from the same checkpoint differ here; 0 where bits repeat
+    share: float = 0.0 # The same in proportion to the size of the value
+    allowed: float = 0.0 # Share that computing alone explains, from two ways that differ; 0 where bits repeat
 
     @property
     def same(self)->bool: # Nothing differs, or no more than computing twice does
         "Whether the run is confirmed"
-        return not self.differ or self.difference<=self.allowed
+        return not self.differ or self.share<=self.allowed
 
     def __str__(self):
         if not self.values: return 'not recorded by the run'
         if not self.differ: return 'the same, bit for bit'
-        if self.same: return f'differ by {self.difference:.2g}, as two ways do here ({self.allowed:.2g})'
+        if self.same: return f'differ by {self.share:.2g} of their size, as two ways do here ({self.allowed:.2g})'
         more = f' and {self.differ-1} more' if self.differ>1 else ''
         off = '' if self.difference==float('inf') else f' by {self.difference:.2g}'
         return f'{self.name}{more} differ{"" if more else "s"}{off}'
@@ -57,8 +58,10 @@ _missing = object()
 def _share_off(a, b):
     "How far a value is off in proportion to its size"
     off = value_difference(a, b)
-    size = max((float(abs(v).max()) for v in (a, b) if hasattr(v, 'numel') and v.numel()), default=1.0)
-    return off/size if off!=float('inf') and size>0 else off
+    if off==float('inf'): return off
+    size = max(max(map(abs, v)) if isinstance(v, list) else float(abs(v).max()) if hasattr(v, 'numel') else abs(v)
+               for v in (a, b))
+    return off/size if size>0 else off
 
 # %% ../../nbs/runs/08_verify.ipynb #d08a0013
 def compared(
@@ -74,7 +77,8 @@ def compared(
     off = {n: value_difference(*ab) for n,ab in pairs.items() if not same_value(*ab)}
     if not off: return Compared(start, end, what, len(names))
     first = next(iter(off)) if what in _of_steps else max(off, key=lambda n: _share_off(*pairs[n]))
-    return Compared(start, end, what, len(names), len(off), first, off[first])
+    share = max(_share_off(*pairs[n]) for n in off)
+    return Compared(start, end, what, len(names), len(off), first, off[first], share)
 
 # %% ../../nbs/runs/08_verify.ipynb #d08e0021
 # of a clock or of the memory, or counted since the last start
@@ -287,9 +291,9 @@ def _compare_way(run, way, scratch, make, base, device):
         lines = [line for line in lines if line.what=='logged numbers']
     if device=='cpu' or all(line.same for line in lines): return lines
     other = gone(f'{start}-again')
-    apart = {what: compared(start, end, what, values, other.get(what, {})).difference for what,values in now.items()}
-    return [line if line.what in _exact_everywhere else Compared(**asdict(line) | dict(allowed=4*apart[line.what]))
-            for line in lines]
+    apart = {what: compared(start, end, what, values, other.get(what, {})).share for what,values in now.items()}
+    wider = lambda line: Compared(**asdict(line) | dict(allowed=max(1e-5, 4*apart[line.what])))
+    return [line if line.what in _exact_everywhere else wider(line) for line in lines]
 
 # %% ../../nbs/runs/08_verify.ipynb #d08e0056
 def _go_each_way(run, found, ways, make, base):
