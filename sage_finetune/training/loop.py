@@ -180,7 +180,7 @@ class Stopped(KeyboardInterrupt):
 # %% ../../nbs/training/04_loop.ipynb #9139c887
 class StepGuard(TrainerCallback):
     "Keep each whole step in memory, and stop where a stop is requested or the loss is NaN"
-    def __init__(self, trainer): self.trainer,self.rng = trainer,None
+    def __init__(self, trainer): self.trainer,self.rng,self.scale,self.first = trainer,None,None,0
 
     def on_train_begin(self, args, state, control, **kwargs):
         t,saved = self.trainer, Path(args.output_dir)/f'checkpoint-{state.global_step}'/'window.json'
