@@ -273,8 +273,8 @@ def _other_engine(served, order):
     device = Machine.here().device
     try: own = SimpleNamespace(generation_config=GenerationConfig(**_own_settings(served.folder)))
     except (ValueError, TypeError) as e:
-        raise SageError(f'`transformers serve` refuses {served.folder}/generation_config.json ({one_line(str(e), 200)}): '
-                        f'choose the engine "native", which puts it aside') from None
+        raise SageError(f'`transformers serve` refuses {served.folder}/generation_config.json '
+                        f'({one_line(str(e), 200)}): choose the engine "native", which puts it aside') from None
     if aside := ', '.join(put_aside(own)):
         notes = [*notes, f'`transformers serve` follows generation settings that `chat` puts aside: {aside}']
     return transformers_command(served, order['host'], order['port'], device, order['options']),{},notes
