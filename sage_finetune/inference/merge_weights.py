@@ -395,9 +395,21 @@ def _write_config(folder, plan):
     write_json(Path(folder)/'config.json', config)
 
 # %% ../../nbs/inference/02_merge_weights.ipynb #c5a9d2ec
+def _refuse_rows_apart(base, plan):
+    "Refuse rows of an embedding and others of a head that is one matrix with it: peft would merge both into one"
+    ends = base.get_input_embeddings(),base.get_output_embeddings()
+    tied = ends[1] is not None and ends[0].weight is ends[1].weight
+    for folder,_ in plan.adapters.values():
+        rows = read_json(Path(folder)/'adapter_config.json').get('trainable_token_indices')
+        if tied and isinstance(rows, dict) and len({tuple(sorted(r)) for r in rows.values()})>1:
+            raise SageError(f'{folder} trains other rows of the embedding than of the head, and these are one matrix '
+                            f'in its base: it can be talked to, and not merged')
+
 def _merge_in_memory(folder, plan):
     "Merge as peft does, with the whole model in memory"
-    model = put_adapters(load_model(plan.base, torch.float32, 'cpu'), plan.adapters).eval()
+    base = load_model(plan.base, torch.float32, 'cpu')
+    _refuse_rows_apart(base, plan)
+    model = put_adapters(base, plan.adapters).eval()
     with quiet_libraries(): plain = model.merge_and_unload()
     head,embedding = plain.get_output_embeddings(),plain.get_input_embeddings()
     if head is not None and head.weight is not embedding.weight and not torch.equal(head.weight, embedding.weight):

@@ -55,6 +55,10 @@ def test_it_is_loaded_and_merged_to_the_logits_of_peft(what, tied, tmp_path):
     assert torch.allclose(model(ids).logits, trained, atol=1e-5)
     if 'modules_to_save' not in more:
         with base_of(model): assert torch.allclose(model(ids).logits, untouched, atol=1e-5)
+    if tied and what=='rows_of_both':
+        with pytest.raises(SageError, match='trains other rows of the embedding than of the head'):
+            merge_adapters(tmp_path/'adapter', tmp_path/'merged', rows=0)
+        return
     merge_adapters(tmp_path/'adapter', tmp_path/'merged')
     assert torch.allclose(load_plain(tmp_path/'merged')[0](ids).logits, trained, atol=1e-4)
     if what!='only_grown': assert vllm_limits(tmp_path/'adapter')[1] or what=='pairs_on_embedding'
