@@ -27,6 +27,9 @@ os.fsync = lambda descriptor: None
 from nbdev.config import get_config
 from nbdev.test import test_nb as run_notebook
 
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), 'tests'))
+import cheaper
+
 config = get_config(os.path.dirname(os.path.abspath(__file__)))
 
 
