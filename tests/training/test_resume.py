@@ -25,6 +25,7 @@ from sage_finetune.core.run_folder import checkpoint_fault, complete_marker, las
 from sage_finetune.rows.formats import create_sample_data
 from sage_finetune.trainer import LoRATrainer, Stopped
 
+pytestmark = pytest.mark.usefixtures('no_picture')
 needs_posix = pytest.mark.skipif(not forked, reason='needs signals and processes as POSIX has them')
 
 
@@ -175,7 +176,7 @@ def same(folder, undisturbed):
 
 @needs_posix
 def test_killed_at_twenty_random_moments(base, data, told):
-    steps_in_all,metrics = 140, RunFolder(base/'killed').metrics
+    steps_in_all,metrics = 90, RunFolder(base/'killed').metrics
     long = dict(max_steps=steps_in_all, save_steps=2, logging_steps=1, per_device_train_batch_size=2,
                 gradient_accumulation_steps=1)
     threads = torch.get_num_threads()
@@ -191,7 +192,7 @@ def test_killed_at_twenty_random_moments(base, data, told):
             return (metrics.is_file() and metrics.stat().st_mtime>began
                     and reached(folder)>(int(begin) if begin.isdigit() else 0))
         if dice.random()<.9: wait_until(trains, process) # else it is killed while it loads
-        time.sleep(dice.uniform(0, .4))
+        time.sleep(dice.uniform(0, .25)) # some six steps, with a checkpoint after each second one
         process.kill()
         code,_ = finished(process)
         kills += code==-signal.SIGKILL
