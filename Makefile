@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 ROWS ?= ../shared/data/gsm8k_train.jsonl
-.PHONY: help setup quickstart test test-slow test-browser bench lab docs pages readme clean-notebooks sync check clean
+.PHONY: help setup quickstart test test-slow test-faults test-browser bench lab docs pages readme clean-notebooks sync check clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -31,7 +31,10 @@ test: $(READY) ## Run every notebook and every test
 test-slow: $(READY) ## Run the property tests on 10,000 cases each, and what takes too long for `make test`
 	SAGE_EXAMPLES=10000 $(BIN)/python -m pytest tests/test_data.py tests/rows/test_sources.py tests/rows/test_files_formats.py \
 	  tests/runs/test_codebase.py -k any
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --ignore=tests/faults
+
+test-faults: $(READY) ## Plant a fault at every moment of writing, in every command, and print the table
+	$(BIN)/python -m pytest -m slow -s tests/faults
 
 test-browser: $(READY) ## Run the tutorials in a real JupyterLab in Chromium, and use their form, dashboard, chat and slider (installs what is missing)
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \

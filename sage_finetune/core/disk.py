@@ -6,11 +6,11 @@ Docs: https://sage-finetune.github.io/sage_finetune/core/disk.html.md"""
 
 # %% auto #0
 __all__ = ['manifest_file', 'SageError', 'cannot_write', 'is_running', 'to_disk', 'write_text', 'write_json', 'read_json',
-           'whole_folder', 'cache_root', 'file_digest', 'write_manifest', 'manifest_fault']
+           'whole_folder', 'cache_root', 'file_digest', 'in_threads', 'write_manifest', 'manifest_fault']
 
 # %% ../../nbs/core/00_disk.ipynb #194002a8
 import errno,hashlib,json,os,platform,re,time,zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -199,6 +199,19 @@ def file_digest(
         with suppress(SageError): write_json(note, dict(file=str(path), state=state, digest=digest))
     return digest
 
+# %% ../../nbs/core/00_disk.ipynb #a4d10e11
+def in_threads(
+    function:Callable, # Called with one item
+    items:Iterable, # What to call it with
+)->list: # Results, in the order of the items
+    "A function of each item, several at a time where threads can be had"
+    items = list(items)
+    try:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool: return list(pool.map(function, items))
+    except RuntimeError as e:
+        if 'shutdown' not in str(e) and 'start new thread' not in str(e): raise
+        return [function(x) for x in items]
+
 # %% ../../nbs/core/00_disk.ipynb #a4d10e06
 manifest_file = 'checksums.json'
 
@@ -227,9 +240,8 @@ def write_manifest(
         exact = name!=manifest_file # in a checkpoint nothing is edited
         files = [p for p in sorted(folder.rglob('*') if only is None else only)
                  if p.is_file() and p.name!=name and (exact or p.suffix!='.md')]
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            return write_json(folder/name, {p.relative_to(folder).as_posix(): entry
-                                            for p,entry in zip(files, pool.map(_exact if exact else _entry, files))})
+        entries = in_threads(_exact if exact else _entry, files)
+        return write_json(folder/name, {p.relative_to(folder).as_posix(): e for p,e in zip(files, entries)})
     except OSError as err: raise cannot_write(folder, err) from None
 
 # %% ../../nbs/core/00_disk.ipynb #a4d10e09
@@ -266,6 +278,4 @@ def manifest_fault(
     except (SageError, OSError, ValueError, RecursionError): return f'its file {name} is broken'
     if not files: return f'its file {name} names no file'
     if not all(map(_is_entry, files.values())): return f'its file {name} is broken'
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = pool.map(lambda file: _file_fault(folder, file, files[file]), files)
-        return next(filter(None, found), None)
+    return next(filter(None, in_threads(lambda file: _file_fault(folder, file, files[file]), files)), None)

@@ -346,6 +346,13 @@ def _rows_to_ask(model, rows):
     slow = model.device.type=='cpu' and sum(p.numel() for p in model.parameters())>3*10**9
     return rows[:1] if slow else rows
 
+def _of_rounding(folder, then, now):
+    "A note where a base that was rounded in training is not rounded now, and that is more than computing explains"
+    off = witness_difference(then['log_probs'][:len(now['log_probs'])], now['log_probs'])
+    if not then.get('bits') or now.get('bits') or off<=witness_bounds.get(now['format'], math.inf): return []
+    return [f"{folder}: its base was rounded to {then['bits']} bits in training and is not rounded here, so answers "
+            f'differ by {off:.2g} nats a token; the merged model is the one that was trained']
+
 def check_witness(
     folder, # Of an adapter, a merged model or a checkpoint
     model, # As it was loaded from there
@@ -359,7 +366,7 @@ def check_witness(
     rows = _rows_to_ask(model, then['rows'])
     now = witness_of(model, rows=rows, base=then.get('bits')!=_bits_of(model) and bool(then.get('base')))
     if now.get('base'): then = then | dict(base=then['base'][:len(rows)])
-    if not (fault := witness_fault(then, now)): return []
+    if not (fault := witness_fault(then, now)): return _of_rounding(folder, then, now)
     if ignore: return [f'{folder}: {fault}']
     raise SageError(f'{folder}: {fault}. Its base, its files or the libraries are not those of its training; '
                     f'`ignore_contract=True` goes on all the same')

@@ -9,8 +9,7 @@ __all__ = ['Stored', 'read_header', 'local_folder', 'fetched_folder', 'stored_te
            'base_digest', 'model_without_weights', 'read_as_needed', 'logits_together', 'write_tensors', 'write_model']
 
 # %% ../../nbs/model/04_shards.ipynb #ed9686ce
-import hashlib,json,os
-from concurrent.futures import ThreadPoolExecutor
+import hashlib,json
 from contextlib import contextmanager, ExitStack
 from dataclasses import dataclass
 from math import prod
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ..core.disk import file_digest, read_json, SageError
+from ..core.disk import file_digest, in_threads, read_json, SageError
 from ..config import resolve_model
 from .loading import model_class, no_model, quiet_libraries
 
@@ -148,8 +147,7 @@ def base_files(
     place = local_folder(name)
     if not place or not (place/'config.json').is_file(): return {}
     files = [f for f in _weight_files(place) if (place/f).is_file()]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = dict(zip(files, pool.map(lambda f: file_digest(place/f), files)))
+    found = dict(zip(files, in_threads(lambda f: file_digest(place/f), files)))
     said = {k: v for k,v in read_json(place/'config.json').items() if k not in _own_of_a_file}
     text = json.dumps(said, sort_keys=True).encode()
     return found | {'config.json': hashlib.blake2b(text, digest_size=16).hexdigest()}

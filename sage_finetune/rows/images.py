@@ -168,7 +168,7 @@ def processor_of(
     tokenizer, # Any tokenizer
 ): # A `transformers` processor, or None
     "The processor of a vision-language model; None for a text model"
-    return getattr(tokenizer, '_sage_processor', None)
+    return vars(tokenizer).get('_sage_processor') # asked for every row: `getattr` of a tokenizer looks far
 
 # %% ../../nbs/rows/04_images.ipynb #4c14557b
 def _image_token(processor):

@@ -326,7 +326,7 @@ def _count(writer, format, examples, cut, rendered, each):
     r.examples += len(examples)//each
     add(r.shapes, format)
     for kind in cut: add(r.truncated, kind)
-    for how,n in Counter(rendered.found if rendered else ()).items(): add(r.found, how, n)
+    for how in (rendered.found if rendered else ()): add(r.found, how)
     for note in (rendered.notes if rendered else ()): add(r.notes, note)
     for x in examples:
         n = len(x['input_ids'])

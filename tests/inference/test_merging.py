@@ -545,7 +545,8 @@ def test_memory_for_a_few_copies_of_one_weight(tmp_path, capsys):
     shutil.copytree(tmp_path/'small'/'base', cache/'snapshots'/'0123')
     (cache/'refs').mkdir()
     (cache/'refs'/'main').write_text('0123')
-    env = os.environ | dict(OMP_NUM_THREADS='1', MALLOC_ARENA_MAX='2', HF_HOME=str(tmp_path/'hf'), HF_HUB_OFFLINE='1')
+    env = os.environ | dict(OMP_NUM_THREADS='1', MALLOC_ARENA_MAX='1', MALLOC_MMAP_THRESHOLD_='65536',
+               HF_HOME=str(tmp_path/'hf'), HF_HUB_OFFLINE='1') # what is freed goes back, so that it is not counted
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', textwrap.dedent(_merge_alone),
                            str(tmp_path/'small'), str(tmp_path/'large')], capture_output=True, text=True, env=env)
     assert done.returncode==0, done.stderr
@@ -558,5 +559,5 @@ def test_memory_for_a_few_copies_of_one_weight(tmp_path, capsys):
         print(f'\nmerging {sum(files)/2**20:.0f} MB in {len(files)} files of at most {largest/2**20:.0f} MB took '
               f'{peak/2**20:.0f} MB more than before, with its proof {with_proof/2**20:.0f} MB')
     assert len(files)>=8 and sum(files)>8*largest
-    assert peak<=3*largest < sum(files)/2 # the promise allows one GB more
-    assert with_proof<sum(files)*0.7 # three sets of logits among it
+    assert peak<=1.5*largest # the promise allows one GB more
+    assert with_proof<sum(files)*0.4 # three sets of logits among it

@@ -1,6 +1,7 @@
 "The witness of every kind of adapter: what was trained, in memory, and what is loaded from its files"
 import shutil
 import time
+import warnings
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ from sage_finetune.config import LoRAConfig, TrainingConfig
 from sage_finetune.core.disk import read_json, SageError, write_json, write_manifest
 from sage_finetune.core.run_folder import RunFolder
 from sage_finetune.inference.generate import base_of, load_adapter
-from sage_finetune.model.adapter import add_lora
+from sage_finetune.model.adapter import add_lora, ready_for_quantised_training
 from sage_finetune.model.contract import (answered, check_contract, read_witness, save_witness, witness_difference,
                                           witness_file, witness_rows)
-from sage_finetune.model.loading import load_model, load_tokenizer
+from sage_finetune.model.loading import load_model, load_tokenizer, quantisation_of
 from sage_finetune.model.shards import base_digest, base_files
 from sage_finetune.training.resume import save_run
 
@@ -156,3 +157,17 @@ def test_every_file_of_an_adapter_is_compared(tmp_path):
         assert name in str(e.value) or name=='checksums.json' and 'its file ' in str(e.value)
         (lora/name).write_bytes(whole)
     assert check_contract(lora)==[]
+
+
+def test_a_base_that_is_not_rounded_as_in_training_is_noted(tmp_path):
+    where = base(tmp_path/'base')
+    lora = LoRAConfig(r=4, target_modules=every, lora_dropout=0.0)
+    config = TrainingConfig(model_name=where, output_dir=tmp_path/'run', lora=lora, load_in_8bit=False,
+                            load_in_4bit=True, fp16=False)
+    model = add_lora(ready_for_quantised_training(load_model(where, quantisation=quantisation_of(config))), lora)
+    save_run(RunFolder(tmp_path/'run'), model, load_tokenizer(where), config.to_dict())
+    with pytest.warns(UserWarning, match='to 4 bits in training and is not rounded here, so answers differ by 0'):
+        load_adapter(tmp_path/'run'/'lora_weights')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        load_adapter(tmp_path/'run'/'lora_weights', quantised=True)

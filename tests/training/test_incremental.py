@@ -106,6 +106,9 @@ def test_another_adapter_below_is_another_run(first, tmp_path):
     tensors = weights(folder/'stones')
     save_file({k: v+1e-3 for k,v in tensors.items()}, tmp_path/'adapter'/'adapter_model.safetensors',
               metadata=dict(format='pt'))
+    with pytest.raises(SageError, match='adapter_model.safetensors has changed since it was written'):
+        run_of(tmp_path/'run', folder/'ports.jsonl', {}, **asked)
+    for file in ('checksums.json', 'witness.json'): (tmp_path/'adapter'/file).unlink() # as one of another tool
     with pytest.raises(SageError, match='the weights of `init_adapter`'):
         run_of(tmp_path/'run', folder/'ports.jsonl', {}, **asked)
 

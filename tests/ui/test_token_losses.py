@@ -100,6 +100,8 @@ def test_broken_runs_are_listed_and_told(tmp_path):
     assert 'unreadable' in str(listed) and 'good' in str(listed)
     with pytest.raises(SageError, match='is not JSON'): compare(run, bad)
     (run.folder.lora_weights/'adapter_model.safetensors').write_bytes(b'no tensors')
+    with pytest.raises(SageError, match='adapter_model.safetensors has 10 of [0-9,]+ bytes'): run.adapter
+    (run.folder.lora_weights/'checksums.json').unlink() # as in a run of an older version
     with pytest.raises(SageError, match='cannot be read'): run.adapter
     assert str(runs(tmp_path/'nothing')).startswith('No runs in')
 
