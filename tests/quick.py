@@ -233,5 +233,6 @@ def command_in_fork(words, folder, env=None, stdin='', terminal=None, within=300
     """
     args = ['sage-finetune', *words]
     if not terminal: return run_in_fork(args, stdin, within, cwd=folder, env=env)
-    with open(terminal, 'wb', buffering=0) as device:
-        return run_in_fork(args, stdin, within, cwd=folder, env=env, stdout=device, stderr=device)
+    device = os.open(terminal, os.O_WRONLY | os.O_NOCTTY)
+    try: return run_in_fork(args, stdin, within, cwd=folder, env=env, stdout=device, stderr=device)
+    finally: os.close(device)
