@@ -27,6 +27,9 @@ os.fsync = lambda descriptor: None
 from nbdev.config import get_config
 from nbdev.test import test_nb as run_notebook
 
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), 'tests'))
+import cheaper
+
 config = get_config(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -43,11 +46,12 @@ def is_lesson(path):
 
 # The files that take longest come first, the longest of them at the very beginning, so that two workers are both busy
 # to the end
-LONG = ('test_resume', 'test_serve', 'test_memory', 'test_processes', 'test_merging', 'test_pipeline', 'test_adapter',
-        'test_loop', 'test_tiny_vision', 'test_live', '02_trainer', '04_preference', '08_a_second_task', '03_tasks',
-        'test_cli', 'test_preference', 'test_merge_chat', 'test_public_contract', '01_first_run', '07_memory',
-        '02_live', '04_how_much_rank', '05_qlora_on_a_small_card', '06_step_bytes', 'test_loss', '00_generate',
-        'test_inspect', '03_your_own_trainer', 'test_incremental', '03_merging', '02_what_it_learns', '03_form')
+LONG = ('test_resume', 'test_merging', 'test_memory', 'test_faults', 'test_merging_kinds', 'test_adapter', 'test_loop',
+        'test_processes', 'test_serve', '02_trainer', 'test_tiny_vision', 'test_pipeline', 'test_live', 'test_cli',
+        'test_tasks', '03_tasks', '04_preference', '08_a_second_task', 'test_preference', '07_memory', 'test_sources',
+        '02_live', 'test_loss', '05_qlora_on_a_small_card', '04_how_much_rank', '06_step_bytes', 'test_public_contract',
+        'test_incremental', '03_merging', '03_your_own_trainer', '01_first_run', 'test_token_losses', 'test_pages',
+        '02_what_it_learns', 'test_split', '06_your_codebase', 'test_contract', '03_form', 'test_merge_chat')
 
 
 def pytest_collection_modifyitems(items):

@@ -10,6 +10,12 @@ from quick import command_in_fork, forked
 
 
 @pytest.fixture
+def no_picture(monkeypatch):
+    "Runs leave an empty file for their curve of losses, which takes a tenth of a second to draw"
+    monkeypatch.setattr('sage_finetune.trainer.plot_losses', lambda metrics, path=None: path and Path(path).touch())
+
+
+@pytest.fixture
 def home_of(tmp_path): return lambda env: {**os.environ, 'HOME': str(tmp_path/'home'), **env}
 
 

@@ -4,7 +4,6 @@ import os
 import re
 import select
 import shutil
-import signal
 import sys
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith('linux'), reason='ne
 
 from safetensors.torch import load_file, save_file
 
-from quick import two_layers
+from quick import Forked, two_layers
 from sage_finetune.cli import main
 from sage_finetune.config import resolve_model, TrainingConfig
 from sage_finetune.data import create_sample_data
@@ -26,15 +25,14 @@ from sage_finetune.trainer import LoRATrainer
 
 
 class Terminal:
-    "A process with a terminal of its own, typed into and read from"
+    "A forked process with a terminal of its own, typed into and read from"
     def __init__(self, *args, **env):
-        self.text,self.pid = '',None
-        pid,self.fd = pty.fork()
-        if not pid:
-            program = sys.executable if args[0]=='-c' else str(Path(sys.executable).with_name('sage-finetune'))
-            os.execve(program, [program, *map(str, args)], os.environ | dict(
-                TERM='dumb', COLUMNS='200', OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore') | env)
-        self.pid = pid
+        program = sys.executable if args[0]=='-c' else 'sage-finetune'
+        self.text,(self.fd,theirs) = '',pty.openpty()
+        env = os.environ | dict(TERM='dumb', COLUMNS='200', OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore') | env
+        self.process = Forked([program, *args], env=env, stdin=theirs, stdout=theirs, stderr=theirs,
+                              start_new_session=True)
+        os.close(theirs)
 
     def until(self, wanted, seconds=60):
         "What is read up to a text or a pattern, which is taken too"
@@ -65,7 +63,7 @@ class Terminal:
             except AssertionError: pass
         raise AssertionError(f'{wanted!r} did not come')
 
-    def alive(self): return os.waitpid(self.pid, os.WNOHANG)==(0, 0)
+    def alive(self): return self.process.poll() is None
 
     def status(self, seconds=20):
         "Exit status, once it ends; what it wrote until then is in `text`"
@@ -74,16 +72,12 @@ class Terminal:
             if select.select([self.fd], [], [], 0.05)[0]:
                 try: self.text += os.read(self.fd, 65536).decode('utf-8', 'replace')
                 except OSError: pass
-            pid,status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.pid = None
-                return os.waitstatus_to_exitcode(status)
+            if not self.alive(): return self.process.returncode
         raise AssertionError('it did not end')
 
     def close(self):
-        if self.pid:
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
+        self.process.kill()
+        self.process.wait()
         os.close(self.fd)
 
 

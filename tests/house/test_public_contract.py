@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from quick import forked, run_in_fork
+
 script = '''
 from sage_finetune import (LoRATrainer, TrainingConfig, LoRAConfig, PresetConfigs, prepare_dataset, load_training_data,
                            train_from_meta)
@@ -53,8 +55,8 @@ def test_the_python_names_work_from_a_plain_file(plain_run):
 def test_a_folder_with_two_keys_trains_by_module_name(tmp_path):
     (tmp_path/'rows.json').write_text(json.dumps([{'instruction': f'Count {i}.', 'output': f'{i}'} for i in range(12)]))
     (tmp_path/'finetune_meta.json').write_text(json.dumps(dict(model='sage-tiny', dataset='rows.json')))
-    done = subprocess.run([sys.executable, '-m', 'sage_finetune.trainer', str(tmp_path)], capture_output=True,
-                          text=True)
+    words = [sys.executable, '-m', 'sage_finetune.trainer', str(tmp_path)]
+    done = run_in_fork(words) if forked else subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path/'data_report.json').read_text())
     assert (report['read'], report['used'], report['dropped']) == (12, 12, [])

@@ -17,6 +17,7 @@ openai = pytest.importorskip('openai')
 pytest.importorskip('uvicorn')
 from starlette.testclient import TestClient
 
+from quick import fork_servers, forked
 from sage_finetune.config import resolve_model
 from sage_finetune.inference import chat_api, serve
 from sage_finetune.inference.generate import load_for_chat
@@ -25,6 +26,13 @@ from sage_finetune.inference.serve import free_port, start_server
 
 HI = dict(messages=[dict(role='user', content='hi')], max_tokens=2)
 needs_proc = pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='needs /proc')
+
+
+@pytest.fixture
+def quick_servers(monkeypatch):
+    "Servers are forked"
+    monkeypatch.setattr(serve, 'subprocess', serve.subprocess)
+    if forked: fork_servers(serve)
 
 
 @pytest.fixture(scope='module')
@@ -436,7 +444,7 @@ def peak(pid): return int(Path(f'/proc/{pid}/status').read_text().split('VmHWM:'
 
 
 @needs_proc
-def test_a_huge_body_leaves_the_memory_as_it_is_and_the_log_tidy(tmp_path):
+def test_a_huge_body_leaves_the_memory_as_it_is_and_the_log_tidy(tmp_path, quick_servers):
     server = start_server('sage-tiny', port=0, log=tmp_path/'log')
     port = int(server.url.rpartition(':')[2])
     try:

@@ -17,6 +17,7 @@ import torch
 
 openai = pytest.importorskip('openai')
 
+from quick import fork_servers, Forked, forked
 from sage_finetune.inference import chat_api, serve as module
 from sage_finetune.inference.client import models_at, stream_from
 from sage_finetune.core.disk import write_json
@@ -37,6 +38,15 @@ LEARNED = {'Complete: def add(a, b):': '    return a + b', 'Two lines, please.':
 TALKS = [[dict(role='user', content=q)] for q in (*LEARNED, 'What is Python?')]
 TALKS += [[dict(role='system', content='Be brief.'), *TALKS[0]],
           [*TALKS[1], dict(role='assistant', content='one'), *TALKS[3]]]
+
+
+@pytest.fixture(scope='module', autouse=True)
+def quick_servers():
+    "Servers are forked; the lessons of the notebook start a real one"
+    if not forked: return (yield)
+    before = fork_servers(module)
+    yield
+    module.subprocess = before
 
 
 @pytest.fixture(scope='module')
@@ -246,13 +256,14 @@ def read(path):
 @needs_posix
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='needs /proc')
 def test_killed_and_started_again_on_the_same_port_with_a_key_that_is_shown_nowhere_and_the_adapter(
-        run, expected, tmp_path):
+        run, expected, tmp_path, monkeypatch):
     first,key = start_server(run, port=0, log=tmp_path/'log'),'key-4711-secret'
     port = int(first.url.rpartition(':')[2])
     first.process.kill()
     first.process.wait()
     with pytest.raises(SageError, match='nothing answers at'): list(stream_from(first.url, TALKS[0]))
     assert first.stop() == -signal.SIGKILL
+    monkeypatch.setattr(module, 'subprocess', subprocess) # a new interpreter has a command line of its own
     with serving(run, port=port, api_key=key, adapter=True, log=tmp_path/'log') as again:
         assert said(again, TALKS[0],
                     key=key) == expected[0] == ''.join(stream_from(again.url, TALKS[0], 48, api_key=key))
@@ -268,8 +279,10 @@ def test_killed_and_started_again_on_the_same_port_with_a_key_that_is_shown_nowh
 
 script = '''
 import sys
-from sage_finetune.inference.serve import serve
-serve(sys.argv[1], port=0, log=sys.argv[2], say=lambda line: print(line, flush=True))
+from quick import fork_servers
+from sage_finetune.inference import serve as module
+fork_servers(module)
+module.serve(sys.argv[1], port=0, log=sys.argv[2], say=lambda line: print(line, flush=True))
 '''
 
 
@@ -277,8 +290,8 @@ serve(sys.argv[1], port=0, log=sys.argv[2], say=lambda line: print(line, flush=T
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='needs /proc')
 def test_ctrl_c_an_end_and_a_kill_leave_no_server_behind(run, tmp_path):
     signals = signal.SIGINT,signal.SIGTERM,signal.SIGKILL
-    started = [subprocess.Popen([sys.executable, '-c', script, run, tmp_path/s.name], stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT, text=True) for s in signals]
+    started = [Forked([sys.executable, '-c', script, run, tmp_path/s.name], stdout=subprocess.PIPE,
+                      stderr=subprocess.STDOUT, text=True) for s in signals]
     addresses = [p.stdout.readline().split()[4].removesuffix('/v1') for p in started]
     servers = [children_of(p.pid) for p in started]
     assert all(len(s)==1 for s in servers) and [models_at(a) for a in addresses] == [['code']]*3

@@ -8,7 +8,7 @@ import torch
 from transformers import (Gemma2Config, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig, OPTConfig,
                           Qwen2Config, Qwen3Config, Qwen3MoeConfig)
 
-from quick import two_layers
+from quick import forked, run_in_fork, two_layers
 from sage_finetune.config import fit_config, LoRAConfig, PresetConfigs, SageError, TrainingConfig
 from sage_finetune.core.machine import Machine
 from sage_finetune.model.step_bytes import attention_kernel, build_on_meta, live_bytes, packed_bytes, step_bytes
@@ -51,6 +51,8 @@ def test_large_shapes(name):
     assert sum(e.weights.values())/2e9==pytest.approx(billions, rel=0.01)
     assert seconds<30 # 5 on a quiet machine
 
+def plain_run(words): return subprocess.run(words, capture_output=True, text=True, timeout=300)
+
 def test_the_largest_needs_little_time_and_memory():
     code = """if 1:
         import resource, time
@@ -68,7 +70,7 @@ def test_the_largest_needs_little_time_and_memory():
                 else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         print(e.peak, time.perf_counter()-began, host)
     """
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, timeout=300)
+    done = (run_in_fork if forked else plain_run)([sys.executable, '-W', 'ignore', '-c', code])
     assert done.returncode==0, done.stderr
     peak,seconds,host = map(float, done.stdout.split())
     print(f'72B: {peak/2**30:.1f} GiB counted in {seconds:.1f} s with {host/2**30:.2f} GiB of main memory, '
@@ -91,8 +93,8 @@ def test_few_layers_give_all(kind):
         for machine in machines:
             c = fit_config(TrainingConfig(load_in_8bit=False, bf16=True, max_length=64,
                                           per_device_train_batch_size=2, lora=lora, **settings), machine)[0]
-            line,full = (step_bytes(build_on_meta(c, kind(**small))[0], c, machine, exact=exact)
-                         for exact in (False, True))
+            model = build_on_meta(c, kind(**small))[0]
+            line,full = (step_bytes(model, c, machine, exact=exact) for exact in (False, True))
             assert line==full and min(full.activations, full.head, full.layer)>0
 
 def test_less_of_anything_is_less():

@@ -4,7 +4,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from safetensors.torch import load_file
-from quick import forked, two_layers
+from quick import Forked, forked, two_layers
 from sage_finetune.core.run_folder import RunFolder
 
 def settings(folder, name, seed=0, **more):
@@ -65,8 +65,9 @@ def test_nothing_is_printed_and_nothing_of_the_process_is_changed(tmp_path):
     assert (said.returncode, said.stdout, said.stderr)==(0, '', '')
 
 def started(*args):
-    return subprocess.Popen([Path(sys.executable).with_name('sage-finetune'), 'run', *args, '--json'],
-                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    start = Forked if forked else subprocess.Popen
+    return start([Path(sys.executable).with_name('sage-finetune'), 'run', *args, '--json'],
+                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 def test_the_command_speaks_json_whatever_happens(tmp_path, command):
     run = command('run', '-', '--json', stdin=json.dumps(settings(tmp_path, 'run')))

@@ -21,7 +21,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from quick import forked, two_layers
+from quick import Forked, forked, two_layers
 from sage_finetune.training.callbacks import read_metrics
 from sage_finetune.core.disk import write_json
 from sage_finetune.config import LoRAConfig, read_json, SageError, TrainingConfig
@@ -431,11 +431,9 @@ def test_bytes_over_the_wires(base, data):
 # The launcher itself
 
 def launched(home, *args):
-    program = Path(sys.executable).with_name('sage-finetune')
-    words = ([str(program)] if program.exists()
-             else [sys.executable, '-c', 'import sys; from sage_finetune.cli import main; sys.exit(main())'])
-    return subprocess.Popen([*words, *args], cwd=home, env={**os.environ, 'OMP_NUM_THREADS': '1'}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    "The command that starts the launcher, forked; the launcher and its processes are new interpreters"
+    return Forked(['sage-finetune', *args], cwd=home, env={**os.environ, 'OMP_NUM_THREADS': '1'}, text=True,
+                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 def children(folder):
     "Processes of the launcher that are still there"

@@ -13,7 +13,7 @@ import pytest
 fcntl,pty,termios = (pytest.importorskip(m, reason='needs terminals and signals as POSIX has them')
                      for m in ('fcntl', 'pty', 'termios'))
 
-from quick import two_layers
+from quick import Forked, two_layers
 from sage_finetune.config import LoRAConfig, TrainingConfig
 from sage_finetune.core.run_folder import RunFolder
 from sage_finetune.ui.live import LiveCallback, LiveRun, read_generations, train_in_terminal
@@ -141,9 +141,8 @@ def test_in_a_terminal_ctrl_c_stops_and_saves(tmp_path, data):
                                       'try: train_in_terminal(TrainingConfig.load(sys.argv[1]), ["What is 2 plus '
                                       '4?"])\nexcept KeyboardInterrupt as e: print(e); sys.exit(130)\n')
     ours,theirs = pty.openpty()
-    child = subprocess.Popen([sys.executable, tmp_path/'script.py', tmp_path/'asked.json'], stdin=theirs,
-                             stdout=theirs, stderr=theirs, env={**os.environ, 'OMP_NUM_THREADS': '1', 'TERM': 'xterm'},
-                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    child = Forked([sys.executable, tmp_path/'script.py', tmp_path/'asked.json'], stdin=theirs, stdout=theirs,
+                   stderr=theirs, env={**os.environ, 'OMP_NUM_THREADS': '1', 'TERM': 'xterm'})
     os.close(theirs)
     seen = b''
     fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack('HHHH', 60, 100, 0, 0))
