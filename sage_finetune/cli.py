@@ -24,7 +24,7 @@ from typer.main import get_command
 
 from .core.disk import SageError
 from .core.display import size_text, visible
-from .core.exits import goes_on, last_words, refuse_other_encodings, stop_raises, use_utf8
+from .core.machine import goes_on, last_words, refuse_other_encodings, stop_raises, use_utf8
 
 # %% ../nbs/05_cli.ipynb #7c48b3da
 class _Ended(Exception): "A command was stopped: the signal is its cause, which typer would take for itself"

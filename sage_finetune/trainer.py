@@ -16,7 +16,7 @@ from .model.loading import dtype_of, load_model, put_aside_notes, quantisation_o
 from peft import PeftModel
 from transformers import Trainer, TrainingArguments, set_seed
 
-from .core.exits import goes_on, last_words, stop_raises
+from .core.machine import goes_on, last_words, stop_raises
 from .core.disk import cannot_write, manifest_file, read_json, SageError, write_json
 from .core.machine import division, Machine, opening, process, processes, show_changes
 from .core.run_folder import last_checkpoint, only_run, RunFolder, write_record

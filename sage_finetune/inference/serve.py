@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..core.disk import read_json, SageError
-from ..core.exits import Interrupted, last_words, leave_terminal, stop_signals
+from ..core.machine import Interrupted, last_words, leave_terminal, stop_signals
 from ..core.settings import refuse_unknown
 from ..core.run_folder import default_output_dir, find_run
 from ..core.text_stream import one_line

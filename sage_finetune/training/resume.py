@@ -29,7 +29,7 @@ from sage_finetune.core.run_folder import (
     checkpoint_fault, last_checkpoint, refuse_added, refuse_foreign_run, refuse_links, record_fault, record_notes,
     remove_part, RunFolder, written_by_run
 )
-from ..core.exits import goes_on, Interrupted, leave_terminal, stop_signals
+from ..core.machine import goes_on, Interrupted, leave_terminal, stop_signals
 from ..config import embedded_model, fit_config, TrainingConfig
 from .batches import example_lengths, flat_chunks
 from ..model.adapter import best_evaluation, load_best_adapter, save_adapter, trained_tensors

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sage_finetune.config import config_from_meta, SageError
-from sage_finetune.core.exits import last_words
+from sage_finetune.core.machine import last_words
 from sage_finetune.core.run_folder import list_runs, RunFolder
 from sage_finetune.core.settings import value_words
 from sage_finetune.inference import request

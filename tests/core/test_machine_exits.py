@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from sage_finetune.core.exits import Interrupted, last_words, missing_package, refuse_other_encodings
+from sage_finetune.core.machine import Interrupted, last_words, missing_package, refuse_other_encodings
 
 posix = pytest.mark.skipif(os.name!='posix', reason='signals')
 WAIT = '''
 import sys, time
-from sage_finetune.core.exits import last_words, stop_raises
+from sage_finetune.core.machine import last_words, stop_raises
 try:
     with stop_raises():
         print('ready', flush=True)
@@ -52,7 +52,7 @@ def test_who_ignores_a_closed_terminal_has_a_reason():
 def test_a_forked_child_dies_of_a_signal_without_a_word():
     code = '''
 import os, signal, time
-from sage_finetune.core.exits import stop_raises
+from sage_finetune.core.machine import stop_raises
 with stop_raises():
     child = os.fork()
     if not child: time.sleep(60)
