@@ -66,4 +66,5 @@ class Injector:
         if self.mode.startswith('SIG') and self.seen==self.at: signal.raise_signal(getattr(signal, self.mode))
         if self.mode=='half': return resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
         if self.mode=='full': raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
-        if self.mode=='denied' and self.seen==self.at: raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        if self.mode=='denied' and self.seen==self.at:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
