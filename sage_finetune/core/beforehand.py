@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from .disk import read_json
 from .machine import Change
-from .settings import refuse_unknown
+from .settings import checked, refuse_unknown
 
 # %% ../../nbs/core/08_beforehand.ipynb #08be0008
 _of_torch = 'adamw_torch', 'adamw_torch_fused', 'adafactor', 'sgd', 'adagrad', 'rmsprop'
@@ -142,11 +142,13 @@ def _rates(name, options, learning_rate, warmup, steps):
     from transformers import get_scheduler
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=learning_rate)
     made = get_scheduler(name, optimizer, warmup, steps, options)
-    if not hasattr(made, 'lr_lambdas'): return [*made.min_lrs, learning_rate]
+    if not hasattr(made, 'lr_lambdas'): return [*made.min_lrs, (options or {}).get('max_lr', learning_rate)]
     at = sorted({*range(0, steps, max(1, steps//100)), min(warmup, steps-1)})
     return [learning_rate*made.lr_lambdas[0](i) for i in at]
 
 # %% ../../nbs/core/08_beforehand.ipynb #08be0103
+_below = 'min_lr', 'min_lr_rate', 'min_lr_ratio', 'lr_end' # where the rate ends
+
 def try_schedule(
     name:str, # As transformers names it
     options:dict|None, # `lr_scheduler_kwargs`
@@ -156,6 +158,9 @@ def try_schedule(
 )->None: # Nothing: it can be run through
     "Refuse a schedule that fails, that goes above `learning_rate`, or whose parts are longer than the run"
     check_schedule(name, options)
+    for n in (n for n in ('num_decay_steps', 'num_stable_steps', *_below) if (options or {}).get(n) is not None):
+        if checked(f'lr_scheduler_kwargs.{n}', options[n], float)<0:
+            raise ValueError(f'`lr_scheduler_kwargs`: `{n}` must be at least 0, got {options[n]}')
     own = sum((options or {}).get(n) or 0 for n in ('num_decay_steps', 'num_stable_steps'))
     steps = steps or max(100, 10*int(own))
     what,warm = f'`lr_scheduler_type="{name}"` with `lr_scheduler_kwargs={options}`',-int(-steps*warmup//1)
@@ -164,7 +169,7 @@ def try_schedule(
     if not all(0<=r<=learning_rate*(1+1e-6) for r in rates):
         raise ValueError(f'{what} leads to a rate of {max(rates, key=abs):.3g}, and `learning_rate={learning_rate:g}` '
                          f'is the highest: lower `min_lr` or `lr_end`, or raise `learning_rate`')
-    if not any(rates): raise ValueError(f'{what} gives a rate of 0 in every step')
+    if steps>warm+1 and not any(rates): raise ValueError(f'{what} gives a rate of 0 in every step')
     if own+warm>steps:
         raise ValueError(f'{what}: {own:g} steps and {warm} of the warm-up are more than the {steps} of the run')
 
