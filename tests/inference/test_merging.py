@@ -370,7 +370,7 @@ def test_files_that_agree_are_not_what_was_trained(tmp_path, monkeypatch, fault,
     for limit in (merging.stream_above, 0):
         monkeypatch.setattr(merging, 'stream_above', limit)
         with pytest.raises(SageError, match='merge refused: .*answers otherwise than the model that was trained'):
-            merge_adapters(a, tmp_path/'m', rows=1) # it is not these rows that tell
+            merge_adapters(a, tmp_path/'m', rows=4)
     assert not (tmp_path/'m').exists()
     with pytest.warns(UserWarning, match='answers otherwise'): load_for_chat(a, ignore_contract=True)
 
