@@ -479,6 +479,7 @@ def _fit_optimizer(config, machine):
         return
     why,can = _why_no_optimizer(config, machine)
     other = same_steps(config.optim)
+    if other and machine.device=='cuda' and not division(): other += '_fused' # what a default becomes there
     if why and other:
         yield Change('optim', config.optim, other, f'{why}; {other} takes the same steps in full precision')
     elif not can:
