@@ -254,6 +254,14 @@ def _check_preference(config):
         raise ValueError(f'`label_smoothing={config.label_smoothing}` needs `loss_type="robust"`, got '
                          f'"{config.loss_type}"')
 
+def _preference_like(cls, config, more):
+    "A config for preferences with what `config` was given, or changed for its machine"
+    if isinstance(config, PreferenceConfig): return config.replace(**more)
+    plain = TrainingConfig()
+    own = {f.name: getattr(config, f.name) for f in fields(TrainingConfig) if f.name in config.given
+           or getattr(config, f.name)!=getattr(plain, f.name)}
+    return cls(**own | more).adapted(**{n: v for n,v in own.items() if n not in config.given and n not in more})
+
 # %% ../nbs/00_config.ipynb #9fcc0003
 @dataclass
 class PreferenceConfig(TrainingConfig):
@@ -288,15 +296,6 @@ class PreferenceConfig(TrainingConfig):
     )->'PreferenceConfig':
         "What `config` was given, or changed for its machine; the rest has the defaults for preferences"
         return _preference_like(cls, config, more)
-
-# %% ../nbs/00_config.ipynb #895398c7
-def _preference_like(cls, config, more):
-    "A config for preferences with what `config` was given, or changed for its machine"
-    if isinstance(config, PreferenceConfig): return config.replace(**more)
-    plain = TrainingConfig()
-    own = {f.name: getattr(config, f.name) for f in fields(TrainingConfig) if f.name in config.given
-           or getattr(config, f.name)!=getattr(plain, f.name)}
-    return cls(**own | more).adapted(**{n: v for n,v in own.items() if n not in config.given and n not in more})
 
 # %% ../nbs/00_config.ipynb #9bb8b5a5
 # nothing quantised, nothing computed twice, two rows in a micro-batch
@@ -417,6 +416,7 @@ def resolve_model(
     package = find_spec('sage_finetune').submodule_search_locations[0]
     return str(Path(package)/'models'/embedded_model)
 
+# %% ../nbs/00_config.ipynb #5a0e0021
 def base_place(
     folder:str|Path, # Of an adapter
     base:str|None=None, # Where it is now, if known
@@ -479,6 +479,7 @@ def _fit_optimizer(config, machine):
         return
     why,can = _why_no_optimizer(config, machine)
     other = same_steps(config.optim)
+    if other and machine.device=='cuda' and not division(): other += '_fused' # what a default becomes there
     if why and other:
         yield Change('optim', config.optim, other, f'{why}; {other} takes the same steps in full precision')
     elif not can:

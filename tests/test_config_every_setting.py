@@ -20,7 +20,7 @@ from sage_finetune.rows.report import DataReport
 from sage_finetune.rows.sources import read_rows
 from sage_finetune.training.callbacks import Checkpoints
 from sage_finetune.training.incremental import add_replay_rows
-from sage_finetune.training.loop import training_arguments
+from sage_finetune.training.loop import same_bits, training_arguments
 from sage_finetune.training.split import read_data
 from sage_finetune.trainer import LoRATrainer
 
@@ -67,6 +67,11 @@ def prepared(config):
 def arguments(config):
     "What transformers' `Trainer` is told"
     return {k: str(v) for k,v in training_arguments(config, True).to_dict().items()}
+
+
+def algorithms(config):
+    "Whether torch is held to operations that give the same bits each time, while it trains"
+    with same_bits(training_arguments(config, True).deterministic): return torch.are_deterministic_algorithms_enabled()
 
 
 def schedule(config):
@@ -187,6 +192,7 @@ training = dict(
     loraplus_lr_ratio=[Seen(4, built)],
     neftune_noise_alpha=[Seen(5, arguments), Refused(5, 'cannot both be set', packing=True)],
     torch_compile=[Seen(True, arguments)],
+    deterministic=[Seen(True, algorithms)],
     tokens_per_step=[Seen(64, built)],
     init_adapter=[Refused(rows('plain.jsonl'), 'neither an adapter nor a run')],
     stack_adapter=[Refused(True, 'needs `init_adapter`')],

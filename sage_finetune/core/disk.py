@@ -327,6 +327,7 @@ def _entry(path):
             return [0, rest, places, _text_digest(rest+places)]
     return _exact(path)
 
+# %% ../../nbs/core/00_disk.ipynb #a4d10e13
 def write_manifest(
     folder:str|Path, # Folder whose files are all written
     name:str=manifest_file, # Of the manifest in it
@@ -380,6 +381,7 @@ def manifest_fault(
     if not all(map(_is_entry, files.values())): return f'its file {name} is broken'
     return next(filter(None, in_threads(lambda file: _file_fault(folder, file, files[file]), files)), None)
 
+# %% ../../nbs/core/00_disk.ipynb #a4d10e15
 def places_note(
     folder:str|Path, # Folder with a manifest
 )->str|None: # A phrase that names the file; None where all are as they were, or nothing was written down
