@@ -300,8 +300,9 @@ def _generation_settings(plan, *folders):
     from transformers import AutoConfig, GenerationConfig
     place = local_folder(plan.base)
     found = [f for f in (*folders, place) if f and (f/'generation_config.json').is_file()]
-    return SimpleNamespace(generation_config=GenerationConfig.from_pretrained(found[0]) if found else
-                           GenerationConfig.from_model_config(AutoConfig.from_pretrained(place or plan.base)))
+    if found: return SimpleNamespace(generation_config=GenerationConfig.from_pretrained(found[0]))
+    config = AutoConfig.from_pretrained(place or plan.base, trust_remote_code=False)
+    return SimpleNamespace(generation_config=GenerationConfig.from_model_config(config))
 
 def _checked_form(plan, ignore):
     "Notes, and the tokenizer that all adapters were trained with"

@@ -345,7 +345,7 @@ def _reachable(host):
     host = {'0.0.0.0': '127.0.0.1', '::': '::1', '': '127.0.0.1'}.get(host, host)
     return f'[{host}]' if ':' in host else host
 
-# %% ../../nbs/inference/07_serve.ipynb #9bda5b0f
+# %% ../../nbs/inference/07_serve.ipynb #7a1d0004
 def _wait_until_up(server, timeout):
     "Return when the server answers; a server that ends or takes too long is an error"
     give_up = time.monotonic()+timeout
@@ -358,6 +358,7 @@ def _wait_until_up(server, timeout):
     raise SageError(f'the server did not answer within {timeout:g} s: {_last_words(server.log)} (log: '
                     f'{server.log}); `timeout` sets how long to wait')
 
+# %% ../../nbs/inference/07_serve.ipynb #9bda5b0f
 def _started(served, order):
     "The process that follows an order"
     log,own,more,notes = Path(order['log']),order['engine']=='native',{},()

@@ -61,6 +61,7 @@ def _expert_names(model):
     there = {n.rpartition('.')[2] for n,p in model.named_parameters() if p.dim()==3}
     return {old for old,new in names.items() if new in there}
 
+# %% ../../nbs/model/02_adapter.ipynb #7a1d0001
 def _targets(model, wanted):
     "Name → layer that `target_modules` means: names, \"all-linear\" or, as in peft, a pattern for the whole name"
     part = _language_part(model)
@@ -109,16 +110,7 @@ def add_lora(
     if changes_base(lora): adapted.adapter_start = low_rank(get_peft_model_state_dict(adapted))
     return adapted
 
-# %% ../../nbs/model/02_adapter.ipynb #c7cf4ab2
-def _only_language(model, wanted, layers):
-    "`target_modules` for peft where the vision part has the same names; a pattern is left as it is"
-    every = isinstance(wanted, str) and wanted.lower()=='all-linear'
-    if not (part := _language_part(model)) or (isinstance(wanted, str) and not every):
-        packed = every and any(not isinstance(m, (torch.nn.Linear, Conv1D)) for m in layers.values())
-        return dict(target_modules=sorted(layers)) if packed else {} # peft does not know them for linear
-    names = sorted({n.rpartition('.')[2] for n in layers})
-    return dict(target_modules=rf"{re.escape(part)}(?:.*\.)?(?:{'|'.join(map(re.escape, names))})")
-
+# %% ../../nbs/model/02_adapter.ipynb #7a1d0002
 def changes_base(
     lora, # A `LoRAConfig`
 )->bool: # True for PiSSA and OLoRA
@@ -130,6 +122,16 @@ def low_rank(
 )->dict: # Copies on the CPU
     "The matrices A and B among the tensors of an adapter"
     return {k: v.detach().cpu().clone() for k,v in tensors.items() if '.lora_A.' in k or '.lora_B.' in k}
+
+# %% ../../nbs/model/02_adapter.ipynb #c7cf4ab2
+def _only_language(model, wanted, layers):
+    "`target_modules` for peft where the vision part has the same names; a pattern is left as it is"
+    every = isinstance(wanted, str) and wanted.lower()=='all-linear'
+    if not (part := _language_part(model)) or (isinstance(wanted, str) and not every):
+        packed = every and any(not isinstance(m, (torch.nn.Linear, Conv1D)) for m in layers.values())
+        return dict(target_modules=sorted(layers)) if packed else {} # peft does not know them for linear
+    names = sorted({n.rpartition('.')[2] for n in layers})
+    return dict(target_modules=rf"{re.escape(part)}(?:.*\.)?(?:{'|'.join(map(re.escape, names))})")
 
 def _check_start(model, lora, layers):
     "Refuse a beginning that these layers do not allow; peft would fail late, or compute something else"

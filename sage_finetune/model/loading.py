@@ -258,7 +258,7 @@ def _quantiser(name, stored):
     places = config, config.get_text_config()
     said = next((s for c in places if (s := getattr(c, 'quantization_config', None))), {})
     if not AutoHfQuantizer.supports_quant_method(said): raise ValueError('transformers does not know this method')
-    made = AutoHfQuantizer.from_config(said, pre_quantized=True)
+    made = AutoHfQuantizer.from_config(said, pre_quantized=True, trust_remote_code=False)
     made.validate_environment(device_map=None, weights_only=True)
     return made
 
@@ -402,7 +402,6 @@ def _no_network(name):
     except OSError: return True
     return False
 
-# %% ../../nbs/model/01_loading.ipynb #7ceb83da
 def check_model(
     name:str, # Hub name, folder, or "sage-tiny"
 )->None: # Nothing: the model can be had
