@@ -383,6 +383,7 @@ class Repeat:
                else f'its trained numbers differ by up to {self.difference:.2g}')
         return f"repeated in {self.run.folder.path}: {how}"+(f" ({'; '.join(self.notes)})" if self.notes else '')
 
+# %% ../../nbs/runs/04_run.ipynb #3035b24e
 def adapter_difference(
     a:Run, # A run
     b:Run, # Another with an adapter of the same shape

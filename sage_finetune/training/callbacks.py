@@ -45,6 +45,7 @@ def read_metrics(
         warnings.warn(f'{path}: line {broken[0]}{more} cannot be read (damaged?) and is passed over')
     return [m for m in found if m is not None]
 
+# %% ../../nbs/training/03_callbacks.ipynb #f42d13b8
 def kept_before(
     checkpoint, # A `checkpoint-N` folder, or None
 )->dict: # Name of a figure → its value; empty where the checkpoint does not hold them
@@ -64,6 +65,7 @@ class NotFinite(SageError):
                          f'state is kept; start anew (`train(fresh=True)`, `--fresh`) '
                          'with a lower `learning_rate`, or compute in bf16 or fp32')
 
+# %% ../../nbs/training/03_callbacks.ipynb #d00000a1
 def _as_logged(kept, history, path):
     "Lines of numbers, each as a checkpoint has it, whose files are compared when they are read"
     known,changed = {},[]
@@ -77,6 +79,7 @@ def _as_logged(kept, history, path):
     if changed: warnings.warn(f'{path} has changed since it was written, and is put back: {", ".join(changed[:3])}')
     return kept
 
+# %% ../../nbs/training/03_callbacks.ipynb #d00000a2
 class Metrics(TrainerCallback):
     "Append every number that is logged to `metrics.jsonl`"
     def __init__(self, path): self.path = Path(path)

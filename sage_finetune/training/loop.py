@@ -302,6 +302,12 @@ def _speed(learned, every, seconds, device):
     return dict(learned_tokens_per_second=round(learned/seconds, 1), tokens_per_second=round(every/seconds, 1),
                 memory=peak_memory(device))
 
+def _add_figures(trainer, logs):
+    "Complete a line of the log that tells a loss: the figures of its window, and the step that the window began with"
+    figures = trainer.meter.line(trainer.accelerator.gather, trainer.count_operations, trainer.peak)
+    logs.update(figures | trainer.skipped.line())
+    logs['from_step'] = 1+max((m['step'] for m in trainer.state.log_history if 'loss' in m), default=0)
+
 # %% ../../nbs/training/04_loop.ipynb #4a01f0b1
 _disk_errors = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM
 
@@ -425,10 +431,7 @@ class ResumableTrainer(StepChecks, SeededOrder, WholeCheckpoints):
     def log(self, logs, *args, **kwargs):
         if not self.state.global_step: self.first_logs |= {k: v for k,v in logs.items() if isinstance(v, float)}
         if not math.isfinite(logs.get('grad_norm') or 0): del logs['grad_norm'] # that step was skipped
-        if 'loss' in logs:
-            figures = self.meter.line(self.accelerator.gather, self.count_operations, self.peak)
-            logs.update(figures | self.skipped.line())
-            logs['from_step'] = 1+max((m['step'] for m in self.state.log_history if 'loss' in m), default=0)
+        if 'loss' in logs: _add_figures(self, logs)
         super().log(logs, *args, **kwargs)
 
 # %% ../../nbs/training/04_loop.ipynb #4a01f0ba

@@ -7,8 +7,8 @@ Docs: https://sage-finetune.github.io/sage_finetune/training/resume.html.md"""
 # %% auto #0
 __all__ = ['memory_ran_out', 'data_digest', 'RowsDigest', 'differences', 'library_versions', 'run_record', 'check_same_run',
            'save_run', 'clear_run', 'checkpoint_step', 'is_last_step', 'load_last_step', 'finished_result',
-           'load_finished', 'logged_before_training', 'replay_loss', 'losses_before', 'keep_best', 'result_of',
-           'TrainingResult', 'StopSignal', 'keep_last_step', 'with_place', 'without_traceback', 'smaller_micro_batches',
+           'load_finished', 'logged_before_training', 'replay_loss', 'losses_before', 'keep_best', 'TrainingResult',
+           'result_of', 'StopSignal', 'keep_last_step', 'with_place', 'without_traceback', 'smaller_micro_batches',
            'remembered_changes', 'remembered_fit', 'fit_of_run']
 
 # %% ../../nbs/training/05_resume.ipynb #5b01f0c2
@@ -97,6 +97,7 @@ def _base_differences(before, new):
     names = before.get('model_name'),new.get('model_name')
     return [] if _as_path(names[0])==_as_path(names[1]) else [f'model_name: {names[0]} → {names[1]}']
 
+# %% ../../nbs/training/05_resume.ipynb #5b01f0d8
 def differences(
     old:dict, # A saved `training_config.json`
     new:dict, # What would be saved now
@@ -310,24 +311,6 @@ def keep_best(
     if kept is not None: say(f'Kept the adapter of step {kept}, the best on held-out rows')
     return kept
 
-def result_of(
-    trainer, # A `ResumableTrainer` that has trained
-    best:int|None, # From `keep_best`
-    before:tuple, # From `losses_before`
-    replay_rows, # Held-out replay rows, or None
-    seconds:float, # Spent training
-)->'TrainingResult': # Its losses are those of one step, that of the adapter
-    "The result of a run whose adapter is the one that is kept"
-    log,steps = trainer.state.log_history,trainer.state.global_step # the same in every process
-    at = steps if best is None else best
-    held = [m['eval_loss'] for m in log if m['step']==at and 'eval_loss' in m]
-    after = None if trainer.eval_dataset is None else held[-1] if held else trainer.evaluate()['eval_loss']
-    last = next((m for m in reversed(log) if 'loss' in m and m['step']<=at), {})
-    return TrainingResult(steps, before[0], after, last.get('loss'), round(seconds, 2), best, before[1],
-                          replay_loss(trainer, replay_rows), trainer.skipped_steps(),
-                          [last['from_step'], last['step']] if 'from_step' in last else None,
-                          None if after is None else at)
-
 # %% ../../nbs/training/05_resume.ipynb #a528c634
 @dataclass(repr=False)
 class TrainingResult(Shown):
@@ -352,6 +335,25 @@ class TrainingResult(Shown):
                 ('skipped steps', self.skipped and f'{self.skipped:,} (fp16: their gradient was not finite)'),
                 ('seconds', f'{self.seconds:,.1f}')]
         return Table(['', ''], [[*row] for row in rows if row[1]], 'Trained')
+
+# %% ../../nbs/training/05_resume.ipynb #5b01f0fd
+def result_of(
+    trainer, # A `ResumableTrainer` that has trained
+    best:int|None, # From `keep_best`
+    before:tuple, # From `losses_before`
+    replay_rows, # Held-out replay rows, or None
+    seconds:float, # Spent training
+)->TrainingResult: # Its losses are those of one step, that of the adapter
+    "The result of a run whose adapter is the one that is kept"
+    log,steps = trainer.state.log_history,trainer.state.global_step # the same in every process
+    at = steps if best is None else best
+    held = [m['eval_loss'] for m in log if m['step']==at and 'eval_loss' in m]
+    after = None if trainer.eval_dataset is None else held[-1] if held else trainer.evaluate()['eval_loss']
+    last = next((m for m in reversed(log) if 'loss' in m and m['step']<=at), {})
+    return TrainingResult(steps, before[0], after, last.get('loss'), round(seconds, 2), best, before[1],
+                          replay_loss(trainer, replay_rows), trainer.skipped_steps(),
+                          [last['from_step'], last['step']] if 'from_step' in last else None,
+                          None if after is None else at)
 
 # %% ../../nbs/training/05_resume.ipynb #177adfc6
 class StopSignal:
