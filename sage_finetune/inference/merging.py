@@ -168,7 +168,8 @@ def _reference(plan, tokenizer, probes, asked=()):
         with base_of(model):
             plain = logits_of(model, rows, max(1, 256//len(rows)) if prompts else None)
             if plan.bits: tuned.base = plain,answered(model, asked)
-    tuned.effect,tuned.effect_divergence = largest_difference(tuned.logits, plain),divergence(tuned.logits, plain)
+    known = [t[:, :p.shape[1]] for t,p in zip(tuned.logits, plain)] # without the tokens that the base does not have
+    tuned.effect,tuned.effect_divergence = largest_difference(known, plain),divergence(known, plain)
     tuned.quantised,tuned.dtype,tuned.device = _quantised_layers(model),model.dtype,model.device
     return tuned
 

@@ -6,6 +6,7 @@ same command goes on to the same bits
 import gc
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -20,6 +21,7 @@ import pytest
 from inject import Injector, modes
 from quick import forked, two_layers
 from sage_finetune.config import LoRAConfig, TrainingConfig
+from sage_finetune.core.machine import goes_on
 from sage_finetune.core.run_folder import write_meta
 from sage_finetune.rows.formats import create_sample_data
 
@@ -28,6 +30,7 @@ pytestmark = pytest.mark.skipif(forked is None, reason='needs processes as POSIX
 commands = dict(train=['run', 'run'], merge=['merge', 'run'], clean=['clean', 'run', '--force'],
                 export=['export', 'run', '--output', 'out'],
                 export_adapter=['export', 'run', '--adapter', '--output', 'out', '--base', 'someone/base'])
+done = 'stopped after the last step; the run is complete|stopped; nothing more was done'
 stops = dict(SIGINT=130, SIGTERM=143, SIGHUP=129) # Mode → exit status
 begins_with = dict(train='asked', merge='trained', clean='merged', export='merged', export_adapter='merged')
 
@@ -127,7 +130,8 @@ def one_fault(room, states, name, mode, at):
     if 'Traceback' in said: return f'traceback: {said[-600:]}'
     if mode=='clock' and status: return f'the clock matters: {said[-600:]}'
     if mode in stops and status not in (0, stops[mode]): return f'status {status}: {said[-300:]}'
-    if mode in stops and status and 'the same command' not in said: return f'no word of going on: {said[-300:]}'
+    if mode in stops and status and not (name!='clean' and goes_on in said or re.search(done, said)):
+        return f'no word of where it stopped: {said[-300:]}'
     if mode in ('denied', 'full', 'half') and status and 'error: ' not in said: return f'no word of it: {said[-300:]}'
     if name!='clean' and any(weights(room).get(k)!=v for k,v in before.items()): return 'work is lost'
     wanted = folder/(name if name not in ('train', 'merge') else dict(train='trained', merge='merged')[name])
