@@ -79,7 +79,7 @@ def test_other_bits_by_hand_and_beginnings_that_move_weights_are_refused(stored,
         merge_run(tmp_path/'run')
 
 
-methods = dict(gptq=dict(bits=4, group_size=128), awq=dict(bits=4), fp8={}, mxfp4={}, aqlm={}, eetq={}, hqq={},
+methods = dict(gptq=dict(bits=4, group_size=128), awq=dict(bits=4), mxfp4={}, aqlm={}, eetq={}, hqq={},
                torchao=dict(quant_type='int4_weight_only'), quanto={}, vptq={}, higgs={}, **{'a_new_one': {}},
                **{'compressed-tensors': dict(format='pack-quantized')})
 
