@@ -6,16 +6,26 @@ go through Python (safetensors, torch, tokenizers, pyarrow) are asked beforehand
 - `denied`: this one is not permitted;
 - `full`: it and every later one finds the disk full;
 - `half`: no file can grow beyond a few bytes, so that what is written is cut short;
-- `dies`: the process is gone, as after `kill -9`.
+- `dies`: the process is gone, as after `kill -9`;
+- `clock`: the clock stands a day earlier;
+- `SIGINT`, `SIGTERM`, `SIGHUP`: the process is asked to stop, once.
 """
 import errno
 import os
 import resource
+import signal
 import sys
+import time
 from pathlib import Path
 
-modes = 'denied', 'full', 'half', 'dies'
+modes = 'denied', 'full', 'half', 'dies', 'clock', 'SIGINT', 'SIGTERM', 'SIGHUP'
 _moves = 'os.rename', 'os.mkdir', 'os.rmdir', 'os.remove', 'os.link', 'os.symlink', 'os.truncate', 'os.chmod'
+
+
+def turn_back():
+    now,exact = time.time,time.time_ns
+    time.time = lambda: now()-86_400
+    time.time_ns = lambda: exact()-86_400*10**9
 
 
 class Injector:
@@ -52,6 +62,8 @@ class Injector:
         self.seen += 1
         if self.mode is None or self.seen<self.at: return
         if self.mode=='dies': os._exit(137)
+        if self.mode=='clock' and self.seen==self.at: turn_back()
+        if self.mode.startswith('SIG') and self.seen==self.at: signal.raise_signal(getattr(signal, self.mode))
         if self.mode=='half': return resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
         if self.mode=='full': raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
-        if self.seen==self.at: raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        if self.mode=='denied' and self.seen==self.at: raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)

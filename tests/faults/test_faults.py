@@ -28,6 +28,7 @@ pytestmark = pytest.mark.skipif(forked is None, reason='needs processes as POSIX
 commands = dict(train=['run', 'run'], merge=['merge', 'run'], clean=['clean', 'run', '--force'],
                 export=['export', 'run', '--output', 'out'],
                 export_adapter=['export', 'run', '--adapter', '--output', 'out', '--base', 'someone/base'])
+stops = dict(SIGINT=130, SIGTERM=143, SIGHUP=129) # Mode → exit status
 begins_with = dict(train='asked', merge='trained', clean='merged', export='merged', export_adapter='merged')
 
 
@@ -123,10 +124,11 @@ def one_fault(room, states, name, mode, at):
     shutil.copytree(folder/begins_with[name], room)
     before = weights(room)
     status,said,_ = command(room, commands[name], mode, at)
-    if mode!='dies':
-        if 'Traceback' in said: return f'traceback: {said[-600:]}'
-        if status and not said.strip(): return 'silent'
-        if status and 'error: ' not in said: return f'no word of an error: {said[-300:]}'
+    if 'Traceback' in said: return f'traceback: {said[-600:]}'
+    if mode=='clock' and status: return f'the clock matters: {said[-600:]}'
+    if mode in stops and status not in (0, stops[mode]): return f'status {status}: {said[-300:]}'
+    if mode in stops and status and 'the same command' not in said: return f'no word of going on: {said[-300:]}'
+    if mode in ('denied', 'full', 'half') and status and 'error: ' not in said: return f'no word of it: {said[-300:]}'
     if name!='clean' and any(weights(room).get(k)!=v for k,v in before.items()): return 'work is lost'
     wanted = folder/(name if name not in ('train', 'merge') else dict(train='trained', merge='merged')[name])
     if mode!='dies' and not status and weights(room)!=weights(wanted): return 'a wrong result, said to be right'
@@ -139,7 +141,7 @@ def one_fault(room, states, name, mode, at):
 
 
 few = [(name, mode, share) for name in commands
-       for mode,share in (('full', .3), ('half', .6), ('dies', .8), ('denied', .95))]
+       for mode,share in (('full', .3), ('half', .6), ('dies', .8), ('denied', .95), ('SIGTERM', .5))]
 
 
 @pytest.mark.parametrize('name,mode,share', few)
