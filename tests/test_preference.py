@@ -337,7 +337,7 @@ def factory(tmp_path_factory):
 def of_factory(factory, folder, without=(), **more):
     "The trainer of a config of LLaMA-Factory"
     settings = examples | dict(model_name_or_path='sage-tiny', dataset_dir=str(factory),
-                               output_dir=str(folder/'run'), dataset='dpo_en_demo') | more
+                               output_dir=str(folder/f'run{len([*folder.iterdir()])}'), dataset='dpo_en_demo') | more
     path = write_json(folder/'config.json', {k: v for k,v in settings.items() if k not in without})
     return trainer_of(path, quiet=True)
 

@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from quick import two_layers
-from sage_finetune.config import LoRAConfig
+from sage_finetune.config import LoRAConfig, TrainingConfig
 from sage_finetune.core.disk import read_json
 from sage_finetune.core.run_folder import RunFolder
 from sage_finetune.inference.chat_api import Engine
@@ -136,7 +136,9 @@ def test_what_is_put_aside_is_told_and_no_tuned_or_merged_model_gets_it(tmp_path
     assert 'repetition_penalty=1.3' in note and len(note)<200
     adapted = add_lora(model, LoRAConfig(r=4))
     run = RunFolder(tmp_path/'run')
-    save_run(run, adapted, tok, dict(model_name=str(base), load_in_8bit=False, fp16=False))
+    config = TrainingConfig(model_name=str(base), load_in_8bit=False, fp16=False)
+    save_run(run, adapted, tok, config.to_dict())
+    config.save(run.config)
     with pytest.warns(UserWarning, match='put aside: .*repetition_penalty=1.3'):
         report = merge_run(run.path, rows=2)
         load_plain(str(base))
