@@ -18,8 +18,8 @@ if 'SAGE_TESTS' not in os.environ:
     os.environ['SAGE_TESTS'] = tempfile.mkdtemp(prefix='sage_tests_')
     atexit.register(shutil.rmtree, os.environ['SAGE_TESTS'], ignore_errors=True)
 
-# A shell starts what runs in its background with Ctrl-C ignored, `nohup` ignores SIGHUP, and tests inherit that; some of
-# them send these signals
+# A shell starts what runs in its background with Ctrl-C ignored, `nohup` ignores SIGHUP, and tests inherit that; some
+# of them send these signals
 if signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None): signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP)==signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
