@@ -57,7 +57,8 @@ def test_each_schedule_of_transformers_is_known(name):
 
 
 @pytest.mark.parametrize('name, options, words', [
-    ('polynomial', dict(lr_end=1), 'learning_rate|lr_end'), ('cosine_with_min_lr', dict(min_lr=-1), '`min_lr` must be at least 0, got -1'),
+    ('polynomial', dict(lr_end=1), 'learning_rate|lr_end'),
+    ('cosine_with_min_lr', dict(min_lr=-1), '`min_lr` must be at least 0, got -1'),
     ('warmup_stable_decay', dict(num_decay_steps='many'), '`lr_scheduler_kwargs'),
     ('reduce_lr_on_plateau', dict(factor=2), 'Factor'),
     ('reduce_lr_on_plateau', dict(min_lr=1), 'leads to a rate of 1'),
