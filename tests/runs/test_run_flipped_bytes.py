@@ -71,7 +71,9 @@ def exported(kind):
     return export
 
 def served(adapter):
-    def serve(place): return _check_served(what_to_serve(place.run, adapter)),None
+    def serve(place):
+        for note in _check_served(what_to_serve(place.run, adapter)): warnings.warn(note) # lines of its log
+        return True
     serve.__name__ = 'serve_adapter' if adapter else 'serve_merged'
     return serve
 
