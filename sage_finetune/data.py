@@ -17,7 +17,7 @@ __all__ = ['duplicate_choices', 'mixed', 'without_source', 'end_to_end', 'prepar
 import gc,operator,os,warnings
 from collections import deque
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from shutil import rmtree
 

@@ -16,29 +16,29 @@ from .model.loading import dtype_of, load_model, put_aside_notes, quantisation_o
 from peft import PeftModel
 from transformers import Trainer, TrainingArguments, set_seed
 
-from .core.machine import goes_on, last_words, stop_raises
 from .core.disk import cannot_write, manifest_file, read_json, SageError, write_json
-from .core.machine import division, Machine, opening, process, processes, show_changes
+from sage_finetune.core.machine import (
+    division, goes_on, last_words, Machine, opening, process, processes, show_changes, stop_raises
+)
 from .core.run_folder import last_checkpoint, only_run, RunFolder, write_record
 from .config import config_from_meta, PreferenceConfig, TrainingConfig
 from .rows.images import processor_of
 from .rows.report import DataReport
-from .model.adapter import adapter_line, add_lora, BestAdapter, check_run
-from .model.adapter import ready_for_quantised_training
+from .model.adapter import adapter_line, add_lora, BestAdapter, check_run, ready_for_quantised_training
 from .model.shards import base_digest
 from .model.memory import estimate_memory, probe_step
 from .training.batches import check_fit, check_rows, Collator, longest_batch, padding_of
 from .training.split import check_data_path, read_data
 from .training.callbacks import Checkpoints, Metrics, NotFinite, plot_losses, Progress, read_metrics
 from sage_finetune.training.loop import (
-    BeforeFirstStep, CausalLMTrainer, disk_error, drop_printers, free_memory, out_of_memory, ResumableTrainer,
-    StepGuard, Stopped, TokenMetrics, trackers, training_arguments
+    BeforeFirstStep, CausalLMTrainer, disk_error, drop_printers, free_memory, out_of_memory, Stopped, trackers,
+    training_arguments
 )
 from sage_finetune.training.resume import (
-    check_same_run, checkpoint_step, clear_run, data_digest, differences, finished_result, fit_of_run, is_last_step,
-    keep_best, keep_last_step, library_versions, load_finished, load_last_step, losses_before, memory_ran_out,
-    remembered_changes, result_of, RowsDigest, run_record, save_run, smaller_micro_batches, StopSignal, TrainingResult,
-    with_place, without_traceback
+    check_same_run, checkpoint_step, clear_run, data_digest, finished_result, fit_of_run, is_last_step, keep_best,
+    keep_last_step, library_versions, load_finished, load_last_step, losses_before, remembered_changes, result_of,
+    RowsDigest, run_record, save_run, smaller_micro_batches, StopSignal, TrainingResult, with_place,
+    without_traceback
 )
 from sage_finetune.training.processes import (
     agreed, joined_processes, one_after_another, processes_line, refuse_smaller_micro_batches, tell, wait_for_all

@@ -6,8 +6,8 @@ Docs: https://sage-finetune.github.io/sage_finetune/core/disk.html.md"""
 
 # %% auto #0
 __all__ = ['manifest_file', 'SageError', 'cannot_write', 'process_mark', 'is_running', 'clear_remains', 'to_disk', 'write_text',
-           'write_json', 'read_json', 'whole_folder', 'cache_root', 'file_digest', 'in_threads', 'write_manifest',
-           'manifest_fault', 'places_note', 'foreign_fault', 'refuse_foreign']
+           'readable_json', 'write_json', 'read_json', 'whole_folder', 'cache_root', 'file_digest', 'in_threads',
+           'write_manifest', 'manifest_fault', 'places_note', 'foreign_fault', 'refuse_foreign']
 
 # %% ../../nbs/core/00_disk.ipynb #194002a8
 import errno,hashlib,json,os,platform,re,time,zlib
@@ -165,14 +165,20 @@ def write_text(
     return path
 
 # %% ../../nbs/core/00_disk.ipynb #3a2927d5
+def readable_json(
+    obj:object, # What JSON can hold; paths become strings
+)->str: # Indented, with a line end
+    "JSON as the files of this package hold it"
+    return json.dumps(obj, indent=2, ensure_ascii=False, default=os.fspath)+'\n'
+
 def write_json(
     path:str|Path, # File to write
     obj:object, # What JSON can hold; paths become strings
 )->Path: # The file
     "Write `obj` as readable JSON, whole or not at all"
-    try: text = json.dumps(obj, indent=2, ensure_ascii=False, default=os.fspath)
+    try: text = readable_json(obj)
     except RecursionError: raise ValueError(f'{path} cannot be written: its content is nested too deeply') from None
-    return write_text(path, text+'\n')
+    return write_text(path, text)
 
 # %% ../../nbs/core/00_disk.ipynb #c5400f8c
 def _once(path):

@@ -8,7 +8,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/inference/export.html.md"""
 __all__ = ['model_card', 'export_files', 'export_folder', 'push_to_hub', 'export_gguf', 'ollama_template', 'modelfile']
 
 # %% ../../nbs/inference/08_export.ipynb #04cbbda0
-import html,json,os,re,shutil,subprocess,sys,warnings
+import html,os,re,shutil,subprocess,sys,warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -16,8 +16,8 @@ from functools import cache
 from pathlib import Path
 
 from sage_finetune.core.disk import (
-    cannot_write, file_digest, manifest_file, read_json, refuse_foreign, SageError, whole_folder, write_manifest,
-    write_text
+    cannot_write, file_digest, manifest_file, read_json, readable_json, refuse_foreign, SageError, whole_folder,
+    write_manifest, write_text
 )
 from ..core.settings import refuse_unknown
 from ..core.text_stream import one_line
@@ -143,7 +143,7 @@ def _with_base_name(source, base):
         out['training_config.json'] = _settings_elsewhere(source.settings, base)
     if (file := source.folder/'config.json').is_file():
         out['config.json'] = {k: v for k,v in read_json(file).items() if k!='_name_or_path'}
-    return {n: json.dumps(content, indent=2, ensure_ascii=False)+'\n' for n,content in out.items()}
+    return {n: readable_json(content) for n,content in out.items()}
 
 # %% ../../nbs/inference/08_export.ipynb #5db02c12
 def _results(source):

@@ -10,7 +10,6 @@ __all__ = ['merge_bounds', 'stream_above', 'logits_of', 'largest_difference', 'd
 
 # %% ../../nbs/inference/03_merging.ipynb #442b0081
 import re,shutil,time,warnings
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from math import inf
 from pathlib import Path
@@ -158,6 +157,11 @@ def _quantised_layers(model):
     return {bare_name(f'{n}.weight') for n,m in model.named_modules()
             if type(getattr(m, 'weight', None)).__name__ in ('Params4bit', 'Int8Params')}
 
+def _effect(tuned, plain):
+    "(largest difference, divergence) that an adapter makes, on the tokens that the base has"
+    known = [t[:, :p.shape[1]] for t,p in zip(tuned, plain)]
+    return largest_difference(known, plain),divergence(known, plain)
+
 def _reference(plan, tokenizer, probes, asked=()):
     "What base and adapter predict, how far that is from the base alone, and which weights were quantised"
     rows,prompts = probes
@@ -168,8 +172,7 @@ def _reference(plan, tokenizer, probes, asked=()):
         with base_of(model):
             plain = logits_of(model, rows, max(1, 256//len(rows)) if prompts else None)
             if plan.bits: tuned.base = plain,answered(model, asked)
-    known = [t[:, :p.shape[1]] for t,p in zip(tuned.logits, plain)] # without the tokens that the base does not have
-    tuned.effect,tuned.effect_divergence = largest_difference(known, plain),divergence(known, plain)
+    tuned.effect,tuned.effect_divergence = _effect(tuned.logits, plain)
     tuned.quantised,tuned.dtype,tuned.device = _quantised_layers(model),model.dtype,model.device
     return tuned
 
@@ -226,9 +229,7 @@ def _reference_streamed(plan, dtype, rows, asked=()):
         tuned,more = _apart(logits_together(on, [*rows, *asked]), rows, asked)
         asked_base.append(True)
         with base_of(on): plain = logits_together(on, rows)
-    known = [t[:, :p.shape[1]] for t,p in zip(tuned, plain)] # without the tokens that the base does not have
-    return _ProofSample(tuned, _next_tokens(tuned), largest_difference(known, plain), divergence(known, plain),
-                        dtype=dtype, **more)
+    return _ProofSample(tuned, _next_tokens(tuned), *_effect(tuned, plain), dtype=dtype, **more)
 
 # %% ../../nbs/inference/03_merging.ipynb #2ed8ba65
 @dataclass(frozen=True, repr=False)

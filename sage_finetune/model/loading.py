@@ -29,9 +29,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from ..core.beforehand import stored_as
 from ..core.disk import read_json, SageError
-from ..core.machine import missing_package
 from ..config import resolve_model, TrainingConfig
-from ..core.machine import division
+from ..core.machine import division, missing_package
 from ..rows.images import need_pillow, processor_files, processor_names, processor_of, with_processor
 from ..rows.template import ensure_template
 from .attention import repeat_heads

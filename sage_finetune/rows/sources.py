@@ -13,7 +13,7 @@ from glob import glob
 from hashlib import blake2b
 from pathlib import Path
 
-from ..core.disk import SageError, write_text
+from ..core.disk import readable_json, SageError, write_text
 from ..core.machine import processes
 from ..core.run_folder import is_own_run, only_run
 from ..core.settings import checked
@@ -311,19 +311,17 @@ def save_rows(
     if path.suffix not in ('.json', '.jsonl'):
         raise ValueError(f'`path` must end in .json or .jsonl, got {path.name!r}')
     try:
-        if path.suffix=='.json': text = _json_text(list(rows))
+        if path.suffix=='.json': text = readable_json(list(rows))
         else: text = ''.join(json.dumps(r, ensure_ascii=False, default=os.fspath)+'\n' for r in rows)
         text.encode() # half a character cannot be written, and is not written as something else
     except (TypeError, ValueError, RecursionError) as e:
         raise ValueError(f'`rows` must hold what JSON can hold: {one_line(e)}') from None
     return write_text(path, text)
 
-def _json_text(rows): return json.dumps(rows, indent=2, ensure_ascii=False, default=os.fspath)+'\n'
-
 # %% ../../nbs/rows/01_sources.ipynb #fe000002
 def _other_rows(folder, files):
     "Names of files that are not there yet, and of those that hold other rows"
-    told = {n: _json_text(rows) for n,rows in files.items()}
+    told = {n: readable_json(rows) for n,rows in files.items()}
     there = [n for n in files if (folder/n).exists()]
     return ([n for n in files if n not in there],
             [n for n in there if (folder/n).read_bytes()!=told[n].encode('utf-8', 'backslashreplace')])

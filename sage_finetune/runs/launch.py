@@ -15,8 +15,7 @@ from pathlib import Path
 
 from ..core.disk import SageError
 from ..core.settings import checked, refuse_unknown
-from ..core.machine import goes_on, last_words, stop_raises
-from ..core.machine import process, processes
+from ..core.machine import goes_on, last_words, process, processes, stop_raises
 from .other_tools import read_settings
 from ..core.run_folder import find_run
 from .tasks import trainer_of

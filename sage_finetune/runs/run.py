@@ -20,8 +20,7 @@ from sage_finetune.core.display import (
     falling, held_out_name, on_any_background, Panel, Shown, shown_figure, size_text, Table, training_loss_name
 )
 from ..config import config_from_meta, PreferenceConfig, TrainingConfig
-from ..core.machine import as_written_here
-from ..core.machine import Change, Changes
+from ..core.machine import as_written_here, Change, Changes
 from ..core.run_folder import find_run, list_runs, record_notes, RunFolder
 from ..core.settings import source_words
 from ..rows.report import DataReport

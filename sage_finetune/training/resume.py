@@ -24,12 +24,13 @@ from transformers import TrainerState
 
 from ..core.disk import read_json, refuse_foreign, SageError, whole_folder, write_json, write_manifest
 from ..core.display import falling, held_out_name, Shown, Table, training_loss_name
-from ..core.machine import Change, division, Machine, process, processes
+from sage_finetune.core.machine import (
+    Change, division, goes_on, Interrupted, leave_terminal, Machine, process, processes, stop_signals
+)
 from sage_finetune.core.run_folder import (
     checkpoint_fault, last_checkpoint, refuse_added, refuse_foreign_run, refuse_links, record_fault, record_notes,
     remove_part, RunFolder, written_by_run
 )
-from ..core.machine import goes_on, Interrupted, leave_terminal, stop_signals
 from ..config import embedded_model, fit_config, TrainingConfig
 from .batches import example_lengths, flat_chunks
 from ..model.adapter import best_evaluation, load_best_adapter, save_adapter, trained_tensors
