@@ -30,10 +30,11 @@ def settings(): # The section of settings.ini
 def output(
     *words, # A command
     folder=None, # Where it runs; the project if None
-    env=None, # Its environment; this one if None
+    **env, # What else its environment holds
 ): # What it printed
-    "Run a command; its last line is the fault where it fails"
-    done = subprocess.run([str(word) for word in words], cwd=folder or ROOT, env=env, text=True,
+    "Run a command, which sees no checkout; its last line is the fault where it fails"
+    plain = {key: value for key, value in os.environ.items() if key not in ('PYTHONPATH', 'IN_TEST', 'SAGE_CACHE')}
+    done = subprocess.run([str(word) for word in words], cwd=folder or ROOT, env=plain | env, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     lines = [line for line in done.stdout.splitlines() if line.strip() and not line.startswith('WARNING')]
     if done.returncode: raise Fault(f'`{" ".join(map(str, words))}`: {lines[-1] if lines else "no word"}')
@@ -157,15 +158,14 @@ def works_alone(
     venv.create(folder/'empty', with_pip=True)
     at, python = folder/'cwd', folder/'empty'/'bin'/'python'
     (at/'home').mkdir(parents=True)
-    env = {key: value for key, value in os.environ.items() if key not in ('PYTHONPATH', 'IN_TEST', 'SAGE_CACHE')}
-    env |= dict(HOME=str(at/'home'), HF_HUB_OFFLINE='1')
+    env = dict(HOME=str(at/'home'), HF_HUB_OFFLINE='1')
     wheel, = folder.glob('dist/*.whl')
     output(python, '-m', 'pip', 'install', '-q', '--disable-pip-version-check', '-c', ROOT/'constraints.txt', wheel)
     output(python, '-m', 'pip', 'check')
     code = 'import sage_finetune as s; print(s.__version__); s.LoRATrainer, s.prepare_dataset'
-    version = output(python, '-c', code, folder=at, env=env).split()[-1]
+    version = output(python, '-c', code, folder=at, **env).split()[-1]
     if version!=ini['version']: raise Fault(f'the installed package says {version}')
-    told = output(python.with_name('sage-finetune'), 'quickstart', 'code', '--max-facts', '40', folder=at, env=env)
+    told = output(python.with_name('sage-finetune'), 'quickstart', 'code', '--max-facts', '40', folder=at, **env)
     if 'sage-finetune chat' not in told: raise Fault('quickstart did not come to its end')
     left = [path.name for path in at.iterdir() if path.name!='home']
     if left: raise Fault(f'quickstart left {left} in the working folder')
