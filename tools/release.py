@@ -49,7 +49,8 @@ def version_agrees(
 ): # What was seen
     "settings.ini and the package name one version, above the newest release"
     version, init = ini['version'], (ROOT/ini['lib_name']/'__init__.py').read_text(encoding='utf-8')
-    if not re.fullmatch(r'\d+\.\d+\.\d+', version): raise Fault(f'settings.ini: version {version} is not of the form 1.2.3')
+    if not re.fullmatch(r'\d+\.\d+\.\d+', version):
+        raise Fault(f'settings.ini: version {version} is not of the form 1.2.3')
     written = re.search(r'^__version__ = "(.+)"$', init, re.M)
     if not written or written[1]!=version:
         raise Fault(f'settings.ini has {version}, __init__.py has {written[1] if written else "none"}')
@@ -68,7 +69,8 @@ def changelog_agrees(
     heads = [*sections]
     if not heads or heads[0]!='[Unreleased]': raise Fault('CHANGELOG.md does not begin with "## [Unreleased]"')
     waiting = len(re.findall(r'^- ', sections[heads[0]], re.M))
-    if waiting: raise Fault(f'CHANGELOG.md: {waiting} entries under Unreleased; give them the heading "## [{version}] - DATE"')
+    if waiting:
+        raise Fault(f'CHANGELOG.md: {waiting} entries under Unreleased; give them the heading "## [{version}] - DATE"')
     newest = heads[1] if heads[1:] else ''
     if not re.fullmatch(rf'\[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d', newest):
         raise Fault(f'CHANGELOG.md: below Unreleased stands "{newest}" instead of "[{version}] - YYYY-MM-DD"')
@@ -82,7 +84,8 @@ def everything_is_committed(
     changed = output('git', 'status', '--porcelain').splitlines()
     if changed: raise Fault(f'{len(changed)} files are not committed: {changed[0][3:]}')
     branch = output('git', 'rev-parse', '--abbrev-ref', 'HEAD').strip()
-    if branch not in (ini['branch'], 'HEAD'): raise Fault(f'this is branch {branch}, and releases are made from {ini["branch"]}')
+    if branch not in (ini['branch'], 'HEAD'):
+        raise Fault(f'this is branch {branch}, and releases are made from {ini["branch"]}')
     return output('git', 'log', '-1', '--format=%h %s').strip()
 
 
@@ -191,7 +194,8 @@ def main(
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--quick', action='store_true', help='leave out what builds and installs')
     quick, ini = parser.parse_args(words).quick, settings()
-    points = [version_agrees, changelog_agrees, everything_is_committed, tag_is_free, version_is_free, files_are_in_step]
+    points = [version_agrees, changelog_agrees, everything_is_committed, tag_is_free, version_is_free,
+              files_are_in_step]
     with tempfile.TemporaryDirectory() as folder:
         if not quick: points += [partial(p, Path(folder)) for p in (distributions, metadata_is_good, works_alone)]
         good = [held(point, ini) for point in points]
