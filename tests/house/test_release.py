@@ -23,7 +23,8 @@ def project(tmp_path, monkeypatch):
     "A project that is ready: committed, its version dated, nothing under Unreleased, no tag"
     (tmp_path/'sage_finetune').mkdir()
     (tmp_path/'sage_finetune'/'__init__.py').write_text('__version__ = "1.2.0"\n')
-    settings = 'lib_name = sage_finetune', 'dist_name = sage-finetune', 'version = 1.2.0', 'released = 1.1.9', 'branch = main'
+    settings = ['lib_name = sage_finetune', 'dist_name = sage-finetune', 'version = 1.2.0', 'released = 1.1.9',
+                'branch = main']
     (tmp_path/'settings.ini').write_text('\n'.join(['[DEFAULT]', *settings, '']))
     (tmp_path/'CHANGELOG.md').write_text('# Changelog\n\n## [Unreleased]\n\n## [1.2.0] - 2026-12-01\n\n- A\n\n'
                                          '## [1.1.9] - 2026-11-01\n')
