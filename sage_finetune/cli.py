@@ -388,7 +388,7 @@ def watch(
     as_json: Annotated[bool, Option('--json', help='Print it once, as JSON')] = False,
 ):
     "Every run, those that train first: steps done, time left, and resources used"
-    from sage_finetune.runs.monitor import watch as look, watched
+    from sage_finetune.ui.monitor import watch as look, watched
     if as_json: echo(json.dumps(watched(dir).to_dict()))
     elif once: _print(watched(dir))
     else: look(dir, every)

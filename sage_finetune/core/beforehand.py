@@ -1,4 +1,4 @@
-"""What can be known before anything is loaded: optimizers and schedules by name, and how a base is stored
+"""What can be known before anything is loaded: optimizers and schedules by name, how a base is stored, and what other tools call a setting
 
 Docs: https://sage-finetune.github.io/sage_finetune/core/beforehand.html.md"""
 
@@ -6,17 +6,21 @@ Docs: https://sage-finetune.github.io/sage_finetune/core/beforehand.html.md"""
 
 # %% auto #0
 __all__ = ['is_of_bitsandbytes', 'check_optimizer', 'same_steps', 'check_schedule', 'try_optimizer', 'try_schedule',
-           'OptionsSetting', 'StoredAs', 'stored_as', 'fit_stored']
+           'OptionsSetting', 'StoredAs', 'stored_as', 'fit_stored', 'ToolTable', 'tool_table', 'number_in', 'names_in',
+           'put_setting', 'take_by_table', 'unknown_to_table']
 
 # %% ../../nbs/core/08_beforehand.ipynb #08be0005
-import os
+import json,os
 from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .disk import read_json
 from .machine import Change
-from .settings import checked, refuse_unknown
+from .settings import checked, refuse_unknown, value_words
 
 # %% ../../nbs/core/08_beforehand.ipynb #08be0008
 _of_torch = 'adamw_torch', 'adamw_torch_fused', 'adafactor', 'sgd', 'adagrad', 'rmsprop'
@@ -87,7 +91,7 @@ _without_warmup = 'constant', 'reduce_lr_on_plateau', 'greedy'
 def check_schedule(
     name:str, # As transformers names it
     options:dict|None=None, # `lr_scheduler_kwargs`
-    warmup:float=0.0, # Share of the steps that was given by hand
+    warmup:float=0.0, # Share of the steps that was given by hand, or their number
 )->None: # Nothing: it may work
     "Refuse a schedule that does not exist, that lacks what it needs, or that does not take an option"
     if name not in _options:
@@ -103,7 +107,8 @@ def check_schedule(
                          f'set `lr_scheduler_kwargs={{"{needed[0]}": …}}`')
     if warmup and name in _without_warmup:
         other = ': take "constant_with_warmup"' if name=='constant' else ''
-        raise ValueError(f'`warmup_ratio={warmup:g}` has no effect on `lr_scheduler_type="{name}"`{other}, '
+        given = f'warmup_{"ratio" if warmup<=1 else "steps"}={warmup:g}'
+        raise ValueError(f'`{given}` has no effect on `lr_scheduler_type="{name}"`{other}, '
                          f'or leave it out')
 
 # %% ../../nbs/core/08_beforehand.ipynb #08be0016
@@ -181,7 +186,6 @@ class OptionsSetting:
         def __set__(self, config:object, value:dict|str|None)->None: ...
     @staticmethod
     def check(name, value):
-        import json
         words = f'`{name}` must be a dict such as {{"num_cycles": 2}}, got {value!r}'
         if isinstance(value, str):
             try: value = json.loads(value)
@@ -251,3 +255,121 @@ def fit_stored(
             raise ValueError(f'`{name}=True`: {what}, and is not quantised once more: leave it out, or give the model '
                              f'it was made from')
         if asked!=used: yield Change(name, asked, used, f'the base is stored in {stored}, and used as it is')
+
+# %% ../../nbs/core/08_beforehand.ipynb #08be0202
+@dataclass(frozen=True)
+class ToolTable:
+    "What becomes of each setting of another tool"
+    tool: str # Its name
+    settings: dict # Setting → its row
+    always: dict # Settings of ours that the tool always means
+
+    def status(self,
+        name:str, # Of a setting of the tool
+    )->str: # "mapped", "without effect", "refused" or "unknown"
+        "What becomes of a setting, in one word"
+        row = self.settings.get(name, {})
+        if {'to', 'values', 'hand'} & {*row}: return 'mapped'
+        return 'without effect' if 'note' in row and 'off' not in row else 'refused' if row else 'unknown'
+
+@cache
+def tool_table(
+    name:str, # Of a file in `sage_finetune/tables`, such as "trl-sft"
+)->ToolTable:
+    "The table of a tool, on top of the one it begins with"
+    package = find_spec('sage_finetune').submodule_search_locations[0]
+    given = read_json(Path(package)/'tables'/f'{name}.json', unique=True)
+    below = tool_table(given['begins_with']) if 'begins_with' in given else ToolTable('', {}, {})
+    return ToolTable(given['tool'], below.settings | given['settings'], below.always | given.get('always', {}))
+
+# %% ../../nbs/core/08_beforehand.ipynb #08be0205
+def number_in(
+    value, # Of a file of settings
+): # A number where the text is one, as YAML leaves `1e-4`; else the value
+    "A value of a file of settings, as a number where it is one"
+    if not isinstance(value, str): return value
+    try: return float(value)
+    except ValueError: return value
+
+def names_in(
+    value, # A list, or text such as `q_proj,v_proj`
+): # A list of names; "all-linear" for each word that means every layer
+    "Names of layers or data sets in a file of settings"
+    names = [n.strip() for n in value.split(',') if n.strip()] if isinstance(value, str) else list(value)
+    return 'all-linear' if names in (['all'], ['all-linear']) else names
+
+def _wanted(value, row):
+    "What a value should be and is not; None where it is"
+    like = row.get('kind') or row.get('default')
+    number = number_in(value)
+    is_number = isinstance(number, (int, float)) and not isinstance(number, bool) and abs(number)<1e300
+    if row.get('names'): return None if isinstance(value, (str, list)) and value else 'a name or a list of names'
+    if like=='any' or like is None: return None
+    if isinstance(value, (dict, list, bytes)): return 'one value'
+    if isinstance(like, bool) or like=='bool': return None if isinstance(value, bool) else 'true or false'
+    if isinstance(like, (int, float)) or like=='number': return None if is_number else 'a number'
+    return None if isinstance(value, str) else 'text'
+
+# %% ../../nbs/core/08_beforehand.ipynb #08be0207
+def _refusal(name, value, why):
+    shown = name if any(w in name for w in ('token', 'api_key', 'secret')) and isinstance(value, str) and (
+        'eos' not in name) else f'{name}={value_words(value)}'
+    return ValueError(f'{shown} ({why})')
+
+def _by_row(name, value, row):
+    "The settings of ours that a value means by its row, and what is said of it"
+    if wanted := _wanted(value, row): raise _refusal(name, value, f'it must be {wanted}')
+    if 'values' in row:
+        word = value if isinstance(value, str) else json.dumps(value)
+        if word in row['values']:
+            found = row['values'][word]
+            return found,', '.join(f'{k} = {v}' for k,v in found.items()) or row.get('note', 'as it is here')
+        if 'to' not in row: raise _refusal(name, value, f'it may be {", ".join(row["values"])}')
+    if 'off' in row and number_in(value) not in row['off'] and value not in row['off']:
+        raise _refusal(name, value, row.get('why', 'not supported'))
+    if 'to' not in row: return {},row.get('note', 'as it is here')
+    value = names_in(value) if row.get('names') else number_in(value) if _is_number_row(row) else value
+    return {row['to']: value},f'{row["to"]} = {value}'
+
+def _is_number_row(row):
+    return row.get('kind')=='number' or isinstance(row.get('default'), (int, float)) and row['default'] is not True
+
+def put_setting(
+    settings:dict, # Of ours, those of the adapter under "lora"
+    name:str, # Of ours; `lora.r` is the `r` of the adapter
+    value, # Its value
+)->None: # It is there
+    "Put a setting where it belongs"
+    of_lora,_,key = name.rpartition('.')
+    (settings.setdefault('lora', {}) if of_lora else settings)[key] = value
+
+# %% ../../nbs/core/08_beforehand.ipynb #08be0208
+def take_by_table(
+    given:dict, # Settings of another tool
+    table:ToolTable, # Of that tool
+)->tuple: # Settings of ours; setting of the tool → what became of it; what is wrong, in words
+    "Bring the settings of a tool to ours, as far as a row of its table is enough"
+    settings,went,faults = {},{},[]
+    for name,value in table.always.items(): put_setting(settings, name, value)
+    for name,row in table.settings.items():
+        if 'hand' in row or name not in given and 'default' not in row: continue
+        value = given.get(name, row.get('default'))
+        if name not in given and value is None and 'values' not in row: found,words = {row['to']: None},''
+        else:
+            try: found,words = _by_row(name, value, row)
+            except ValueError as e:
+                faults.append(str(e))
+                went[name] = 'refused'
+                continue
+        for ours,theirs in found.items(): put_setting(settings, ours, theirs)
+        if name in given: went[name] = words
+    return settings,went,faults
+
+def unknown_to_table(
+    given:dict, # Settings of another tool
+    table:ToolTable, # Of that tool
+)->list: # `name (unknown; is it …?)` for each
+    "Settings that a table does not have, with the nearest that it has"
+    def near(name): return get_close_matches(name, table.settings, 1)
+    return [f'{n} (unknown; is it `{close[0]}`?)' if (close := near(n)) else f'{n} (unknown)' for n in map(str, given)
+            if n not in table.settings]
