@@ -6,16 +6,17 @@ Docs: https://sage-finetune.github.io/sage_finetune/cli.html.md"""
 
 # %% auto #0
 __all__ = ['app', 'Model', 'RunName', 'Runs', 'Output', 'Data', 'Shares', 'Stopping', 'Fresh', 'Adapter', 'IgnoreContract',
-           'Base', 'Key', 'Format', 'Split', 'Subset', 'Revision', 'TrainOn', 'Overflow', 'Columns', 'Nproc', 'Share',
-           'Nodes', 'MachineRank', 'MainIp', 'MainPort', 'DryRun', 'EXAMPLES', 'main', 'echo', 'quickstart', 'inspect',
-           'start', 'run', 'watch', 'merge', 'clean', 'chat', 'compare', 'look', 'repeat', 'verify', 'serve', 'export',
-           'examples']
+           'Base', 'Key', 'Format', 'Split', 'Subset', 'Revision', 'TrainOn', 'Overflow', 'Columns', 'Set', 'Preset',
+           'Rate', 'Epochs', 'MaxSteps', 'BatchSize', 'Rank', 'Nproc', 'Share', 'Nodes', 'MachineRank', 'MainIp',
+           'MainPort', 'DryRun', 'EXAMPLES', 'main', 'echo', 'quickstart', 'inspect', 'start', 'run', 'watch', 'merge',
+           'clean', 'chat', 'compare', 'look', 'repeat', 'verify', 'serve', 'export', 'examples']
 
 # %% ../nbs/05_cli.ipynb #b5095066
 import json,os,sys
 from contextlib import suppress
 from pathlib import Path
 from shlex import quote
+from tempfile import TemporaryDirectory
 from typing import Annotated, Optional
 
 from typer import Argument, Exit, Option, Typer, confirm, echo as typer_echo, prompt
@@ -36,7 +37,7 @@ class _Commands(TyperGroup):
 
 app = Typer(cls=_Commands, name='sage-finetune',
             help='Fine-tune language models with LoRA: data, training, merging, chatting.', no_args_is_help=True,
-            add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+            pretty_exceptions_enable=False, rich_markup_mode=None)
 
 @app.callback()
 def _commands(): pass # a Typer app with a callback takes the name of a command, however few it has
@@ -88,7 +89,6 @@ def echo(
     "Show text, and nothing in it that would steer the terminal"
     typer_echo(visible(text), **how)
 
-# %% ../nbs/05_cli.ipynb #f0b62197
 def _typer_status(e, argv):
     "Report an error of typer or of memory in one line and return its exit status; None for any other error"
     kind = type(e).__name__
@@ -102,14 +102,19 @@ def _typer_status(e, argv):
     return _fail(f'error: {visible(e.format_message()).rstrip(".")}: see sage-finetune {command}--help', 2)
 
 # %% ../nbs/05_cli.ipynb #6b4b7ae4
+def _run_names():
+    "Names of the runs, for the completion of the shell"
+    from sage_finetune.core.run_folder import list_runs
+    return [r.name for r in list_runs()]
+
 _task_help = 'code, qa, instruction, chat or custom'
-_model = Option('--model', help='Hub name, folder of a model, or sage-tiny')
+_model = Option('--model', '-m', help='Hub name, folder of a model, or sage-tiny')
 Model = Annotated[str, _model]
-RunName = Annotated[str, Argument(help='Name or folder of a run')]
-Runs = Annotated[Optional[str], Option('--dir', help='Folder of the runs (default: ~/.sage/finetune_output)')]
-Output = Annotated[Optional[str], Option('--output', help='Run folder (default: ~/.sage/finetune_output/TASK)')]
-Data = Annotated[Optional[list[str]], Option('--data', help='File, folder or pattern of data, or a data set on the '
-                                             'Hub; may be repeated; for the task code, a folder of code')]
+RunName = Annotated[str, Argument(help='Name or folder of a run', autocompletion=lambda: _run_names())]
+Runs = Annotated[Optional[str], Option('--dir', '-d', help='Folder of the runs (default: ~/.sage/finetune_output)')]
+Output = Annotated[Optional[str], Option('--output', '-o', help='Run folder (default: ~/.sage/finetune_output/TASK)')]
+Data = Annotated[Optional[list[str]], Option('--data', '-d', help='File, folder or pattern of data, or a data set on '
+                                             'the Hub; may be repeated; for the task code, a folder of code')]
 Shares = Annotated[Optional[str], Option('--data-weights', metavar='N,N', help='With several --data: share of the '
                                          'examples from each, such as 3,1 (default: every row once)')]
 Stopping = Annotated[Optional[str], Option('--data-stopping', help='With --data-weights: first_exhausted ends with the '
@@ -152,16 +157,51 @@ def _shares(weights):
     from sage_finetune.core.settings import SharesSetting
     return SharesSetting.check('--data-weights', weights)
 
+def _data_or_run(data):
+    "The folder of the run with this name, where nothing else has it"
+    from sage_finetune.core.run_folder import default_output_dir, is_run
+    path = default_output_dir/data
+    return path if Path(data).name==data and not os.path.lexists(data) and is_run(path) else data
+
+def _show_inspection(found, plot, as_json):
+    from sage_finetune.core.display import save_figure
+    if plot: save_figure(found.plot(), plot)
+    for note in found.notes: echo(f'note: {note}', err=True)
+    found.notes.clear()
+    if as_json: echo(json.dumps(found.report.to_dict(), indent=2, ensure_ascii=False))
+    else: _print(found)
+
+# %% ../nbs/05_cli.ipynb #0a5c0201
+Set = Annotated[Optional[list[str]], Option('--set', metavar='NAME=VALUE', help='Any setting, such as weight_decay=0.1 '
+                                            'or lora.r=32; may be repeated')]
+Preset = Annotated[Optional[str], Option('--preset', help='Where settings begin: minimal, rtx_3060, colab_t4, '
+                                         'rtx_4090, a100, h200, cpu or auto')]
+Rate = Annotated[Optional[float], Option('--lr', help='learning_rate')]
+Epochs = Annotated[Optional[float], Option('--epochs', help='num_train_epochs')]
+MaxSteps = Annotated[Optional[int], Option('--max-steps', help='Optimizer steps, whatever the epochs')]
+BatchSize = Annotated[Optional[int], Option('--batch-size', help='per_device_train_batch_size: rows in a micro-batch')]
+Rank = Annotated[Optional[int], Option('--rank', help='lora.r; alpha stays as it is')]
+
+def _by_hand(pairs, lr, epochs, max_steps, batch_size, rank):
+    "What --set and its short forms say, as settings"
+    from sage_finetune.runs.tasks import parsed_settings
+    short = dict(learning_rate=lr, num_train_epochs=epochs, max_steps=max_steps,
+                 per_device_train_batch_size=batch_size) | {'lora.r': rank}
+    return parsed_settings([*(f'{n}={v}' for n,v in short.items() if v is not None), *(pairs or ())])
+
 # %% ../nbs/05_cli.ipynb #278482c8
 @app.command()
 def quickstart(
     task: Annotated[str, Argument(help=_task_help)] = 'code',
     model: Model = 'sage-tiny', data: Data = None, output: Output = None, fresh: Fresh = False,
     max_facts: Annotated[int, Option('--max-facts', help='Facts to take from a codebase')] = 120,
+    set: Set = None, preset: Preset = None, lr: Rate = None, epochs: Epochs = None, max_steps: MaxSteps = None,
+    batch_size: BatchSize = None, rank: Rank = None,
 ):
     "Generate data, train, examine and merge: the whole path in one command"
     from sage_finetune.runs.tasks import quickstart as go
-    result = go(task, model, _one_or_several(data), output, max_facts, fresh)
+    by_hand = _by_hand(set, lr, epochs, max_steps, batch_size, rank)
+    result = go(task, model, _one_or_several(data), output, max_facts, fresh, settings=by_hand, preset=preset)
     _print('', result, '')
     echo('\n'.join(_next_steps(result.folder)))
 
@@ -182,8 +222,17 @@ def _next_steps(folder):
         'loss.png': 'the loss curve',
     }
     return [f'{folder}/', *(f'  {name:<22}{what}' for name,what in files.items()), '',
-            'Next:', f'  sage-finetune chat {_short(folder)}',
-            '  sage-finetune quickstart code --data PATH/TO/YOUR/CODE', '  sage-finetune examples']
+            'Next:', f'  {_program()} chat {_short(folder)}',
+            f'  {_program()} quickstart code --data .    # your own code: its folder instead of the point',
+            f'  {_program()} examples']
+
+def _program():
+    "This command, as it can be typed again: by its name where a shell finds it, else by its path"
+    from shutil import which
+    here = Path(sys.argv[0])
+    if here.name!='sage-finetune' or which('sage-finetune') and Path(which('sage-finetune')).samefile(here):
+        return 'sage-finetune'
+    return quote(os.path.relpath(here))
 
 def _short(folder):
     "The name of a run in the usual place, else its path"
@@ -223,25 +272,10 @@ def inspect(
                          data_stopping=data_stopping)
     _show_inspection(found, plot, as_json)
 
-# %% ../nbs/05_cli.ipynb #477674ee
-def _data_or_run(data):
-    "The folder of the run with this name, where nothing else has it"
-    from sage_finetune.core.run_folder import default_output_dir, is_run
-    path = default_output_dir/data
-    return path if Path(data).name==data and not os.path.lexists(data) and is_run(path) else data
-
-def _show_inspection(found, plot, as_json):
-    from sage_finetune.core.display import save_figure
-    if plot: save_figure(found.plot(), plot)
-    for note in found.notes: echo(f'note: {note}', err=True)
-    found.notes.clear()
-    if as_json: echo(json.dumps(found.report.to_dict(), indent=2, ensure_ascii=False))
-    else: _print(found)
-
 # %% ../nbs/05_cli.ipynb #7d693b3e
 @app.command()
 def start(
-    task: Annotated[Optional[str], Option('--task', help=_task_help)] = None,
+    task: Annotated[Optional[str], Option('--task', '-t', help=_task_help)] = None,
     model: Annotated[Optional[str], _model] = None,
     data: Data = None, data_weights: Shares = None, data_stopping: Stopping = None, output: Output = None,
     format: Format = None, split: Split = None, subset: Subset = None, revision: Revision = None,
@@ -252,15 +286,17 @@ def start(
                                               'mix in, against forgetting, such as 0.2')] = None,
     auto: Annotated[bool, Option('--auto',
                                  help='Ask nothing; use the default of every answer that is missing')] = False,
-    fresh: Fresh = False,
+    fresh: Fresh = False, set: Set = None, preset: Preset = None, lr: Rate = None, epochs: Epochs = None,
+    max_steps: MaxSteps = None, batch_size: BatchSize = None, rank: Rank = None,
 ):
     "Set up a run, asking for what is missing, and train it"
     from sage_finetune.runs.tasks import new_run, start_settings
     task,model,data,output = _answers(task, model, _one_or_several(data), output, auto)
-    settings = start_settings(model, data_split=split, data_subset=subset, data_revision=revision, train_on=train_on,
-                              overflow=overflow, columns=_pairs(columns), stack_adapter=stack or None,
-                              replay_share=replay, init_adapter=init_adapter, data_weights=_shares(data_weights),
-                              data_stopping=data_stopping)
+    by_hand = _by_hand(set, lr, epochs, max_steps, batch_size, rank)
+    settings = start_settings(model, preset, data_split=split, data_subset=subset, data_revision=revision,
+                              train_on=train_on, overflow=overflow, columns=_pairs(columns),
+                              stack_adapter=stack or None, replay_share=replay, init_adapter=init_adapter,
+                              data_weights=_shares(data_weights), data_stopping=data_stopping, **by_hand)
     run,notes = new_run(task, model, data, output, format, settings, fresh=fresh)
     echo('\n'.join([*notes, f'Written: {run.meta}']))
     _train(run.path, fresh)
@@ -297,7 +333,7 @@ def _show_result(result, folder):
     echo(f'Trained {result.steps} steps{held}. Adapter: {folder}/lora_weights')
     if result.earlier_after is not None:
         echo(f'On rows of the parent run: held-out loss {result.earlier_before:.3f} → {result.earlier_after:.3f}')
-    echo(f'Next: sage-finetune chat {_short(folder)}   or   sage-finetune merge {_short(folder)}')
+    echo(f'Next: {_program()} chat {_short(folder)}   or   {_program()} merge {_short(folder)}')
 
 # %% ../nbs/05_cli.ipynb #aade896f
 Nproc = Annotated[Optional[int], Option('--nproc', min=1, metavar='N', help='Train with this many processes on '
@@ -325,6 +361,7 @@ def _one_of(options):
     given = [name for name,on in options.items() if on]
     if len(given)>1: raise ValueError(f'`{given[0]}` and `{given[1]}` exclude each other')
 
+# %% ../nbs/05_cli.ipynb #0a5c0203
 def _settings(target, base, fresh):
     from sage_finetune.runs.tasks import config_of
     if target=='-': return sys.stdin.read()
@@ -332,7 +369,8 @@ def _settings(target, base, fresh):
 
 def _as_json(target, fresh, base):
     from sage_finetune.runs.pipeline import run_json
-    line,status = run_json(_settings(target, base, fresh), lambda event: echo(event, err=True), fresh)
+    asked = _settings(target, base, fresh) if isinstance(target, str) else target
+    line,status = run_json(asked, lambda event: echo(event, err=True), fresh)
     echo(line)
     raise Exit(status)
 
@@ -342,12 +380,34 @@ def _by_llamafactory(file):
     command = llamafactory_command(file)
     echo(' '.join(command), err=True)
     raise Exit(subprocess.run(command).returncode)
+def _asked_of(target, base, fresh, by_hand, preset, folder):
+    "The config that a target means with settings by hand; for several processes as a file in `folder`"
+    from sage_finetune.runs.tasks import config_of, with_settings
+    if not (by_hand or preset): return target
+    config = with_settings(config_of(target, base=base, fresh=fresh), by_hand, preset)
+    return str(config.save(Path(folder)/'settings.json')) if folder else config
+
+def _other_action(file):
+    "Merge where a file of another tool asks for that; whether it did"
+    from sage_finetune.core.run_folder import find_run, is_run
+    from sage_finetune.inference.merging import merge_adapters, merge_run
+    from sage_finetune.runs.other_tools import kind_of_config, read_settings, translated
+    if Path(file).suffix not in ('.yaml', '.yml', '.json') or not Path(file).is_file(): return False
+    given = read_settings(file)
+    if kind_of_config(given)!='LLaMA-Factory' or not given.get('export_dir'): return False
+    echo(str(asked := translated(file)), err=True)
+    if not given.get('adapter_name_or_path'): raise ValueError(f'`adapter_name_or_path` is missing in {file}')
+    adapter,base = str(given['adapter_name_or_path']),asked.settings['model_name']
+    if is_run(adapter): _print(merge_run(find_run(adapter).path, asked.merge_into, base=base))
+    else: _print(merge_adapters(adapter.split(','), asked.merge_into, base=base))
+    return True
 
 # %% ../nbs/05_cli.ipynb #c1d7ec74
 @app.command()
 def run(
-    target: Annotated[str, Argument(metavar='DIR_OR_CONFIG', help='Run folder, name of a run, or file of settings '
-                                    '(.json, .yaml), of LLaMA-Factory and TRL too')],
+    target: Annotated[list[str], Argument(metavar='DIR_OR_CONFIG', autocompletion=lambda: _run_names(), help='Run '
+                                          'folder, name of a run, or file of settings (.json, .yaml), of TRL, '
+                                          'LLaMA-Factory or axolotl too; after -- also a command of these tools')],
     as_json: Annotated[bool, Option('--json', help='Print one JSON object with what came of it, and nothing else; '
                                     'DIR_OR_CONFIG may be - for settings as JSON on standard input')] = False,
     native: Annotated[bool, Option('--use-native/--use-llamafactory', help='Train with this package, or hand a '
@@ -357,20 +417,47 @@ def run(
                                                   'and again; may be repeated')] = None,
     fresh: Fresh = False, base: Base = None, nproc: Nproc = None, config: Share = None, nodes: Nodes = 1,
     machine_rank: MachineRank = 0, main_process_ip: MainIp = None, main_process_port: MainPort = None,
-    dry_run: DryRun = False,
+    dry_run: DryRun = False, set: Set = None, preset: Preset = None, lr: Rate = None, epochs: Epochs = None,
+    max_steps: MaxSteps = None, batch_size: BatchSize = None, rank: Rank = None,
 ):
     "Train what a run folder or a file of settings asks for; a killed run resumes"
-    many = nproc or config or nodes>1 or dry_run or machine_rank or main_process_ip or main_process_port
+    by_hand = _by_hand(set, lr, epochs, max_steps, batch_size, rank)
+    with TemporaryDirectory(prefix='sage-') as place:
+        target,how = _target(target, place)
+        _run(target, place, by_hand, preset, as_json=as_json, native=native, live=live, prompt=prompt or (),
+             fresh=fresh, base=base, nproc=nproc or how.get('nproc'), config=config or how.get('config'), nodes=nodes,
+             machine_rank=machine_rank, main_process_ip=main_process_ip, main_process_port=main_process_port,
+             dry_run=dry_run)
+
+# %% ../nbs/05_cli.ipynb #0a5c0204
+def _target(words, place):
+    "What to train, and how it is launched, where the words are a command of another tool"
+    if len(words)==1: return words[0],{}
+    from sage_finetune.runs.launch import tool_command
+    asked = tool_command(words)
+    file = str(asked.save(place))
+    if asked.does in ('chat', 'serve'):
+        name = asked.settings.get('adapter_name_or_path') or asked.settings.get('model_name_or_path')
+        raise ValueError(f'that command does not train: {_program()} {asked.does} {name}')
+    return file,asked.how
+
+def _run(target, place, by_hand, preset, as_json, native, live, prompt, fresh, base, dry_run, **how):
+    "The command `run`, once its target is one thing"
+    many = any(v for k,v in how.items() if k!='nodes') or how['nodes']>1 or dry_run
+    changed = bool(by_hand or preset)
     _one_of({'--nproc, --nodes or --config': many, '--json': as_json, '--live': live, '--use-llamafactory': not native})
+    _one_of({'--set, --preset and the like': changed, '--use-llamafactory': not native})
     if prompt and not live: raise ValueError('`--prompt` goes with `--live`')
     if fresh and not native:
         raise ValueError('`--fresh` has no meaning with `--use-llamafactory`: set `overwrite_output_dir` in its file')
-    if many:
-        return _launch(target, nproc, config or 'ddp', dry_run, nodes=nodes, machine_rank=machine_rank,
-                       main_process_ip=main_process_ip, main_process_port=main_process_port, fresh=fresh, base=base)
-    if as_json: return _as_json(target, fresh, base)
     if not native: return _by_llamafactory(target)
-    _train(target, fresh, live, prompt or (), base)
+    if _other_action(target): return
+    asked = _asked_of(target, base, fresh, by_hand, preset, place if many else None)
+    if many:
+        nproc,config = how.pop('nproc'),how.pop('config')
+        return _launch(asked, nproc, config or 'ddp', dry_run, **how, fresh=fresh, base=None if changed else base)
+    if as_json: return _as_json(asked, fresh, None if changed else base)
+    _train(asked, fresh, live, prompt, None if changed else base)
 
 # %% ../nbs/05_cli.ipynb #59245e96
 @app.command('list')
@@ -379,7 +466,6 @@ def _list(dir: Runs = None):
     from sage_finetune.runs.run import runs
     _print(runs(dir))
 
-# %% ../nbs/05_cli.ipynb #989aaae6
 @app.command()
 def watch(
     dir: Runs = None,
@@ -393,11 +479,34 @@ def watch(
     elif once: _print(watched(dir))
     else: look(dir, every)
 
+# %% ../nbs/05_cli.ipynb #0a5c0205
+@app.command('config')
+def _config(
+    file: Annotated[Optional[str], Argument(metavar='[FILE]', help='Settings to check, also of another tool')] = None,
+    model: Annotated[Optional[str], _model] = None, data: Data = None, output: Output = None,
+    method: Annotated[Optional[str], Option('--method', help='dpo, orpo or kto: learn from judged answers')] = None,
+    set: Set = None, preset: Preset = None, lr: Rate = None, epochs: Epochs = None, max_steps: MaxSteps = None,
+    batch_size: BatchSize = None, rank: Rank = None,
+):
+    "Print a file of settings to begin with, or check one"
+    from sage_finetune.config import PreferenceConfig, show_config, TrainingConfig
+    from sage_finetune.runs.other_tools import kind_of_config, read_settings, translated
+    from sage_finetune.runs.tasks import config_of_file, settings_yaml, with_settings
+    by_hand = _by_hand(set, lr, epochs, max_steps, batch_size, rank)
+    if file and kind_of_config(read_settings(file))!='sage_finetune':
+        if by_hand or preset: raise ValueError('`--set` and `--preset` change our own settings: give them to `run`')
+        return echo(str(translated(file)))
+    if file: return _print(show_config(with_settings(config_of_file(file), by_hand, preset)))
+    chosen = {n: v for n,v in dict(model_name=model, data_path=_one_or_several(data), output_dir=output,
+                                   method=method).items() if v is not None}
+    config = (PreferenceConfig if method else TrainingConfig).from_dict(chosen)
+    echo(settings_yaml(with_settings(config, by_hand, preset)), nl=False)
+
 # %% ../nbs/05_cli.ipynb #dec26bb3
 @app.command()
 def merge(
     name: RunName,
-    output: Annotated[Optional[str], Option('--output', help='Folder of the merged model (default: '
+    output: Annotated[Optional[str], Option('--output', '-o', help='Folder of the merged model (default: '
                                             'merged_model in the run folder)')] = None,
     rows: Annotated[int, Option('--rows', min=0, help='Rows to compare on; 0 leaves the proof out')] = 8,
     dtype: Annotated[Optional[str], Option('--dtype',
@@ -409,12 +518,11 @@ def merge(
     from sage_finetune.core.run_folder import find_run
     _print(merge_run(find_run(name).path, output, rows, dtype, ignore_contract, base))
 
-# %% ../nbs/05_cli.ipynb #5f5bf9b6
 @app.command()
 def clean(
     name: Annotated[Optional[str], Argument(help='Name or folder of one run (default: all)')] = None,
     dir: Runs = None,
-    force: Annotated[bool, Option('--force', help='Do not ask')] = False,
+    force: Annotated[bool, Option('--force', '-f', help='Do not ask')] = False,
 ):
     "Remove runs; folders that are not runs are left alone"
     from sage_finetune.core.run_folder import check_removable, default_output_dir, find_run, list_runs, remove_run
@@ -546,7 +654,7 @@ def serve(
     name: Annotated[str, Argument(help='Name or folder of a run, or folder of a model')],
     host: Annotated[str, Option('--host',
                                 help='Address to listen on; 0.0.0.0 for every network of this machine')] = '127.0.0.1',
-    port: Annotated[int, Option('--port', help='Port to listen on; 0 for any that is free')] = 8000,
+    port: Annotated[int, Option('--port', '-p', help='Port to listen on; 0 for any that is free')] = 8000,
     engine: Annotated[str, Option('--engine', help='auto, vllm, native or transformers')] = 'auto',
     adapter: Adapter = False,
     max_new_tokens: Annotated[int, Option('--max-new-tokens', min=1, help='Maximum number of tokens in an answer, '
@@ -606,8 +714,7 @@ Other formats of rows (a file may mix them with --task custom):
   instruction  {"instruction": …, "input": …, "output": …}
   chat         {"conversations": [{"role": "user", "content": …}, {"role": "assistant", "content": …}]}
   custom       any of these, or {"text": …}
-Each may hold images for a vision-language model: "images": ["red.png"] beside a text with <image> in it,
-or parts as OpenAI writes them.
+Each may hold images: "images": ["red.png"] beside a text with <image> in it, or parts as OpenAI writes them.
 
 From Python:
   from sage_finetune import LoRATrainer, PresetConfigs
@@ -631,8 +738,13 @@ On several GPUs, and on several machines (the command goes to each):
   sage-finetune run code --nproc 8
   sage-finetune run code --nproc 8 --nodes 2 --machine-rank 0 --main-process-ip 10.0.0.1
 
-A config of LLaMA-Factory or TRL, as it stands:
+A config of TRL, LLaMA-Factory or axolotl, or one of their commands, as it stands:
   sage-finetune run llama3_lora_sft.yaml
+  sage-finetune run -- trl sft --model_name_or_path Qwen/Qwen3-0.6B --dataset_name trl-lib/Capybara --use_peft …
+
+Settings by hand, and a file of them to begin with:
+  sage-finetune start --task qa --data rows.jsonl --lr 2e-4 --rank 32 --set weight_decay=0.01 --auto
+  sage-finetune config --preset colab_t4 --data rows.jsonl > run.yaml
 '''
 
 @app.command()
