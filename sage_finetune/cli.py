@@ -39,8 +39,22 @@ app = Typer(cls=_Commands, name='sage-finetune',
             help='Fine-tune language models with LoRA: data, training, merging, chatting.', no_args_is_help=True,
             pretty_exceptions_enable=False, rich_markup_mode=None)
 
+def _show_version(asked):
+    "Versions of this package and of those below it, read without importing them"
+    if not asked: return
+    from importlib.metadata import PackageNotFoundError, version
+    def line(name):
+        try: return f'{name} {version(name)}'
+        except PackageNotFoundError: return f'{name} not installed'
+    from sage_finetune import __version__
+    names = 'torch', 'transformers', 'peft', 'accelerate', 'datasets', 'bitsandbytes', 'trl'
+    echo('\n'.join([f'sage-finetune {__version__}', f'Python {sys.version.split()[0]}', *map(line, names)]))
+    raise Exit()
+
 @app.callback()
-def _commands(): pass # a Typer app with a callback takes the name of a command, however few it has
+def _commands(
+    version: Annotated[bool, Option('--version', callback=_show_version, is_eager=True,
+                                    help='Show the versions of this package and of those below it')] = False): pass
 
 # %% ../nbs/05_cli.ipynb #1ef34e3f
 def main(
@@ -110,7 +124,7 @@ def _run_names():
 _task_help = 'code, qa, instruction, chat or custom'
 _model = Option('--model', '-m', help='Hub name, folder of a model, or sage-tiny')
 Model = Annotated[str, _model]
-RunName = Annotated[str, Argument(help='Name or folder of a run', autocompletion=lambda: _run_names())]
+RunName = Annotated[str, Argument(autocompletion=_run_names, help='Name or folder of a run')]
 Runs = Annotated[Optional[str], Option('--dir', '-d', help='Folder of the runs (default: ~/.sage/finetune_output)')]
 Output = Annotated[Optional[str], Option('--output', '-o', help='Run folder (default: ~/.sage/finetune_output/TASK)')]
 Data = Annotated[Optional[list[str]], Option('--data', '-d', help='File, folder or pattern of data, or a data set on '
@@ -235,9 +249,9 @@ def _program():
     return quote(os.path.relpath(here))
 
 def _short(folder):
-    "The name of a run in the usual place, else its path"
+    "The name of a run in the usual place, else its path, as a shell takes it"
     from sage_finetune.core.run_folder import default_output_dir
-    return Path(folder).name if Path(folder).parent==default_output_dir else str(folder)
+    return quote(Path(folder).name if Path(folder).parent==default_output_dir else str(folder))
 
 # %% ../nbs/05_cli.ipynb #7dc2801a
 @app.command()
@@ -405,7 +419,7 @@ def _other_action(file):
 # %% ../nbs/05_cli.ipynb #c1d7ec74
 @app.command()
 def run(
-    target: Annotated[list[str], Argument(metavar='DIR_OR_CONFIG', autocompletion=lambda: _run_names(), help='Run '
+    target: Annotated[list[str], Argument(metavar='DIR_OR_CONFIG', autocompletion=_run_names, help='Run '
                                           'folder, name of a run, or file of settings (.json, .yaml), of TRL, '
                                           'LLaMA-Factory or axolotl too; after -- also a command of these tools')],
     as_json: Annotated[bool, Option('--json', help='Print one JSON object with what came of it, and nothing else; '
@@ -543,7 +557,8 @@ def clean(
 # %% ../nbs/05_cli.ipynb #6ba45626
 @app.command()
 def chat(
-    name: Annotated[Optional[str], Argument(help='Name or folder of a run, or folder of a model')] = None,
+    name: Annotated[Optional[str], Argument(autocompletion=_run_names,
+                                          help='Name or folder of a run, or folder of a model')] = None,
     prompt: Annotated[Optional[str], Option('--prompt', help='Answer this once and exit')] = None,
     system: Annotated[str, Option('--system', help='System message')] = '',
     image: Annotated[Optional[list[str]], Option('--image', metavar='FILE', help='An image for the (first) question; '
@@ -651,7 +666,8 @@ def verify(
 # %% ../nbs/05_cli.ipynb #b29149f7
 @app.command()
 def serve(
-    name: Annotated[str, Argument(help='Name or folder of a run, or folder of a model')],
+    name: Annotated[str, Argument(autocompletion=_run_names,
+                                          help='Name or folder of a run, or folder of a model')],
     host: Annotated[str, Option('--host',
                                 help='Address to listen on; 0.0.0.0 for every network of this machine')] = '127.0.0.1',
     port: Annotated[int, Option('--port', '-p', help='Port to listen on; 0 for any that is free')] = 8000,
@@ -724,7 +740,6 @@ A second task on top of a run; a fifth of the trained rows are those of the firs
   sage-finetune start --task qa --data more.jsonl --init-adapter qa --replay 0.2 --output runs/second --auto
 
 Afterwards:
-  sage-finetune list
   sage-finetune watch
   sage-finetune chat code --prompt "What does `fit_config` do?"
   sage-finetune merge code
