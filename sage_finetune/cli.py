@@ -6,14 +6,15 @@ Docs: https://sage-finetune.github.io/sage_finetune/cli.html.md"""
 
 # %% auto #0
 __all__ = ['app', 'Model', 'RunName', 'Runs', 'Output', 'Data', 'Shares', 'Stopping', 'Fresh', 'Adapter', 'IgnoreContract',
-           'Base', 'Key', 'Format', 'Split', 'Subset', 'Revision', 'TrainOn', 'Overflow', 'Columns', 'Set', 'Preset',
-           'Rate', 'Epochs', 'MaxSteps', 'BatchSize', 'Rank', 'Nproc', 'Share', 'Nodes', 'MachineRank', 'MainIp',
-           'MainPort', 'DryRun', 'EXAMPLES', 'main', 'echo', 'quickstart', 'inspect', 'start', 'run', 'watch', 'merge',
-           'clean', 'chat', 'compare', 'look', 'repeat', 'verify', 'serve', 'export', 'examples']
+           'Base', 'Key', 'Format', 'Split', 'Subset', 'Revision', 'TrainOn', 'Overflow', 'Columns', 'OnceAsJson',
+           'Set', 'Preset', 'Rate', 'Epochs', 'MaxSteps', 'BatchSize', 'Rank', 'Nproc', 'Share', 'Nodes', 'MachineRank',
+           'MainIp', 'MainPort', 'DryRun', 'EXAMPLES', 'main', 'echo', 'quickstart', 'inspect', 'start', 'run', 'watch',
+           'merge', 'clean', 'chat', 'compare', 'look', 'repeat', 'verify', 'serve', 'export', 'examples']
 
 # %% ../nbs/05_cli.ipynb #b5095066
 import json,os,sys
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
 from tempfile import TemporaryDirectory
@@ -25,7 +26,9 @@ from typer.main import get_command
 
 from .core.disk import SageError
 from .core.display import size_text, visible
-from .core.machine import goes_on, last_words, refuse_other_encodings, stop_raises, use_utf8
+from sage_finetune.core.machine import (
+    goes_on, last_words, program_name, refuse_other_encodings, stop_raises, use_utf8, versions_text
+)
 
 # %% ../nbs/05_cli.ipynb #7c48b3da
 class _Ended(Exception): "A command was stopped: the signal is its cause, which typer would take for itself"
@@ -40,21 +43,11 @@ app = Typer(cls=_Commands, name='sage-finetune',
             pretty_exceptions_enable=False, rich_markup_mode=None)
 
 def _show_version(asked):
-    "Versions of this package and of those below it, read without importing them"
-    if not asked: return
-    from importlib.metadata import PackageNotFoundError, version
-    def line(name):
-        try: return f'{name} {version(name)}'
-        except PackageNotFoundError: return f'{name} not installed'
-    from sage_finetune import __version__
-    names = 'torch', 'transformers', 'peft', 'accelerate', 'datasets', 'bitsandbytes', 'trl'
-    echo('\n'.join([f'sage-finetune {__version__}', f'Python {sys.version.split()[0]}', *map(line, names)]))
-    raise Exit()
+    if asked: raise Exit(echo(versions_text()) or 0)
 
 @app.callback()
-def _commands(
-    version: Annotated[bool, Option('--version', callback=_show_version, is_eager=True,
-                                    help='Show the versions of this package and of those below it')] = False): pass
+def _commands(version: Annotated[bool, Option('--version', callback=_show_version, is_eager=True, help='Show versions')
+                                 ] = False): pass
 
 # %% ../nbs/05_cli.ipynb #1ef34e3f
 def main(
@@ -103,6 +96,7 @@ def echo(
     "Show text, and nothing in it that would steer the terminal"
     typer_echo(visible(text), **how)
 
+# %% ../nbs/05_cli.ipynb #f0b62197
 def _typer_status(e, argv):
     "Report an error of typer or of memory in one line and return its exit status; None for any other error"
     kind = type(e).__name__
@@ -152,6 +146,7 @@ Overflow = Annotated[Optional[str], Option('--overflow', help='What happens to r
                                            'or split (default: drop)')]
 Columns = Annotated[Optional[list[str]], Option('--columns', metavar='THEIRS=OURS', help='Another name of a '
                                                 'column, such as frage=question; may be repeated')]
+OnceAsJson = Annotated[bool, Option('--json', help='Print it once, as JSON')]
 
 # %% ../nbs/05_cli.ipynb #80fad86d
 def _pairs(columns):
@@ -170,20 +165,6 @@ def _shares(weights):
     "What --data-weights says, as numbers"
     from sage_finetune.core.settings import SharesSetting
     return SharesSetting.check('--data-weights', weights)
-
-def _data_or_run(data):
-    "The folder of the run with this name, where nothing else has it"
-    from sage_finetune.core.run_folder import default_output_dir, is_run
-    path = default_output_dir/data
-    return path if Path(data).name==data and not os.path.lexists(data) and is_run(path) else data
-
-def _show_inspection(found, plot, as_json):
-    from sage_finetune.core.display import save_figure
-    if plot: save_figure(found.plot(), plot)
-    for note in found.notes: echo(f'note: {note}', err=True)
-    found.notes.clear()
-    if as_json: echo(json.dumps(found.report.to_dict(), indent=2, ensure_ascii=False))
-    else: _print(found)
 
 # %% ../nbs/05_cli.ipynb #0a5c0201
 Set = Annotated[Optional[list[str]], Option('--set', metavar='NAME=VALUE', help='Any setting, such as weight_decay=0.1 '
@@ -235,18 +216,9 @@ def _next_steps(folder):
         'metrics.jsonl': 'every logged number',
         'loss.png': 'the loss curve',
     }
-    return [f'{folder}/', *(f'  {name:<22}{what}' for name,what in files.items()), '',
-            'Next:', f'  {_program()} chat {_short(folder)}',
-            f'  {_program()} quickstart code --data .    # your own code: its folder instead of the point',
-            f'  {_program()} examples']
-
-def _program():
-    "This command, as it can be typed again: by its name where a shell finds it, else by its path"
-    from shutil import which
-    here = Path(sys.argv[0])
-    if here.name!='sage-finetune' or which('sage-finetune') and Path(which('sage-finetune')).samefile(here):
-        return 'sage-finetune'
-    return quote(os.path.relpath(here))
+    told,again = [f'  {name:<22}{what}' for name,what in files.items()],program_name()
+    return [f'{folder}/', *told, '', 'Next:', f'  {again} chat {_short(folder)}',
+            f'  {again} quickstart code --data .    # your own code: its folder instead of .', f'  {again} examples']
 
 def _short(folder):
     "The name of a run in the usual place, else its path, as a shell takes it"
@@ -285,6 +257,21 @@ def inspect(
                          columns=_pairs(columns), strict=strict or None, data_weights=_shares(data_weights),
                          data_stopping=data_stopping)
     _show_inspection(found, plot, as_json)
+
+# %% ../nbs/05_cli.ipynb #477674ee
+def _data_or_run(data):
+    "The folder of the run with this name, where nothing else has it"
+    from sage_finetune.core.run_folder import default_output_dir, is_run
+    path = default_output_dir/data
+    return path if Path(data).name==data and not os.path.lexists(data) and is_run(path) else data
+
+def _show_inspection(found, plot, as_json):
+    from sage_finetune.core.display import save_figure
+    if plot: save_figure(found.plot(), plot)
+    for note in found.notes: echo(f'note: {note}', err=True)
+    found.notes.clear()
+    if as_json: echo(json.dumps(found.report.to_dict(), indent=2, ensure_ascii=False))
+    else: _print(found)
 
 # %% ../nbs/05_cli.ipynb #7d693b3e
 @app.command()
@@ -347,7 +334,7 @@ def _show_result(result, folder):
     echo(f'Trained {result.steps} steps{held}. Adapter: {folder}/lora_weights')
     if result.earlier_after is not None:
         echo(f'On rows of the parent run: held-out loss {result.earlier_before:.3f} → {result.earlier_after:.3f}')
-    echo(f'Next: {_program()} chat {_short(folder)}   or   {_program()} merge {_short(folder)}')
+    echo(f'Next: {program_name()} chat {_short(folder)}   or   {program_name()} merge {_short(folder)}')
 
 # %% ../nbs/05_cli.ipynb #aade896f
 Nproc = Annotated[Optional[int], Option('--nproc', min=1, metavar='N', help='Train with this many processes on '
@@ -379,12 +366,11 @@ def _one_of(options):
 def _settings(target, base, fresh):
     from sage_finetune.runs.tasks import config_of
     if target=='-': return sys.stdin.read()
-    return config_of(target, True, base, fresh) if base or fresh else target
+    return config_of(target, True, base, fresh) if base or fresh or not isinstance(target, str) else target
 
 def _as_json(target, fresh, base):
     from sage_finetune.runs.pipeline import run_json
-    asked = _settings(target, base, fresh) if isinstance(target, str) else target
-    line,status = run_json(asked, lambda event: echo(event, err=True), fresh)
+    line,status = run_json(_settings(target, base, fresh), lambda event: echo(event, err=True), fresh)
     echo(line)
     raise Exit(status)
 
@@ -394,27 +380,6 @@ def _by_llamafactory(file):
     command = llamafactory_command(file)
     echo(' '.join(command), err=True)
     raise Exit(subprocess.run(command).returncode)
-def _asked_of(target, base, fresh, by_hand, preset, folder):
-    "The config that a target means with settings by hand; for several processes as a file in `folder`"
-    from sage_finetune.runs.tasks import config_of, with_settings
-    if not (by_hand or preset): return target
-    config = with_settings(config_of(target, base=base, fresh=fresh), by_hand, preset)
-    return str(config.save(Path(folder)/'settings.json')) if folder else config
-
-def _other_action(file):
-    "Merge where a file of another tool asks for that; whether it did"
-    from sage_finetune.core.run_folder import find_run, is_run
-    from sage_finetune.inference.merging import merge_adapters, merge_run
-    from sage_finetune.runs.other_tools import kind_of_config, read_settings, translated
-    if Path(file).suffix not in ('.yaml', '.yml', '.json') or not Path(file).is_file(): return False
-    given = read_settings(file)
-    if kind_of_config(given)!='LLaMA-Factory' or not given.get('export_dir'): return False
-    echo(str(asked := translated(file)), err=True)
-    if not given.get('adapter_name_or_path'): raise ValueError(f'`adapter_name_or_path` is missing in {file}')
-    adapter,base = str(given['adapter_name_or_path']),asked.settings['model_name']
-    if is_run(adapter): _print(merge_run(find_run(adapter).path, asked.merge_into, base=base))
-    else: _print(merge_adapters(adapter.split(','), asked.merge_into, base=base))
-    return True
 
 # %% ../nbs/05_cli.ipynb #c1d7ec74
 @app.command()
@@ -436,37 +401,28 @@ def run(
 ):
     "Train what a run folder or a file of settings asks for; a killed run resumes"
     by_hand = _by_hand(set, lr, epochs, max_steps, batch_size, rank)
+    if fresh and not native:
+        raise ValueError('`--fresh` has no meaning with `--use-llamafactory`: set `overwrite_output_dir` in its file')
+    from sage_finetune.runs.launch import target_of
     with TemporaryDirectory(prefix='sage-') as place:
-        target,how = _target(target, place)
+        target,how = target_of(target, place)
         _run(target, place, by_hand, preset, as_json=as_json, native=native, live=live, prompt=prompt or (),
              fresh=fresh, base=base, nproc=nproc or how.get('nproc'), config=config or how.get('config'), nodes=nodes,
              machine_rank=machine_rank, main_process_ip=main_process_ip, main_process_port=main_process_port,
              dry_run=dry_run)
 
 # %% ../nbs/05_cli.ipynb #0a5c0204
-def _target(words, place):
-    "What to train, and how it is launched, where the words are a command of another tool"
-    if len(words)==1: return words[0],{}
-    from sage_finetune.runs.launch import tool_command
-    asked = tool_command(words)
-    file = str(asked.save(place))
-    if asked.does in ('chat', 'serve'):
-        name = asked.settings.get('adapter_name_or_path') or asked.settings.get('model_name_or_path')
-        raise ValueError(f'that command does not train: {_program()} {asked.does} {name}')
-    return file,asked.how
-
 def _run(target, place, by_hand, preset, as_json, native, live, prompt, fresh, base, dry_run, **how):
     "The command `run`, once its target is one thing"
+    from sage_finetune.runs.pipeline import asked_config, merge_asked
     many = any(v for k,v in how.items() if k!='nodes') or how['nodes']>1 or dry_run
     changed = bool(by_hand or preset)
     _one_of({'--nproc, --nodes or --config': many, '--json': as_json, '--live': live, '--use-llamafactory': not native})
     _one_of({'--set, --preset and the like': changed, '--use-llamafactory': not native})
     if prompt and not live: raise ValueError('`--prompt` goes with `--live`')
-    if fresh and not native:
-        raise ValueError('`--fresh` has no meaning with `--use-llamafactory`: set `overwrite_output_dir` in its file')
     if not native: return _by_llamafactory(target)
-    if _other_action(target): return
-    asked = _asked_of(target, base, fresh, by_hand, preset, place if many else None)
+    if report := merge_asked(target, lambda text: echo(text, err=True)): return _print(report)
+    asked = asked_config(target, by_hand, preset, place if many else None, base, fresh)
     if many:
         nproc,config = how.pop('nproc'),how.pop('config')
         return _launch(asked, nproc, config or 'ddp', dry_run, **how, fresh=fresh, base=None if changed else base)
@@ -484,14 +440,12 @@ def _list(dir: Runs = None):
 def watch(
     dir: Runs = None,
     every: Annotated[float, Option('--every', help='Seconds between updates')] = 2.0,
-    once: Annotated[bool, Option('--once', help='Print it once')] = False,
-    as_json: Annotated[bool, Option('--json', help='Print it once, as JSON')] = False,
+    once: Annotated[bool, Option('--once', help='Print it once')] = False, as_json: OnceAsJson = False,
 ):
     "Every run, those that train first: steps done, time left, and resources used"
     from sage_finetune.ui.monitor import watch as look, watched
-    if as_json: echo(json.dumps(watched(dir).to_dict()))
-    elif once: _print(watched(dir))
-    else: look(dir, every)
+    if not (as_json or once): return look(dir, every)
+    echo(json.dumps(watched(dir).to_dict())) if as_json else _print(watched(dir))
 
 # %% ../nbs/05_cli.ipynb #0a5c0205
 @app.command('config')
@@ -503,18 +457,11 @@ def _config(
     batch_size: BatchSize = None, rank: Rank = None,
 ):
     "Print a file of settings to begin with, or check one"
-    from sage_finetune.config import PreferenceConfig, show_config, TrainingConfig
-    from sage_finetune.runs.other_tools import kind_of_config, read_settings, translated
-    from sage_finetune.runs.tasks import config_of_file, settings_yaml, with_settings
+    from sage_finetune.runs.tasks import checked_file, file_to_begin
     by_hand = _by_hand(set, lr, epochs, max_steps, batch_size, rank)
-    if file and kind_of_config(read_settings(file))!='sage_finetune':
-        if by_hand or preset: raise ValueError('`--set` and `--preset` change our own settings: give them to `run`')
-        return echo(str(translated(file)))
-    if file: return _print(show_config(with_settings(config_of_file(file), by_hand, preset)))
-    chosen = {n: v for n,v in dict(model_name=model, data_path=_one_or_several(data), output_dir=output,
-                                   method=method).items() if v is not None}
-    config = (PreferenceConfig if method else TrainingConfig).from_dict(chosen)
-    echo(settings_yaml(with_settings(config, by_hand, preset)), nl=False)
+    if file: return _print(checked_file(file, by_hand, preset))
+    chosen = dict(model_name=model, data_path=_one_or_several(data), output_dir=output, method=method)
+    echo(file_to_begin({n: v for n,v in chosen.items() if v is not None}, by_hand, preset), nl=False)
 
 # %% ../nbs/05_cli.ipynb #dec26bb3
 @app.command()
@@ -532,6 +479,7 @@ def merge(
     from sage_finetune.core.run_folder import find_run
     _print(merge_run(find_run(name).path, output, rows, dtype, ignore_contract, base))
 
+# %% ../nbs/05_cli.ipynb #5f5bf9b6
 @app.command()
 def clean(
     name: Annotated[Optional[str], Argument(help='Name or folder of one run (default: all)')] = None,
@@ -716,51 +664,7 @@ def export(
     else: echo(f'Written: {export_folder(name, output, kind, **card)}')
 
 # %% ../nbs/05_cli.ipynb #db7520ec
-EXAMPLES = '''The whole path on the embedded model, on any CPU:
-  sage-finetune quickstart code
-
-The same about your own code:
-  sage-finetune quickstart code --data ~/my/project
-
-A data file of questions and answers, {"question": …, "answer": …} in each row. Look at it first, then train:
-  sage-finetune inspect rows.jsonl --model Qwen/Qwen2.5-0.5B-Instruct
-  sage-finetune start --task qa --data rows.jsonl --model Qwen/Qwen2.5-0.5B-Instruct --auto
-
-Other formats of rows (a file may mix them with --task custom):
-  instruction  {"instruction": …, "input": …, "output": …}
-  chat         {"conversations": [{"role": "user", "content": …}, {"role": "assistant", "content": …}]}
-  custom       any of these, or {"text": …}
-Each may hold images: "images": ["red.png"] beside a text with <image> in it, or parts as OpenAI writes them.
-
-From Python:
-  from sage_finetune import LoRATrainer, PresetConfigs
-  LoRATrainer(PresetConfigs.rtx_3060(data_path="rows.jsonl", output_dir="runs/first")).train()
-
-A second task on top of a run; a fifth of the trained rows are those of the first, against forgetting:
-  sage-finetune start --task qa --data more.jsonl --init-adapter qa --replay 0.2 --output runs/second --auto
-
-Afterwards:
-  sage-finetune watch
-  sage-finetune chat code --prompt "What does `fit_config` do?"
-  sage-finetune merge code
-  sage-finetune compare code code-2
-  sage-finetune repeat code ~/again
-  sage-finetune verify code
-  sage-finetune serve code
-  sage-finetune export code --adapter
-
-On several GPUs, and on several machines (the command goes to each):
-  sage-finetune run code --nproc 8
-  sage-finetune run code --nproc 8 --nodes 2 --machine-rank 0 --main-process-ip 10.0.0.1
-
-A config of TRL, LLaMA-Factory or axolotl, or one of their commands, as it stands:
-  sage-finetune run llama3_lora_sft.yaml
-  sage-finetune run -- trl sft --model_name_or_path Qwen/Qwen3-0.6B --dataset_name trl-lib/Capybara --use_peft …
-
-Settings by hand, and a file of them to begin with:
-  sage-finetune start --task qa --data rows.jsonl --lr 2e-4 --rank 32 --set weight_decay=0.01 --auto
-  sage-finetune config --preset colab_t4 --data rows.jsonl > run.yaml
-'''
+EXAMPLES = (Path(find_spec('sage_finetune').submodule_search_locations[0])/'tables'/'examples.txt').read_text('utf-8')
 
 @app.command()
 def examples():

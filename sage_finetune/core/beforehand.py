@@ -1,4 +1,4 @@
-"""What can be known before anything is loaded: optimizers and schedules by name, how a base is stored, and what other tools call a setting
+"""What can be known before anything is loaded: optimizers and schedules by name, how a base is stored, settings of other tools
 
 Docs: https://sage-finetune.github.io/sage_finetune/core/beforehand.html.md"""
 
@@ -7,7 +7,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/core/beforehand.html.md"""
 # %% auto #0
 __all__ = ['is_of_bitsandbytes', 'check_optimizer', 'same_steps', 'check_betas', 'check_schedule', 'try_optimizer',
            'try_schedule', 'OptionsSetting', 'StoredAs', 'stored_as', 'fit_stored', 'ToolTable', 'tool_table',
-           'number_in', 'names_in', 'put_setting', 'take_by_table', 'unknown_to_table']
+           'number_in', 'names_in', 'take_by_table', 'unknown_to_table']
 
 # %% ../../nbs/core/08_beforehand.ipynb #08be0005
 import json,os
@@ -347,12 +347,8 @@ def _by_row(name, value, row):
 def _is_number_row(row):
     return row.get('kind')=='number' or isinstance(row.get('default'), (int, float)) and row['default'] is not True
 
-def put_setting(
-    settings:dict, # Of ours, those of the adapter under "lora"
-    name:str, # Of ours; `lora.r` is the `r` of the adapter
-    value, # Its value
-)->None: # It is there
-    "Put a setting where it belongs"
+def _put(settings, name, value):
+    "Put a setting of ours where it belongs: `lora.r` is the `r` of the adapter"
     of_lora,_,key = name.rpartition('.')
     (settings.setdefault('lora', {}) if of_lora else settings)[key] = value
 
@@ -363,8 +359,8 @@ def take_by_table(
 )->tuple: # Settings of ours; setting of the tool → what became of it; what is wrong, in words
     "Bring the settings of a tool to ours, as far as a row of its table is enough"
     settings,went,faults = {},{},[]
-    for name,value in table.always.items(): put_setting(settings, name, value)
-    for name,row in table.settings.items():
+    for name,value in table.always.items(): _put(settings, name, value)
+    for name,row in sorted(table.settings.items(), key=lambda r: r[0] in given): # what is given comes last
         if 'hand' in row or name not in given and 'default' not in row: continue
         value = given.get(name, row.get('default'))
         if name not in given and value is None and 'values' not in row: found,words = {row['to']: None},''
@@ -374,7 +370,7 @@ def take_by_table(
                 faults.append(str(e))
                 went[name] = 'refused'
                 continue
-        for ours,theirs in found.items(): put_setting(settings, ours, theirs)
+        for ours,theirs in found.items(): _put(settings, ours, theirs)
         if name in given: went[name] = words
     return settings,went,faults
 

@@ -24,7 +24,7 @@ from ..config import resolve_model, TrainingConfig
 from ..rows.sources import keep_rows
 from ..rows.formats import detect_data_format
 from sage_finetune.runs.other_data import (
-    axolotl_datasets, factory_datasets, factory_v1_datasets, OtherDataSet, RefusedSetting, rows_of_dataset,
+    axolotl_datasets, factory_datasets, factory_v1_datasets, OtherDataSet, RefusedSetting, read_other_rows,
     smaller_images, trl_datasets, write_images
 )
 
@@ -479,7 +479,7 @@ def _trl_script(given, path):
     try:
         _trl_data({k: v for k,v in given.items() if k.startswith('dataset')}, out)
         out.data[0].most = 1
-        first = rows_of_dataset(out.data[0])[0]
+        first = read_other_rows(out.data[0])[0]
         return dict(preference='dpo', unpaired='kto').get(detect_data_format(first), 'sft')
     except Exception: return 'sft' # what is wrong is told where the rows are read
 
@@ -591,7 +591,7 @@ def _files_of_rows(parts, t):
 
 def _rows_of_each(datasets, say):
     "The rows of each data set; of shares of the whole, as many as each data set has rows for"
-    out = [rows_of_dataset(d) for d in datasets]
+    out = [read_other_rows(d) for d in datasets]
     if any(d.share for d in datasets):
         shares = [d.share/sum(d.share for d in datasets) for d in datasets]
         whole = min(len(rows)/s for rows,s in zip(out, shares) if s>0)

@@ -7,7 +7,8 @@ Docs: https://sage-finetune.github.io/sage_finetune/runs/tasks.html.md"""
 # %% auto #0
 __all__ = ['TASKS', 'TaskRows', 'code_rows', 'quick_settings', 'with_quick', 'start_settings', 'parsed_settings',
            'preset_settings', 'with_settings', 'HoldsAnotherRun', 'new_run', 'config_of_file', 'config_of_run',
-           'config_of', 'trainer_of', 'settings_yaml', 'QuickstartResult', 'quickstart']
+           'config_of', 'trainer_of', 'settings_yaml', 'file_to_begin', 'checked_file', 'QuickstartResult',
+           'quickstart']
 
 # %% ../../nbs/runs/04_tasks.ipynb #9978827a
 import inspect,json,re,sys,time
@@ -23,7 +24,8 @@ from sage_finetune.core.settings import (
 from ..core.run_folder import find_run, is_own_run, is_run, only_run, read_meta, run_folder, RunFolder
 from ..core.display import Panel, Shown, Table, visible
 from sage_finetune.config import (
-    config_from_meta, embedded_model, LoRAConfig, PreferenceConfig, PresetConfigs, resolve_model, TrainingConfig
+    config_from_meta, embedded_model, LoRAConfig, PreferenceConfig, PresetConfigs, resolve_model, show_config,
+    TrainingConfig
 )
 from ..rows.sources import load_training_data, read_rows, save_rows
 from sage_finetune.rows.formats import (
@@ -32,7 +34,7 @@ from sage_finetune.rows.formats import (
 from ..rows.template import images_of
 from ..rows.tokens import encode
 from ..data import conversations, source_of
-from .other_tools import config_from_other_tool, kind_of_config, read_settings
+from .other_tools import config_from_other_tool, kind_of_config, read_settings, translated
 
 # %% ../../nbs/runs/04_tasks.ipynb #8c46aa36
 TASKS = dict(
@@ -127,6 +129,7 @@ def _value_of(name, text):
     plain = name=='target_modules' and text!='all-linear' and not re.search(r'[*+?()\[\]|\\^$]', text)
     return [t.strip() for t in text.split(',')] if plain else text
 
+# %% ../../nbs/runs/04_tasks.ipynb #0a5c0010
 def parsed_settings(
     pairs:list|None, # Texts such as "learning_rate=1e-4" or "lora.r=32"
 )->dict: # Settings of `TrainingConfig`, those of the adapter under "lora"
@@ -412,6 +415,26 @@ def settings_yaml(
     return '\n'.join([f'# Settings {kind}; train it with: sage-finetune run THIS_FILE', *every[:len(first)],
                       'lora: # The adapter', *lines(config.lora, _first_of_lora, '  '),
                       '# What follows has its default; take the # away to change it', *every[len(first):], ''])
+
+def file_to_begin(
+    chosen:dict, # Settings that are known already; with a `method` it is a file for judged answers
+    by_hand:dict, # More of them; those of the adapter under "lora"
+    preset:str|None=None, # Of `PresetConfigs`, or "auto"
+)->str: # YAML
+    "What `sage-finetune config` prints"
+    config = (PreferenceConfig if 'method' in chosen else TrainingConfig).from_dict(chosen)
+    return settings_yaml(with_settings(config, by_hand, preset))
+
+def checked_file(
+    file, # Of settings: ours, or those of another tool
+    by_hand:dict, # Settings that change ours
+    preset:str|None=None, # The same
+): # A table of every setting as it would be used here, or what becomes of each; nothing is written
+    "What a file of settings would train"
+    if kind_of_config(read_settings(file))=='sage_finetune':
+        return show_config(with_settings(config_of_file(file), by_hand, preset))
+    if by_hand or preset: raise ValueError('`--set` and `--preset` change our own settings: give them to `run`')
+    return str(translated(file))
 
 # %% ../../nbs/runs/04_tasks.ipynb #f66ddbc4
 @dataclass(repr=False)

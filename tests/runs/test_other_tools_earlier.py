@@ -92,7 +92,8 @@ def test_as_many_rows_as_were_asked_for(tmp_path):
 
 @pytest.mark.parametrize('more,says', [
     (dict(use_galore=True), 'use_galore=True'), (dict(stage='ppo'), "stage='ppo'"),
-    (dict(finetuning_type='full'), "finetuning_type='full'"), (dict(cutof_len=8), 'cutof_len (unknown; is it `cutoff_len`?)'),
+    (dict(finetuning_type='full'), "finetuning_type='full'"),
+    (dict(cutof_len=8), 'cutof_len (unknown; is it `cutoff_len`?)'),
     (dict(lora_rank='many'), "lora_rank='many'"), (dict(resize_vocab=True), 'resize_vocab=True'),
     (dict(dataset='gone.json'), "does not describe 'gone.json'")])
 def test_what_cannot_be_is_refused_by_name(more, says, tmp_path):
