@@ -1,4 +1,4 @@
-"""What can be known before anything is loaded: optimizers and schedules by name, how a base is stored, settings of other tools
+"""What can be known before anything is loaded: optimizers, schedules, how a base is stored, settings of other tools
 
 Docs: https://sage-finetune.github.io/sage_finetune/core/beforehand.html.md"""
 

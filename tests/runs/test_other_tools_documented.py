@@ -30,7 +30,8 @@ tagged = [dict(messages=[dict(role='user', content=f'{i}?'), dict(role='assistan
 turns = dict(role_tag='role', content_tag='content', user_tag='user', assistant_tag='assistant')
 about = dict(
     identity=dict(file_name='identity.json'),
-    alpaca_en_demo=dict(file_name='identity.json', ms_hub_url='someone/alpaca_en_demo', om_hub_url='else/alpaca_en_demo'),
+    alpaca_en_demo=dict(file_name='identity.json', ms_hub_url='someone/alpaca_en_demo',
+                        om_hub_url='else/alpaca_en_demo'),
     dpo_en_demo=dict(file_name='ranked.json', ranking=True, formatting='sharegpt', columns=dict(
         messages='conversations', chosen='chosen', rejected='rejected')),
     kto_en_demo=dict(file_name='tagged.json', formatting='sharegpt', columns=dict(messages='messages', kto_tag='label'),
@@ -74,7 +75,8 @@ commands = {
     'sft of the docs of the script': f"python trl/scripts/sft.py {model} --dataset_name split --learning_rate 2.0e-4 "
     "--num_train_epochs 1 --packing --per_device_train_batch_size 2 --gradient_accumulation_steps 8 --eos_token "
     "'<|im_end|>' --eval_strategy steps --eval_steps 100 --lora_r 32 --lora_alpha 16 --push_to_hub",
-    'lora without regret': f'uv run "https://raw.githubusercontent.com/huggingface/trl/main/trl/scripts/sft.py" {model} '
+    'lora without regret': 'uv run "https://raw.githubusercontent.com/huggingface/trl/main/trl/scripts/sft.py" '
+    f'{model} '
     '--dataset_name talks.jsonl --learning_rate 2.0e-5 --num_train_epochs 1 --packing --per_device_train_batch_size 2 '
     '--gradient_accumulation_steps 16 --eval_strategy no --lora_r 256 --lora_alpha 16 --lora_target_modules all-linear '
     '--report_to trackio --push_to_hub',
@@ -92,8 +94,8 @@ commands = {
     '--lora_target_modules=all-linear --lora_r=16 --lora_alpha=16 --eval_strategy no',
     'orpo of the docs of the script': f'python examples/scripts/orpo.py {model} --dataset_name pairs.jsonl '
     '--per_device_train_batch_size 4 --learning_rate 8e-5 --gradient_accumulation_steps 1 --logging_steps 10 '
-    '--lr_scheduler_type cosine --optim rmsprop --warmup_steps 1 --bf16 --logging_first_step --no_remove_unused_columns '
-    '--lora_r=16 --lora_alpha=16'}
+    '--lr_scheduler_type cosine --optim rmsprop --warmup_steps 1 --bf16 --logging_first_step '
+    '--no_remove_unused_columns --lora_r=16 --lora_alpha=16'}
 quick = 'sft', 'dpo of the docs of the script'
 
 
@@ -111,8 +113,10 @@ def test_a_command_of_trl_is_translated(name, place):
 def test_a_command_with_a_file_below_it(place):
     (place/'sft.yaml').write_text('model_name_or_path: sage-tiny\nuse_peft: true\nlearning_rate: 1.0e-3\nlora_r: 4\n'
                                   'dataset_name: talks.jsonl\noutput_dir: out\nnum_processes: 1\n')
-    asked = tool_command(shlex.split('trl sft --config sft.yaml --lora_r 2 --num_processes 4 --accelerate_config zero2'))
-    assert (asked.settings['lora_r'], asked.settings['learning_rate'], asked.how)==(2, 1e-3, dict(nproc=4, config='zero2'))
+    words = 'trl sft --config sft.yaml --lora_r 2 --num_processes 4 --accelerate_config zero2'
+    asked = tool_command(shlex.split(words))
+    assert (asked.settings['lora_r'], asked.settings['learning_rate'], asked.how)==(2, 1e-3, dict(nproc=4,
+                                                                                                  config='zero2'))
 
 
 @pytest.mark.parametrize('words,says', [
@@ -149,7 +153,8 @@ v1 = dict(model='sage-tiny', model_class='llm', peft_config=dict(name='lora', r=
           sample_backend='hf', max_new_tokens=128)
 of_factory = {
     'sft': lora | dict(stage='sft', dataset='identity,alpaca_en_demo', template='qwen3_nothink'),
-    'pretrain': lora | dict(stage='pt', dataset='c4_demo'), 'pretrain on texts': lora | dict(stage='pt', dataset='wiki_demo'),
+    'pretrain': lora | dict(stage='pt', dataset='c4_demo'), 'pretrain on texts': lora | dict(stage='pt',
+                                                                                             dataset='wiki_demo'),
     'dpo': lora | dict(stage='dpo', pref_beta=.1, pref_loss='sigmoid', dataset='dpo_en_demo', template='qwen3_nothink'),
     'orpo': lora | dict(stage='dpo', pref_beta=.1, pref_loss='orpo', dataset='dpo_en_demo', template='qwen3_nothink'),
     'kto': lora | dict(stage='kto', pref_beta=.1, dataset='kto_en_demo', template='qwen3_nothink'),
@@ -215,7 +220,8 @@ def test_what_llama_factory_takes_unless_told_otherwise_is_taken(info, source, p
 
 @pytest.mark.parametrize('info,says', [
     (dict(ms_hub_url='c/d'), 'only at `ms_hub_url`'), (dict(script_url='x'), 'only at `script_url`'),
-    (dict(file_name='a', columns=dict(videos='v')), 'videos'), (dict(file_name='a', formatting='csv'), 'formatting csv'),
+    (dict(file_name='a', columns=dict(videos='v')), 'videos'), (dict(file_name='a', formatting='csv'),
+                                                                'formatting csv'),
     (dict(file_name='a', num_samples='x'), '`num_samples` must be a int'), ([], 'must be an object')])
 def test_a_description_that_cannot_be_is_refused_by_name(info, says, place):
     (place/'data'/'dataset_info.json').write_text(json.dumps(dict(mine=info)))
@@ -227,10 +233,12 @@ def test_a_description_that_cannot_be_is_refused_by_name(info, says, place):
 
 axolotl = dict(
     base_model='sage-tiny', model_type='AutoModelForCausalLM', tokenizer_type='AutoTokenizer', load_in_8bit=False,
-    load_in_4bit=False, strict=False, dataset_prepared_path='last_run_prepared', val_set_size=0, output_dir='./outputs/out',
+    load_in_4bit=False, strict=False, dataset_prepared_path='last_run_prepared', val_set_size=0,
+    output_dir='./outputs/out',
     adapter='lora', lora_model_dir=None, sequence_len=256, sample_packing=True, eval_sample_packing=True,
     pad_to_sequence_len=True, lora_r=16, lora_alpha=32, lora_dropout=.05, lora_fan_in_fan_out=None,
-    lora_target_modules=['gate_proj', 'down_proj', 'up_proj', 'q_proj', 'v_proj', 'k_proj', 'o_proj'], wandb_project=None,
+    lora_target_modules=['gate_proj', 'down_proj', 'up_proj', 'q_proj', 'v_proj', 'k_proj', 'o_proj'],
+    wandb_project=None,
     gradient_accumulation_steps=2, micro_batch_size=2, num_epochs=1, optimizer='adamw_8bit', lr_scheduler='cosine',
     learning_rate=.0002, train_on_inputs=False, group_by_length=False, bf16='auto', fp16=None, tf32=False,
     gradient_checkpointing=True, early_stopping_patience=None, logging_steps=1, flash_attention=True,
@@ -250,7 +258,8 @@ of_axolotl = {
                           datasets=[dict(path='judged.jsonl', type='llama3.ultra', split='train')])}
 
 
-@pytest.mark.parametrize('name', [n if n=='chat template' else pytest.param(n, marks=pytest.mark.slow) for n in of_axolotl])
+@pytest.mark.parametrize('name', [n if n=='chat template' else pytest.param(n, marks=pytest.mark.slow)
+                                  for n in of_axolotl])
 def test_an_example_of_axolotl_runs(name, place): trained(factory_file(place, of_axolotl[name]))
 
 

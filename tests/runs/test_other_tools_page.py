@@ -38,7 +38,7 @@ def note(name, table='trl-sft'): return tool_table(table).settings[name].get('no
 
 
 def all_weights(tmp_path):
-    assert "'full'" in refused(tmp_path, finetuning_type='full') and "'freeze'" in refused(tmp_path, finetuning_type='freeze')
+    for kind in ('full', 'freeze'): assert f"'{kind}'" in refused(tmp_path, finetuning_type=kind)
     assert tool_table('unsloth').status('full_finetuning')=='refused'
 
 
@@ -100,7 +100,8 @@ def on_a_cpu(tmp_path):
     assert fit_config(c, Machine('cpu', bitsandbytes=True))[0].load_in_4bit
 
 
-here = {'**The answers are learned': end_of_turn, '**The template is': own_template, '**A conversation that is': too_long,
+here = {'**The answers are learned': end_of_turn, '**The template is': own_template,
+        '**A conversation that is': too_long,
         '**A setting that does not': changed_for_the_machine, '**When memory runs out': less_memory,
         '**Resuming is': same_command, '**Merging is proved': proved, '**A CPU is': on_a_cpu}
 not_here = {'Training all weights': all_weights, 'Reward models': rewards, 'Video and sound': vision,
