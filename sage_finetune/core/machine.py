@@ -8,7 +8,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/core/machine.html.md"""
 __all__ = ['stop_signals', 'goes_on', 'Machine', 'has_bf16_units', 'model_parameters', 'step_room', 'processes', 'process',
            'division', 'Change', 'Changes', 'show_changes', 'opening', 'fit_bits', 'Interrupted', 'leave_terminal',
            'stop_raises', 'how_to_install', 'missing_package', 'fault_report', 'last_words', 'as_written_here',
-           'use_utf8', 'refuse_other_encodings']
+           'use_utf8', 'refuse_other_encodings', 'versions_text', 'program_name']
 
 # %% ../../nbs/core/03_machine.ipynb #544f2961
 import json,math,os,platform,re,signal,sys,tempfile,threading,time,traceback
@@ -407,3 +407,21 @@ def refuse_other_encodings(
     for word in map(str, argv):
         if any('\ud800'<=c<='\udfff' for c in word):
             raise ValueError(f'{visible(word)!r} is not UTF-8 text: rename the file or folder')
+
+# %% ../../nbs/core/03_machine.ipynb #0a5c0401
+def versions_text()->str: # One line for each package
+    "The versions of this package and of those below it, read without importing them"
+    from importlib.metadata import PackageNotFoundError, version
+    def line(name):
+        try: return f'{name} {version(name)}'
+        except PackageNotFoundError: return f'{name} not installed'
+    names = 'torch', 'transformers', 'peft', 'accelerate', 'datasets', 'bitsandbytes', 'trl'
+    return '\n'.join([line('sage-finetune'), f'Python {sys.version.split()[0]}', *map(line, names)])
+
+def program_name()->str: # For a shell
+    "This command, as it can be typed again: by its name where a shell finds it, else by its path"
+    from shlex import quote
+    from shutil import which
+    here,found = Path(sys.argv[0]),which('sage-finetune')
+    if here.name!='sage-finetune' or found and Path(found).samefile(here): return 'sage-finetune'
+    return quote(os.path.relpath(here))

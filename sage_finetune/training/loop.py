@@ -41,13 +41,15 @@ from sage_finetune.training.callbacks import (
 # %% ../../nbs/training/04_loop.ipynb #4a01f0d1
 _same_name = ('num_train_epochs', 'max_steps', 'per_device_train_batch_size', 'gradient_accumulation_steps',
               'learning_rate', 'lr_scheduler_type', 'fp16', 'bf16', 'optim', 'logging_steps', 'save_steps', 'seed',
-              'dataloader_num_workers', 'weight_decay', 'max_grad_norm', 'torch_compile', 'lr_scheduler_kwargs')
+              'dataloader_num_workers', 'weight_decay', 'max_grad_norm', 'torch_compile', 'lr_scheduler_kwargs',
+              'adam_beta1', 'adam_beta2', 'adam_epsilon', 'save_strategy')
 
 def _version_arguments(config, known):
     "The arguments whose names depend on the version of transformers"
     warmup = min(config.warmup_ratio, 1-1e-9) # 1.0 would mean one step
     checkpointing = 'activation_checkpointing' if 'activation_checkpointing' in known else 'gradient_checkpointing'
-    return {('warmup_ratio' if 'warmup_ratio' in known else 'warmup_steps'): warmup,
+    name = 'warmup_ratio' if 'warmup_ratio' in known and not config.warmup_steps else 'warmup_steps'
+    return {name: config.warmup_steps or warmup,
             checkpointing: config.gradient_checkpointing, f'{checkpointing}_kwargs': dict(use_reentrant=False)}
 
 def _evaluation_arguments(config, evaluate):
