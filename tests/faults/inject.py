@@ -62,7 +62,7 @@ class Injector:
         for owner,name in ((torch, 'save'), (pa, 'OSFile')): self.ask_before(owner, name)
         if self.mode=='anywhen':
             signal.signal(signal.SIGPROF, self.ask_to_stop)
-            signal.setitimer(signal.ITIMER_PROF, max(.001, self.at/1000))
+            signal.setitimer(signal.ITIMER_PROF, .003+self.at/1000) # not before the command has begun
         return self
 
     def end(self):
@@ -76,7 +76,7 @@ class Injector:
     def ask_before(self, owner, name):
         real = getattr(owner, name)
         def asked(*args, **kwargs):
-            for path in (a for a in (*args, *kwargs.values()) if isinstance(a, (str, Path))): self.moment(path)
+            for path in (a for a in (*args[:2], *kwargs.values()) if isinstance(a, (str, Path)) and a!='wb'): self.moment(path)
             return real(*args, **kwargs)
         setattr(owner, name, asked)
 

@@ -246,20 +246,26 @@ def content(path):
     "What a file holds, value by value where it is JSON"
     data = path.read_bytes()
     with suppress(ValueError, UnicodeDecodeError):
+        if path.name=='receipt.json': return _leaves(json.loads(data)['values']) # its steps are those since a checkpoint
         if path.suffix=='.json': return _leaves(json.loads(data))
         if path.suffix=='.jsonl': return _leaves([json.loads(line) for line in data.splitlines()])
     return {'': data}
 
+_not_compared = '/cached' # a report says whether its rows were prepared before
+
 def lies_in(folder):
-    "{file: {name: value}} of all that is below a folder, but what a person has there and notes of checksums"
-    files = [p for p in folder.rglob('*') if p.is_file() and p.relative_to(folder).parts[0]!='home']
+    "{file: {name: value}} of all that is below a folder, but the home of a person and files of TensorBoard"
+    files = [p for p in folder.rglob('*') if p.is_file() and 'tfevents' not in p.name
+             and p.relative_to(folder).parts[0]!='home']
     return {p.relative_to(folder).as_posix(): content(p) for p in files}
 
 def alike(one, two):
     "What is the same in both: a value that differs is only named"
-    missing = object()
-    return {f: {k: v if two[f].get(k, missing)==v else missing for k,v in one[f].items() if k in two[f]}
-            for f in one if f in two},missing
+    differs = object()
+    def same(file, name, value):
+        sums = file.endswith(('checksums.json', 'COMPLETE')) # of files that hold times
+        return value if two[file][name]==value and not sums and name!=_not_compared else differs
+    return {f: {k: same(f, k, v) for k,v in one[f].items() if k in two[f]} for f in one if f in two},differs
 
 class Wanted:
     "What a command comes to, from two undisturbed ones"
@@ -277,4 +283,5 @@ class Wanted:
                     was = '' if isinstance(value, bytes) else f' ({found[file][name]!r}, not {value!r})'
                     return f'{file}: {name} differs{was}'[:300]
         for file in found:
-            if file not in self.files and (not only or only(file)): return f'{file} was not there before'
+            kept = '/checkpoints/checkpoint-' in file # where it was stopped
+            if file not in self.files and not kept and (not only or only(file)): return f'{file} was not there before'

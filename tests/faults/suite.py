@@ -29,8 +29,6 @@ operations = dict(
     export_adapter=(['export', 'run', '--adapter', '--output', 'out', '--base', 'someone/base'], 'merged'),
     clean=(['clean', 'run', '--force'], 'merged'),
     serve=(['serve', 'run', '--engine', 'native', '--port', '0', '--max-new-tokens', '4'], 'merged'),
-    start=(['start', '--task', 'qa', '--data', 'few.jsonl', '--model', two_layers, '--output', 'started', '--auto'],
-           'asked'),
     quickstart=(['quickstart', 'qa', '--data', 'few.jsonl', '--model', two_layers, '--output', 'quick'], 'asked'),
     inspect=(['inspect', 'rows.jsonl', '--model', two_layers, '--plot', 'lengths.png'], 'asked'),
     compare=(['compare', 'run', 'other', '--plot', 'curves.png'], 'two'),
@@ -40,6 +38,15 @@ phases = 'prepare', 'train', 'evaluate', 'checkpoint', 'save' # rows of the tabl
 titles = dict(export_adapter='export --adapter', list='list', anywhen='signal at any moment', denied='no permission',
               full='full disk', half='cut short', dies='killed', clock='clock a day back')
 reading = 'inspect', 'compare', 'list', 'verify', 'serve' # the run is as it was, whatever becomes of them
+# Two processes at once: the first stands still at a moment while the second runs; the state, and what both say
+pairs = dict(
+    train_train=('asked', 'train', 'train'), merge_merge=('trained', 'merge', 'merge'),
+    export_export=('merged', 'export', 'export'), train_clean=('asked', 'train', 'clean'),
+    clean_train=('merged', 'clean', 'train'), merge_clean=('trained', 'merge', 'clean'),
+    clean_merge=('merged', 'clean', 'merge'), export_clean=('merged', 'export', 'clean'),
+    merge_export=('merged', 'merge', 'export'), same_cache=('both', 'train', 'other'),
+    same_damaged_cache=('damaged', 'train', 'other'))
+words_of = {name: words for name,(words,_) in operations.items()} | dict(other=['run', 'other'])
 done = ('stopped after the last step; the run is complete|stopped; nothing more was done|'
         'and the same command begins again|the same command serves again|the same command, with a new folder')
 
@@ -69,6 +76,18 @@ class Suite:
         self.room.begin('trained')
         shutil.copytree(self.room.path/'run', self.room.path/'other')
         self.room.keep('two')
+
+        self.room.begin('asked')
+        write_meta(self.room.path/'other', two_layers, data, task_type='qa', config=config)
+        self.room.keep('both')
+        assert self.room.run(['run', 'other']).status==0
+        shutil.rmtree(self.room.path/'other')
+        shutil.copytree(self.room.store/'both'/'other', self.room.path/'other')
+        for arrow in self.room.path.glob('cache/data/*/examples.arrow'):
+            held = bytearray(arrow.read_bytes())
+            held[len(held)//2] ^= 1
+            arrow.write_bytes(held)
+        self.room.keep('damaged')
 
     def make(self, state, words):
         came = self.room.run(words)
@@ -133,7 +152,7 @@ class Suite:
             stopped = came.status and (name!='serve' or came.answer is None)
             if stopped and not (goes_on in came.last or re.search(done, came.last)):
                 return 'silent', f'no word of where it stopped: {said}'
-        refused = came.status not in (0, 143)
+        refused = came.status!=(143 if name=='serve' else 0)
         if mode in ('denied', 'full', 'half') and refused and not self.in_one_line(came): return 'silent', said
         if mode=='dies' or refused: return None
         return self.wrong(name, came, found)
@@ -166,12 +185,79 @@ class Suite:
         if name=='clean':
             # what is not of a run stays, and perhaps the lock, where it was its removal that failed
             run = self.room.path/'run'
-            if {p.name for p in run.iterdir()}-{'.lock'}!={'mine.txt'}: return 'other', f'left: {sorted(run.iterdir())}'
+            left = sorted(p.name for p in run.iterdir() if p.name not in ('.lock', '.lock.held'))
+            if left!=['mine.txt']: return 'does not go on', f'left {left}: {said}'
             return None
         if again.status!=(143 if name=='serve' else 0): return 'does not go on', said
         if name=='serve' and again.answer!=self.first[name].answer: return 'wrong result', again.answer
         if differs := self.wanted[name].differs(lies_in(self.room.path)): return 'wrong result', f'afterwards: {differs}'
         return None
+
+
+    def pair_points(self, name, most):
+        "Some moments of the first process of two"
+        begins,first,_ = pairs[name]
+        if name not in self.moments:
+            self.room.begin(begins)
+            came = self.room.run(words_of[first], 'waits', 10**9)
+            self.moments[name] = came.moments
+        n = self.moments[name]
+        chance,some = random.Random(name), min(most, n)
+        return [min(n, 1+int((i+chance.random())*n/some)) for i in range(some)]
+
+    def two(self, name, at):
+        "What comes of two processes, and of the same commands afterwards: (outcome, words)"
+        begins,first,second = pairs[name]
+        self.room.begin(begins)
+        before = lies_in(self.room.store/begins)
+        one = self.room.start(words_of[first], 'waits', at)
+        stands = one.until_it_waits()
+        two = self.room.start(words_of[second])
+        other = two.end(60) # it may wait for the first
+        if stands: one.go_on()
+        came = [one.end(), other or two.end()]
+        if None in came: return 'hangs', ''
+        said = ' | '.join(c.last for c in came)
+        for c in came:
+            if 'Traceback' in c.said or 'fault of sage_finetune' in c.said: return 'traceback', c.said[-700:]
+            if c.status and not self.in_one_line(c): return 'silent', c.said[-300:]
+        if all(c.status for c in came): return 'other', f'neither has come to an end: {said}'
+        if 'damaged' in came[0].said+came[1].said and begins!='damaged': return 'wrong result', said
+        if lost := self.lost_by_two(before, (first, second), came): return 'lost work', f'{lost}; {said}'
+        return self.after_two((first, second), came) or ('survived', said)
+
+    def lost_by_two(self, before, names, came):
+        found = lies_in(self.room.path)
+        keep = [f for f in before if f.endswith('mine.txt') or 'clean' not in names
+                and f.endswith(('adapter_model.safetensors', 'rows.jsonl', 'finetune_meta.json'))]
+        if gone := [f for f in keep if found.get(f)!=before[f]]: return f'{gone[0]} is gone or another'
+        if 'clean' not in names: return None
+        cleaned,worked = (came[names.index(n)].status==0 for n in ('clean', next(n for n in names if n!='clean')))
+        made = [f for f in found if f.startswith('run/') and f!='run/mine.txt' and '.lock' not in f]
+        if worked and names[0]!='clean' and not cleaned and not made: return 'it was removed, and nobody said so'
+        whole = 'run/finetune_meta.json' in found or 'run/training_config.json' in found
+        return f'{made[0]} is there, and no run that it belongs to' if made and not whole else None
+
+    def after_two(self, names, came):
+        "Both commands once more, one after the other"
+        if 'clean' in names and came[names.index('clean')].status==0:
+            again = self.room.run(words_of['clean'])
+            left = sorted(p.name for p in (self.room.path/'run').iterdir() if not p.name.startswith('.lock'))
+            return None if left==['mine.txt'] else ('does not go on', f'left {left}: {again.last}')
+        for name in (n for n in names if n!='clean'):
+            again = self.room.run(words_of[name])
+            if again.status: return 'does not go on', again.said[-500:]
+        found = lies_in(self.room.path)
+        for name in (n for n in names if n not in ('clean', 'other')):
+            mine = lambda f: not f.startswith(('cache/', 'other/'))
+            if differs := self.usual_without_room(name).differs(found, mine): return 'wrong result', f'afterwards: {differs}'
+        if 'other' in names:
+            weights = [found[f'{n}/lora_weights/adapter_model.safetensors'] for n in ('run', 'other')]
+            if weights[0]!=weights[1]: return 'wrong result', 'the two runs differ'
+
+    def usual_without_room(self, name):
+        assert name in self.wanted, 'ask for `usual` before the room is used'
+        return self.wanted[name]
 
 
 def log_file():
