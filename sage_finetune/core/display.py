@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
-from .disk import write_whole
+from .disk import cannot_write, write_whole
 
 # %% ../../nbs/core/01_display.ipynb #04571187
 _unseen = re.compile(r'[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff'
@@ -254,6 +254,7 @@ def save_figure(
 )->Path: # The file
     "Write a figure, whole or not at all"
     path = figure_file(path)
+    if not path.parent.is_dir(): raise cannot_write(path, FileNotFoundError(2, 'no such folder'))
     kind = path.suffix[1:].lower()
     return write_whole(path, lambda temp: figure.savefig(temp, format=kind, dpi=150))
 

@@ -57,7 +57,7 @@ class Injector:
     def begin(self):
         sys.addaudithook(self.hear)
         os.register_at_fork(after_in_child=self.end) # a server of its own is not counted
-        import pyarrow as pa, safetensors.numpy, safetensors.torch, tokenizers, torch
+        import pyarrow as pa, safetensors.numpy, safetensors.torch, torch
         for owner in (safetensors.torch, safetensors.numpy): self.ask_before(owner, 'serialize_file')
         for owner,name in ((torch, 'save'), (pa, 'OSFile')): self.ask_before(owner, name)
         if self.mode=='anywhen':
@@ -76,7 +76,8 @@ class Injector:
     def ask_before(self, owner, name):
         real = getattr(owner, name)
         def asked(*args, **kwargs):
-            for path in (a for a in (*args[:2], *kwargs.values()) if isinstance(a, (str, Path)) and a!='wb'): self.moment(path)
+            for path in (*args[:2], *kwargs.values()):
+                if isinstance(path, (str, Path)) and path!='wb': self.moment(path)
             return real(*args, **kwargs)
         setattr(owner, name, asked)
 

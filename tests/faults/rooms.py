@@ -4,7 +4,6 @@ What a command comes to is told from two undisturbed ones: what both wrote alike
 the bit; what they wrote differently (times, say) must be there.
 """
 import gc
-import io
 import json
 import os
 import re
@@ -94,7 +93,7 @@ def multiprocessing_child_of_its_own():
 def _forks(room, orders):
     "Fork for each order; say how it ended"
     try: _warm(room)
-    except BaseException as e:
+    except BaseException:
         import traceback
         orders.send(('failed', traceback.format_exc()))
         raise
@@ -284,4 +283,5 @@ class Wanted:
                     return f'{file}: {name} differs{was}'[:300]
         for file in found:
             kept = '/checkpoints/checkpoint-' in file # where it was stopped
-            if file not in self.files and not kept and (not only or only(file)): return f'{file} was not there before'
+            if file in self.files or kept or only and not only(file): continue
+            return f'{file} was not there before'

@@ -9,12 +9,11 @@ import os
 import random
 import re
 import shutil
-import signal
 from pathlib import Path
 
-from inject import modes, signal_of, stops
+from inject import signal_of, stops
 from quick import two_layers
-from rooms import Came, lies_in, Room, Wanted
+from rooms import lies_in, Room, Wanted
 import sage_finetune
 from sage_finetune.config import LoRAConfig, TrainingConfig
 from sage_finetune.core.machine import goes_on
@@ -34,10 +33,6 @@ operations = dict(
     compare=(['compare', 'run', 'other', '--plot', 'curves.png'], 'two'),
     list=(['list', '--dir', '.'], 'two'),
     verify=(['verify', 'run', '--output', 'verified.json'], 'trained'))
-phases = 'prepare', 'train', 'evaluate', 'checkpoint', 'save' # rows of the table that one command goes through
-titles = dict(export_adapter='export --adapter', list='list', anywhen='signal at any moment', denied='no permission',
-              full='full disk', half='cut short', dies='killed', clock='clock a day back')
-reading = 'inspect', 'compare', 'list', 'verify', 'serve' # the run is as it was, whatever becomes of them
 # Two processes at once: the first stands still at a moment while the second runs; the state, and what both say
 pairs = dict(
     train_train=('asked', 'train', 'train'), merge_merge=('trained', 'merge', 'merge'),
@@ -130,7 +125,8 @@ class Suite:
 
     def one(self, name, mode, at):
         "What comes of one fault, and of the same command afterwards: (outcome, words)"
-        wanted,(words,begins) = self.usual(name),operations[name]
+        self.usual(name)
+        words,begins = operations[name]
         self.room.begin(begins)
         came = self.room.run(words, mode, at)
         if came is None: return 'hangs', ''
@@ -148,7 +144,8 @@ class Suite:
         if name!='clean' and (lost := self.lost(name, found, before)): return 'lost work', lost
         asked = signal_of(at) if mode=='anywhen' else mode
         if asked in stops:
-            if came.status not in (0, stops[asked], 143 if name=='serve' else 0): return 'silent', f'status {came.status}: {said}'
+            if came.status not in (0, stops[asked], 143 if name=='serve' else 0):
+                return 'silent', f'status {came.status}: {said}'
             stopped = came.status and (name!='serve' or came.answer is None)
             if stopped and not (goes_on in came.last or re.search(done, came.last)):
                 return 'silent', f'no word of where it stopped: {said}'
@@ -165,18 +162,20 @@ class Suite:
         "What was there, is of use, and is gone or another: weights, rows, settings of a person"
         keep = lambda f: f.startswith(('run/lora_weights/adapter_model', 'other/', 'rows', 'few')) or f.endswith(
             ('mine.txt', 'finetune_meta.json')) or name!='merge' and f.startswith('run/merged_model/')
-        return next((f'{f} is gone or another' for f,values in before.items() if keep(f) and found.get(f)!=values), None)
+        gone = (f for f,values in before.items() if keep(f) and found.get(f)!=values)
+        return next((f'{f} is gone or another' for f in gone), None)
 
     def wrong(self, name, came, found):
         "Whether what is said to be done is not as it should be"
         usual = self.first[name]
-        if name=='serve': return ('wrong result', f'answer {came.answer!r}') if came.answer not in (
-            None, usual.answer) else None
+        if name=='serve':
+            return None if came.answer in (None, usual.answer) else ('wrong result', f'answer {came.answer!r}')
         if name=='clean': return None
         results = lambda f: not f.startswith('cache/') and '/.' not in f
         if differs := self.wanted[name].differs(found, results):
             # the clock that went back is in what is written; what could not be written must have been told
-            if not re.search('note: |warning|cannot write', came.said): return 'wrong result', f'{differs}; {came.said[-300:]}'
+            told = re.search('note: |warning|cannot write', came.said)
+            if not told: return 'wrong result', f'{differs}; {came.said[-300:]}'
         return None
 
     def after_again(self, name, came, again):
@@ -190,14 +189,14 @@ class Suite:
             return None
         if again.status!=(143 if name=='serve' else 0): return 'does not go on', said
         if name=='serve' and again.answer!=self.first[name].answer: return 'wrong result', again.answer
-        if differs := self.wanted[name].differs(lies_in(self.room.path)): return 'wrong result', f'afterwards: {differs}'
-        return None
+        differs = self.wanted[name].differs(lies_in(self.room.path))
+        return ('wrong result', f'afterwards: {differs}') if differs else None
 
 
     def pair_points(self, name, most):
         "Some moments of the first process of two"
         begins,first,_ = pairs[name]
-        if name not in self.moments:
+        if name not in self.moments: # reads of the cache are moments too
             self.room.begin(begins)
             came = self.room.run(words_of[first], 'waits', 10**9)
             self.moments[name] = came.moments
@@ -250,14 +249,11 @@ class Suite:
         found = lies_in(self.room.path)
         for name in (n for n in names if n not in ('clean', 'other')):
             mine = lambda f: not f.startswith(('cache/', 'other/'))
-            if differs := self.usual_without_room(name).differs(found, mine): return 'wrong result', f'afterwards: {differs}'
+            differs = self.wanted[name].differs(found, mine)
+            if differs: return 'wrong result', f'afterwards: {differs}'
         if 'other' in names:
             weights = [found[f'{n}/lora_weights/adapter_model.safetensors'] for n in ('run', 'other')]
             if weights[0]!=weights[1]: return 'wrong result', 'the two runs differ'
-
-    def usual_without_room(self, name):
-        assert name in self.wanted, 'ask for `usual` before the room is used'
-        return self.wanted[name]
 
 
 def log_file():
