@@ -224,10 +224,6 @@ def _only_new_garbage():
     finally:
         if ours: gc.unfreeze()
 
-def _is_whole(place):
-    "Whether another process has put the same there meanwhile: it stays, for somebody may read it"
-    return images_unchanged(place/_album) and manifest_fault(place) is None
-
 def _prepare(source, where, tokenizer, settings, report, strict, place, digest):
     "Prepare the examples of `source` in the folder `place`, whole or not at all"
     if isinstance(source, (str, Path)): report.passed_over = files_passed_over(source, where.get('split', 'train'))
@@ -370,6 +366,10 @@ def _from_cache(place, report, tokenizer, digest):
         warnings.warn(f'the data prepared in {place} is damaged ({fault}) and is prepared again')
         discard(place)
         return None
+
+def _is_whole(place):
+    "Whether another process has put the same there meanwhile: it stays, for somebody may read it"
+    return images_unchanged(place/_album) and manifest_fault(place) is None
 
 # %% ../nbs/01_data.ipynb #6b400a02
 def _kept_or_prepared(source, where, tokenizer, settings, report, strict, cache):

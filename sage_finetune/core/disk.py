@@ -37,6 +37,8 @@ def cannot_write(
     "The refusal of the system as one line that names the path and the fix"
     fix = _fixes.get(err.errno, 'choose a folder you may write to')
     return SageError(f"cannot write {path}: {(err.strerror or str(err)).lower()}; {fix}")
+
+# %% ../../nbs/core/00_disk.ipynb #fa5d1001
 _disk_errors = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM
 
 def disk_error(
@@ -218,7 +220,7 @@ def write_json(
     except RecursionError: raise ValueError(f'{path} cannot be written: its content is nested too deeply') from None
     return write_text(path, text)
 
-# %% ../../nbs/core/00_disk.ipynb #c5400f8c
+# %% ../../nbs/core/00_disk.ipynb #fa000009
 def _once(path):
     "What builds an object from its pairs, and refuses a key that stands twice"
     def build(pairs):
@@ -229,7 +231,6 @@ def _once(path):
         raise SageError(f'{path} has the key {twice!r} twice in one object: leave one of them out')
     return build
 
-# %% ../../nbs/core/00_disk.ipynb #fa000009
 def read_json(
     path:str|Path, # File to read
     unique:bool=False, # Refuse a key that stands twice, as a person may have written it
@@ -278,7 +279,6 @@ def _same_rights(folder):
     for p in folder.rglob('*'):
         if p.is_file(): p.chmod(rights)
 
-# %% ../../nbs/core/00_disk.ipynb #c3cdb1c3
 def _refused(error, temp):
     "What the disk refused while `temp` was written; None where the error has another reason"
     refused,name = disk_error(error),getattr(error, 'filename', None)
@@ -286,6 +286,7 @@ def _refused(error, temp):
         return refused if os.fsdecode(name).startswith(str(temp)) else None
     return refused
 
+# %% ../../nbs/core/00_disk.ipynb #c3cdb1c3
 @contextmanager
 def whole_folder(
     path:str|Path, # Folder to write; one that exists is replaced

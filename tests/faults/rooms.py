@@ -245,7 +245,7 @@ def content(path):
     "What a file holds, value by value where it is JSON"
     data = path.read_bytes()
     with suppress(ValueError, UnicodeDecodeError):
-        if path.name=='receipt.json': return _leaves(json.loads(data)['values']) # its steps are those since a checkpoint
+        if path.name=='receipt.json': return _leaves(json.loads(data)['values']) # steps: since the last
         if path.suffix=='.json': return _leaves(json.loads(data))
         if path.suffix=='.jsonl': return _leaves([json.loads(line) for line in data.splitlines()])
     return {'': data}
