@@ -211,7 +211,7 @@ def test_results_are_never_without_their_record(tmp_path, monkeypatch, results):
     write_record(run.path, results)
     assert record_fault(run.path) is None
     run.results.unlink()
-    def killed(*args): raise KeyboardInterrupt
+    def killed(*args, **how): raise KeyboardInterrupt
     monkeypatch.setattr('sage_finetune.core.run_folder.write_manifest', killed)
     with pytest.raises(KeyboardInterrupt): write_record(run.path, results)
     assert not run.results.exists()
