@@ -226,6 +226,15 @@ def _name_of(source): return str(source) if isinstance(source, (str, Path)) else
 
 _album = 'images.json' # Path → checksum of each image that the rows name
 
+def _which(place):
+    "Which folder lies there now; None where there is none"
+    try: return os.stat(place/'data_report.json').st_ino,os.stat(place).st_ino
+    except OSError: return None
+
+def _is_whole(place):
+    "Whether another process has put the same there meanwhile: it stays, for somebody may read it"
+    return images_unchanged(place/_album) and manifest_fault(place) is None
+
 def _prepare(source, where, tokenizer, settings, report, strict, place, digest):
     "Prepare the examples of `source` in the folder `place`, whole or not at all"
     if isinstance(source, (str, Path)): report.passed_over = files_passed_over(source, where.get('split', 'train'))
@@ -347,11 +356,6 @@ def _files_of(source, split):
     except (ValueError, OSError, SageError): return [_name_of(source)]
 
 # %% ../nbs/01_data.ipynb #6b40914e
-def _which(place):
-    "Which folder lies there now; None where there is none"
-    try: return os.stat(place/'data_report.json').st_ino,os.stat(place).st_ino
-    except OSError: return None
-
 def _from_cache(place, report, tokenizer, digest):
     "What was prepared before, or None where it was not or is damaged"
     while (found := _which(place)) and images_unchanged(place/_album):
@@ -366,12 +370,7 @@ def _from_cache(place, report, tokenizer, digest):
         vars(report).update(vars(DataReport()))
         if found!=_which(place): continue # another process has removed or replaced it
         warnings.warn(f'the data prepared in {place} is damaged ({fault}) and is prepared again')
-        discard(place)
-        return None
-
-def _is_whole(place):
-    "Whether another process has put the same there meanwhile: it stays, for somebody may read it"
-    return images_unchanged(place/_album) and manifest_fault(place) is None
+        return discard(place)
 
 # %% ../nbs/01_data.ipynb #6b400a02
 def _kept_or_prepared(source, where, tokenizer, settings, report, strict, cache):

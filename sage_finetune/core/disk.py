@@ -401,10 +401,8 @@ def write_manifest(
         exact = name!=manifest_file # in a checkpoint nothing is edited
         files = [p for p in sorted(folder.rglob('*') if only is None else only)
                  if p.is_file() and p.name!=name and (exact or p.suffix!='.md')]
-        entries = in_threads(_exact if exact else _entry, files)
-        written = {p.relative_to(folder).as_posix(): e for p,e in zip(files, entries)}
-        later = {n: [len(t.encode()), _text_digest(t)] for n,t in (more or {}).items()}
-        return write_json(folder/name, written | later)
+        made = {p.relative_to(folder).as_posix(): e for p,e in zip(files, in_threads(_exact if exact else _entry, files))}
+        return write_json(folder/name, made | {n: [len(t.encode()), _text_digest(t)] for n,t in (more or {}).items()})
     except OSError as err: raise cannot_write(folder, err) from None
 
 # %% ../../nbs/core/00_disk.ipynb #a4d10e09
