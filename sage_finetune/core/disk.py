@@ -166,14 +166,12 @@ def to_disk(
     try:
         with suppress(OSError): os.fsync(handle) # some network file systems refuse
     finally: os.close(handle)
-def discard(
-    folder:Path, # A folder that others may be about to read
+def discard(folder:Path, # A folder that others may be about to read
 )->None: # Nothing: what could not be removed stays
     "Remove a folder at once, so that nobody finds half of it"
     from shutil import rmtree
     with _beside(folder) as aside, suppress(OSError):
-        folder.rename(aside)
-        rmtree(aside, ignore_errors=True)
+        rmtree(folder.rename(aside), ignore_errors=True)
 
 # %% ../../nbs/core/00_disk.ipynb #3ab75aee
 def write_whole(
@@ -399,9 +397,10 @@ def write_manifest(
     folder = Path(folder)
     try:
         exact = name!=manifest_file # in a checkpoint nothing is edited
-        files = [p for p in sorted(folder.rglob('*') if only is None else only)
-                 if p.is_file() and p.name!=name and (exact or p.suffix!='.md')]
-        made = {p.relative_to(folder).as_posix(): e for p,e in zip(files, in_threads(_exact if exact else _entry, files))}
+        every = sorted(folder.rglob('*') if only is None else only)
+        files = [p for p in every if p.is_file() and p.name!=name and (exact or p.suffix!='.md')]
+        entries = zip(files, in_threads(_exact if exact else _entry, files))
+        made = {p.relative_to(folder).as_posix(): e for p,e in entries}
         return write_json(folder/name, made | {n: [len(t.encode()), _text_digest(t)] for n,t in (more or {}).items()})
     except OSError as err: raise cannot_write(folder, err) from None
 
