@@ -35,8 +35,11 @@ test-slow: $(READY) ## Run the property tests on 10,000 cases each, and what tak
 	  tests/runs/test_codebase.py -k any
 	$(BIN)/python -m pytest -m slow --ignore=tests/faults
 
-test-faults: $(READY) ## Plant a fault at every moment of writing, in every command, and print the table
-	$(BIN)/python -m pytest -m slow -s tests/faults
+FAULTS := .pytest_cache/faults.jsonl
+test-faults: $(READY) ## Plant faults at moments of writing in every command, and write their table (SAGE_FAULTS=every: at all)
+	mkdir -p $(dir $(FAULTS))
+	SAGE_FAULTS_LOG=$(FAULTS) $(BIN)/python -m pytest -m slow tests/faults; status=$$?; \
+	  $(BIN)/python tests/faults/table.py $(FAULTS) benchmarks/README.md; exit $$status
 
 test-browser: $(READY) ## Run the tutorials in a real JupyterLab in Chromium, and use their form, dashboard, chat and slider (installs what is missing)
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
