@@ -424,8 +424,7 @@ def run(
 def _run(target, place, by_hand, preset, as_json, native, live, prompt, fresh, base, dry_run, **how):
     "The command `run`, once its target is one thing"
     from sage_finetune.runs.pipeline import asked_config, merge_asked
-    many = any(v for k,v in how.items() if k!='nodes') or how['nodes']>1 or dry_run
-    changed = bool(by_hand or preset)
+    many,changed = any(v for k,v in how.items() if k!='nodes') or how['nodes']>1 or dry_run,bool(by_hand or preset)
     _one_of({'--nproc, --nodes or --config': many, '--json': as_json, '--live': live, '--use-llamafactory': not native})
     _one_of({'--set, --preset and the like': changed, '--use-llamafactory': not native})
     if prompt and not live: raise ValueError('`--prompt` goes with `--live`')
