@@ -12,7 +12,7 @@ __all__ = ['app', 'Model', 'RunName', 'Runs', 'Output', 'Data', 'Shares', 'Stopp
            'merge', 'clean', 'chat', 'compare', 'look', 'repeat', 'verify', 'serve', 'export', 'examples']
 
 # %% ../nbs/05_cli.ipynb #b5095066
-import json,os,sys
+import json,os,sys,threading
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,8 +34,12 @@ from sage_finetune.core.machine import (
 class _Ended(Exception): "A command was stopped: the signal is its cause, which typer would take for itself"
 
 class _Commands(TyperGroup):
-    def invoke(self, ctx):
-        try: return super().invoke(ctx)
+    def make_context(self, *args, **how): return self._unless_stopped(super().make_context, *args, **how)
+    def invoke(self, ctx): return self._unless_stopped(super().invoke, ctx)
+
+    @staticmethod
+    def _unless_stopped(work, *args, **how):
+        try: return work(*args, **how)
         except KeyboardInterrupt as e: raise _Ended from e
 
 app = Typer(cls=_Commands, name='sage-finetune',
@@ -54,11 +58,11 @@ def main(
     argv:list|None=None, # Arguments; those of the process if None
 )->int: # Exit status
     "The command `sage-finetune`"
-    if argv is None: use_utf8()
-    _prepare_process()
-    argv = sys.argv[1:] if argv is None else argv
+    words,argv = argv,sys.argv[1:] if argv is None else argv
     try:
         with stop_raises():
+            if words is None: use_utf8()
+            _prepare_process()
             refuse_other_encodings(argv)
             return get_command(app).main(argv, prog_name='sage-finetune', standalone_mode=False) or 0
     except (_Ended, KeyboardInterrupt) as e: return _say_end(e.__cause__ or e, argv)
@@ -73,6 +77,11 @@ def _prepare_process():
                            TOKENIZERS_PARALLELISM='false').items(): os.environ.setdefault(name, value)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')
+    threading.excepthook = _thread_ended
+
+def _thread_ended(ended):
+    "One line of a thread that fails: what hinders the command, such as a full disk, it says in the end by itself"
+    _fail(f'note: {last_words(ended.exc_value, sys.argv[1:])[0].removeprefix("error: ")}', 1)
 
 def _fail(text, status):
     with suppress(OSError): typer_echo(text, err=True) # the terminal may be gone

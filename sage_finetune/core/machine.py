@@ -18,7 +18,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-from .disk import SageError, write_text
+from .disk import SageError, system_words, write_text
 from .display import Shown, Table, visible
 
 # %% ../../nbs/core/03_machine.ipynb #edbb2a5f
@@ -369,7 +369,8 @@ def last_words(
     again:str='nothing more was done', # What can be done after a stop
 )->tuple: # One line, and the exit status
     "What a command says when it could not end well"
-    line = ' '.join(visible(str(error)).split())
+    said = system_words(error) if isinstance(error, OSError) and not isinstance(error, ConnectionError) else str(error)
+    line = ' '.join(visible(said).split())
     if len(line)>2000: line = line[:2000]+'…'
     if isinstance(error, KeyboardInterrupt):
         return line if line not in ('', 'stopped') else f'stopped; {again}',128+getattr(error, 'signal', signal.SIGINT)

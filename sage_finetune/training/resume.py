@@ -242,7 +242,8 @@ def finished_result(
     kind:type, # `TrainingResult`, or a class of its kind
 ): # Of `kind`; None where there is something left to do
     "The result of a run that is finished, with all its files as they were written"
-    if folder.state not in ('trained', 'merged') or any(map(record_fault, (folder.path, folder.lora_weights))): return None
+    if folder.state not in ('trained', 'merged'): return None
+    if any(map(record_fault, (folder.path, folder.lora_weights))): return None
     found = read_json(folder.results) if folder.results.is_file() else {}
     return kind(**{f.name: found[f.name] for f in fields(kind) if f.name in found}) if 'steps' in found else None
 
