@@ -6,8 +6,8 @@ Docs: https://sage-finetune.github.io/sage_finetune/core/display.html.md"""
 
 # %% auto #0
 __all__ = ['visible', 'Shown', 'Table', 'Panel', 'Views', 'size_text', 'falling', 'training_loss_name', 'held_out_name',
-           'shown_figure', 'figure_file', 'save_figure', 'on_any_background', 'in_notebook', 'show_widgets',
-           'Clickable']
+           'shown_figure', 'figure_file', 'save_figure', 'on_any_background', 'in_notebook', 'enable_widgets',
+           'show_widgets', 'Clickable', 'handle_widgets']
 
 # %% ../../nbs/core/01_display.ipynb #fd235349
 import html,re,sys,unicodedata
@@ -286,6 +286,14 @@ def _still_form(thing):
     "A thing as text and as HTML, for `display(…, raw=True)` of IPython"
     return {'text/plain': str(thing), 'text/html': thing._repr_html_()}
 
+def enable_widgets()->bool: # Whether it had to be asked for
+    "Let Colab show the widgets of ipywidgets 8; those of 7, which it has itself, it shows unasked"
+    import ipywidgets
+    if 'google.colab' not in sys.modules or ipywidgets.__version__.startswith('7.'): return False
+    from google.colab import output
+    output.enable_custom_widget_manager()
+    return True
+
 def show_widgets(
     thing, # With `__str__` and `_repr_html_`
     widgets:Callable[[], object], # Called to show the widgets of it
@@ -293,8 +301,9 @@ def show_widgets(
     "In a notebook with ipywidgets what can be clicked, elsewhere what stands still"
     from importlib.util import find_spec
     from IPython.display import display
-    if in_notebook() and find_spec('ipywidgets'): widgets()
-    else: display(_still_form(thing), raw=True)
+    if not (in_notebook() and find_spec('ipywidgets')): return display(_still_form(thing), raw=True)
+    enable_widgets()
+    widgets()
 
 # %% ../../nbs/core/01_display.ipynb #e911b13a
 _either = ('<style>body:has(.{0}-live) .{0}-still{{display:none}} '
@@ -306,6 +315,11 @@ def _still_below(thing, name):
     form = _still_form(thing)
     return form | {'text/html': _either.format(name, form['text/html'])}
 
+def _view_of(box):
+    "What a front end needs to show a widget: its place in the protocol of Jupyter's widgets, version 2"
+    view = dict(version_major=2, version_minor=0, model_id=box.model_id)
+    return {'application/vnd.jupyter.widget-view+json': view, 'text/plain': ''}
+
 # %% ../../nbs/core/01_display.ipynb #88b3a918
 class Clickable:
     "Widgets in a cell, and what stands still below them"
@@ -316,7 +330,7 @@ class Clickable:
         from IPython.display import display
         self.box,self.name = box,f'sage-{uuid4().hex[:12]}'
         box.add_class(f'{self.name}-live')
-        self.live = display(box._repr_mimebundle_() | {'text/plain': ''}, raw=True, display_id=True)
+        self.live = display(_view_of(box), raw=True, display_id=True)
         self.still = display(_still_below(thing, self.name), raw=True, display_id=True)
 
     def renew(self,
@@ -332,3 +346,38 @@ class Clickable:
         self.live.update(_still_form(thing), raw=True)
         self.still.update({}, raw=True)
         self.box.close()
+
+# %% ../../nbs/core/01_display.ipynb #5e0a0101
+_unheld = 'comm_open', 'comm_msg', 'comm_close', 'comm_info_request', 'kernel_info_request'
+
+def _publish(kernel, state, parent):
+    kernel.session.send(kernel.iopub_socket, 'status', {'execution_state': state}, parent=parent, ident=b'status')
+
+async def _handle(kernel, kind, frames):
+    "Handle one message as the kernel would have done after the cell"
+    from inspect import isawaitable
+    ours,(idents, rest) = kernel.get_parent('shell'),kernel.session.feed_identities(frames, copy=False)
+    message = kernel.session.deserialize(rest, copy=False)
+    _publish(kernel, 'busy', message)
+    try:
+        if isawaitable(done := kernel.shell_handlers[kind](kernel.shell_stream, idents, message)): await done
+    finally:
+        _publish(kernel, 'idle', message) # a front end holds back the next one until then
+        _publish(kernel, 'busy', ours) # the cell is still at work
+
+def _kind(kernel, entry):
+    "The type of a message that waits, which its header says"
+    try: return kernel.session.unpack(bytes(kernel.session.feed_identities(entry[2][0], copy=False)[1][1]))['msg_type']
+    except (ValueError, TypeError, IndexError, KeyError): return None # something else
+
+async def handle_widgets()->int: # How many messages were handled
+    "Let buttons and fields act while a cell awaits: ipykernel 6 reads no message until the cell has returned"
+    ipykernel = sys.modules.get('ipykernel')
+    if not in_notebook() or ipykernel.version_info[0]!=6: return 0
+    kernel = sys.modules['IPython'].get_ipython().kernel
+    waiting = [(e, _kind(kernel, e)) for e in [kernel.msg_queue.get_nowait() for _ in range(kernel.msg_queue.qsize())]]
+    for entry,kind in waiting:
+        if kind not in _unheld: kernel.msg_queue.put_nowait(entry) # cells keep their order
+    ours = [(kind, entry[2][0]) for entry,kind in waiting if kind in _unheld]
+    for each in ours: await _handle(kernel, *each)
+    return len(ours)

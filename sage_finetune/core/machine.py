@@ -8,17 +8,18 @@ Docs: https://sage-finetune.github.io/sage_finetune/core/machine.html.md"""
 __all__ = ['stop_signals', 'goes_on', 'Machine', 'has_bf16_units', 'model_parameters', 'step_room', 'processes', 'process',
            'division', 'Change', 'Changes', 'show_changes', 'opening', 'fit_bits', 'Interrupted', 'leave_terminal',
            'stop_raises', 'how_to_install', 'missing_package', 'fault_report', 'last_words', 'as_written_here',
-           'use_utf8', 'refuse_other_encodings', 'versions_text', 'program_name']
+           'use_utf8', 'refuse_other_encodings', 'on_colab', 'kept_folder', 'versions_text', 'program_name']
 
 # %% ../../nbs/core/03_machine.ipynb #544f2961
 import json,math,os,platform,re,signal,sys,tempfile,threading,time,traceback
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-from .disk import SageError, system_words, write_text
+from .disk import cannot_write, SageError, system_words, write_text
 from .display import Shown, Table, visible
 
 # %% ../../nbs/core/03_machine.ipynb #edbb2a5f
@@ -188,7 +189,6 @@ class Change:
     reason: str # One plain sentence
     by_hand: bool = True # False for a default that nobody asked for
 
-# %% ../../nbs/core/03_machine.ipynb #eb9ba205
 class Changes(Shown, list):
     "What was changed for a machine: a list of `Change` that shows itself"
     def shown(self):
@@ -341,7 +341,6 @@ def _told(argv):
     return ' '.join('…' if i in after else a.partition('=')[0]+'=…' if i in secret and '=' in a else a
                     for i,a in enumerate(argv))
 
-# %% ../../nbs/core/03_machine.ipynb #fc000032
 def fault_report(
     error:BaseException, # What nobody foresaw
     argv:list, # The command line
@@ -408,6 +407,39 @@ def refuse_other_encodings(
     for word in map(str, argv):
         if any('\ud800'<=c<='\udfff' for c in word):
             raise ValueError(f'{visible(word)!r} is not UTF-8 text: rename the file or folder')
+
+# %% ../../nbs/core/03_machine.ipynb #fc000051
+def on_colab()->bool: # By what its kernel has imported, or its environment in a command
+    "Whether this runs on Google Colab"
+    return 'google.colab' in sys.modules or 'COLAB_RELEASE_TAG' in os.environ
+
+def _colab_folder(name, say, content):
+    "In Google Drive where it is mounted; else on the disk of the runtime, and what that means is told"
+    lost = content/'sage'/name
+    mounted = [p for at in ('drive', 'gdrive') for p in content.glob(f'{at}/My*Drive') if os.path.isdir(p)]
+    if not mounted:
+        say(f"Google Drive is not mounted: what is trained in {lost} is lost when this runtime ends. To keep it, run "
+            f"`from google.colab import drive` and `drive.mount('{content}/drive')`, then this cell again.")
+        return lost
+    kept = mounted[0]/'sage'/name
+    if lost.is_dir() and any(lost.iterdir()) and not kept.is_dir():
+        say(f'{lost} holds what was trained before Google Drive was mounted. To continue that, copy it first: '
+            f"`shutil.copytree('{lost}', '{kept}')`; otherwise it begins anew in Drive.")
+    return kept
+
+def kept_folder(
+    name:str, # Of a notebook or a project
+    say:Callable=print, # Told what would be lost
+    content:str|Path='/content', # Where Colab has its files
+)->Path: # It exists
+    "The folder for the runs of a notebook: below `SAGE_RUNS`, on Colab in Google Drive, else below `~/.sage/notebooks`"
+    if not name or Path(name).name!=name or name[0] in '.~' or not name.isprintable() or any(c in name for c in '\\:'):
+        raise ValueError(f'`name` must be a plain folder name such as "my_notes", got {name!r}')
+    root = os.environ.get('SAGE_RUNS') or ('' if on_colab() else '~/.sage/notebooks')
+    folder = Path(root).expanduser()/name if root else _colab_folder(name, say, Path(content))
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise cannot_write(folder, e) from None
+    return folder.resolve()
 
 # %% ../../nbs/core/03_machine.ipynb #0a5c0401
 def versions_text()->str: # One line for each package

@@ -6,14 +6,16 @@ Docs: https://sage-finetune.github.io/sage_finetune/ui/board.html.md"""
 
 # %% auto #0
 __all__ = ['phases', 'board_panes', 'Curve', 'SampledAnswer', 'prompt_text', 'Board', 'facts_table', 'answers_table',
-           'questions_table', 'curve_svg', 'headline', 'as_panel', 'board_figure', 'CurveImage']
+           'questions_table', 'curve_svg', 'headline', 'as_panel', 'kept_line', 'board_figure', 'CurveImage']
 
 # %% ../../nbs/ui/01_board.ipynb #4c684339
-import html
+import html,re
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..core.display import on_any_background, Panel, Shown, shown_figure, size_text, Table
+from ..core.run_folder import complete_marker, RunFolder
 
 # %% ../../nbs/ui/01_board.ipynb #06f0570a
 class Curve:
@@ -295,6 +297,19 @@ def as_panel(
     return Panel(headline(board), [facts_table(board), *([_Plot(board)] if plot else []),
                                    *([answers_table(board)] if any(board.answers.values()) else []),
                                    *([questions_table(board)] if board.questions else [])])
+
+# %% ../../nbs/ui/01_board.ipynb #b0a20002
+def kept_line(
+    folder, # Run folder
+    step:int, # Of the page
+)->str: # One line; looked up by names alone, since it is asked for every few seconds
+    "What of a run outlives its kernel, and how to continue"
+    whole = [int(m[1]) for p in RunFolder(folder).checkpoints.glob(f'checkpoint-*/{complete_marker}')
+             if (m := re.fullmatch(r'checkpoint-([0-9]+)', p.parent.name))]
+    last = (f'checkpoint {max(whole):,}, so the run continues there' if whole
+            else 'no checkpoint yet, so the run would begin anew (`save_steps` says how often one is written)')
+    return (f'This page shows step {step:,}. If its kernel is gone: {folder} holds {last}. Run the cells again: '
+            '`train_live` with the same config continues as the same run.')
 
 # %% ../../nbs/ui/01_board.ipynb #c713ed1a
 def board_figure(

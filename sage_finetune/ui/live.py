@@ -8,10 +8,10 @@ Docs: https://sage-finetune.github.io/sage_finetune/ui/live.html.md"""
 __all__ = ['Question', 'read_generations', 'LiveRun', 'LiveCallback', 'show_live', 'train_live', 'train_in_terminal']
 
 # %% ../../nbs/ui/02_live.ipynb #5d9fba25
-import asyncio,atexit,json,os,threading,time
+import asyncio,atexit,html,json,os,threading,time
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..training.loop import Stopped # before transformers: it quiets bitsandbytes
@@ -21,11 +21,13 @@ from ..preference import trainer_for
 from transformers import TrainerCallback
 
 from ..core.disk import SageError, write_text
-from ..core.display import Clickable, in_notebook, visible
+from ..core.display import Clickable, enable_widgets, handle_widgets, in_notebook, visible
 from ..model.loss import evaluating
 from ..training.callbacks import Progress, read_metrics, series
 from ..inference.generate import encode_question, generate_answers
-from .board import as_panel, Board, board_panes, CurveImage, headline, prompt_text, SampledAnswer
+from sage_finetune.ui.board import (
+    as_panel, Board, board_panes, CurveImage, headline, kept_line, prompt_text, SampledAnswer
+)
 
 # %% ../../nbs/ui/02_live.ipynb #a13b1c66
 def _model_answer(run, prompt, max_new_tokens, temperature=0.0, **more):
@@ -285,7 +287,9 @@ def _wait(live, timeout):
     return live.result
 
 async def _finished(live):
-    while live.running: await asyncio.sleep(0.1)
+    while live.running:
+        await handle_widgets()
+        await asyncio.sleep(0.1)
     return live.wait()
 
 def _one_line(live):
@@ -451,22 +455,33 @@ def _buttons(live):
         hold.disabled = stop.disabled = live.board.over or live.board.phase=='stopping'
     return widgets.HBox([hold, stop, box, send]),follow
 
+def _kept(live): return '' if live.board.over else kept_line(live.run.folder.path, live.board.step)
+
+def _kept_html(live): return f'<small style="opacity:.8">{html.escape(_kept(live))}</small>'
+
+def _as_left(live):
+    "The page of a run as it is found where the kernel is gone"
+    panel = as_panel(live.board)
+    return panel if live.board.over else replace(panel, parts=[*panel.parts, _kept(live)])
+
 # %% ../../nbs/ui/02_live.ipynb #1a700016
 def _widget_view(live):
     "A widget, and a function of the names of panes that brings them up to date"
     import ipywidgets as widgets
+    enable_widgets()
     panes = {name: widgets.HTML() for name in board_panes}
-    bar,follow = _buttons(live)
+    (bar,follow),kept = _buttons(live),widgets.HTML()
     def draw(names):
         follow()
         for n in names: panes[n].value = board_panes[n](live.board)
-    return widgets.VBox([panes['head'], panes['middle'], panes['facts'], bar, panes['talk']]),draw
+        kept.value = _kept_html(live)
+    return widgets.VBox([panes['head'], panes['middle'], panes['facts'], bar, panes['talk'], kept]),draw
 
 def _plain_view(live):
     "The same without widgets: one page that is replaced as a whole"
     from IPython.display import HTML
     whole = lambda names=board_panes: None if 'middle' not in names else HTML(
-        ''.join(f(live.board) for f in board_panes.values())+'<small>without ipywidgets there are no buttons: '
+        ''.join(f(live.board) for f in board_panes.values())+_kept_html(live)+'<small>without ipywidgets there are no buttons: '
         'use <code>.pause()</code>, <code>.go_on()</code>, <code>.stop()</code>, <code>.chat(…)</code></small>')
     return whole(),whole
 
@@ -475,10 +490,10 @@ def _has_widgets():
     return find_spec('ipywidgets') is not None
 
 # %% ../../nbs/ui/02_live.ipynb #1a70001b
-def _places(box, board):
+def _places(box, live):
     "Two places in the cell, and what keeps the second one fit for a notebook that is saved while the run trains"
-    cell = Clickable(box, as_panel(board))
-    return cell.live,cell.still,lambda: cell.renew(as_panel(board))
+    cell = Clickable(box, _as_left(live))
+    return cell.live,cell.still,lambda: cell.renew(_as_left(live))
 
 def _redraw(place, draw, names):
     new = draw(names) # None where widgets were moved
@@ -523,7 +538,7 @@ def show_live(
         display(as_panel(live.board, plot=False))
         return
     thing,draw = _widget_view(live) if _has_widgets() else _plain_view(live)
-    places = (_places(thing, live.board) if _has_widgets()
+    places = (_places(thing, live) if _has_widgets()
               else (display(thing, display_id=True), display(HTML(''), display_id=True), lambda: None))
     live._view = threading.Thread(target=_follow, args=(live, *places, draw), name='dashboard', daemon=True)
     live._view.start()
