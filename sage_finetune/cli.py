@@ -416,15 +416,15 @@ def run(
     with TemporaryDirectory(prefix='sage-') as place:
         target,how = target_of(target, place)
         _run(target, place, by_hand, preset, as_json=as_json, native=native, live=live, prompt=prompt or (),
-             fresh=fresh, base=base, nproc=nproc or how.get('nproc'), config=config or how.get('config'), nodes=nodes,
-             machine_rank=machine_rank, main_process_ip=main_process_ip, main_process_port=main_process_port,
-             dry_run=dry_run)
+             fresh=fresh, base=base, nproc=nproc or how.get('nproc'), config=config or how.get('config'),
+             nodes=nodes if nodes>1 else None, machine_rank=machine_rank, main_process_ip=main_process_ip,
+             main_process_port=main_process_port, dry_run=dry_run)
 
 # %% ../nbs/05_cli.ipynb #0a5c0204
 def _run(target, place, by_hand, preset, as_json, native, live, prompt, fresh, base, dry_run, **how):
     "The command `run`, once its target is one thing"
     from sage_finetune.runs.pipeline import asked_config, merge_asked
-    many,changed = any(v for k,v in how.items() if k!='nodes') or how['nodes']>1 or dry_run,bool(by_hand or preset)
+    many,changed = any(how.values()) or dry_run,bool(by_hand or preset)
     _one_of({'--nproc, --nodes or --config': many, '--json': as_json, '--live': live, '--use-llamafactory': not native})
     _one_of({'--set, --preset and the like': changed, '--use-llamafactory': not native})
     if prompt and not live: raise ValueError('`--prompt` goes with `--live`')
@@ -432,8 +432,8 @@ def _run(target, place, by_hand, preset, as_json, native, live, prompt, fresh, b
     if report := merge_asked(target, lambda text: echo(text, err=True)): return _print(report)
     asked = asked_config(target, by_hand, preset, place if many else None, base, fresh)
     if many:
-        nproc,config = how.pop('nproc'),how.pop('config')
-        return _launch(asked, nproc, config or 'ddp', dry_run, **how, fresh=fresh, base=None if changed else base)
+        how |= dict(nodes=how['nodes'] or 1, config=how['config'] or 'ddp')
+        return _launch(asked, dry_run=dry_run, **how, fresh=fresh, base=None if changed else base)
     if as_json: return _as_json(asked, fresh, None if changed else base)
     _train(asked, fresh, live, prompt, None if changed else base)
 

@@ -211,6 +211,7 @@ def _options_of(words):
             name = name.replace('-', '_')
             found[name] = _from_text(text) if sep else True
             if sep: name = None
+        elif re.fullmatch(r'-[A-Za-z]', word): name = None # a short option of a launcher, such as `-m`
         elif name is None: rest.append(word)
         elif found[name] is True: found[name] = _from_text(word)
         else: found[name] = [*(found[name] if isinstance(found[name], list) else [found[name]]), _from_text(word)]

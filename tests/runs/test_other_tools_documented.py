@@ -205,7 +205,7 @@ def test_a_file_that_merges_merges(place):
         model_name_or_path='sage-tiny', adapter_name_or_path='saves/lora', template='qwen3_nothink',
         trust_remote_code=True, export_dir='saves/merged', export_size=5, export_device='cpu',
         export_legacy_format=False)))
-    assert merge_asked(place/'merge.yaml', say=lambda text: None).output.endswith('saves/merged')
+    assert merge_asked(place/'merge.yaml', say=lambda text: None).path.endswith('saves/merged')
     assert (place/'saves'/'merged'/'config.json').is_file()
 
 

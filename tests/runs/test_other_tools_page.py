@@ -20,8 +20,9 @@ page = json.loads((Path(__file__).parents[2]/'nbs'/'coming_from.ipynb').read_tex
 
 
 def lines_under(heading):
-    text = next(t for c in page if (t := ''.join(c['source'])).startswith(f'## {heading}'))
-    return [line[2:] for line in text.splitlines() if line.startswith('- ')]
+    text = '\n'.join(''.join(c['source']) for c in page if c['cell_type']=='markdown')
+    return [line[2:] for line in text.partition(f'## {heading}\n')[2].partition('\n## ')[0].splitlines()
+            if line.startswith('- ')]
 
 
 def refused(tmp_path, **more):
