@@ -456,5 +456,6 @@ def program_name()->str: # For a shell
     from shlex import quote
     from shutil import which
     here,found = Path(sys.argv[0]),which('sage-finetune')
-    if here.name!='sage-finetune' or found and Path(found).samefile(here): return 'sage-finetune'
+    by_name = here.name!='sage-finetune' or not here.is_file() or found and Path(found).samefile(here)
+    if by_name: return 'sage-finetune'
     return quote(os.path.relpath(here))
