@@ -15,7 +15,8 @@ def no_picture(monkeypatch):
     and the command line draw it
     """
     if trainer := sys.modules.get('sage_finetune.trainer'):
-        monkeypatch.setattr(trainer, 'plot_losses', lambda metrics, path=None: path and Path(path).write_bytes(b'curve'))
+        quick = lambda metrics, path=None: path and Path(path).write_bytes(b'curve')
+        monkeypatch.setattr(trainer, 'plot_losses', quick)
 
 
 @pytest.fixture

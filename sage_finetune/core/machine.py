@@ -189,6 +189,7 @@ class Change:
     reason: str # One plain sentence
     by_hand: bool = True # False for a default that nobody asked for
 
+# %% ../../nbs/core/03_machine.ipynb #eb9ba205
 class Changes(Shown, list):
     "What was changed for a machine: a list of `Change` that shows itself"
     def shown(self):

@@ -159,7 +159,7 @@ def _unsupported(info, stage):
     form = info.get('formatting', 'alpaca')
     columns = ['videos', 'audios', *(['kto_tag'] if stage!='kto' else []),
                *(['chosen', 'rejected'] if stage!='dpo' else [])]
-    return [*(k for k in info if k not in _info_kinds), *(['ranking'] if info.get('ranking') and stage in ('sft', 'pt', 'kto') else []),
+    return [*(k for k in info if k not in _info_kinds), *(['ranking'] if info.get('ranking') and stage!='dpo' else []),
             *(k for k in info.get('columns', {}) if k in columns),
             *([f'formatting {form}'] if form not in ('alpaca', 'sharegpt', 'openai') else [])]
 
