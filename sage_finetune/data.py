@@ -182,8 +182,9 @@ def _only_new_garbage(batches):
     ours = False
     try:
         for i,batch in enumerate(batches):
-            if i==1: ours = not gc.get_freeze_count() # which looks at each of them
-            if i==1 and ours: gc.freeze()
+            if i==1 and not gc.get_freeze_count(): # which looks at each of them
+                gc.freeze()
+                ours = True
             yield batch
     finally:
         if ours: gc.unfreeze()

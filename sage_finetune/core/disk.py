@@ -50,6 +50,7 @@ def disk_error(
     if number: return OSError(int(number[1]), os.strerror(int(number[1])))
     if re.search('PytorchStreamWriter|inline_container|iostream error', str(error)):
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
 def system_words(
     err:OSError, # From the system, about a file
 )->str: # One line
@@ -166,6 +167,7 @@ def to_disk(
     try:
         with suppress(OSError): os.fsync(handle) # some network file systems refuse
     finally: os.close(handle)
+
 def discard(folder:Path, # A folder that others may be about to read
 )->None: # Nothing: what could not be removed stays
     "Remove a folder at once, so that nobody finds half of it"

@@ -268,7 +268,7 @@ def holder_of(
 # %% ../../nbs/core/04_run_folder.ipynb #cdba3095
 def read_meta(
     folder:str|Path, # Run folder
-)->dict: # Key → value, as written
+)->dict: # Key → value, as written; the form of rows by the name it has today
     "Read the `finetune_meta.json` of a run"
     path = RunFolder(folder).meta
     meta = read_json(path)
@@ -276,6 +276,7 @@ def read_meta(
         if key=='dataset' and isinstance(meta.get(key), list) and meta[key]: continue # several sources
         if not isinstance(meta.get(key), str) or not meta[key].strip():
             raise SageError(f'{path} must name a `{key}` as a string, got {meta.get(key)!r}: add "{key}": "…"')
+    if meta.get('format')=='chat': meta['format'] = 'conversation' # of earlier days
     return meta
 
 # %% ../../nbs/core/04_run_folder.ipynb #6aeec222

@@ -545,7 +545,8 @@ def _by_hand(given, out, rules, before):
     for rule in rules:
         try: rule(given, out)
         except RefusedSetting as e: faults.append(str(e))
-        except SageError: raise
+        except SageError: # of a data set, which may be described for what was refused above
+            if not (before or faults): raise
         except (TypeError, AttributeError, ValueError, KeyError, OverflowError, ZeroDivisionError) as e:
             if not (before or faults): faults.append(f'a value of another kind than is needed ({one_line(e, 120)})')
     return faults

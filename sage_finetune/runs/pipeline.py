@@ -239,11 +239,11 @@ def merge_asked(
     say=print, # Called with what became of each setting
 ): # A `MergeReport`; None where it asks for no merge
     "Merge where a file of LLaMA-Factory asks for that"
-    from sage_finetune.core.run_folder import find_run, is_run
-    from sage_finetune.inference.merging import merge_adapters, merge_run
     if Path(file).suffix not in ('.yaml', '.yml', '.json') or not Path(file).is_file(): return None
     given = read_settings(file)
     if kind_of_config(given)!='LLaMA-Factory' or not given.get('export_dir'): return None
+    from sage_finetune.core.run_folder import find_run, is_run
+    from sage_finetune.inference.merging import merge_adapters, merge_run # imports torch
     say(str(asked := translated(file)))
     adapter,base = given.get('adapter_name_or_path'),asked.settings['model_name']
     if not isinstance(adapter, str): raise ValueError(f'`adapter_name_or_path` must name one or several, in {file}')

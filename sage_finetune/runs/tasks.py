@@ -331,8 +331,7 @@ def _of_meta(run, fresh):
     file = next((p for p in (asked, asked and run.path/asked.name) if p and p.is_file()), None)
     if file is None or kind_of_config(read_settings(file))=='sage_finetune': return config_from_meta(run.path)
     config = config_from_other_tool(file, _to_stderr, fresh, output_dir=str(run.path), model_name=meta['model'])
-    form = dict(chat='conversation').get(meta.get('format'), meta.get('format'))
-    return config.replace(format_type=form) if form else config
+    return config.replace(format_type=meta['format']) if meta.get('format') else config
 
 def config_of_run(
     folder, # Run folder

@@ -250,8 +250,9 @@ def content(path):
         if path.suffix=='.jsonl': return _leaves([json.loads(line) for line in data.splitlines()])
     return {'': data}
 
-# What was measured may be the same in two runs by chance; a report says whether its rows were prepared before
-_not_compared = re.compile(r'(second|runtime|time|memory|matmul|pid|boot)[^/]*$|^/cached$')
+# What is measured may be the same in two runs by chance; a report says whether its rows were prepared before
+_not_compared = {'learned_tokens_per_second', 'tokens_per_second', 'matmul_share', 'memory', 'seconds', 'train_runtime',
+                 'train_samples_per_second', 'train_steps_per_second', 'cached'}
 
 def lies_in(folder):
     "{file: {name: value}} of all that is below a folder, but the home of a person and files of TensorBoard"
@@ -264,7 +265,8 @@ def alike(one, two):
     differs = object()
     def same(file, name, value):
         sums = file.endswith(('checksums.json', 'COMPLETE')) # of files that hold times
-        return value if two[file][name]==value and not sums and not _not_compared.search(name) else differs
+        measured = name.rpartition('/')[2] in _not_compared and not file.endswith('tokenizer.json')
+        return value if two[file][name]==value and not sums and not measured else differs
     return {f: {k: same(f, k, v) for k,v in one[f].items() if k in two[f]} for f in one if f in two},differs
 
 class Wanted:

@@ -116,6 +116,15 @@ def test_the_format_chat_of_earlier_days(tmp_path):
     assert config_of(tmp_path/'code').format_type==config_from_meta(tmp_path/'code').format_type=='conversation'
 
 
+@pytest.mark.parametrize('form', [{}, dict(chat=1), ['chat'], 7, 'csv'])
+def test_a_format_of_another_kind_is_refused_beside_a_file_of_another_tool_too(form, tmp_path):
+    written(tmp_path/'code')
+    file = tmp_path/'code'/'finetune_meta.json'
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(format=form)))
+    if not form: return config_of(tmp_path/'code')
+    with pytest.raises((SageError, ValueError), match='format_type'): config_of(tmp_path/'code')
+
+
 def test_what_became_of_each_setting_is_told(tmp_path):
     said = []
     config_from_other_tool(written(tmp_path/'code'), say=said.append)
