@@ -2,10 +2,12 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 ROWS ?= ../shared/data/gsm8k_train.jsonl
-.PHONY: help setup quickstart test test-slow test-faults test-browser bench gpu-check lab docs pages readme clean-notebooks sync check clean
+.PHONY: help setup quickstart test test-slow test-faults test-browser test-colab bench gpu-check lab docs pages readme clean-notebooks sync check release-check clean
 
 PYTHON ?= python3
 VENV := .venv
+COLAB := .venv-colab
+COLAB_TORCH ?= $(shell sed -n '/^torch==/p' constraints.txt)
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -33,14 +35,22 @@ test-slow: $(READY) ## Run the property tests on 10,000 cases each, and what tak
 	  tests/runs/test_codebase.py -k any
 	$(BIN)/python -m pytest -m slow --ignore=tests/faults
 
-test-faults: $(READY) ## Plant a fault at every moment of writing, in every command, and print the table
-	$(BIN)/python -m pytest -m slow -s tests/faults
+FAULTS := .pytest_cache/faults.jsonl
+test-faults: $(READY) ## Plant faults at moments of writing in every command, and write their table (SAGE_FAULTS=every: at all)
+	mkdir -p $(dir $(FAULTS))
+	SAGE_FAULTS_LOG=$(FAULTS) $(BIN)/python -m pytest -m slow tests/faults; status=$$?; \
+	  $(BIN)/python tests/faults/table.py $(FAULTS) benchmarks/README.md; exit $$status
 
 test-browser: $(READY) ## Run the tutorials in a real JupyterLab in Chromium, and use their form, dashboard, chat and slider (installs what is missing)
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
 	  if [ "$$(id -u)" = 0 ]; then apt-get update -q && apt-get install -y -q chromium; else echo "Chromium is missing: sudo apt-get install chromium"; exit 1; fi; }
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt playwright
 	$(BIN)/python -m pytest tests/browser
+
+test-colab: $(COLAB)/.ready ## Run the story, the tutorials and the tests of the widgets beside Colab's versions, in a .venv-colab of their own
+	$(COLAB)/bin/python tools/colab.py
+	OMP_NUM_THREADS=1 $(COLAB)/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder \
+	  nbs/index.ipynb nbs/0[0-35]*.ipynb nbs/tutorials nbs/ui tests/ui
 
 gpu-check: $(READY) ## See on a card what a CPU cannot show, in 8 minutes: one JSON line a check
 	$(BIN)/python benchmarks/gpu_check.py
@@ -61,7 +71,8 @@ readme: $(READY) ## Write README.md from nbs/index.ipynb
 clean-notebooks: $(READY) ## Strip from the notebooks what is no source: counters, clocks, editor state
 	$(BIN)/nbdev-clean
 
-sync: $(READY) ## After editing notebooks: export the modules, clean the notebooks, write the maps and README.md
+sync: $(READY) ## After editing notebooks: write install cells, modules, maps and README.md, clean the notebooks
+	$(BIN)/python tools/address.py
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
 	$(BIN)/python tools/map.py
@@ -75,11 +86,14 @@ docs: pages ## Build the documentation site in _docs (needs Quarto)
 	  "https://quarto.org/docs/get-started/ (or run $(BIN)/nbdev-install-quarto, which asks for root), then: make docs"; exit 1; }
 	$(BIN)/nbdev-docs
 
+release-check: $(READY) ## Everything of a release but the upload: version, changelog, tag, sdist and wheel, an empty environment
+	$(BIN)/python tools/release.py
+
 check: ## Everything a change must pass before it is merged (what CI runs)
 	.ci/run
 
 clean: ## Remove .venv and what was built; notebooks, runs and models stay
-	rm -rf $(VENV) build dist _docs _proc *.egg-info .pytest_cache
+	rm -rf $(VENV) $(COLAB) build dist _docs _proc *.egg-info .pytest_cache
 
 $(READY): settings.ini setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys' 2>/dev/null || { echo "$(PYTHON) was not found. Name a Python from 3.10 on: PYTHON=python3.12 make $(MAKECMDGOALS)"; exit 1; }
@@ -87,4 +101,15 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt
 	  echo "$(PYTHON) is $$($(PYTHON) --version 2>&1), too old: Python 3.10 or newer is needed. Name one: PYTHON=python3.12 make $(MAKECMDGOALS)"; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "Making $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv --clear $(VENV); }
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+# What Colab has, but for google-colab, torch and tensorflow, and what the tests need
+$(COLAB)/.ready: settings.ini setup.py pyproject.toml constraints-colab.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3,11))' || { \
+	  echo "Colab's versions need Python 3.11 or newer. Name one: PYTHON=python3.12 make test-colab"; exit 1; }
+	$(PYTHON) -m venv --clear $(COLAB)
+	grep -vE '^(#|torch==|tensorflow==)' constraints-colab.txt > $(COLAB)/colab.txt
+	$(COLAB)/bin/python -m pip install --disable-pip-version-check -q $(COLAB_TORCH) -r $(COLAB)/colab.txt \
+	  -e ".[lessons,serve,code,vision]" \
+	  $(foreach name,nbdev pytest pytest-xdist hypothesis jedi pandas,"$(filter $(name)>=%,$(shell sed -n 's/^dev_requirements = //p' settings.ini))")
 	@touch $@

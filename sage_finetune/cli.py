@@ -6,16 +6,18 @@ Docs: https://sage-finetune.github.io/sage_finetune/cli.html.md"""
 
 # %% auto #0
 __all__ = ['app', 'Model', 'RunName', 'Runs', 'Output', 'Data', 'Shares', 'Stopping', 'Fresh', 'Adapter', 'IgnoreContract',
-           'Base', 'Key', 'Format', 'Split', 'Subset', 'Revision', 'TrainOn', 'Overflow', 'Columns', 'Nproc', 'Share',
-           'Nodes', 'MachineRank', 'MainIp', 'MainPort', 'DryRun', 'EXAMPLES', 'main', 'echo', 'quickstart', 'inspect',
-           'start', 'run', 'watch', 'merge', 'clean', 'chat', 'compare', 'look', 'repeat', 'verify', 'serve', 'export',
-           'examples']
+           'Base', 'Key', 'Format', 'Split', 'Subset', 'Revision', 'TrainOn', 'Overflow', 'Columns', 'OnceAsJson',
+           'Set', 'Preset', 'Rate', 'Epochs', 'MaxSteps', 'BatchSize', 'Rank', 'Nproc', 'Share', 'Nodes', 'MachineRank',
+           'MainIp', 'MainPort', 'DryRun', 'EXAMPLES', 'main', 'echo', 'quickstart', 'inspect', 'start', 'run', 'watch',
+           'merge', 'clean', 'chat', 'compare', 'look', 'repeat', 'verify', 'serve', 'export', 'examples']
 
 # %% ../nbs/05_cli.ipynb #b5095066
-import json,os,sys
+import json,os,sys,threading
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
+from tempfile import TemporaryDirectory
 from typing import Annotated, Optional
 
 from typer import Argument, Exit, Option, Typer, confirm, echo as typer_echo, prompt
@@ -24,33 +26,43 @@ from typer.main import get_command
 
 from .core.disk import SageError
 from .core.display import size_text, visible
-from .core.machine import goes_on, last_words, refuse_other_encodings, stop_raises, use_utf8
+from sage_finetune.core.machine import (
+    goes_on, last_words, program_name, refuse_other_encodings, stop_raises, use_utf8, versions_text
+)
 
 # %% ../nbs/05_cli.ipynb #7c48b3da
 class _Ended(Exception): "A command was stopped: the signal is its cause, which typer would take for itself"
 
 class _Commands(TyperGroup):
-    def invoke(self, ctx):
-        try: return super().invoke(ctx)
+    def make_context(self, *args, **how): return self._unless_stopped(super().make_context, *args, **how)
+    def invoke(self, ctx): return self._unless_stopped(super().invoke, ctx)
+
+    @staticmethod
+    def _unless_stopped(work, *args, **how):
+        try: return work(*args, **how)
         except KeyboardInterrupt as e: raise _Ended from e
 
 app = Typer(cls=_Commands, name='sage-finetune',
             help='Fine-tune language models with LoRA: data, training, merging, chatting.', no_args_is_help=True,
-            add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+            pretty_exceptions_enable=False, rich_markup_mode=None)
+
+def _show_version(asked):
+    if asked: raise Exit(echo(versions_text()) or 0)
 
 @app.callback()
-def _commands(): pass # a Typer app with a callback takes the name of a command, however few it has
+def _commands(version: Annotated[bool, Option('--version', callback=_show_version, is_eager=True, help='Show versions')
+                                 ] = False): pass
 
 # %% ../nbs/05_cli.ipynb #1ef34e3f
 def main(
     argv:list|None=None, # Arguments; those of the process if None
 )->int: # Exit status
     "The command `sage-finetune`"
-    if argv is None: use_utf8()
-    _prepare_process()
-    argv = sys.argv[1:] if argv is None else argv
+    words,argv = argv,sys.argv[1:] if argv is None else argv
     try:
         with stop_raises():
+            if words is None: use_utf8()
+            _prepare_process()
             refuse_other_encodings(argv)
             return get_command(app).main(argv, prog_name='sage-finetune', standalone_mode=False) or 0
     except (_Ended, KeyboardInterrupt) as e: return _say_end(e.__cause__ or e, argv)
@@ -65,6 +77,11 @@ def _prepare_process():
                            TOKENIZERS_PARALLELISM='false').items(): os.environ.setdefault(name, value)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')
+    threading.excepthook = _thread_ended
+
+def _thread_ended(ended):
+    "One line of a thread that fails: what hinders the command, such as a full disk, it says in the end by itself"
+    _fail(f'note: {last_words(ended.exc_value, sys.argv[1:])[0].removeprefix("error: ")}', 1)
 
 def _fail(text, status):
     with suppress(OSError): typer_echo(text, err=True) # the terminal may be gone
@@ -102,14 +119,19 @@ def _typer_status(e, argv):
     return _fail(f'error: {visible(e.format_message()).rstrip(".")}: see sage-finetune {command}--help', 2)
 
 # %% ../nbs/05_cli.ipynb #6b4b7ae4
+def _run_names():
+    "Names of the runs, for the completion of the shell"
+    from sage_finetune.core.run_folder import list_runs
+    return [r.name for r in list_runs()]
+
 _task_help = 'code, qa, instruction, chat or custom'
-_model = Option('--model', help='Hub name, folder of a model, or sage-tiny')
+_model = Option('--model', '-m', help='Hub name, folder of a model, or sage-tiny')
 Model = Annotated[str, _model]
-RunName = Annotated[str, Argument(help='Name or folder of a run')]
-Runs = Annotated[Optional[str], Option('--dir', help='Folder of the runs (default: ~/.sage/finetune_output)')]
-Output = Annotated[Optional[str], Option('--output', help='Run folder (default: ~/.sage/finetune_output/TASK)')]
-Data = Annotated[Optional[list[str]], Option('--data', help='File, folder or pattern of data, or a data set on the '
-                                             'Hub; may be repeated; for the task code, a folder of code')]
+RunName = Annotated[str, Argument(autocompletion=_run_names, help='Name or folder of a run')]
+Runs = Annotated[Optional[str], Option('--dir', '-d', help='Folder of the runs (default: ~/.sage/finetune_output)')]
+Output = Annotated[Optional[str], Option('--output', '-o', help='Run folder (default: ~/.sage/finetune_output/TASK)')]
+Data = Annotated[Optional[list[str]], Option('--data', '-d', help='File, folder or pattern of data, or a data set on '
+                                             'the Hub; may be repeated; for the task code, a folder of code')]
 Shares = Annotated[Optional[str], Option('--data-weights', metavar='N,N', help='With several --data: share of the '
                                          'examples from each, such as 3,1 (default: every row once)')]
 Stopping = Annotated[Optional[str], Option('--data-stopping', help='With --data-weights: first_exhausted ends with the '
@@ -133,6 +155,7 @@ Overflow = Annotated[Optional[str], Option('--overflow', help='What happens to r
                                            'or split (default: drop)')]
 Columns = Annotated[Optional[list[str]], Option('--columns', metavar='THEIRS=OURS', help='Another name of a '
                                                 'column, such as frage=question; may be repeated')]
+OnceAsJson = Annotated[bool, Option('--json', help='Print it once, as JSON')]
 
 # %% ../nbs/05_cli.ipynb #80fad86d
 def _pairs(columns):
@@ -152,16 +175,37 @@ def _shares(weights):
     from sage_finetune.core.settings import SharesSetting
     return SharesSetting.check('--data-weights', weights)
 
+# %% ../nbs/05_cli.ipynb #0a5c0201
+Set = Annotated[Optional[list[str]], Option('--set', metavar='NAME=VALUE', help='Any setting, such as weight_decay=0.1 '
+                                            'or lora.r=32; may be repeated')]
+Preset = Annotated[Optional[str], Option('--preset', help='Where settings begin: minimal, rtx_3060, colab_t4, '
+                                         'rtx_4090, a100, h200, cpu or auto')]
+Rate = Annotated[Optional[float], Option('--lr', help='learning_rate')]
+Epochs = Annotated[Optional[float], Option('--epochs', help='num_train_epochs')]
+MaxSteps = Annotated[Optional[int], Option('--max-steps', help='Optimizer steps, whatever the epochs')]
+BatchSize = Annotated[Optional[int], Option('--batch-size', help='per_device_train_batch_size: rows in a micro-batch')]
+Rank = Annotated[Optional[int], Option('--rank', help='lora.r; alpha stays as it is')]
+
+def _by_hand(pairs, lr, epochs, max_steps, batch_size, rank):
+    "What --set and its short forms say, as settings"
+    from sage_finetune.runs.tasks import parsed_settings
+    short = dict(learning_rate=lr, num_train_epochs=epochs, max_steps=max_steps,
+                 per_device_train_batch_size=batch_size) | {'lora.r': rank}
+    return parsed_settings([*(f'{n}={v}' for n,v in short.items() if v is not None), *(pairs or ())])
+
 # %% ../nbs/05_cli.ipynb #278482c8
 @app.command()
 def quickstart(
     task: Annotated[str, Argument(help=_task_help)] = 'code',
     model: Model = 'sage-tiny', data: Data = None, output: Output = None, fresh: Fresh = False,
     max_facts: Annotated[int, Option('--max-facts', help='Facts to take from a codebase')] = 120,
+    set: Set = None, preset: Preset = None, lr: Rate = None, epochs: Epochs = None, max_steps: MaxSteps = None,
+    batch_size: BatchSize = None, rank: Rank = None,
 ):
     "Generate data, train, examine and merge: the whole path in one command"
     from sage_finetune.runs.tasks import quickstart as go
-    result = go(task, model, _one_or_several(data), output, max_facts, fresh)
+    by_hand = _by_hand(set, lr, epochs, max_steps, batch_size, rank)
+    result = go(task, model, _one_or_several(data), output, max_facts, fresh, settings=by_hand, preset=preset)
     _print('', result, '')
     echo('\n'.join(_next_steps(result.folder)))
 
@@ -181,14 +225,14 @@ def _next_steps(folder):
         'metrics.jsonl': 'every logged number',
         'loss.png': 'the loss curve',
     }
-    return [f'{folder}/', *(f'  {name:<22}{what}' for name,what in files.items()), '',
-            'Next:', f'  sage-finetune chat {_short(folder)}',
-            '  sage-finetune quickstart code --data PATH/TO/YOUR/CODE', '  sage-finetune examples']
+    told,again = [f'  {name:<22}{what}' for name,what in files.items()],program_name()
+    return [f'{folder}/', *told, '', 'Next:', f'  {again} chat {_short(folder)}',
+            f'  {again} quickstart code --data .    # your own code: its folder instead of .', f'  {again} examples']
 
 def _short(folder):
-    "The name of a run in the usual place, else its path"
+    "The name of a run in the usual place, else its path, as a shell takes it"
     from sage_finetune.core.run_folder import default_output_dir
-    return Path(folder).name if Path(folder).parent==default_output_dir else str(folder)
+    return quote(Path(folder).name if Path(folder).parent==default_output_dir else str(folder))
 
 # %% ../nbs/05_cli.ipynb #7dc2801a
 @app.command()
@@ -241,7 +285,7 @@ def _show_inspection(found, plot, as_json):
 # %% ../nbs/05_cli.ipynb #7d693b3e
 @app.command()
 def start(
-    task: Annotated[Optional[str], Option('--task', help=_task_help)] = None,
+    task: Annotated[Optional[str], Option('--task', '-t', help=_task_help)] = None,
     model: Annotated[Optional[str], _model] = None,
     data: Data = None, data_weights: Shares = None, data_stopping: Stopping = None, output: Output = None,
     format: Format = None, split: Split = None, subset: Subset = None, revision: Revision = None,
@@ -252,15 +296,17 @@ def start(
                                               'mix in, against forgetting, such as 0.2')] = None,
     auto: Annotated[bool, Option('--auto',
                                  help='Ask nothing; use the default of every answer that is missing')] = False,
-    fresh: Fresh = False,
+    fresh: Fresh = False, set: Set = None, preset: Preset = None, lr: Rate = None, epochs: Epochs = None,
+    max_steps: MaxSteps = None, batch_size: BatchSize = None, rank: Rank = None,
 ):
     "Set up a run, asking for what is missing, and train it"
     from sage_finetune.runs.tasks import new_run, start_settings
     task,model,data,output = _answers(task, model, _one_or_several(data), output, auto)
-    settings = start_settings(model, data_split=split, data_subset=subset, data_revision=revision, train_on=train_on,
-                              overflow=overflow, columns=_pairs(columns), stack_adapter=stack or None,
-                              replay_share=replay, init_adapter=init_adapter, data_weights=_shares(data_weights),
-                              data_stopping=data_stopping)
+    by_hand = _by_hand(set, lr, epochs, max_steps, batch_size, rank)
+    settings = start_settings(model, preset, data_split=split, data_subset=subset, data_revision=revision,
+                              train_on=train_on, overflow=overflow, columns=_pairs(columns),
+                              stack_adapter=stack or None, replay_share=replay, init_adapter=init_adapter,
+                              data_weights=_shares(data_weights), data_stopping=data_stopping, **by_hand)
     run,notes = new_run(task, model, data, output, format, settings, fresh=fresh)
     echo('\n'.join([*notes, f'Written: {run.meta}']))
     _train(run.path, fresh)
@@ -297,7 +343,7 @@ def _show_result(result, folder):
     echo(f'Trained {result.steps} steps{held}. Adapter: {folder}/lora_weights')
     if result.earlier_after is not None:
         echo(f'On rows of the parent run: held-out loss {result.earlier_before:.3f} → {result.earlier_after:.3f}')
-    echo(f'Next: sage-finetune chat {_short(folder)}   or   sage-finetune merge {_short(folder)}')
+    echo(f'Next: {program_name()} chat {_short(folder)}   or   {program_name()} merge {_short(folder)}')
 
 # %% ../nbs/05_cli.ipynb #aade896f
 Nproc = Annotated[Optional[int], Option('--nproc', min=1, metavar='N', help='Train with this many processes on '
@@ -325,10 +371,11 @@ def _one_of(options):
     given = [name for name,on in options.items() if on]
     if len(given)>1: raise ValueError(f'`{given[0]}` and `{given[1]}` exclude each other')
 
+# %% ../nbs/05_cli.ipynb #0a5c0203
 def _settings(target, base, fresh):
     from sage_finetune.runs.tasks import config_of
     if target=='-': return sys.stdin.read()
-    return config_of(target, True, base, fresh) if base or fresh else target
+    return config_of(target, True, base, fresh) if base or fresh or not isinstance(target, str) else target
 
 def _as_json(target, fresh, base):
     from sage_finetune.runs.pipeline import run_json
@@ -346,8 +393,9 @@ def _by_llamafactory(file):
 # %% ../nbs/05_cli.ipynb #c1d7ec74
 @app.command()
 def run(
-    target: Annotated[str, Argument(metavar='DIR_OR_CONFIG', help='Run folder, name of a run, or file of settings '
-                                    '(.json, .yaml), of LLaMA-Factory and TRL too')],
+    target: Annotated[list[str], Argument(metavar='DIR_OR_CONFIG', autocompletion=_run_names, help='Run '
+                                          'folder, name of a run, or file of settings (.json, .yaml), of TRL, '
+                                          'LLaMA-Factory or axolotl too; after -- also a command of these tools')],
     as_json: Annotated[bool, Option('--json', help='Print one JSON object with what came of it, and nothing else; '
                                     'DIR_OR_CONFIG may be - for settings as JSON on standard input')] = False,
     native: Annotated[bool, Option('--use-native/--use-llamafactory', help='Train with this package, or hand a '
@@ -357,20 +405,37 @@ def run(
                                                   'and again; may be repeated')] = None,
     fresh: Fresh = False, base: Base = None, nproc: Nproc = None, config: Share = None, nodes: Nodes = 1,
     machine_rank: MachineRank = 0, main_process_ip: MainIp = None, main_process_port: MainPort = None,
-    dry_run: DryRun = False,
+    dry_run: DryRun = False, set: Set = None, preset: Preset = None, lr: Rate = None, epochs: Epochs = None,
+    max_steps: MaxSteps = None, batch_size: BatchSize = None, rank: Rank = None,
 ):
     "Train what a run folder or a file of settings asks for; a killed run resumes"
-    many = nproc or config or nodes>1 or dry_run or machine_rank or main_process_ip or main_process_port
-    _one_of({'--nproc, --nodes or --config': many, '--json': as_json, '--live': live, '--use-llamafactory': not native})
-    if prompt and not live: raise ValueError('`--prompt` goes with `--live`')
+    by_hand = _by_hand(set, lr, epochs, max_steps, batch_size, rank)
     if fresh and not native:
         raise ValueError('`--fresh` has no meaning with `--use-llamafactory`: set `overwrite_output_dir` in its file')
-    if many:
-        return _launch(target, nproc, config or 'ddp', dry_run, nodes=nodes, machine_rank=machine_rank,
-                       main_process_ip=main_process_ip, main_process_port=main_process_port, fresh=fresh, base=base)
-    if as_json: return _as_json(target, fresh, base)
+    from sage_finetune.runs.launch import target_of
+    with TemporaryDirectory(prefix='sage-') as place:
+        target,how = target_of(target, place)
+        _run(target, place, by_hand, preset, as_json=as_json, native=native, live=live, prompt=prompt or (),
+             fresh=fresh, base=base, nproc=nproc or how.get('nproc'), config=config or how.get('config'),
+             nodes=nodes if nodes>1 else None, machine_rank=machine_rank, main_process_ip=main_process_ip,
+             main_process_port=main_process_port, dry_run=dry_run)
+
+# %% ../nbs/05_cli.ipynb #0a5c0204
+def _run(target, place, by_hand, preset, as_json, native, live, prompt, fresh, base, dry_run, **how):
+    "The command `run`, once its target is one thing"
+    from sage_finetune.runs.pipeline import asked_config, merge_asked
+    many,changed = any(how.values()) or dry_run,bool(by_hand or preset)
+    _one_of({'--nproc, --nodes or --config': many, '--json': as_json, '--live': live, '--use-llamafactory': not native})
+    _one_of({'--set, --preset and the like': changed, '--use-llamafactory': not native})
+    if prompt and not live: raise ValueError('`--prompt` goes with `--live`')
     if not native: return _by_llamafactory(target)
-    _train(target, fresh, live, prompt or (), base)
+    if report := merge_asked(target, lambda text: echo(text, err=True)): return _print(report)
+    asked = asked_config(target, by_hand, preset, place if many else None, base, fresh)
+    if many:
+        how |= dict(nodes=how['nodes'] or 1, config=how['config'] or 'ddp')
+        return _launch(asked, dry_run=dry_run, **how, fresh=fresh, base=None if changed else base)
+    if as_json: return _as_json(asked, fresh, None if changed else base)
+    _train(asked, fresh, live, prompt, None if changed else base)
 
 # %% ../nbs/05_cli.ipynb #59245e96
 @app.command('list')
@@ -379,25 +444,38 @@ def _list(dir: Runs = None):
     from sage_finetune.runs.run import runs
     _print(runs(dir))
 
-# %% ../nbs/05_cli.ipynb #989aaae6
 @app.command()
 def watch(
     dir: Runs = None,
     every: Annotated[float, Option('--every', help='Seconds between updates')] = 2.0,
-    once: Annotated[bool, Option('--once', help='Print it once')] = False,
-    as_json: Annotated[bool, Option('--json', help='Print it once, as JSON')] = False,
+    once: Annotated[bool, Option('--once', help='Print it once')] = False, as_json: OnceAsJson = False,
 ):
     "Every run, those that train first: steps done, time left, and resources used"
-    from sage_finetune.runs.monitor import watch as look, watched
-    if as_json: echo(json.dumps(watched(dir).to_dict()))
-    elif once: _print(watched(dir))
-    else: look(dir, every)
+    from sage_finetune.ui.monitor import watch as look, watched
+    if not (as_json or once): return look(dir, every)
+    echo(json.dumps(watched(dir).to_dict())) if as_json else _print(watched(dir))
+
+# %% ../nbs/05_cli.ipynb #0a5c0205
+@app.command('config')
+def _config(
+    file: Annotated[Optional[str], Argument(metavar='[FILE]', help='Settings to check, also of another tool')] = None,
+    model: Annotated[Optional[str], _model] = None, data: Data = None, output: Output = None,
+    method: Annotated[Optional[str], Option('--method', help='dpo, orpo or kto: learn from judged answers')] = None,
+    set: Set = None, preset: Preset = None, lr: Rate = None, epochs: Epochs = None, max_steps: MaxSteps = None,
+    batch_size: BatchSize = None, rank: Rank = None,
+):
+    "Print a file of settings to begin with, or check one"
+    from sage_finetune.runs.tasks import checked_file, file_to_begin
+    by_hand = _by_hand(set, lr, epochs, max_steps, batch_size, rank)
+    if file: return _print(checked_file(file, by_hand, preset))
+    chosen = dict(model_name=model, data_path=_one_or_several(data), output_dir=output, method=method)
+    echo(file_to_begin({n: v for n,v in chosen.items() if v is not None}, by_hand, preset), nl=False)
 
 # %% ../nbs/05_cli.ipynb #dec26bb3
 @app.command()
 def merge(
     name: RunName,
-    output: Annotated[Optional[str], Option('--output', help='Folder of the merged model (default: '
+    output: Annotated[Optional[str], Option('--output', '-o', help='Folder of the merged model (default: '
                                             'merged_model in the run folder)')] = None,
     rows: Annotated[int, Option('--rows', min=0, help='Rows to compare on; 0 leaves the proof out')] = 8,
     dtype: Annotated[Optional[str], Option('--dtype',
@@ -414,7 +492,7 @@ def merge(
 def clean(
     name: Annotated[Optional[str], Argument(help='Name or folder of one run (default: all)')] = None,
     dir: Runs = None,
-    force: Annotated[bool, Option('--force', help='Do not ask')] = False,
+    force: Annotated[bool, Option('--force', '-f', help='Do not ask')] = False,
 ):
     "Remove runs; folders that are not runs are left alone"
     from sage_finetune.core.run_folder import check_removable, default_output_dir, find_run, list_runs, remove_run
@@ -435,7 +513,8 @@ def clean(
 # %% ../nbs/05_cli.ipynb #6ba45626
 @app.command()
 def chat(
-    name: Annotated[Optional[str], Argument(help='Name or folder of a run, or folder of a model')] = None,
+    name: Annotated[Optional[str], Argument(autocompletion=_run_names,
+                                          help='Name or folder of a run, or folder of a model')] = None,
     prompt: Annotated[Optional[str], Option('--prompt', help='Answer this once and exit')] = None,
     system: Annotated[str, Option('--system', help='System message')] = '',
     image: Annotated[Optional[list[str]], Option('--image', metavar='FILE', help='An image for the (first) question; '
@@ -543,10 +622,11 @@ def verify(
 # %% ../nbs/05_cli.ipynb #b29149f7
 @app.command()
 def serve(
-    name: Annotated[str, Argument(help='Name or folder of a run, or folder of a model')],
+    name: Annotated[str, Argument(autocompletion=_run_names,
+                                          help='Name or folder of a run, or folder of a model')],
     host: Annotated[str, Option('--host',
                                 help='Address to listen on; 0.0.0.0 for every network of this machine')] = '127.0.0.1',
-    port: Annotated[int, Option('--port', help='Port to listen on; 0 for any that is free')] = 8000,
+    port: Annotated[int, Option('--port', '-p', help='Port to listen on; 0 for any that is free')] = 8000,
     engine: Annotated[str, Option('--engine', help='auto, vllm, native or transformers')] = 'auto',
     adapter: Adapter = False,
     max_new_tokens: Annotated[int, Option('--max-new-tokens', min=1, help='Maximum number of tokens in an answer, '
@@ -592,48 +672,7 @@ def export(
     else: echo(f'Written: {export_folder(name, output, kind, **card)}')
 
 # %% ../nbs/05_cli.ipynb #db7520ec
-EXAMPLES = '''The whole path on the embedded model, on any CPU:
-  sage-finetune quickstart code
-
-The same about your own code:
-  sage-finetune quickstart code --data ~/my/project
-
-A data file of questions and answers, {"question": …, "answer": …} in each row. Look at it first, then train:
-  sage-finetune inspect rows.jsonl --model Qwen/Qwen2.5-0.5B-Instruct
-  sage-finetune start --task qa --data rows.jsonl --model Qwen/Qwen2.5-0.5B-Instruct --auto
-
-Other formats of rows (a file may mix them with --task custom):
-  instruction  {"instruction": …, "input": …, "output": …}
-  chat         {"conversations": [{"role": "user", "content": …}, {"role": "assistant", "content": …}]}
-  custom       any of these, or {"text": …}
-Each may hold images for a vision-language model: "images": ["red.png"] beside a text with <image> in it,
-or parts as OpenAI writes them.
-
-From Python:
-  from sage_finetune import LoRATrainer, PresetConfigs
-  LoRATrainer(PresetConfigs.rtx_3060(data_path="rows.jsonl", output_dir="runs/first")).train()
-
-A second task on top of a run; a fifth of the trained rows are those of the first, against forgetting:
-  sage-finetune start --task qa --data more.jsonl --init-adapter qa --replay 0.2 --output runs/second --auto
-
-Afterwards:
-  sage-finetune list
-  sage-finetune watch
-  sage-finetune chat code --prompt "What does `fit_config` do?"
-  sage-finetune merge code
-  sage-finetune compare code code-2
-  sage-finetune repeat code ~/again
-  sage-finetune verify code
-  sage-finetune serve code
-  sage-finetune export code --adapter
-
-On several GPUs, and on several machines (the command goes to each):
-  sage-finetune run code --nproc 8
-  sage-finetune run code --nproc 8 --nodes 2 --machine-rank 0 --main-process-ip 10.0.0.1
-
-A config of LLaMA-Factory or TRL, as it stands:
-  sage-finetune run llama3_lora_sft.yaml
-'''
+EXAMPLES = (Path(find_spec('sage_finetune').submodule_search_locations[0])/'tables'/'examples.txt').read_text('utf-8')
 
 @app.command()
 def examples():

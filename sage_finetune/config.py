@@ -24,7 +24,8 @@ from sage_finetune.core.settings import (
     Settings, SharesSetting, with_given
 )
 from sage_finetune.core.beforehand import (
-    check_optimizer, check_schedule, fit_stored, is_of_bitsandbytes, OptionsSetting, same_steps, stored_as
+    check_optimizer, check_schedule, fit_stored, is_of_bitsandbytes, OptionsSetting, same_steps, stored_as,
+    take_by_table, tool_table, unknown_to_table
 )
 from sage_finetune.core.machine import (
     Change, Changes, division, fit_bits, Machine, show_changes # show_changes: handed on
@@ -81,6 +82,11 @@ _training_rules = dict(
     gradient_accumulation_steps=_at_least(1),
     learning_rate=_above_zero,
     warmup_ratio=_share,
+    warmup_steps=_at_least(1),
+    adam_beta1=_below_one,
+    adam_beta2=_below_one,
+    adam_epsilon=_above_zero,
+    save_strategy=_one_of('steps', 'epoch'),
     logging_steps=_at_least(1),
     save_steps=_at_least(1),
     save_total_limit=_at_least(1),
@@ -167,6 +173,11 @@ class TrainingConfig(Settings):
     replay_path: DataPathSetting = None # Replay rows; None takes those of the run in `init_adapter`
     replay_share: float = 0.0 # Share of the trained rows that are replay rows, against forgetting
     lr_scheduler_kwargs: OptionsSetting = None # Options of the schedule, such as {"num_cycles": 2}
+    warmup_steps: int|None = None # Optimizer steps that warm up the learning rate, instead of a share of them
+    adam_beta1: float = 0.9 # Decay of the mean of the gradients, for optimizers of Adam's kind
+    adam_beta2: float = 0.999 # Decay of the mean of their squares, for optimizers of Adam's kind
+    adam_epsilon: float = 1e-8 # Added to the root of that mean, for optimizers of Adam's kind
+    save_strategy: str = "steps" # When a checkpoint is written: every `save_steps` "steps", or after each "epoch"
 
     _rules = _training_rules
     _exclusive = ('load_in_8bit', 'load_in_4bit'), ('fp16', 'bf16')
@@ -175,7 +186,8 @@ class TrainingConfig(Settings):
               'cut_answers', 'duplicates', 'strict', 'packing', 'max_steps', 'weight_decay', 'max_grad_norm',
               'eval_steps', 'early_stopping_patience', 'load_best_model_at_end', 'loraplus_lr_ratio',
               'neftune_noise_alpha', 'torch_compile', 'deterministic', 'tokens_per_step', 'init_adapter',
-              'stack_adapter', 'replay_path', 'replay_share', 'lr_scheduler_kwargs')
+              'stack_adapter', 'replay_path', 'replay_share', 'lr_scheduler_kwargs', 'warmup_steps', 'adam_beta1',
+              'adam_beta2', 'adam_epsilon', 'save_strategy')
 
     def __post_init__(self):
         super().__post_init__()
@@ -542,17 +554,36 @@ def _find_sources(value, folder):
     found = DataPathSetting.check('dataset', value)
     return [s.replace(path=_find_data([str(s.path)], folder)) for s in found]
 
+def _of_other_tool(values, path):
+    "The settings of a file that another tool's names stand in, such as the earlier module wrote"
+    table = tool_table('unsloth' if 'max_seq_length' in values else 'llamafactory')
+    given = {k: v for k,v in values.items() if v is not None and k not in _said_by_meta}
+    found,_,faults = take_by_table({k: v for k,v in given.items() if k not in _by_hand}, table)
+    faults += unknown_to_table(given, table)
+    faults += [f'{n} (`sage-finetune run {path.parent}` reads it)' for n in given if n not in _by_hand and
+               'hand' in table.settings.get(n, {})]
+    if given.get('stage', 'sft')!='sft': faults.append(f'stage={given["stage"]!r} (only "sft" in a run folder)')
+    if faults: raise SageError(f"{path} asks for what is not here: {'; '.join(faults)}")
+    found |= {n: given[n] for n in ('fp16', 'bf16', 'warmup_ratio', 'warmup_steps') if n in given}
+    lora = found.setdefault('lora', {})
+    lora['lora_alpha'] = given.get('lora_alpha', lora.get('lora_alpha', 2*lora.get('r', 8)))
+    for n in _said_by_meta: found.pop('model_name' if n.startswith('model') else n, None)
+    return dict(fp16=False, warmup_ratio=0.0, report_to='none', test_size=0.0) | found
+
+_said_by_meta = ('model_name_or_path', 'model_name', 'dataset', 'dataset_dir', 'dataset_text_field', 'output_dir',
+                 'max_samples')
+_by_hand = 'fp16', 'bf16', 'warmup_ratio', 'warmup_steps', 'lora_alpha', 'stage'
+
 def _meta_settings(config, folder):
     "The settings in the `config` of a meta file: a dict, the path of a JSON file, or nothing"
     if not config: return {}
-    if isinstance(config, dict): return config
-    path = _find_data([str(config)], folder)
-    if path.suffix!='.json' or not path.is_file():
+    path = _find_data([str(config)], folder) if not isinstance(config, dict) else folder/'finetune_meta.json'
+    if not isinstance(config, dict) and (path.suffix!='.json' or not path.is_file()):
         warnings.warn(f"the settings in {path} are not used: it is not a JSON file that can be found")
         return {}
-    values,known = read_json(path), {f.name for f in fields(PreferenceConfig)} | {'_given'}
-    if other := sorted(set(values)-known): warnings.warn(f"{path}: not used: {', '.join(other)}")
-    return {k:v for k,v in values.items() if k in known}
+    values,known = config if isinstance(config, dict) else read_json(path), {f.name for f in fields(PreferenceConfig)}
+    theirs = [k for k in values if k not in known and not k.startswith('_')]
+    return _of_other_tool(values, path) if theirs and not isinstance(config, dict) else values
 
 # %% ../nbs/00_config.ipynb #1111969e
 def config_from_meta(
@@ -564,7 +595,7 @@ def config_from_meta(
     names = [meta.get('data_file'), meta['dataset']]
     data = _find_sources(names[1], folder) if isinstance(names[1], list) else _find_data(names, folder)
     asked = dict(model_name=meta['model'], data_path=data, output_dir=folder)
-    if meta.get('format'): asked['format_type'] = meta['format']
+    if form := meta.get('format'): asked['format_type'] = dict(chat='conversation').get(form, form) # of earlier days
     settings = _meta_settings(meta.get('config'), folder) | dict(data_path=data)
     try: config = TrainingConfig.from_dict(settings).replace(**asked)
     except ValueError as err: raise ValueError(f"{RunFolder(folder).meta}: {err}") from None

@@ -16,12 +16,11 @@ __all__ = ['duplicate_choices', 'mixed', 'without_source', 'end_to_end', 'prepar
 # %% ../nbs/01_data.ipynb #11d4dc68
 import gc,operator,os,warnings
 from collections import deque
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from shutil import rmtree
 
-from .core.disk import manifest_fault, read_json, SageError, whole_folder, write_manifest
+from .core.disk import discard, manifest_fault, read_json, SageError, whole_folder, write_manifest
 from .core.settings import check_shares, data_sources, DataSource, is_mixture
 from .core.cache import cache_folder, cache_place, checksum, make_room
 from sage_finetune.rows.sources import (
@@ -178,10 +177,22 @@ def _is_kept(state, writer, duplicates):
     else: writer.report.drop(row, f'{copy_of}{first[0]}:{first[1]}')
     return duplicates=='keep'
 
+def _only_new_garbage(batches):
+    "Yields batches; where there are many, objects made before are not searched for garbage: a tenth of the time"
+    ours = False
+    try:
+        for i,batch in enumerate(batches):
+            if i==1: ours = not gc.get_freeze_count() # which looks at each of them
+            if i==1 and ours: gc.freeze()
+            yield batch
+    finally:
+        if ours: gc.unfreeze()
+
 def _examples(rows, tokenizer, settings, report, strict, album):
     "Batches of examples, each row counted"
     writer = ReportWriter(report, settings.columns)
-    for states,encodings in _render_ahead(writer.counted(in_batches(rows)), tokenizer, settings, report, album):
+    batches = writer.counted(_only_new_garbage(in_batches(rows)))
+    for states,encodings in _render_ahead(batches, tokenizer, settings, report, album):
         out = []
         for s in _encode_batch(states, encodings.result(), tokenizer, settings, report):
             if not _is_kept(s, writer, settings.duplicates): continue
@@ -215,19 +226,19 @@ def _name_of(source): return str(source) if isinstance(source, (str, Path)) else
 
 _album = 'images.json' # Path → checksum of each image that the rows name
 
-@contextmanager
-def _only_new_garbage():
-    "Objects made before the block are not searched for garbage in it, which with torch loaded is a tenth of the time"
-    ours = not gc.get_freeze_count()
-    if ours: gc.freeze()
-    try: yield
-    finally:
-        if ours: gc.unfreeze()
+def _which(place):
+    "Which folder lies there now; None where there is none"
+    try: return os.stat(place/'data_report.json').st_ino,os.stat(place).st_ino
+    except OSError: return None
+
+def _is_whole(place):
+    "Whether another process has put the same there meanwhile: it stays, for somebody may read it"
+    return images_unchanged(place/_album) and manifest_fault(place) is None
 
 def _prepare(source, where, tokenizer, settings, report, strict, place, digest):
     "Prepare the examples of `source` in the folder `place`, whole or not at all"
     if isinstance(source, (str, Path)): report.passed_over = files_passed_over(source, where.get('split', 'train'))
-    with _only_new_garbage(), whole_folder(place, ours=True) as new:
+    with whole_folder(place, ours=True, unless=_is_whole) as new:
         album = Album(new/'images', place/'images')
         batches = _examples(read_rows(source, **where), tokenizer, settings, report, strict, album)
         n = _write_arrow(batches, new/'examples.arrow', bool(processor_of(tokenizer)))
@@ -347,19 +358,19 @@ def _files_of(source, split):
 # %% ../nbs/01_data.ipynb #6b40914e
 def _from_cache(place, report, tokenizer, digest):
     "What was prepared before, or None where it was not or is damaged"
-    if not (place/'data_report.json').is_file() or not images_unchanged(place/_album): return None
-    try:
-        if fault := manifest_fault(place): raise ValueError(fault)
-        os.utime(place)
-        dataset = _open(place, report, tokenizer, digest)
-        if len(dataset)!=report.examples: raise ValueError('the file was cut short')
-    except (OSError, ValueError, TypeError, AttributeError, SageError) as e:
-        warnings.warn(f'the data prepared in {place} is damaged ({e}) and is prepared again')
-        rmtree(place, ignore_errors=True)
+    while (found := _which(place)) and images_unchanged(place/_album):
+        try:
+            if fault := manifest_fault(place): raise ValueError(fault)
+            os.utime(place)
+            dataset = _open(place, report, tokenizer, digest)
+            if len(dataset)!=report.examples: raise ValueError('the file was cut short')
+            report.cached = True
+            return dataset
+        except (OSError, ValueError, TypeError, AttributeError, SageError) as e: fault = e
         vars(report).update(vars(DataReport()))
-        return None
-    report.cached = True
-    return dataset
+        if found!=_which(place): continue # another process has removed or replaced it
+        warnings.warn(f'the data prepared in {place} is damaged ({fault}) and is prepared again')
+        return discard(place)
 
 # %% ../nbs/01_data.ipynb #6b400a02
 def _kept_or_prepared(source, where, tokenizer, settings, report, strict, cache):

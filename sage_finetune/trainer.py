@@ -16,7 +16,7 @@ from .model.loading import dtype_of, load_model, put_aside_notes, quantisation_o
 from peft import PeftModel
 from transformers import Trainer, TrainingArguments, set_seed
 
-from .core.disk import cannot_write, manifest_file, read_json, SageError, write_json
+from .core.disk import cannot_write, disk_error, manifest_file, read_json, SageError, write_json
 from sage_finetune.core.machine import (
     division, goes_on, last_words, Machine, opening, process, processes, show_changes, stop_raises
 )
@@ -31,7 +31,7 @@ from .training.batches import check_fit, check_rows, Collator, longest_batch, pa
 from .training.split import check_data_path, read_data
 from .training.callbacks import Checkpoints, Metrics, NotFinite, plot_losses, Progress, read_metrics
 from sage_finetune.training.loop import (
-    BeforeFirstStep, CausalLMTrainer, disk_error, drop_printers, free_memory, out_of_memory, Stopped, trackers,
+    BeforeFirstStep, CausalLMTrainer, drop_printers, free_memory, out_of_memory, Stopped, trackers,
     training_arguments
 )
 from sage_finetune.training.resume import (
@@ -389,8 +389,7 @@ def _finish(run, result, new_adapter):
     if process(): return
     write_json(run.folder.config, read_json(run.folder.lora_weights/'training_config.json'))
     plot_losses(read_metrics(run.folder.metrics), run.folder.loss_curve)
-    write_json(run.folder.results, vars(result))
-    write_record(run.folder.path)
+    write_record(run.folder.path, vars(result))
 
 # %% ../nbs/02_trainer.ipynb #ca466627
 def _train_and_save(run, start):

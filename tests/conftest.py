@@ -9,10 +9,13 @@ import pytest
 from quick import command_in_fork, forked
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
-    "Runs leave an empty file for their curve of losses, which takes a tenth of a second to draw"
-    monkeypatch.setattr('sage_finetune.trainer.plot_losses', lambda metrics, path=None: path and Path(path).touch())
+    """Runs of a test leave an empty file for their curve of losses, which takes a tenth of a second to draw; lessons
+    and the command line draw it
+    """
+    if trainer := sys.modules.get('sage_finetune.trainer'):
+        monkeypatch.setattr(trainer, 'plot_losses', lambda metrics, path=None: path and Path(path).touch())
 
 
 @pytest.fixture

@@ -236,3 +236,29 @@ def test_what_others_wrote_does_not_steer_the_terminal(tmp_path, capsys):
     assert '\x1b' not in line and '\u202e' not in line and '\\x1b[2J' in line
     echo('a\x1b[2Jb')
     assert capsys.readouterr().out=='a\\x1b[2Jb\n'
+
+
+@pytest.mark.parametrize('name,status', [('SIGINT', 130), ('SIGTERM', 143), ('SIGHUP', 129)])
+def test_a_stop_while_the_words_are_read_says_so(monkeypatch, capsys, name, status):
+    "Before the command itself begins"
+    from sage_finetune import cli
+    def parse(self, *args, **how): signal.raise_signal(getattr(signal, name))
+    monkeypatch.setattr(cli.TyperGroup, 'make_context', parse)
+    assert main(['list'])==status
+    assert capsys.readouterr().err=='stopped; nothing more was done\n'
+
+
+@pytest.mark.parametrize('error,words', [(PermissionError(13, 'Permission denied', '/logs/events'),
+                                          'note: /logs/events: permission denied; '),
+                                         (OSError(28, 'No space left on device'), 'note: a file: no space left'),
+                                         (ValueError('x\x1b[2J'), 'note: x\\x1b[2J')])
+def test_a_thread_that_fails_says_one_line(capsys, monkeypatch, error, words):
+    import threading
+    monkeypatch.setattr(threading, 'excepthook', threading.excepthook)
+    main(['examples'])
+    def fails(): raise error
+    thread = threading.Thread(target=fails)
+    thread.start()
+    thread.join()
+    said = capsys.readouterr().err
+    assert said.startswith(words) and said.count('\n')==1

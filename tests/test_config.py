@@ -153,10 +153,22 @@ def test_where_the_data_of_a_meta_file_is(tmp_path):
     assert (config.data_path, config.output_dir)==(rows, tmp_path/'moved')
 
 def test_a_meta_file_that_names_a_config_of_another_program(tmp_path):
-    write_json(tmp_path/'factory.json', dict(learning_rate=1e-4, stage='sft', cutoff_len=512))
-    write_meta(tmp_path/'factory', 'm', 'd', config=tmp_path/'factory.json')
-    with pytest.warns(UserWarning, match='not used: cutoff_len, stage'):
-        assert config_from_meta(tmp_path/'factory').learning_rate==1e-4
+    "Every setting is honoured, or refused by name: none is passed over with a warning"
+    def of(**settings):
+        write_json(tmp_path/'factory.json', settings)
+        write_meta(tmp_path/'factory', 'm', 'd', config=tmp_path/'factory.json')
+        return config_from_meta(tmp_path/'factory')
+    c = of(learning_rate=1e-4, stage='sft', cutoff_len=512, lora_rank=4, quantization_bit=4, dataset='d.json')
+    assert (c.learning_rate, c.max_length, c.lora.r, c.lora.lora_alpha, c.load_in_4bit)==(1e-4, 512, 4, 8, True)
+    assert (c.per_device_train_batch_size, c.lr_scheduler_type, c.optim)==(8, 'linear', 'adamw_torch') # its defaults
+    c = of(model_name='m', max_seq_length=256, load_in_4bit=False, warmup_steps=10, optim='adamw_8bit', seed=3407)
+    assert (c.max_length, c.load_in_4bit, c.warmup_steps, c.optim, c.seed)==(256, False, 10, 'adamw_8bit', 3407)
+    for settings,says in ((dict(cutoff_len=9, use_galore=True), 'use_galore=True'),
+                          (dict(cutoff_len=9, lora_rnk=3), 'lora_rnk (unknown; is it `lora_rank`?)'),
+                          (dict(cutoff_len=9, stage='dpo'), "stage='dpo'"), (dict(cutoff_len=[9]), 'cutoff_len=[9]'),
+                          (dict(cutoff_len=9, val_size=.1), 'val_size (`sage-finetune run')):
+        with pytest.raises((ValueError, SageError)) as e: of(**settings)
+        assert says in str(e.value) and 'factory.json' in str(e.value)
 
 # What a config says
 

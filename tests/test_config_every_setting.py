@@ -69,6 +69,16 @@ def arguments(config):
     return {k: str(v) for k,v in training_arguments(config, True).to_dict().items()}
 
 
+def betas(config):
+    "What the optimizer of a loop that is ready to train was told"
+    run = LoRATrainer(config, quiet=True)
+    run.load_model_and_tokenizer()
+    run.apply_lora()
+    run.prepare_data()
+    run.setup_trainer()
+    return [(g['betas'], g['eps']) for g in run.trainer.create_optimizer().param_groups]
+
+
 def algorithms(config):
     "Whether torch is held to operations that give the same bits each time, while it trains"
     with same_bits(training_arguments(config, True).deterministic): return torch.are_deterministic_algorithms_enabled()
@@ -147,6 +157,13 @@ training = dict(
                          Refused(dict(num_decay_steps=500), 'are more than the 20 of the run', max_steps=20,
                                  lr_scheduler_type='warmup_stable_decay')],
     warmup_ratio=[Seen(.5, arguments), Refused(.5, 'has no effect', lr_scheduler_type='constant')],
+    warmup_steps=[Seen(5, arguments), Refused(20, 'leaves nothing of `max_steps=10`', max_steps=10),
+                  Refused(5, 'has no effect', lr_scheduler_type='constant'),
+                  Refused(5, 'exclude each other', warmup_ratio=.2)],
+    adam_beta1=[Seen(.8, betas), Refused(.8, 'has no effect on `optim="sgd"`', optim='sgd')],
+    adam_beta2=[Seen(.95, betas), Refused(.95, 'has no effect', optim='adafactor')],
+    adam_epsilon=[Seen(1e-6, betas), Refused(1e-6, 'has no effect', optim='adagrad')],
+    save_strategy=[Seen('epoch', arguments), Refused('never', '"steps" or "epoch"')],
     fp16=[Seen(True, weights)],
     bf16=[Seen(True, weights)],
     gradient_checkpointing=[Seen(True, arguments)],

@@ -3,6 +3,8 @@ import json
 import math
 import os
 import random
+import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -260,6 +262,43 @@ def test_what_is_kept_is_what_was_prepared(tmp_path):
     for r,cache in zip(reports, (tmp_path, tmp_path, False)): prepare_dataset(qa, tok, 64, report=r, cache=cache)
     assert [r.cached for r in reports]==[False, True, False]
     assert reports[1].to_dict() | dict(cached=False)==reports[2].to_dict()
+
+@pytest.mark.parametrize('meanwhile', ['replaced', 'removed', 'removed and put again', 'damaged'])
+def test_what_another_process_does_to_the_cache_while_it_is_read_is_no_damage(tmp_path, monkeypatch, meanwhile):
+    "Only what is damaged where it lies is told; the rows are the same in each case"
+    real,asked = module.manifest_fault, []
+    first = list(prepare_dataset(qa, tok, 64, report=DataReport(), cache=tmp_path))
+    def between(place):
+        asked.append(1)
+        if len(asked)>1: return real(place)
+        if meanwhile=='damaged': (place/'examples.arrow').write_bytes(b'x')
+        else:
+            shutil.copytree(place, tmp_path/'copy')
+            shutil.rmtree(place)
+            if meanwhile!='removed': shutil.move(tmp_path/'copy', place)
+            if meanwhile=='replaced': return real(place)
+        return real(place) or 'its file examples.arrow is missing'
+    monkeypatch.setattr(module, 'manifest_fault', between)
+    report = DataReport()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        again = list(prepare_dataset(qa, tok, 64, report=report, cache=tmp_path))
+    assert again==first and report.cached==(meanwhile in ('replaced', 'removed and put again'))
+    assert any('damaged' in str(w.message) for w in said)==(meanwhile=='damaged')
+    assert [p.name for p in (tmp_path/'sage_data').iterdir() if p.name[0]=='.']==[]
+
+def test_an_entry_that_came_meanwhile_is_not_replaced_under_its_readers(tmp_path, monkeypatch):
+    real,places = module._write_arrow, []
+    def meanwhile(batches, path, images):
+        n = real(batches, path, images)
+        if not places:
+            places.append(path)
+            prepare_dataset(qa, tok, 64, report=DataReport(), cache=tmp_path)
+            places.append(next(p for p in (tmp_path/'sage_data').iterdir() if p.name[0]!='.').stat().st_ino)
+        return n
+    monkeypatch.setattr(module, '_write_arrow', meanwhile)
+    prepare_dataset(qa, tok, 64, report=DataReport(), cache=tmp_path)
+    assert [p.stat().st_ino for p in (tmp_path/'sage_data').iterdir()]==places[1:]
 
 def test_ten_data_sets_are_kept_and_what_is_not_ours_stays(tmp_path):
     kept = tmp_path/'sage_data'

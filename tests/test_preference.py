@@ -173,8 +173,8 @@ def test_the_first_step_is_as_by_hand_and_the_margin_grows_on_held_out_pairs(met
 @needs_real
 @methods
 def test_the_margin_grows_on_held_out_pairs_of_a_real_file(method, tmp_path):
-    c = config(tmp_path/'run', method=method, data_path=real, max_length=640, overflow='truncate', test_size=.3,
-               max_steps=-1, num_train_epochs=2, seed=4, save_steps=100,
+    c = config(tmp_path/'run', method=method, data_path=real, model_name='sage-tiny', max_length=640,
+               overflow='truncate', test_size=.3, max_steps=-1, num_train_epochs=2, seed=4, save_steps=100,
                per_device_train_batch_size=4, gradient_accumulation_steps=2, learning_rate=3e-4,
                lora=LoRAConfig(r=16, lora_alpha=32, target_modules='all-linear', lora_dropout=0.0))
     run,result = after(c)

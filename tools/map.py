@@ -16,9 +16,9 @@ SECTIONS = {
     'training': 'batches and padding, the held-out split, the loop (loss, optimizer, out of memory), resuming, '
     'several processes',
     'inference': 'answers token by token, the exam, the proved merge, serving, export',
-    'runs': 'tasks, rows made from code, which kind of file a run was given (ours, LLaMA-Factory, TRL), runs read '
-    'back and compared, launching',
-    'ui': 'looking at rows and tokens, the dashboard, the form, what was learned',
+    'runs': 'tasks, rows made from code, which kind of file a run was given (ours, TRL, LLaMA-Factory, axolotl), runs '
+    'read back and compared, launching',
+    'ui': 'looking at rows and tokens, the dashboard, the form, what was learned, all runs at a glance',
 }
 OTHER = {'tutorials': 'Tutorials', 'recipes': 'Recipes'}
 PAGES = 'index', 'coming_from'

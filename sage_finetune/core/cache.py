@@ -13,7 +13,7 @@ __all__ = ['receipt_file', 'checksum', 'cache_folder', 'cache_place', 'make_room
 import hashlib,json,os,re,tempfile,time
 from pathlib import Path
 
-from .disk import cache_root, read_json, SageError, write_json
+from .disk import cache_root, discard, read_json, SageError, write_json
 
 # %% ../../nbs/core/06_cache.ipynb #c06a0008
 def checksum(
@@ -58,12 +58,11 @@ def make_room(
     kept:int=10, # Folders to keep
 )->None: # Nothing: the others are removed, unless they were used within a day
     "Remove what was used longest ago, but nothing of the last day, for it may be in use, and nothing that is not ours"
-    from shutil import rmtree
     ours = [p for p in folder.iterdir() if re.fullmatch('[0-9a-f]{32}', p.name) and (p/mark).is_file()
             and not p.is_symlink()]
     old = sorted((p.stat().st_mtime, p) for p in ours)[:-kept]
     for when,p in old:
-        if when<time.time()-86_400: rmtree(p, ignore_errors=True)
+        if when<time.time()-86_400: discard(p)
 
 # %% ../../nbs/core/06_cache.ipynb #c08e0011
 _odd = 0x1E3779B97F4A7C15 # times a place, so that two numbers that change places change the sum

@@ -10,14 +10,14 @@ __all__ = ['visible', 'Shown', 'Table', 'Panel', 'Views', 'size_text', 'falling'
            'show_widgets', 'Clickable', 'handle_widgets']
 
 # %% ../../nbs/core/01_display.ipynb #fd235349
-import html,os,re,sys,unicodedata
+import html,re,sys,unicodedata
 from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
-from .disk import cannot_write
+from .disk import cannot_write, write_whole
 
 # %% ../../nbs/core/01_display.ipynb #04571187
 _unseen = re.compile(r'[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff'
@@ -254,13 +254,9 @@ def save_figure(
 )->Path: # The file
     "Write a figure, whole or not at all"
     path = figure_file(path)
-    temp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        figure.savefig(temp, format=path.suffix[1:].lower(), dpi=150)
-        os.replace(temp, path)
-    except OSError as e: raise cannot_write(path, e) from None
-    finally: temp.unlink(missing_ok=True)
-    return path
+    if not path.parent.is_dir(): raise cannot_write(path, FileNotFoundError(2, 'no such folder'))
+    kind = path.suffix[1:].lower()
+    return write_whole(path, lambda temp: figure.savefig(temp, format=kind, dpi=150))
 
 # %% ../../nbs/core/01_display.ipynb #ff485b48
 def on_any_background(

@@ -8,7 +8,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/core/machine.html.md"""
 __all__ = ['stop_signals', 'goes_on', 'Machine', 'has_bf16_units', 'model_parameters', 'step_room', 'processes', 'process',
            'division', 'Change', 'Changes', 'show_changes', 'opening', 'fit_bits', 'Interrupted', 'leave_terminal',
            'stop_raises', 'how_to_install', 'missing_package', 'fault_report', 'last_words', 'as_written_here',
-           'use_utf8', 'refuse_other_encodings', 'on_colab', 'kept_folder']
+           'use_utf8', 'refuse_other_encodings', 'on_colab', 'kept_folder', 'versions_text', 'program_name']
 
 # %% ../../nbs/core/03_machine.ipynb #544f2961
 import json,math,os,platform,re,signal,sys,tempfile,threading,time,traceback
@@ -19,7 +19,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-from .disk import cannot_write, SageError, write_text
+from .disk import cannot_write, SageError, system_words, write_text
 from .display import Shown, Table, visible
 
 # %% ../../nbs/core/03_machine.ipynb #edbb2a5f
@@ -189,7 +189,6 @@ class Change:
     reason: str # One plain sentence
     by_hand: bool = True # False for a default that nobody asked for
 
-# %% ../../nbs/core/03_machine.ipynb #eb9ba205
 class Changes(Shown, list):
     "What was changed for a machine: a list of `Change` that shows itself"
     def shown(self):
@@ -342,7 +341,6 @@ def _told(argv):
     return ' '.join('…' if i in after else a.partition('=')[0]+'=…' if i in secret and '=' in a else a
                     for i,a in enumerate(argv))
 
-# %% ../../nbs/core/03_machine.ipynb #fc000032
 def fault_report(
     error:BaseException, # What nobody foresaw
     argv:list, # The command line
@@ -370,7 +368,8 @@ def last_words(
     again:str='nothing more was done', # What can be done after a stop
 )->tuple: # One line, and the exit status
     "What a command says when it could not end well"
-    line = ' '.join(visible(str(error)).split())
+    said = system_words(error) if isinstance(error, OSError) and not isinstance(error, ConnectionError) else str(error)
+    line = ' '.join(visible(said).split())
     if len(line)>2000: line = line[:2000]+'…'
     if isinstance(error, KeyboardInterrupt):
         return line if line not in ('', 'stopped') else f'stopped; {again}',128+getattr(error, 'signal', signal.SIGINT)
@@ -441,3 +440,21 @@ def kept_folder(
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise cannot_write(folder, e) from None
     return folder.resolve()
+
+# %% ../../nbs/core/03_machine.ipynb #0a5c0401
+def versions_text()->str: # One line for each package
+    "The versions of this package and of those below it, read without importing them"
+    from importlib.metadata import PackageNotFoundError, version
+    def line(name):
+        try: return f'{name} {version(name)}'
+        except PackageNotFoundError: return f'{name} not installed'
+    names = 'torch', 'transformers', 'peft', 'accelerate', 'datasets', 'bitsandbytes', 'trl'
+    return '\n'.join([line('sage-finetune'), f'Python {sys.version.split()[0]}', *map(line, names)])
+
+def program_name()->str: # For a shell
+    "This command, as it can be typed again: by its name where a shell finds it, else by its path"
+    from shlex import quote
+    from shutil import which
+    here,found = Path(sys.argv[0]),which('sage-finetune')
+    if here.name!='sage-finetune' or found and Path(found).samefile(here): return 'sage-finetune'
+    return quote(os.path.relpath(here))

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from sage_finetune.core.disk import (
     cannot_write, clear_remains, is_running, manifest_fault, manifest_file, places_note, process_mark, read_json,
-    refuse_foreign, SageError, to_disk, write_json, write_manifest
+    readable_json, refuse_foreign, SageError, to_disk, write_json, write_manifest, write_text
 )
 from .settings import checked, Settings, with_given
 
@@ -293,11 +293,16 @@ def write_meta(
 # %% ../../nbs/core/04_run_folder.ipynb #c0b5e102
 def write_record(
     folder:str|Path, # Run folder of a finished run
+    results:dict|None=None, # What came out, written last: a run that has its results has its record; None: written
 )->Path: # The manifest
     "Write down the checksums of the files that say what a run was and what came out"
     run = RunFolder(folder)
     files = run.meta, run.config, run.data_report, run.metrics, run.results, run.loss_curve
-    return write_manifest(run.path, only=files)
+    if results is None: return write_manifest(run.path, only=files)
+    text = readable_json(results)
+    made = write_manifest(run.path, only=files, more={run.results.name: text})
+    write_text(run.results, text)
+    return made
 
 def record_fault(
     folder:str|Path, # Run folder
@@ -403,7 +408,8 @@ def check_removable(
     run = RunFolder(path)
     if not is_own_run(run.path): raise SageError(f'{path} is not a run folder and is left alone')
     if run.path.is_symlink(): raise SageError(f'{path} is a symbolic link: name the folder it points to')
-    if inside := list_runs(run.path):
+    own = {p.relative_to(run.path).parts[0] for p in written_by_run(run.path)} # half removed, it may look like a run
+    if inside := [r for r in list_runs(run.path) if r.name not in own]:
         raise SageError(f'{path} holds other runs ({", ".join(r.name for r in inside)}) and is left alone')
     refuse_links(run.path)
     refuse_added(run.path)
@@ -423,9 +429,9 @@ def remove_run(
                 freed += _size(p) if p.is_dir() else p.stat().st_size
                 remove_part(p)
             _remove_if_empty(run.checkpoints, run.logs)
-        for p in says: # when the lock is gone, so that whatever happens before is finished by the same command
-            freed += p.stat().st_size if p.is_file() else 0
-            p.unlink(missing_ok=True)
+            for p in says: # last, so that whatever happens before is finished by the same command
+                freed += p.stat().st_size if p.is_file() else 0
+                p.unlink(missing_ok=True)
         _remove_if_empty(run.path)
     except OSError as e:
         why = (e.strerror or str(e)).lower()

@@ -98,16 +98,31 @@ if TYPE_CHECKING:
 else: PathSetting,OptionalPathSetting = str|Path,str|Path|None
 
 # %% ../../nbs/core/02_settings.ipynb #1997a9b4
+_habits = dict(
+    lr='learning_rate', epochs='num_train_epochs', steps='max_steps', model='model_name', dataset='data_path',
+    batch_size='per_device_train_batch_size', grad_accum='gradient_accumulation_steps', rank='r', alpha='lora_alpha',
+    dropout='lora_dropout', max_seq_length='max_length', cutoff_len='max_length', optimizer='optim', data='data_path',
+    scheduler='lr_scheduler_type', output='output_dir', load_in_8bits='load_in_8bit', load_in_4bits='load_in_4bit',
+    lora_r='r', lora_rank='r', lora_target='target_modules', model_name_or_path='model_name', val_size='test_size',
+    bits='load_in_4bit', warmup='warmup_ratio', target_modules='target_modules', lora_alpha='lora_alpha',
+    lora_dropout='lora_dropout', r='r', betas='adam_beta1', epoch='num_train_epochs', clip='max_grad_norm')
+_of_lora = 'r', 'lora_alpha', 'lora_dropout', 'target_modules'
+
+def _meant_by_habit(name, known):
+    "The setting that everybody means by a name, where it is one of `known`, or of the adapter inside"
+    name = _habits.get(str(name).lower().replace('-', '_'))
+    return name if name in known else f'lora.{name}' if name in _of_lora and 'lora' in known else None
+
 def refuse_unknown(
     names:Iterable, # Names that were given
     known:Iterable, # Names that exist
     what:str='setting', # What the names are, for the message
 )->None: # Nothing: every name is known
-    "Refuse the first name that does not exist, and offer the nearest that does"
+    "Refuse the first name that does not exist, and offer the one that is meant by it, or the nearest"
     known = list(known)
     for name in names:
         if name in known: continue
-        near = get_close_matches(str(name), known, n=1)
+        near = [m] if (m := _meant_by_habit(name, known)) else get_close_matches(str(name), known, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
         raise ValueError(f"unknown {what} `{name}`; {hint}")
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
-from ..core.beforehand import check_schedule, stored_as, try_optimizer, try_schedule
+from ..core.beforehand import check_betas, check_schedule, stored_as, try_optimizer, try_schedule
 from ..core.disk import read_json, write_json
 from ..core.machine import division
 from ..config import resolve_model
@@ -401,8 +401,11 @@ def check_settings(
     if config.neftune_noise_alpha and config.packing:
         raise ValueError('`neftune_noise_alpha` and `packing` cannot both be set: '
                          'the noise is scaled by the length of a row, and a packed row is many; set one of them off')
+    check_betas(config)
     warmup = config.warmup_ratio if 'warmup_ratio' in config.given else 0
-    check_schedule(config.lr_scheduler_type, config.lr_scheduler_kwargs, warmup)
+    if warmup and config.warmup_steps:
+        raise ValueError(f'`warmup_ratio={warmup:g}` and `warmup_steps={config.warmup_steps}` exclude each other')
+    check_schedule(config.lr_scheduler_type, config.lr_scheduler_kwargs, warmup or config.warmup_steps or 0)
     if not held_out and config.lr_scheduler_type in ('reduce_lr_on_plateau', 'greedy'):
         raise ValueError(f'`lr_scheduler_type="{config.lr_scheduler_type}"` follows the held-out loss: '
                          f'set `test_size` above 0 or `eval_data_path`')
@@ -439,8 +442,11 @@ def check_run(
     check_stored(config.model_name)
     if device=='cuda': device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if torch.cuda.is_available() else 'cpu'
     try_optimizer(config.optim, device)
-    try_schedule(config.lr_scheduler_type, config.lr_scheduler_kwargs, config.learning_rate, config.warmup_ratio,
-                 config.max_steps if config.max_steps>0 else None)
+    steps = config.max_steps if config.max_steps>0 else None
+    if steps and (config.warmup_steps or 0)>=steps:
+        raise ValueError(f'`warmup_steps={config.warmup_steps}` leaves nothing of `max_steps={steps}`: set it lower')
+    warmup = (config.warmup_steps/steps if steps else 0) if config.warmup_steps else config.warmup_ratio
+    try_schedule(config.lr_scheduler_type, config.lr_scheduler_kwargs, config.learning_rate, warmup, steps)
     check_layers(config)
 
 # %% ../../nbs/model/02_adapter.ipynb #4f4f21c6

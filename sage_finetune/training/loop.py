@@ -6,12 +6,11 @@ Docs: https://sage-finetune.github.io/sage_finetune/training/loop.html.md"""
 
 # %% auto #0
 __all__ = ['stacked_below', 'backend_arguments', 'same_bits', 'training_arguments', 'trackers', 'drop_printers', 'Stopped',
-           'StepGuard', 'StepChecks', 'TokenMetrics', 'disk_error', 'only_top_adapter', 'WholeCheckpoints',
-           'ResumableTrainer', 'CausalLMTrainer', 'out_of_memory', 'free_memory', 'evaluate_held_out',
-           'BeforeFirstStep']
+           'StepGuard', 'StepChecks', 'TokenMetrics', 'only_top_adapter', 'WholeCheckpoints', 'ResumableTrainer',
+           'CausalLMTrainer', 'out_of_memory', 'free_memory', 'evaluate_held_out', 'BeforeFirstStep']
 
 # %% ../../nbs/training/04_loop.ipynb #4a01f0c2
-import errno,gc,math,os,re,signal,time
+import gc,math,os,re,signal,time
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -23,7 +22,7 @@ import sage_finetune.model.loading # before transformers: it quiets bitsandbytes
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..core.cache import parameter_names, StepNotes, write_receipt
-from ..core.disk import cannot_write, read_json, SageError, write_json
+from ..core.disk import cannot_write, disk_error, read_json, SageError, write_json
 from ..core.machine import division, process, processes
 from ..config import TrainingConfig
 from ..rows.tokens import ignored
@@ -41,13 +40,15 @@ from sage_finetune.training.callbacks import (
 # %% ../../nbs/training/04_loop.ipynb #4a01f0d1
 _same_name = ('num_train_epochs', 'max_steps', 'per_device_train_batch_size', 'gradient_accumulation_steps',
               'learning_rate', 'lr_scheduler_type', 'fp16', 'bf16', 'optim', 'logging_steps', 'save_steps', 'seed',
-              'dataloader_num_workers', 'weight_decay', 'max_grad_norm', 'torch_compile', 'lr_scheduler_kwargs')
+              'dataloader_num_workers', 'weight_decay', 'max_grad_norm', 'torch_compile', 'lr_scheduler_kwargs',
+              'adam_beta1', 'adam_beta2', 'adam_epsilon', 'save_strategy')
 
 def _version_arguments(config, known):
     "The arguments whose names depend on the version of transformers"
     warmup = min(config.warmup_ratio, 1-1e-9) # 1.0 would mean one step
     checkpointing = 'activation_checkpointing' if 'activation_checkpointing' in known else 'gradient_checkpointing'
-    return {('warmup_ratio' if 'warmup_ratio' in known else 'warmup_steps'): warmup,
+    name = 'warmup_ratio' if 'warmup_ratio' in known and not config.warmup_steps else 'warmup_steps'
+    return {name: config.warmup_steps or warmup,
             checkpointing: config.gradient_checkpointing, f'{checkpointing}_kwargs': dict(use_reentrant=False)}
 
 def _evaluation_arguments(config, evaluate):
@@ -308,19 +309,6 @@ def _add_figures(trainer, logs):
     logs.update(figures | trainer.skipped.line())
     logs['from_step'] = 1+max((m['step'] for m in trainer.state.log_history if 'loss' in m), default=0)
 
-# %% ../../nbs/training/04_loop.ipynb #4a01f0b1
-_disk_errors = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM
-
-def disk_error(
-    error:BaseException, # What a library that writes has raised
-)->OSError|None: # None where the disk is not the reason
-    "What the disk refused"
-    if isinstance(error, OSError): return error if error.errno in _disk_errors else None
-    number = re.search(r'os error (\d+)', str(error)) # safetensors
-    if number: return OSError(int(number[1]), os.strerror(int(number[1])))
-    if 'PytorchStreamWriter' in str(error) or 'inline_container' in str(error):
-        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
 # %% ../../nbs/training/04_loop.ipynb #4a01f0b3
 def _save_whole(trainer, save):
     "Write a checkpoint with the sums of the logging window, or leave none"
@@ -432,6 +420,7 @@ class ResumableTrainer(StepChecks, SeededOrder, WholeCheckpoints):
         if not self.state.global_step: self.first_logs |= {k: v for k,v in logs.items() if isinstance(v, float)}
         if not math.isfinite(logs.get('grad_norm') or 0): del logs['grad_norm'] # that step was skipped
         if 'loss' in logs: _add_figures(self, logs)
+        logs.pop('train_loss', None) # over the steps of this call, so a run that was resumed would tell another
         super().log(logs, *args, **kwargs)
 
 # %% ../../nbs/training/04_loop.ipynb #4a01f0ba

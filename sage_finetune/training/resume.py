@@ -164,7 +164,8 @@ def check_same_run(
     "Refuse to resume a folder that holds another run, or things that a run would replace"
     refuse_added(folder.path)
     if not folder.config.is_file() or folder.state=='new': return
-    for note in record_notes(folder.path): warnings.warn(note, stacklevel=3)
+    notes = [n for place in (folder.path, folder.lora_weights) for n in record_notes(place)]
+    for note in notes: warnings.warn(note, stacklevel=3)
     before = read_json(folder.config)
     if other := differences(before, record):
         further = (f', there with `init_adapter="{folder.path}"` to go on from the adapter of this run (and '
@@ -241,7 +242,8 @@ def finished_result(
     kind:type, # `TrainingResult`, or a class of its kind
 ): # Of `kind`; None where there is something left to do
     "The result of a run that is finished, with all its files as they were written"
-    if folder.state not in ('trained', 'merged') or record_fault(folder.path): return None
+    if folder.state not in ('trained', 'merged'): return None
+    if any(map(record_fault, (folder.path, folder.lora_weights))): return None
     found = read_json(folder.results) if folder.results.is_file() else {}
     return kind(**{f.name: found[f.name] for f in fields(kind) if f.name in found}) if 'steps' in found else None
 

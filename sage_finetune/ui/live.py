@@ -481,7 +481,8 @@ def _plain_view(live):
     "The same without widgets: one page that is replaced as a whole"
     from IPython.display import HTML
     whole = lambda names=board_panes: None if 'middle' not in names else HTML(
-        ''.join(f(live.board) for f in board_panes.values())+_kept_html(live)+'<small>without ipywidgets there are no buttons: '
+        ''.join(f(live.board) for f in board_panes.values())+_kept_html(live)
+        +'<small>without ipywidgets there are no buttons: '
         'use <code>.pause()</code>, <code>.go_on()</code>, <code>.stop()</code>, <code>.chat(…)</code></small>')
     return whole(),whole
 

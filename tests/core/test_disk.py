@@ -11,7 +11,8 @@ from fastcore.test import expect_fail, test_eq as same
 
 from sage_finetune.core import disk
 from sage_finetune.core.disk import (
-    file_digest, manifest_fault, manifest_file, SageError, whole_folder, write_manifest, write_text
+    discard, disk_error, file_digest, manifest_fault, manifest_file, SageError, system_words, whole_folder,
+    write_manifest, write_text, write_whole
 )
 from sage_finetune.core.run_folder import checkpoint_fault, complete_marker, last_checkpoint, mark_complete
 
@@ -286,3 +287,87 @@ def test_manifests_of_other_forms(tmp_path):
     write_text(scratch/'adapter'/manifest_file, '{"weights": [3, 891568578]}')
     write_text(scratch/'adapter'/'weights', 'abc')
     same(manifest_fault(scratch/'adapter'), None)
+
+
+# What the disk refuses, in whatever words a library says so
+
+refusals = [OSError(errno.ENOSPC, 'No space left on device'), OSError(errno.EFBIG, 'File too large'),
+            OSError(errno.EROFS, 'Read-only file system'), OSError(errno.EDQUOT, 'Disk quota exceeded'),
+            RuntimeError('I/O error: File too large (os error 27)'), RuntimeError('PytorchStreamWriter failed writing'),
+            RuntimeError('basic_ios::clear: iostream error')]
+
+
+@pytest.mark.parametrize('error', refusals, ids=str)
+def test_what_the_disk_refuses_inside_a_folder_names_the_folder_and_the_fix(tmp_path, error):
+    with pytest.raises(SageError, match=f'cannot write {tmp_path/"model"}: .*; [a-z]'):
+        with whole_folder(tmp_path/'model') as new:
+            write_text(new/'config.json', '{}')
+            raise error
+    assert [*tmp_path.iterdir()]==[]
+
+
+@pytest.mark.parametrize('error', [FileNotFoundError('rows.jsonl'), RuntimeError('a shape'), OSError(errno.EIO, 'x'),
+                                   PermissionError(errno.EACCES, 'Permission denied', '/elsewhere/base')], ids=str)
+def test_what_is_not_of_the_disk_keeps_its_words(tmp_path, error):
+    with pytest.raises(type(error)) as raised:
+        with whole_folder(tmp_path/'model'): raise error
+    assert raised.value is error
+
+
+def test_what_may_not_be_written_in_a_folder_is_of_the_disk(tmp_path):
+    with pytest.raises(SageError, match='cannot write .*model: permission denied'):
+        with whole_folder(tmp_path/'model') as new:
+            raise PermissionError(errno.EACCES, 'Permission denied', str(new/'weights'))
+
+
+@pytest.mark.parametrize('error,words', [
+    (PermissionError(errno.EACCES, 'Permission denied', '/data/a'), '/data/a: permission denied; look at'),
+    (OSError(errno.ENOSPC, 'No space left on device'), 'a file: no space left on device; free some space'),
+    (OSError(errno.EISDIR, 'Is a directory', b'/data/b'), '/data/b: is a directory; a folder stands where'),
+    (OSError('its own words'), 'its own words'), (FileNotFoundError('x does not exist'), 'x does not exist')])
+def test_the_words_of_the_system_name_the_file_and_the_fix(error, words): assert system_words(error).startswith(words)
+
+
+def test_a_folder_that_came_meanwhile_stays_or_is_replaced(tmp_path):
+    for stays in (True, False):
+        with whole_folder(tmp_path/'entry', unless=lambda there: stays) as mine:
+            write_text(mine/'a', 'mine')
+            with whole_folder(tmp_path/'entry') as theirs: write_text(theirs/'a', 'theirs')
+        assert (tmp_path/'entry'/'a').read_text()==('theirs' if stays else 'mine')
+    assert [p.name for p in tmp_path.iterdir()]==['entry']
+
+
+@pytest.mark.parametrize('moment', ['exists', 'rename'])
+def test_a_folder_that_another_process_puts_there_in_between_is_no_error(tmp_path, monkeypatch, moment):
+    "Between the look and the rename, at either of them"
+    real,target,times = getattr(disk.Path, moment),tmp_path/'entry', []
+    def between(self, *args):
+        if self==target or moment=='rename' and args and args[0]==target:
+            times.append(1)
+            if len(times)<3:
+                seen = real(self, *args) if moment=='exists' else None
+                shutil.rmtree(target, ignore_errors=True) if target.is_dir() and len(times)==2 else target.mkdir()
+                (target/'other').touch() if target.is_dir() else None
+                if moment=='exists': return seen
+        return real(self, *args)
+    monkeypatch.setattr(disk.Path, moment, between)
+    with whole_folder(target) as new: write_text(new/'a', 'mine')
+    monkeypatch.undo()
+    assert (target/'a').read_text()=='mine' and len(times)>=2
+    assert [p.name for p in tmp_path.iterdir()]==['entry']
+
+
+def test_what_is_discarded_is_gone_at_once_and_leaves_nothing(tmp_path):
+    (tmp_path/'entry'/'deep').mkdir(parents=True)
+    for _ in range(2): discard(tmp_path/'entry') # the second time there is none
+    assert [*tmp_path.iterdir()]==[]
+
+
+def test_a_file_that_is_written_by_others_appears_whole_or_not_at_all(tmp_path):
+    def half(temp):
+        temp.write_bytes(b'ab')
+        raise OSError(errno.ENOSPC, 'No space left on device')
+    write_whole(tmp_path/'f.png', lambda temp: temp.write_bytes(b'old'))
+    with pytest.raises(SageError, match='cannot write .*f.png: no space left'): write_whole(tmp_path/'f.png', half)
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()]==[('f.png', b'old')]
+    assert disk_error(ValueError('x')) is None

@@ -11,8 +11,8 @@ from fastcore.test import test_eq as same
 from sage_finetune.core import disk
 from sage_finetune.core.disk import SageError, write_json, write_manifest, write_text
 from sage_finetune.core.run_folder import (
-    checkpoint_fault, complete_marker, find_run, holder_of, last_checkpoint, mark_complete, only_run, remove_part,
-    remove_run, RunFolder, write_meta
+    checkpoint_fault, complete_marker, find_run, holder_of, last_checkpoint, mark_complete, only_run, record_fault,
+    remove_part, remove_run, RunFolder, write_meta, write_record
 )
 
 HOLD = """
@@ -181,3 +181,49 @@ def test_whatever_happens_to_a_checkpoint_the_one_before_it_is_used(tmp_path):
     for marker in ('', '{"wei', '{}'):
         (run.checkpoints/'checkpoint-1000'/complete_marker).write_text(marker)
         same(last_checkpoint(run.checkpoints).name, 'checkpoint-500')
+
+
+@pytest.mark.parametrize('gone', [['adapter_config.json'], ['adapter_config.json', 'checksums.json'],
+                                  ['a.safetensors']])
+def test_a_folder_that_was_removed_halfway_is_removed_by_the_same_command(tmp_path, gone):
+    "What is left of an adapter may look like a run of its own"
+    run = RunFolder(tmp_path/'run')
+    write_meta(run.path, 'sage-tiny', 'rows.jsonl')
+    for folder in (run.lora_weights, run.merged_model):
+        for name in ('adapter_config.json', 'training_config.json'): write_json(folder/name, dict(r=8))
+        write_text(folder/'a.safetensors', 'x')
+        write_manifest(folder)
+        for name in gone: (folder/name).unlink()
+    remove_run(run.path)
+    assert not run.path.exists()
+
+
+def test_a_run_within_a_run_is_still_told(tmp_path):
+    write_meta(tmp_path/'run', 'sage-tiny', 'rows.jsonl')
+    write_meta(tmp_path/'run'/'other', 'sage-tiny', 'rows.jsonl')
+    with pytest.raises(SageError, match=r'holds other runs \(other\)'): remove_run(tmp_path/'run')
+
+
+@pytest.mark.parametrize('results', [dict(loss=1.5), dict(name='微调'), {}])
+def test_results_are_never_without_their_record(tmp_path, monkeypatch, results):
+    run = RunFolder(tmp_path/'run')
+    write_meta(run.path, 'sage-tiny', 'rows.jsonl')
+    write_record(run.path, results)
+    assert record_fault(run.path) is None
+    run.results.unlink()
+    def killed(*args, **how): raise KeyboardInterrupt
+    monkeypatch.setattr('sage_finetune.core.run_folder.write_manifest', killed)
+    with pytest.raises(KeyboardInterrupt): write_record(run.path, results)
+    assert not run.results.exists()
+
+
+def test_nobody_trains_in_a_folder_while_its_last_files_are_removed(tmp_path, monkeypatch):
+    run,held = RunFolder(tmp_path/'run'),[]
+    write_meta(run.path, 'sage-tiny', 'rows.jsonl')
+    real = type(run.meta).unlink
+    def unlink(path, *args, **how):
+        if path==run.meta: held.append(holder_of(run.path))
+        return real(path, *args, **how)
+    monkeypatch.setattr(type(run.meta), 'unlink', unlink)
+    remove_run(run.path)
+    assert held[0].pid==os.getpid() and not run.path.exists()

@@ -23,7 +23,6 @@ from sage_finetune.rows.formats import create_sample_data, to_messages
 from sage_finetune.rows.tokens import encode
 from sage_finetune.trainer import CausalLMTrainer, LoRATrainer
 
-pytestmark = pytest.mark.usefixtures('no_picture')
 
 small = dict(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2,

@@ -1,13 +1,17 @@
 "Configs that LLaMA-Factory ships as examples, as settings, and what the trainer gets of them; and TRL's"
+import inspect
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
-from sage_finetune.config import SageError
+from sage_finetune.config import LoRAConfig, PreferenceConfig, SageError
+from sage_finetune.core.beforehand import tool_table
 from sage_finetune.data import DataReport, prepare_dataset
 from sage_finetune.model.loading import load_tokenizer
+from sage_finetune.runs import other_data, other_tools
 from sage_finetune.runs.other_tools import config_from_other_tool, translated
 from sage_finetune.runs.tasks import trainer_of
 from sage_finetune.rows.formats import to_messages
@@ -120,18 +124,73 @@ def test_a_file_for_trl_runs_with_its_hyperparameters(folder, tmp_path):
             result.steps)==(2e-3, 4, 'linear', 10, 'adamw_torch_fused', 2)
     assert (run.model.peft_config['default'].r, run.config.train_on)==(4, 'assistant')
 
-def test_every_name_of_trl_has_a_place():
-    "So that a setting of a TRL file is honoured, explained or refused for what it says, and never called unknown"
-    import dataclasses
+def fields_of(*kinds):
+    "Setting → its default, of dataclasses"
+    from dataclasses import fields, MISSING
+    made = lambda f: f.default_factory() if f.default_factory is not MISSING else f.default
+    return {f.name: made(f) for kind in kinds for f in fields(kind)}
+
+
+def scripts_of_trl():
+    "Settings of each script of the installed TRL"
     trl = pytest.importorskip('trl')
-    from transformers import TrainingArguments
-    from sage_finetune.runs import other_tools
-    known = {*other_tools._trl.places, *other_tools._trl.notes, *other_tools._trl.off, 'bf16', 'gradient_checkpointing',
-             'assistant_only_loss', 'completion_only_loss', 'dataset_config', 'dataset_train_split',
-             'dataset_test_split', 'dataset_name', 'eval_strategy', 'eval_steps', 'report_to'}
-    own = ({f.name for c in (trl.SFTConfig, trl.ModelConfig, trl.ScriptArguments) for f in dataclasses.fields(c)}
-           - {f.name for f in dataclasses.fields(TrainingArguments)})
-    assert not own-known
+    from trl.scripts.utils import DatasetMixtureConfig
+    import warnings
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        from trl.experimental.orpo import ORPOConfig
+    own = dict(sft=trl.SFTConfig, dpo=trl.DPOConfig, kto=trl.KTOConfig, orpo=ORPOConfig)
+    return {n: fields_of(trl.ModelConfig, trl.ScriptArguments, DatasetMixtureConfig, kind) for n,kind in own.items()}
+
+
+@pytest.mark.parametrize('script', ['sft', 'dpo', 'kto', 'orpo'])
+def test_every_field_of_trl_has_a_row(script):
+    "Those that it inherits from transformers, too: a field of a new version is noticed here"
+    missing = {*scripts_of_trl()[script]}-{*tool_table(f'trl-{script}').settings}
+    assert not missing, f'give each a row in sage_finetune/tables/trl-{script}.json: {sorted(missing)}'
+
+
+@pytest.mark.parametrize('script', ['sft', 'dpo', 'kto', 'orpo'])
+def test_the_defaults_of_trl_are_those_of_the_installed_version(script):
+    theirs,rows = scripts_of_trl()[script],tool_table(f'trl-{script}').settings
+    ours = {n: row['default'] for n,row in rows.items() if row.get('default') is not None and n in theirs}
+    assert {n: theirs[n] for n in ours}=={n: (v if n!='num_train_epochs' else 3.0) for n,v in ours.items()}
+
+
+@pytest.mark.parametrize('script', ['sft', 'dpo', 'kto', 'orpo'])
+def test_what_trl_takes_by_default_is_never_refused(script):
+    theirs,rows = scripts_of_trl()[script],tool_table(f'trl-{script}').settings
+    asks = {n: theirs[n] for n,row in rows.items() if 'off' in row and n in theirs and theirs[n] not in row['off']}
+    assert asks=={'use_peft': False}
+
+
+def test_a_field_that_is_new_is_noticed():
+    from dataclasses import make_dataclass
+    trl = pytest.importorskip('trl')
+    newer = make_dataclass('Newer', [('unheard_of', int, 1)], bases=(trl.SFTConfig,))
+    assert {*fields_of(newer)}-{*tool_table('trl-sft').settings}=={'unheard_of'}
+
+
+tables = 'trl-sft', 'trl-dpo', 'trl-kto', 'trl-orpo', 'llamafactory', 'llamafactory-v1', 'axolotl', 'unsloth'
+
+
+@pytest.mark.parametrize('name', tables)
+def test_a_row_says_one_thing_in_words(name):
+    "One of: a place here, by a row or by hand; no effect and why; the values that ask for nothing, and why no other"
+    ours = {f.name for f in fields(PreferenceConfig)} | {f'lora.{f.name}' for f in fields(LoRAConfig)}
+    for setting,row in tool_table(name).settings.items():
+        assert {*row}<={'to', 'values', 'hand', 'note', 'off', 'why', 'default', 'kind', 'names'}, setting
+        assert sum(k in row for k in ('to', 'values', 'hand')) + ('off' in row or 'note' in row)*(
+            not {'to', 'values', 'hand'} & {*row})==1, setting
+        assert {row.get('to', 'seed'), *(k for v in row.get('values', {}).values() for k in v)}<=ours, setting
+        assert 'off' not in row or row.get('why') or row.get('note'), setting
+
+
+@pytest.mark.parametrize('name', ['trl-sft', 'trl-dpo', 'trl-kto', 'trl-orpo', 'llamafactory', 'axolotl', 'unsloth'])
+def test_what_is_taken_by_hand_is_looked_at(name):
+    text = inspect.getsource(other_tools)+inspect.getsource(other_data)
+    assert [n for n,row in tool_table(name).settings.items() if 'hand' in row and f"'{n}'" not in text]==[]
+
 
 @pytest.mark.parametrize('given,weights,stopping', [
     (dict(mix_strategy='interleave_under', interleave_probs='0.7,0.3'), [.7, .3], 'first_exhausted'),

@@ -16,7 +16,6 @@ from sage_finetune.rows.formats import create_sample_data, to_messages
 from sage_finetune.rows.tokens import encode
 from sage_finetune.trainer import CausalLMTrainer, LoRATrainer, Stopped
 
-pytestmark = pytest.mark.usefixtures('no_picture')
 
 # words of the answers, so that no two micro-batches learn equally many tokens
 lengths = [1, 19, 3, 7, 12, 2, 5, 16, 9, 4, 11, 6, 1, 14, 8, 3]

@@ -415,7 +415,7 @@ def weigh(folder, data, **more):
 
 @pytest.mark.slow
 def test_bytes_over_the_wires(base, data):
-    how = dict(max_steps=3, test_size=0.0)
+    how = dict(model_name='sage-tiny', max_steps=3, test_size=0.0)
     codes,said = together(base/'crew_wires', weigh, base/'ddp', data, **how)
     assert codes==[0, 0], said
     ddp = read_json(f'{base}/ddp_wires_0')

@@ -174,6 +174,19 @@ def test_a_finished_run_is_not_trained_anew_where_its_checkpoints_are_gone(confi
     assert load_finished(None, config, RunFolder(config.output_dir), said.append) is False
 
 
+@pytest.mark.parametrize('name', ['adapter_model.safetensors', 'adapter_config.json', 'tokenizer.json'])
+def test_a_changed_adapter_is_told_and_written_again_from_the_last_checkpoint(config, name):
+    result = train(config)
+    adapter = config.output_dir/'lora_weights'
+    before = (adapter/'adapter_model.safetensors').read_bytes()
+    data = (adapter/name).read_bytes()
+    (adapter/name).write_bytes(data[:40]+bytes([data[40]^1])+data[41:])
+    with pytest.warns(UserWarning, match=f'lora_weights: its file {name} has changed since it was written'):
+        again = train(config)
+    assert (again.loss_after, again.steps)==(result.loss_after, result.steps)
+    assert (adapter/'adapter_model.safetensors').read_bytes()==before and (adapter/name).read_bytes()==data
+
+
 def test_a_run_whose_results_were_not_written_is_finished_by_the_next_command(config):
     result = train(config)
     (config.output_dir/'results.json').unlink()

@@ -166,7 +166,8 @@ def test_a_kernel_that_dies_leaves_a_page_that_says_what_was_saved(python, tmp_p
     page = kernel.Page(tmp_path, python)
     page.run(setup)
     cell = page.run("live = train_live(Slowly(config('killed')))")
-    saved = lambda: [o['data']['text/plain'] for o in page.outputs[cell] if 'data' in o and kernel.VIEW not in o['data']]
+    saved = lambda: [o['data']['text/plain'] for o in page.outputs[cell]
+                     if 'data' in o and kernel.VIEW not in o['data']]
     page.until(lambda: 'holds checkpoint' in ''.join(saved()), 90, 'what the saved page says')
     shown = page.text(cell)
     assert shown.count('If its kernel is gone')==2 # beside the widgets, and below them in the saved page
