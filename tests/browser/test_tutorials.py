@@ -24,6 +24,8 @@ def tutorial(root, name, copy=''):
     book = nbformat.read(folder/f'{name}.ipynb', 4)
     stored = {i: c.outputs for i,c in enumerate(book.cells) if c.cell_type=='code' and c.outputs}
     for i in stored: book.cells[i].outputs = []
+    imports = next(c for c in book.cells if c.source.startswith('import ')) # each copy keeps its runs for itself
+    imports.source = f"import os,tempfile\nos.environ['SAGE_RUNS'] = tempfile.mkdtemp()\n{imports.source}"
     nbformat.write(book, root/f'{copy}{name}.ipynb')
     return f'{copy}{name}.ipynb',stored
 
