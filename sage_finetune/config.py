@@ -595,7 +595,7 @@ def config_from_meta(
     names = [meta.get('data_file'), meta['dataset']]
     data = _find_sources(names[1], folder) if isinstance(names[1], list) else _find_data(names, folder)
     asked = dict(model_name=meta['model'], data_path=data, output_dir=folder)
-    if form := meta.get('format'): asked['format_type'] = dict(chat='conversation').get(form, form) # of earlier days
+    if form := meta.get('format'): asked['format_type'] = 'conversation' if form=='chat' else form # of earlier days
     settings = _meta_settings(meta.get('config'), folder) | dict(data_path=data)
     try: config = TrainingConfig.from_dict(settings).replace(**asked)
     except ValueError as err: raise ValueError(f"{RunFolder(folder).meta}: {err}") from None

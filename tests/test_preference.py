@@ -355,7 +355,7 @@ def test_examples_of_llama_factory_keep_their_hyperparameters(factory, tmp_path)
     assert (c.method, c.desirable_weight, c.undesirable_weight, c.per_device_train_batch_size,
             c.effective_batch_size) == ('kto', 1.5, 1.0, 2, 8)
     assert [r['desirable'][0] for r in prepare_preferences(c, tok)] == [1, 0]*4
-    for more,says in ((dict(stage='ppo'), "stage='ppo'"), (dict(pref_loss='simpo'), "pref_loss='simpo'"),
+    for more,says in ((dict(stage='ppo'), "stage='ppo'|ranking"), (dict(pref_loss='simpo'), "pref_loss='simpo'"),
                       (dict(dpo_label_smoothing=.1), 'dpo_label_smoothing'), (dict(ref_model='x'), 'ref_model'),
                       (dict(stage='sft', without=('pref_beta', 'pref_loss')), 'ranking')):
         with pytest.raises(SageError, match=says): of_factory(factory, tmp_path, **more)

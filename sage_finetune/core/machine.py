@@ -189,6 +189,7 @@ class Change:
     reason: str # One plain sentence
     by_hand: bool = True # False for a default that nobody asked for
 
+# %% ../../nbs/core/03_machine.ipynb #eb9ba205
 class Changes(Shown, list):
     "What was changed for a machine: a list of `Change` that shows itself"
     def shown(self):
@@ -456,5 +457,6 @@ def program_name()->str: # For a shell
     from shlex import quote
     from shutil import which
     here,found = Path(sys.argv[0]),which('sage-finetune')
-    if here.name!='sage-finetune' or found and Path(found).samefile(here): return 'sage-finetune'
+    by_name = here.name!='sage-finetune' or not here.is_file() or found and Path(found).samefile(here)
+    if by_name: return 'sage-finetune'
     return quote(os.path.relpath(here))

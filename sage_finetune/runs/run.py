@@ -218,7 +218,7 @@ def _facts_of(run):
 def _differing(each):
     "{what: [text for each run]} where they are not all the same"
     names = dict.fromkeys(n for d in each for n in d)
-    found = {n: [d.get(n, '') for d in each] for n in names}
+    found = {n: [str(d.get(n, '')) for d in each] for n in names}
     return {n: v for n,v in found.items() if len(set(v))>1}
 
 # %% ../../nbs/runs/05_run.ipynb #082a90d4

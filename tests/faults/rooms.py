@@ -24,7 +24,7 @@ _preload = ('rich.console rich.table rich.panel rich.progress typer._adapters ty
             'transformers.models.qwen2.tokenization_qwen2 encodings.latin_1 encodings.utf_8_sig PIL.JpegImagePlugin '
             'numpy.ctypeslib accelerate.utils.memory pandas').split()
 _ours = ('trainer merge_chat preference inference.export inference.serve inference.chat_api runs.run runs.verify '
-         'runs.monitor ui.inspect ui.adapter_sizes cli').split()
+         'ui.monitor ui.inspect ui.adapter_sizes cli').split()
 
 
 # The warm process
@@ -250,7 +250,8 @@ def content(path):
         if path.suffix=='.jsonl': return _leaves([json.loads(line) for line in data.splitlines()])
     return {'': data}
 
-_not_compared = '/cached' # a report says whether its rows were prepared before
+# What was measured may be the same in two runs by chance; a report says whether its rows were prepared before
+_not_compared = re.compile(r'(second|runtime|time|memory|matmul|pid|boot)[^/]*$|^/cached$')
 
 def lies_in(folder):
     "{file: {name: value}} of all that is below a folder, but the home of a person and files of TensorBoard"
@@ -263,7 +264,7 @@ def alike(one, two):
     differs = object()
     def same(file, name, value):
         sums = file.endswith(('checksums.json', 'COMPLETE')) # of files that hold times
-        return value if two[file][name]==value and not sums and name!=_not_compared else differs
+        return value if two[file][name]==value and not sums and not _not_compared.search(name) else differs
     return {f: {k: same(f, k, v) for k,v in one[f].items() if k in two[f]} for f in one if f in two},differs
 
 class Wanted:

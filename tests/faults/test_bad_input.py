@@ -179,3 +179,16 @@ def test_what_nobody_should_write_is_refused_in_one_line(family, part, tmp_path,
         except Exception as e:
             files = {p.name: value_words(p.read_bytes()) for p in folder.rglob('*') if p.is_file()}
             raise AssertionError(f'{family}-{part}-{i}: {type(e).__name__}: {e}; {files}') from e
+
+
+@pytest.mark.parametrize('key,value', [('_data', {'a': 1}), ('_versions', {'torch': ['2']}),
+                                       ('_versions', {'peft': {}}), ('_machine', ['cpu'])])
+def test_records_of_another_form_are_compared_as_text_or_refused(tmp_path, key, value):
+    for name in ('one', 'two'):
+        (tmp_path/name).mkdir()
+        for file,content in records.items():
+            worse = content | {key: value} if name=='one' and file=='training_config.json' else content
+            (tmp_path/name/file).write_text(json.dumps(worse))
+        (tmp_path/name/'metrics.jsonl').write_text('{"step": 1, "loss": 2.0}\n')
+    said = in_words(lambda: str(compare(tmp_path/'one', tmp_path/'two')))
+    assert said is None or key in said or 'one' in said

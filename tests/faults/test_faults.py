@@ -26,6 +26,17 @@ def suite(tmp_path_factory):
     made.room.close()
 
 
+def steady(work, *args):
+    "torch's pool of threads may not survive a fork, which says nothing of this package: the point is tried again"
+    for _ in range(4):
+        try: made = work(*args)
+        except AssertionError as e:
+            if 'Invalid thread pool' not in str(e): raise
+            continue
+        if not (isinstance(made, tuple) and 'Invalid thread pool' in str(made[1])): return made
+    raise RuntimeError('no process of four had a pool of threads')
+
+
 few = [(name, mode, share) for name in ('train', 'merge', 'clean', 'export', 'export_adapter')
        for mode,share in (('full', .3), ('half', .6), ('dies', .8), ('denied', .95), ('SIGTERM', .5))]
 few += [('serve', 'denied', 1.), ('compare', 'full', .5), ('inspect', 'dies', .9), ('clean', 'dies', .6)]
@@ -33,10 +44,10 @@ few += [('serve', 'denied', 1.), ('compare', 'full', .5), ('inspect', 'dies', .9
 
 @pytest.mark.parametrize('name,mode,share', few)
 def test_a_fault_is_survived(suite, name, mode, share):
-    suite.usual(name)
+    steady(suite.usual, name)
     n = len(suite.moments[name])
     assert n>1
-    outcome,words = suite.one(name, mode, max(1, round(share*n)))
+    outcome,words = steady(suite.one, name, mode, max(1, round(share*n)))
     assert outcome=='survived', words
 
 
@@ -44,9 +55,9 @@ def test_a_fault_is_survived(suite, name, mode, share):
                                         ('export_export', .8), ('same_damaged_cache', .3)])
 def test_two_at_once_are_survived(suite, name, share):
     for n in faults.pairs[name][1:]:
-        if n in faults.operations: suite.usual(n)
+        if n in faults.operations: steady(suite.usual, n)
     suite.pair_points(name, 1)
-    outcome,words = suite.two(name, max(1, round(share*suite.moments[name])))
+    outcome,words = steady(suite.two, name, max(1, round(share*suite.moments[name])))
     assert outcome=='survived', words
 
 
@@ -56,7 +67,8 @@ def test_what_lies_there_is_told_apart():
     assert wanted.differs({'a': {'x': 1, 'y': 4}}) is None # a time, say
     assert 'a: x differs' in wanted.differs({'a': {'x': 2, 'y': 4}})
     assert 'missing' in wanted.differs({}) and 'not there before' in wanted.differs({**one, 'b': {}})
-    assert alike(one, two)[0]=={'a': {'x': 1, 'y': wanted.any}}
+    files,differs = alike(one, two)
+    assert files=={'a': {'x': 1, 'y': differs}}
 
 
 def _try(log, known, operation, mode, points, one):
