@@ -10,14 +10,15 @@ import sys
 import tempfile
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from transformers import AutoConfig, Qwen2Config
 
-from sage_finetune import LoRAConfig, LoRATrainer, TrainingConfig
-from sage_finetune.config import resolve_model
+from sage_finetune import LoRAConfig, LoRATrainer, PresetConfigs, TrainingConfig
+from sage_finetune.config import precision_of, resolve_model
 from sage_finetune.core.machine import Machine
 from sage_finetune.model.adapter import add_lora, ready_for_quantised_training
 from sage_finetune.model.loading import load_model, model_class, quantisation_of
@@ -26,6 +27,7 @@ from sage_finetune.model.memory import probe_step
 from sage_finetune.rows.formats import sample_rows
 from sage_finetune.training.batches import Collator
 from sage_finetune.training.callbacks import NotFinite, read_metrics
+from sage_finetune.training.loop import CausalLMTrainer
 from sage_finetune.training.packing import prove_packing
 
 DEVICE = Machine.here().device
@@ -163,6 +165,75 @@ def _run(folder, tiny, **more):
         test_size=0.0, report_to='none', lora=dict(r=4)) | more)
     return LoRATrainer(c, quiet=True)
 
+def _long_rows(folder, n=40):
+    "Rows that are longer than any preset takes, so that every row is full"
+    path = Path(folder)/'long.jsonl'
+    answer = 'The lamp turns once in ten seconds. '*1200
+    path.write_text(''.join(json.dumps(dict(question=f'Lamp {i}?', answer=answer))+'\n' for i in range(n)))
+    return path
+
+@contextmanager
+def _capped(size):
+    "While the block runs, this process has no more of the card than `size` bytes; without a card, nothing"
+    if DEVICE!='cuda' or not size: return (yield)
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, size/torch.cuda.get_device_properties(0).total_memory))
+    try: yield
+    finally: torch.cuda.set_per_process_memory_fraction(1.0)
+
+def presets(tiny):
+    "Each preset trains a step of full rows in the memory that it is for, and nothing is made smaller on the way"
+    found,small = {},dict(max_length=48, gradient_accumulation_steps=2) if tiny else {}
+    with tempfile.TemporaryDirectory() as folder:
+        rows,model = _long_rows(folder),large(folder, tiny)
+        for name in ('minimal', 'rtx_3060', 'colab_t4', 'rtx_4090', 'a100'):
+            gb = PresetConfigs.fits_in[name]
+            c = getattr(PresetConfigs, name)(
+                model_name=model, data_path=rows, output_dir=Path(folder)/name, max_steps=1, test_size=0.0,
+                overflow='truncate', cut_answers=True, report_to='none', **small)
+            with _capped((gb-.6)*1e9):
+                run = LoRATrainer(c, quiet=True)
+                result = run.train()
+            found[name] = dict(gb=gb, steps=result.steps, precision=precision_of(run.fitted),
+                               made_smaller=[x.setting for x in run.while_running])
+            del run
+    return all(f['steps']==1 and not f['made_smaller'] for f in found.values()),found
+
+def _peak(): return torch.cuda.max_memory_allocated() if DEVICE=='cuda' else 0
+
+def _no_more_than(rows):
+    "Without a card: a micro-batch of more rows than this runs out of memory"
+    compute = CausalLMTrainer.compute_loss
+    def full(self, model, inputs, *args, **kwargs):
+        if len(inputs['input_ids'])>rows: raise torch.OutOfMemoryError('simulated')
+        return compute(self, model, inputs, *args, **kwargs)
+    return patch.object(CausalLMTrainer, 'compute_loss', full)
+
+def out_of_memory(tiny):
+    "Where 16 rows do not fit and 8 do, the run halves them, and ends as one that had 8 from the start"
+    peaks,losses = {},{}
+    with tempfile.TemporaryDirectory() as folder:
+        rows,model = _long_rows(folder),large(folder, tiny)
+        def trained(name, batch, gather, cap=0):
+            if DEVICE=='cuda': torch.cuda.reset_peak_memory_stats()
+            with _capped(cap):
+                run = _run(folder, tiny, model_name=model, data_path=rows, output_dir=Path(folder)/name, max_steps=3,
+                           per_device_train_batch_size=batch, gradient_accumulation_steps=gather,
+                           load_in_8bit=False, overflow='truncate', cut_answers=True,
+                           max_length=48 if tiny else 512, learning_rate=1e-4, gradient_checkpointing=False)
+                losses[name] = run.train().train_loss
+            peaks[name] = _peak()
+            return run
+        trained('eight', 8, 2)
+        if DEVICE=='cuda': trained('sixteen', 16, 1)
+        with _no_more_than(8) if DEVICE!='cuda' else nullcontext():
+            run = trained('capped', 16, 1, (peaks['eight']+peaks.get('sixteen', 0))/2)
+        used = run.fitted.per_device_train_batch_size
+        del run
+        if DEVICE=='cuda': torch.cuda.empty_cache()
+    off = abs(losses['capped']-losses['eight'])/losses['eight']
+    return used<=8 and off<=1e-2,dict(used=used, off=off, peaks=peaks)
+
 def scaler(tiny):
     "Under fp16 a gradient that is never finite ends the run; without a scaler (on a CPU) too"
     with tempfile.TemporaryDirectory() as folder:
@@ -199,9 +270,24 @@ def resume(tiny):
     off = max((x[k]-y[k]).abs().max().item() for k in x)
     return off==0 if DEVICE=='cpu' else off<=1e-3,dict(difference=off)
 
+def _bare(tiny):
+    "Tokens a second of a loop with nothing around it: full rows of random tokens, the same model and adapter"
+    with tempfile.TemporaryDirectory() as folder:
+        model = adapted(large(folder, tiny), torch.bfloat16, DEVICE)
+        ids = torch.randint(5, 4000, (4, 32 if tiny else 1024), device=DEVICE)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+        for step in range(2 if tiny else 8):
+            if step==1: began = time.perf_counter()
+            with autocast(torch.bfloat16): loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if DEVICE=='cuda': torch.cuda.synchronize()
+    return step*ids.numel()/(time.perf_counter()-began)
+
 def speed(tiny):
-    "Tokens a second of a run, by its settings; reported, not judged"
-    found = {}
+    "Tokens a second of a run, by its settings, and of a bare loop; reported, not judged"
+    found = dict(bare=dict(tokens_per_second=round(_bare(tiny), 1)))
     ways = dict(padded={}, packed=dict(packing=True), four_packed=dict(packing=True, load_in_4bit=True),
                 eight_packed=dict(packing=True, load_in_8bit=True))
     for name,how in ways.items():
@@ -214,7 +300,8 @@ def speed(tiny):
             found[name] = {k: lines[-1].get(k) for k in keys}
     return all(f['tokens_per_second'] for f in found.values()),found
 
-CHECKS = dict(exact=exact, head=head, packing=packing, memory=memory, scaler=scaler, resume=resume, speed=speed)
+CHECKS = dict(exact=exact, head=head, packing=packing, memory=memory, presets=presets, out_of_memory=out_of_memory,
+              scaler=scaler, resume=resume, speed=speed)
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])

@@ -9,7 +9,8 @@ import pytest
 SCRIPT = Path(__file__).parents[2]/'benchmarks'/'gpu_check.py'
 
 @pytest.mark.slow
-@pytest.mark.parametrize('check', ['exact', 'head', 'packing', 'memory', 'scaler', 'resume', 'speed'])
+@pytest.mark.parametrize('check', ['exact', 'head', 'packing', 'memory', 'presets', 'out_of_memory', 'scaler',
+                                   'resume', 'speed'])
 def test_each_check_runs(check):
     done = subprocess.run([sys.executable, '-W', 'ignore', str(SCRIPT), '--tiny', '--only', check],
                           capture_output=True, text=True, timeout=500)
