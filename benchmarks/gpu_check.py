@@ -21,7 +21,7 @@ from sage_finetune import LoRAConfig, LoRATrainer, PresetConfigs, TrainingConfig
 from sage_finetune.config import precision_of, resolve_model
 from sage_finetune.core.machine import Machine
 from sage_finetune.model.adapter import add_lora, ready_for_quantised_training
-from sage_finetune.model.loading import load_model, model_class, quantisation_of
+from sage_finetune.base.loading import load_model, model_class, quantisation_of
 from sage_finetune.model.loss import FrozenHead, LogitTransform, loss_sum
 from sage_finetune.model.memory import probe_step
 from sage_finetune.rows.formats import sample_rows

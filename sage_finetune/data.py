@@ -390,7 +390,7 @@ def _kept_or_prepared(source, where, tokenizer, settings, report, strict, cache)
 def _check_tokenizer(tokenizer):
     if isinstance(tokenizer, (str, Path)):
         raise ValueError(f'`tokenizer` must be a tokenizer, got the name {str(tokenizer)!r}: '
-                         f'load it with `sage_finetune.model.loading.load_tokenizer`')
+                         f'load it with `sage_finetune.base.loading.load_tokenizer`')
     if not getattr(tokenizer, 'is_fast', False):
         raise ValueError(f'`tokenizer` must be a fast one: {type(tokenizer).__name__} cannot say which '
                          f'characters a token has')

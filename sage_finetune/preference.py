@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from .model.loading import load_tokenizer # before transformers: it quiets bitsandbytes
+from .base.loading import load_tokenizer # before transformers: it quiets bitsandbytes
 from transformers import TrainingArguments
 
 from .core.disk import SageError

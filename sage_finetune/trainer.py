@@ -12,7 +12,7 @@ __all__ = ['RunState', 'LoopParts', 'LoRATrainer', 'train_from_meta', 'main', 'C
 import shutil,signal,sys,time
 from contextlib import nullcontext, suppress
 
-from .model.loading import dtype_of, load_model, put_aside_notes, quantisation_of, tokenizer_for # first
+from .base.loading import dtype_of, load_model, put_aside_notes, quantisation_of, tokenizer_for # first
 from peft import PeftModel
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -25,7 +25,7 @@ from .config import config_from_meta, PreferenceConfig, TrainingConfig
 from .rows.images import processor_of
 from .rows.report import DataReport
 from .model.adapter import adapter_line, add_lora, BestAdapter, check_run, ready_for_quantised_training
-from .model.shards import base_digest
+from .base.shards import base_digest
 from .model.memory import estimate_memory, probe_step
 from .training.batches import check_fit, check_rows, Collator, longest_batch, padding_of
 from .training.split import check_data_path, read_data

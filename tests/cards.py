@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from sage_finetune import trainer
 from sage_finetune.core.machine import Machine
-from sage_finetune.model import attention
+from sage_finetune.base import attention
 
 def card(name, gb, bf16=True, taken=0.6): # `taken`: what the driver and the desktop hold
     return Machine('cuda', name, memory=int(gb*1e9), free=int((gb-taken)*1e9), bf16=bf16, cores=8, ram=32*10**9)

@@ -15,7 +15,7 @@ from sage_finetune.core.machine import Machine
 from sage_finetune.core.settings import DataSource, Settings
 from sage_finetune.data import save_rows
 from sage_finetune.model.adapter import add_lora, check_run
-from sage_finetune.model.loading import dtype_of, load_model, load_tokenizer, quantisation_of
+from sage_finetune.base.loading import dtype_of, load_model, load_tokenizer, quantisation_of
 from sage_finetune.rows.report import DataReport
 from sage_finetune.rows.sources import read_rows
 from sage_finetune.training.callbacks import Checkpoints

@@ -19,7 +19,7 @@ from sage_finetune.config import LoRAConfig, PreferenceConfig, SageError, Traini
 from sage_finetune.data import DataReport, read_rows, save_rows
 from sage_finetune.core.run_folder import RunFolder
 from sage_finetune.inference.generate import answers, load_plain
-from sage_finetune.model.loading import load_tokenizer
+from sage_finetune.base.loading import load_tokenizer
 from sage_finetune.merge_chat import merge_run
 from sage_finetune.preference import (
     PreferenceMixin, PreferenceTrainer, prepare_preferences, require_trl, split_by_prompt, trainer_for

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Notebooks whose lessons need more than the package brings: the extra of settings.ini that has it
 EXTRAS = {
-    '04_preference': 'trl', 'rows/04_images': 'vision', 'model/08_tiny_vision': 'vision',
+    '04_preference': 'trl', 'rows/04_images': 'vision', 'base/03_tiny_vision': 'vision',
     'inference/04_request': 'serve', 'inference/05_chat_api': 'serve', 'inference/07_serve': 'serve',
     'runs/02_code_facts': 'code', 'runs/03_codebase': 'code',
 }

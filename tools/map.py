@@ -12,7 +12,8 @@ SECTIONS = {
     'core': 'files that appear whole, what shows itself, checked settings, the machine, the run folder with lock '
     'and checkpoints',
     'rows': 'rows of any file and format, as conversations, as text by the chat template, as token ids',
-    'model': 'loading, the adapter, the loss, packed attention, memory, weights on disk',
+    'base': 'the model before it is adapted: packed attention, loading, weights on disk, a small vision model',
+    'model': 'the adapter, the loss, what is kept of both, memory',
     'training': 'batches and padding, the held-out split, the loop (loss, optimizer, out of memory), resuming, '
     'several processes',
     'inference': 'answers token by token, the exam, the proved merge, serving, export',

@@ -74,7 +74,7 @@ def _ask(folder, written, base):
 def _check_adapter(source, base=None):
     "Refuse an adapter that does not answer as the trained model did; what could not be compared is said"
     from sage_finetune.model.contract import check_contract, read_witness
-    from sage_finetune.model.shards import local_folder, stored_tensors
+    from sage_finetune.base.shards import local_folder, stored_tensors
     where = base_place(source.folder, base if base and Path(str(base)).expanduser().is_dir() else None)
     notes,place = check_contract(source.folder, base=where),local_folder(where)
     if read_witness(source.folder):
@@ -321,7 +321,7 @@ def model_card(
 # %% ../../nbs/inference/08_export.ipynb #1eea41ef
 def _check_weights(source):
     "Refuse weights that are cut short"
-    from sage_finetune.model.shards import read_header, stored_tensors
+    from sage_finetune.base.shards import read_header, stored_tensors
     if source.kind=='adapter': read_header(source.folder/'adapter_model.safetensors')
     else: stored_tensors(source.folder)
 
@@ -458,7 +458,7 @@ def export_gguf(
 )->Path: # The folder, with `NAME.gguf`, `Modelfile` and `README.md`
     "Write a model for llama.cpp and Ollama"
     from sage_finetune.model.contract import check_contract
-    from sage_finetune.model.loading import load_tokenizer
+    from sage_finetune.base.loading import load_tokenizer
     refuse_unknown([outtype], _gguf_types, 'outtype')
     source,command = _find_source(name),_gguf_converter(llama_cpp)
     check_contract(source.folder)

@@ -27,12 +27,12 @@ from ..rows.formats import to_messages
 from ..rows.images import image_inputs
 from ..rows.template import images_of
 from ..rows.tokens import encode_prompt
-from sage_finetune.model.loading import (
+from sage_finetune.base.loading import (
     dtype_of, embedding_rows, generate_settings, load_model, load_tokenizer, put_aside_notes, quantisation_of,
     quiet_libraries
 )
 from ..model.adapter import ready_for_quantised_training
-from ..model.shards import bare_name, base_of, local_folder, read_header, stored_tensors
+from ..base.shards import bare_name, base_of, local_folder, read_header, stored_tensors
 from ..model.contract import check_contract, check_witness, contract_file, stop_ids
 
 # %% ../../nbs/inference/00_generate.ipynb #97042e74

@@ -20,8 +20,8 @@ import torch
 
 from ..core.disk import read_json, SageError, write_json
 from ..config import base_place
-from ..model.loading import dtype_of, empty_model, load_model, quiet_libraries
-from ..model.shards import local_folder, stored_tensors, write_model
+from ..base.loading import dtype_of, empty_model, load_model, quiet_libraries
+from ..base.shards import local_folder, stored_tensors, write_model
 from .generate import adapter_tensors, bare_name, put_adapter, trained_settings
 
 # %% ../../nbs/inference/02_merge_weights.ipynb #d62af462

@@ -27,8 +27,8 @@ from ..rows.images import image_inputs
 from ..rows.template import images_of
 from ..rows.tokens import encode, encode_prompt
 from ..data import conversations, source_of
-from ..model.loading import dtype_of, load_model, model_class, put_aside_notes, quiet_libraries
-from sage_finetune.model.shards import (
+from ..base.loading import dtype_of, load_model, model_class, put_aside_notes, quiet_libraries
+from sage_finetune.base.shards import (
     fetched_folder, local_folder, logits_together, model_without_weights, read_as_needed, stored_tensors
 )
 from sage_finetune.model.contract import (
@@ -308,7 +308,7 @@ def _generation_settings(plan, *folders):
 
 def _checked_form(plan, ignore):
     "Notes, and the tokenizer that all adapters were trained with"
-    from sage_finetune.model.loading import load_tokenizer
+    from sage_finetune.base.loading import load_tokenizer
     tokenizer = load_tokenizer(str(plan.first) if (plan.first/'tokenizer_config.json').is_file() else plan.base)
     folders = [path for path,_ in plan.adapters.values()]
     return [*map(_stopped, filter(stopped_at, folders)),

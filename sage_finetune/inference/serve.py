@@ -82,7 +82,7 @@ def vllm_limits(
     config,file = read_json(Path(folder)/'adapter_config.json'),Path(folder)/'adapter_model.safetensors'
     names = ()
     if file.is_file():
-        from sage_finetune.model.shards import read_header
+        from sage_finetune.base.shards import read_header
         names = read_header(file)
     rank = max([config.get('r') or 8, *(config.get('rank_pattern') or {}).values()])
     return rank,[*_vllm_unfit(config, rank, names)]
@@ -188,7 +188,7 @@ def choose_engine(
 def _check_served(served, ignore_contract=False):
     "Refuse weights that are cut short and a model that would be used in another form; notes for the log"
     from sage_finetune.model.contract import check_contract
-    from sage_finetune.model.shards import read_header, stored_tensors
+    from sage_finetune.base.shards import read_header, stored_tensors
     if served.base: read_header(served.folder/'adapter_model.safetensors')
     else: stored_tensors(served.folder)
     return check_contract(served.folder, base=served.base, ignore=ignore_contract)
@@ -267,7 +267,7 @@ def _other_engine(served, order):
     from types import SimpleNamespace
     from huggingface_hub import constants
     from transformers import GenerationConfig
-    from sage_finetune.model.loading import put_aside
+    from sage_finetune.base.loading import put_aside
     from sage_finetune.core.machine import Machine
     Path(constants.HF_HUB_CACHE).mkdir(parents=True, exist_ok=True) # without it, /v1/models fails
     device = Machine.here().device

@@ -296,7 +296,7 @@ def _model_config(name):
 
 def _trl_eos(given, out):
     "The token that ends a turn is the one of the template"
-    from sage_finetune.model.loading import load_tokenizer
+    from sage_finetune.base.loading import load_tokenizer
     if not (token := _take(given, out, 'eos_token', None)): return
     turns,tokenizer = [dict(role='assistant', content='!')],load_tokenizer(out.settings['model_name'])
     text = tokenizer.apply_chat_template([dict(role='user', content='?'), *turns], tokenize=False)

@@ -120,7 +120,7 @@ def _callback(listener):
 @contextmanager
 def _as_before():
     "Random state and environment of the process are the same afterwards"
-    import sage_finetune.model.loading # noqa: F401  before transformers: it quiets bitsandbytes
+    import sage_finetune.base.loading # noqa: F401  before transformers: it quiets bitsandbytes
     from sage_finetune.training.callbacks import random_state, set_random_state
     state,env = random_state(),dict(os.environ)
     try: yield

@@ -44,7 +44,7 @@ def _config_of(run):
 # %% ../../nbs/runs/05_run.ipynb #a66c2980
 def _lines(path):
     "The logged numbers of a run, or one line that says why they cannot be read"
-    import sage_finetune.model.loading # before transformers: it quiets bitsandbytes
+    import sage_finetune.base.loading # before transformers: it quiets bitsandbytes
     from sage_finetune.training.callbacks import read_metrics # imports torch
     try:
         with open(path, 'rb') as f: begins = f.readline().strip(b'\0 \r\n')[:1]
@@ -82,7 +82,7 @@ def _report_of(run):
 
 def _prepare(run):
     "Training and held-out examples, prepared again by the trainer of the run; no weights are loaded"
-    from sage_finetune.model.loading import load_tokenizer
+    from sage_finetune.base.loading import load_tokenizer
     from sage_finetune.preference import trainer_for
     trainer = trainer_for(run.config, quiet=True)
     trainer.tokenizer = load_tokenizer(run.config.model_name)
@@ -411,7 +411,7 @@ def repeat_run(
     quiet:bool=True, # Say nothing and show no progress
 )->Repeat: # Whether it is the same
     "Train what a run was trained with, in another folder, and compare the adapters"
-    from sage_finetune.model.loading import load_tokenizer
+    from sage_finetune.base.loading import load_tokenizer
     from sage_finetune.preference import trainer_for
     run,output = run if isinstance(run, Run) else Run(run),Path(output_dir).expanduser()
     why = _can_repeat(run, output, anyway)

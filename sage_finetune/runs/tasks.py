@@ -294,7 +294,7 @@ def new_run(
     return run,notes
 
 def _check_model(name):
-    from sage_finetune.model.loading import check_model # imports torch, so only when everything else is in order
+    from sage_finetune.base.loading import check_model # imports torch, so only when everything else is in order
     check_model(name)
 
 # %% ../../nbs/runs/04_tasks.ipynb #bd4c3aa0

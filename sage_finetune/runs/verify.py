@@ -89,7 +89,7 @@ def _is_compared(name):
 
 def _logged(folder, start, end):
     "Numbers of the log after one step, up to another"
-    import sage_finetune.model.loading # noqa: F401  before transformers: it quiets bitsandbytes
+    import sage_finetune.base.loading # noqa: F401  before transformers: it quiets bitsandbytes
     from sage_finetune.training.callbacks import read_metrics # imports torch
     return {f"{k} at step {m['step']}": v for m in read_metrics(folder.metrics) if start<m['step']<=end
             for k,v in m.items() if _is_compared(k)}
@@ -135,7 +135,7 @@ def evidence(
 def _as_it_was_trained(run):
     "Threads as in the run while the block runs; threads, random state and environment are put back afterwards"
     import torch
-    import sage_finetune.model.loading # noqa: F401  before transformers: it quiets bitsandbytes
+    import sage_finetune.base.loading # noqa: F401  before transformers: it quiets bitsandbytes
     from sage_finetune.training.callbacks import random_state, set_random_state
     threads,state,env = torch.get_num_threads(),random_state(),dict(os.environ)
     then = run.record.get('_threads')

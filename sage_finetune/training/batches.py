@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from ..core.display import Table
 from ..rows.images import image_inputs, images_of_row
 from ..rows.tokens import ignored
-from ..model.loading import embedding_rows, limits_of, model_limits
+from ..base.loading import embedding_rows, limits_of, model_limits
 
 # %% ../../nbs/training/00_batches.ipynb #2f808620
 def flat_chunks(

@@ -17,7 +17,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-import sage_finetune.model.loading # before transformers: it quiets bitsandbytes
+import sage_finetune.base.loading # before transformers: it quiets bitsandbytes
 from transformers import TrainerCallback
 
 from ..core.disk import read_json, SageError, write_text

@@ -22,7 +22,7 @@ from ..data import sources_of
 from .split import prepared_and_split
 from .batches import example_lengths
 from .loop import stacked_below
-from ..model.loading import quiet_libraries # before peft: it quiets bitsandbytes
+from ..base.loading import quiet_libraries # before peft: it quiets bitsandbytes
 from ..model.adapter import low_rank, scaling_of, start_file
 from ..model.contract import check_contract
 

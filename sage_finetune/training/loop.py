@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-import sage_finetune.model.loading # before transformers: it quiets bitsandbytes
+import sage_finetune.base.loading # before transformers: it quiets bitsandbytes
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..core.cache import parameter_names, StepNotes, write_receipt

@@ -18,7 +18,7 @@ from ..core.disk import cannot_write
 from ..core.display import Shown, Table
 from ..core.machine import division, process
 from ..rows.tokens import ignored
-from ..model.attention import documents, use_documents
+from ..base.attention import documents, use_documents
 from .batches import Collator
 
 # %% ../../nbs/training/08_packing.ipynb #8c7893b3

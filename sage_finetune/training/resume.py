@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-import sage_finetune.model.loading # before transformers: it quiets bitsandbytes
+import sage_finetune.base.loading # before transformers: it quiets bitsandbytes
 from peft import PeftModel
 from transformers import TrainerState
 

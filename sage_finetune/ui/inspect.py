@@ -476,7 +476,7 @@ def _tokenizer_for(model, notes):
     if model is None:
         notes.append(f'no model was named, so the tokens are those of {embedded_model}; another model has others')
     if model is not None and not isinstance(model, (str, os.PathLike)): return model
-    from sage_finetune.model.loading import load_tokenizer # imports torch
+    from sage_finetune.base.loading import load_tokenizer # imports torch
     return load_tokenizer(str(model or embedded_model))
 
 _defaults = dict(model=None, max_length=1024, packing=False)

@@ -16,7 +16,7 @@ from queue import Queue
 import torch
 
 from ..core.display import Clickable, Panel, show_widgets, Table, visible
-from ..model.shards import BaseSwitch, moves_base
+from ..base.shards import BaseSwitch, moves_base
 from ..inference.generate import stream_answer
 from ..runs.run import Run
 from .token_losses import check_base

@@ -20,7 +20,7 @@ from sage_finetune.inference.request import ChatRequest
 from sage_finetune.inference.serve import Served, transformers_command, vllm_command
 from sage_finetune.model.adapter import add_lora
 from sage_finetune.model.contract import stop_ids
-from sage_finetune.model.loading import (drawing_settings, ending_settings, generate_settings, load_model,
+from sage_finetune.base.loading import (drawing_settings, ending_settings, generate_settings, load_model,
                                          load_tokenizer, put_aside, put_aside_notes)
 from sage_finetune.training.resume import save_run
 

@@ -9,7 +9,7 @@ from sage_finetune.core.disk import SageError
 from sage_finetune.inference.generate import base_of, load_adapter, load_plain, put_adapter
 from sage_finetune.inference.merging import merge_adapters
 from sage_finetune.inference.serve import vllm_limits
-from sage_finetune.model.loading import load_model, load_tokenizer
+from sage_finetune.base.loading import load_model, load_tokenizer
 
 ids = torch.arange(2, 60)[None]
 pairs = dict(r=2, target_modules=['q_proj'], task_type='CAUSAL_LM')

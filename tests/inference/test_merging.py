@@ -22,7 +22,7 @@ from sage_finetune.core.disk import write_json, write_manifest
 from sage_finetune.config import read_json, SageError, TrainingConfig
 from sage_finetune.model.contract import read_witness, save_contract, save_witness, witness_file
 from sage_finetune.inference.generate import load_adapter, load_for_chat, load_plain
-from sage_finetune.model.loading import load_model, load_tokenizer, quantisation_of
+from sage_finetune.base.loading import load_model, load_tokenizer, quantisation_of
 from sage_finetune.inference.merging import merge_adapters
 
 small = dict(vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,

@@ -12,7 +12,7 @@ from sage_finetune.inference.generate import load_adapter, load_for_chat, load_p
 from sage_finetune.merge_chat import merge_run
 from sage_finetune.model.contract import (answered, read_witness, witness_bound, witness_bounds, witness_difference,
                                           witness_of, witness_rows)
-from sage_finetune.model.loading import load_tokenizer
+from sage_finetune.base.loading import load_tokenizer
 from sage_finetune.rows.formats import create_sample_data
 from sage_finetune.trainer import LoRATrainer
 

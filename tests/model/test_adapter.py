@@ -16,7 +16,7 @@ from sage_finetune.model.adapter import (
 from sage_finetune.training.callbacks import read_metrics
 from sage_finetune.config import LoRAConfig, read_json, TrainingConfig
 from sage_finetune.core.run_folder import complete_marker
-from sage_finetune.model.loading import load_model, quantisation_of
+from sage_finetune.base.loading import load_model, quantisation_of
 from sage_finetune.model.loss import mean_loss
 from sage_finetune.merge_chat import logits_of, merge_run
 from sage_finetune.rows.formats import create_sample_data, to_messages

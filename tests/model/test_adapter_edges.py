@@ -10,7 +10,7 @@ from sage_finetune.config import LoRAConfig, TrainingConfig
 from sage_finetune.model.adapter import (
     _targets, add_lora, best_evaluation, BestAdapter, check_settings, load_best_adapter, lora_plus
 )
-from sage_finetune.model.loading import load_model
+from sage_finetune.base.loading import load_model
 
 
 @pytest.fixture(scope='module')

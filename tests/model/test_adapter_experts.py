@@ -8,7 +8,7 @@ from sage_finetune.config import LoRAConfig, TrainingConfig
 from sage_finetune.inference.generate import load_adapter, load_plain
 from sage_finetune.merge_chat import merge_run
 from sage_finetune.model.adapter import adapter_line, add_lora, check_run
-from sage_finetune.model.loading import empty_model, load_tokenizer
+from sage_finetune.base.loading import empty_model, load_tokenizer
 from sage_finetune.rows.formats import create_sample_data
 from sage_finetune.trainer import LoRATrainer
 

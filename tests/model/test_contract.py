@@ -15,8 +15,8 @@ from sage_finetune.inference.generate import base_of, load_adapter
 from sage_finetune.model.adapter import add_lora, ready_for_quantised_training
 from sage_finetune.model.contract import (answered, check_contract, read_witness, save_witness, witness_difference,
                                           witness_file, witness_rows)
-from sage_finetune.model.loading import load_model, load_tokenizer, quantisation_of
-from sage_finetune.model.shards import base_digest, base_files
+from sage_finetune.base.loading import load_model, load_tokenizer, quantisation_of
+from sage_finetune.base.shards import base_digest, base_files
 from sage_finetune.training.resume import save_run
 
 small = dict(vocab_size=4096, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,

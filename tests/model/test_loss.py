@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from quick import forked
 from sage_finetune.model import loss as rooms
 from sage_finetune.model.adapter import linear_names, ready_for_quantised_training
-from sage_finetune.model.loading import load_model
+from sage_finetune.base.loading import load_model
 from sage_finetune.model.loss import head_loss, head_rows, LogitTransform, loss_sum, mean_loss
 
 small = dict(vocab_size=331, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,

@@ -178,7 +178,7 @@ def test_live_bytes_of_views_and_copies():
 
 def tiny_model(**settings):
     from sage_finetune.model.adapter import add_lora
-    from sage_finetune.model.loading import load_model
+    from sage_finetune.base.loading import load_model
     return add_lora(load_model(two_layers), LoRAConfig(**settings))
 
 def batch_of(rows, tokens): return dict(input_ids=torch.full((rows, tokens), 7), labels=torch.full((rows, tokens), 7))

@@ -16,10 +16,11 @@ from cards import CARDS, T4
 from quick import two_layers
 from sage_finetune.config import fit_config, LoRAConfig, precision_of, PresetConfigs, TrainingConfig
 from sage_finetune.core.machine import Machine, model_parameters, step_room
-from sage_finetune.model import attention, loss
+from sage_finetune.base import attention
+from sage_finetune.model import loss
 from sage_finetune.model.adapter import add_lora, ready_for_quantised_training
-from sage_finetune.model.attention import documents, repeat_heads, shares_heads, use_documents
-from sage_finetune.model.loading import load_model
+from sage_finetune.base.attention import documents, repeat_heads, shares_heads, use_documents
+from sage_finetune.base.loading import load_model
 from sage_finetune.model.loss import loss_sum
 from sage_finetune.model.memory import estimate_memory
 from sage_finetune.training.packing import check_packing, prove_packing
@@ -171,7 +172,7 @@ def test_what_needs_no_repetition_is_left_alone():
     assert not on_card(eager, (7, 5))
 
 def test_only_the_language_part_of_a_vision_model_repeats(tmp_path):
-    from sage_finetune.model.tiny_vision import tiny_vision_model
+    from sage_finetune.base.tiny_vision import tiny_vision_model
     model = load_model(str(tiny_vision_model(tmp_path/'vision')))
     text = model.config.get_text_config()
     grouped = text.num_key_value_heads!=text.num_attention_heads

@@ -10,7 +10,7 @@ import yaml
 from sage_finetune.config import LoRAConfig, PreferenceConfig, SageError
 from sage_finetune.core.beforehand import tool_table
 from sage_finetune.data import DataReport, prepare_dataset
-from sage_finetune.model.loading import load_tokenizer
+from sage_finetune.base.loading import load_tokenizer
 from sage_finetune.runs import other_data, other_tools
 from sage_finetune.runs.other_tools import config_from_other_tool, translated
 from sage_finetune.runs.tasks import trainer_of

@@ -12,7 +12,7 @@ from sage_finetune.core.beforehand import tool_table
 from sage_finetune.core.disk import SageError
 from sage_finetune.core.machine import Machine
 from sage_finetune.inference.merging import MergeReport
-from sage_finetune.model.loading import load_tokenizer
+from sage_finetune.base.loading import load_tokenizer
 from sage_finetune.rows.tokens import encode
 from sage_finetune.runs.other_tools import translated
 

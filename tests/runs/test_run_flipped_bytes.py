@@ -22,7 +22,7 @@ from sage_finetune.inference.export import export_folder
 from sage_finetune.inference.generate import load_for_chat
 from sage_finetune.inference.merging import merge_run
 from sage_finetune.inference.serve import _check_served, what_to_serve
-from sage_finetune.model.loading import load_tokenizer
+from sage_finetune.base.loading import load_tokenizer
 from sage_finetune.rows.formats import create_sample_data
 from sage_finetune.runs.run import Run
 from sage_finetune.runs.tasks import trainer_of

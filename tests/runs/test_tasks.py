@@ -13,7 +13,7 @@ from sage_finetune.core.disk import read_json, SageError, write_json
 from sage_finetune.core.run_folder import find_run, list_runs, record_fault, RunFolder, write_meta
 from sage_finetune.inference.generate import load_adapter, load_for_chat
 from sage_finetune.inference.merging import merge_run
-from sage_finetune.model.shards import local_folder
+from sage_finetune.base.shards import local_folder
 from sage_finetune.runs.run import Run
 from sage_finetune.runs.tasks import config_of, config_of_run, trainer_of
 from sage_finetune.trainer import LoRATrainer

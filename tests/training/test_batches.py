@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sage_finetune.config import LoRAConfig, PreferenceConfig, resolve_model, SageError, TrainingConfig
 from sage_finetune.inference.generate import answers
-from sage_finetune.model.loading import limits_of, load_model, model_limits
+from sage_finetune.base.loading import limits_of, load_model, model_limits
 from sage_finetune.preference import PreferenceTrainer
 from sage_finetune.rows.sources import save_rows
 from sage_finetune.training.batches import check_fit, pad_token_id, padding_of

@@ -114,7 +114,7 @@ def test_another_adapter_below_is_another_run(first, tmp_path):
 
 def test_an_adapter_of_another_base_is_refused(first, tmp_path):
     folder,_ = first
-    from sage_finetune.model.loading import load_model, load_tokenizer
+    from sage_finetune.base.loading import load_model, load_tokenizer
     model = load_model(two_layers)
     with torch.no_grad(): model.model.embed_tokens.weight.add_(.01)
     model.save_pretrained(tmp_path/'base')

@@ -90,7 +90,7 @@ def test_packed_or_not_gives_the_same_loss_gradient_and_adapter(tmp_path):
 
 
 def test_by_document_or_with_a_mask_a_packed_row_gives_the_same(tmp_path, monkeypatch):
-    from sage_finetune.model import attention
+    from sage_finetune.base import attention
     from sage_finetune.training import packing
     calls,by_document = [],attention._by_document
     def counted(*args):

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from sage_finetune.training.batches import Collator
 from sage_finetune.training.packing import best_fit, check_packing, pack_dataset, packing_leak, PackingReport
 from sage_finetune.config import SageError
-from sage_finetune.model.loading import load_model
+from sage_finetune.base.loading import load_model
 
 small = dict(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2,

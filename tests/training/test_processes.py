@@ -217,7 +217,7 @@ def test_in_every_order(name, how, base, data):
 @pytest.mark.slow
 def test_rows_with_and_without_pictures(base):
     image = pytest.importorskip('PIL.Image')
-    from sage_finetune.model.tiny_vision import tiny_vision_model
+    from sage_finetune.base.tiny_vision import tiny_vision_model
     tiny_vision_model(base/'sees')
     for c in ('red', 'blue'): image.new('RGB', (28, 28), c).save(base/f'{c}.png')
     seen = (lambda c,i: dict(messages=[dict(role='user', content=[dict(type='image', image=f'{c}.png'), dict(
@@ -307,7 +307,7 @@ def test_fsdp2(base, data, one, divided):
     assert near(one, divided)<=1e-5
     seen_once(base/'fsdp_note', 2)
     from peft import PeftModel
-    from sage_finetune.model.loading import load_model
+    from sage_finetune.base.loading import load_model
     PeftModel.from_pretrained(load_model(two_layers), RunFolder(divided).lora_weights)
     assert read_json(RunFolder(divided).config)['_division']=='FSDP'
     with pytest.raises(SageError, match='what divides the model among processes: FSDP → None'): alone(divided, data)

@@ -29,7 +29,7 @@ from sage_finetune.core.run_folder import write_meta
 from sage_finetune.ui.inspect import (
     inspect_data, Inspection, pieces_of, plot_lengths, show_row, show_rows, text_histogram, token_lengths
 )
-from sage_finetune.model.loading import load_tokenizer
+from sage_finetune.base.loading import load_tokenizer
 
 
 @pytest.fixture(scope='module')

@@ -2,7 +2,7 @@
 from fastcore.test import expect_fail
 
 from sage_finetune.core.disk import SageError
-from sage_finetune.model.loading import load_model, load_tokenizer, quiet_libraries
+from sage_finetune.base.loading import load_model, load_tokenizer, quiet_libraries
 
 
 def test_folders_that_are_no_whole_model(tmp_path):

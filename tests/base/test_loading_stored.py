@@ -12,7 +12,7 @@ from sage_finetune.core.machine import Machine
 from sage_finetune.core.run_folder import RunFolder
 from sage_finetune.inference.generate import load_adapter, load_for_chat
 from sage_finetune.merge_chat import merge_run
-from sage_finetune.model.loading import check_stored, load_model, load_tokenizer, quantisation_of
+from sage_finetune.base.loading import check_stored, load_model, load_tokenizer, quantisation_of
 from sage_finetune.rows.formats import create_sample_data
 from sage_finetune.trainer import LoRATrainer
 

@@ -13,8 +13,8 @@ from sage_finetune.inference.exam import compare_answers, examine
 from sage_finetune.inference.generate import answers, base_of, load_adapter, load_plain, put_adapter
 from sage_finetune.merge_chat import speaker
 from sage_finetune.model.adapter import add_lora, load_lora_init, save_lora_init, ready_for_quantised_training
-from sage_finetune.model.loading import load_model, load_tokenizer, quantisation_of, quiet_libraries
-from sage_finetune.model.shards import BaseSwitch, moves_base
+from sage_finetune.base.loading import load_model, load_tokenizer, quantisation_of, quiet_libraries
+from sage_finetune.base.shards import BaseSwitch, moves_base
 from sage_finetune.training.incremental import begin_with_parent
 from sage_finetune.training.resume import save_run
 from sage_finetune.ui.talk import at_strength, side_by_side

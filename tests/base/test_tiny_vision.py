@@ -13,7 +13,7 @@ from sage_finetune.training.batches import Collator
 from sage_finetune.config import LoRAConfig, PresetConfigs, read_json, resolve_model, SageError
 from sage_finetune.data import DataReport, prepare_dataset
 from sage_finetune.inference.generate import answers, load_for_chat
-from sage_finetune.model.loading import load_model, load_tokenizer, quiet_libraries
+from sage_finetune.base.loading import load_model, load_tokenizer, quiet_libraries
 from sage_finetune.model.loss import loss_sum
 from sage_finetune.model.memory import estimate_memory
 from sage_finetune.inference.merging import merge_run
@@ -22,7 +22,7 @@ from sage_finetune.rows.formats import question
 from sage_finetune.training.split import split_dataset
 from sage_finetune.rows.tokens import encode
 from sage_finetune.trainer import data_digest, LoRATrainer
-from sage_finetune.model.tiny_vision import tiny_vision_model
+from sage_finetune.base.tiny_vision import tiny_vision_model
 
 chat = ("{{% for m in messages %}}{{{{ '<|im_start|>' + m['role'] + '\n' }}}}{{% if m['content'] is string %}}{{{{ "
         "m['content'] }}}}{{% else %}}{{% for c in m['content'] %}}"
@@ -43,7 +43,7 @@ def words(*tokens, **named):
 def qwen2_vl():
     "Images of any size, patches in one flat list, positions in three dimensions, a processor that also knows videos"
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil, Qwen2VLProcessor
-    from sage_finetune.model.loading import _without_videos
+    from sage_finetune.base.loading import _without_videos
     t = words('<|vision_start|>', '<|image_pad|>', '<|vision_end|>', '<|video_pad|>')
     ids = dict(image_token_id='<|image_pad|>', video_token_id='<|video_pad|>',
                vision_start_token_id='<|vision_start|>', vision_end_token_id='<|vision_end|>')
