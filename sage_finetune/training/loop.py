@@ -122,6 +122,8 @@ def training_arguments(
     return args
 
 # %% ../../nbs/training/04_loop.ipynb #8e01f0f2
+_left_open = [] # How to end the run of a tracker that a stopped run has left
+
 def _tensorboard(config):
     "TensorBoard's callback, writing where `config` says"
     from torch.utils.tensorboard import SummaryWriter
@@ -155,8 +157,6 @@ def drop_printers(
     for callback in (PrinterCallback, ProgressCallback): trainer.remove_callback(callback)
 
 # %% ../../nbs/training/04_loop.ipynb #8e01f0f3
-_left_open = [] # How to end the run of a tracker that a stopped run has left
-
 def _wandb(config):
     "The callback of Weights & Biases, which ends its run with ours"
     import wandb
