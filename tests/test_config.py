@@ -315,7 +315,7 @@ def test_wandb_missing_is_an_error_only_when_asked_for():
     with pytest.raises(ValueError, match="report_to='wandb'.*leave wandb out"):
         fit_config(TrainingConfig(report_to='wandb'), Machine(wandb=False))
     several = TrainingConfig(report_to=['tensorboard', 'trackio', 'mlflow'])
-    with pytest.raises(ValueError, match=r'pip install "sage-finetune\[trackio,mlflow\]", or leave trackio, mlflow out'):
+    with pytest.raises(ValueError, match=r'finetune\[trackio,mlflow\]", or leave trackio, mlflow out'):
         fit_config(several, Machine(trackio=False, mlflow=False))
     assert fit_config(several, Machine(tensorboard=False))[0].report_to==['trackio', 'mlflow']
 
