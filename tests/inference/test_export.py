@@ -16,9 +16,10 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sage_finetune.base.ollama import ollama_template
 from sage_finetune.config import LoRAConfig, resolve_model, SageError, TrainingConfig
 from sage_finetune.inference.export import (
-    export_files, export_folder, export_gguf, gguf_report, ollama_template, push_to_hub)
+    export_files, export_folder, export_gguf, gguf_report, push_to_hub)
 from sage_finetune.core.run_folder import write_meta
 from sage_finetune.inference.generate import load_for_chat
 from sage_finetune.merge_chat import merge_run

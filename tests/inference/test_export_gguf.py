@@ -48,7 +48,8 @@ def test_llama_cpp_answers_as_the_merged_model(run, tmp_path, kind):
 
 def test_a_file_of_another_model_is_refused(run, tmp_path, monkeypatch):
     monkeypatch.setattr(export, '_gguf_bound', -1.0)
-    with pytest.raises(SageError, match='answers otherwise than the merged model'): export_gguf(run, tmp_path/'a', 'f32')
+    with pytest.raises(SageError, match='answers otherwise than the merged model'):
+        export_gguf(run, tmp_path/'a', 'f32')
     assert not (tmp_path/'a').exists()
     monkeypatch.undo()
     found = export.ask_llama_cpp
