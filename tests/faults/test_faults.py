@@ -91,7 +91,8 @@ def _try(log, known, operation, mode, points, one):
 def test_every_fault_is_survived(suite, name, mode):
     log = faults.log_file()
     points = suite.points(name, mode, most if name!='quickstart' else max(1, most//2))
-    assert _try(log, faults.tried(log, faults.code()), name, mode, points, lambda at: steady(suite.one, name, mode, at))==[]
+    one = lambda at: steady(suite.one, name, mode, at)
+    assert _try(log, faults.tried(log, faults.code()), name, mode, points, one)==[]
 
 
 @pytest.mark.slow
@@ -101,4 +102,5 @@ def test_every_two_at_once_are_survived(suite, name):
     for n in faults.pairs[name][1:]:
         if n in faults.operations: suite.usual(n)
     points = [(name, at) for at in suite.pair_points(name, 3*most)]
-    assert _try(log, faults.tried(log, faults.code()), name, 'two at once', points, lambda at: steady(suite.two, name, at))==[]
+    both = lambda at: steady(suite.two, name, at)
+    assert _try(log, faults.tried(log, faults.code()), name, 'two at once', points, both)==[]
