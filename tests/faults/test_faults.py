@@ -15,7 +15,7 @@ from rooms import alike, Wanted
 
 pytestmark = pytest.mark.skipif(forked is None, reason='needs processes as POSIX has them')
 
-wished = os.environ.get('SAGE_FAULTS', '2')
+wished = os.environ.get('SAGE_FAULTS', '5')
 most = 10**9 if wished=='every' else int(wished)
 
 
