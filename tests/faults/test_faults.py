@@ -72,6 +72,11 @@ def test_what_lies_there_is_told_apart():
     one = {f: {'/0/memory': 5, '/0/loss': 5, '/model/vocab/time': 5} for f in ('metrics.jsonl', 'tokenizer.json')}
     files,differs = alike(one, one) # what is measured may be equal by chance; a word of that name is no measure
     assert files==one | {'metrics.jsonl': one['metrics.jsonl'] | {'/0/memory': differs}}
+    kept = {f'run/checkpoints/checkpoint-{n}/weights': {'': n} for n in (2, 4)}
+    stopped = {f'run/checkpoints/checkpoint-{n}/weights': {'': n} for n in (3, 4)}
+    wanted = Wanted(kept, kept) # of two checkpoints that are kept, that of the stop may be one
+    assert wanted.differs(stopped) is None and 'checkpoint-2/weights is missing' in wanted.differs(
+        {f: v for f,v in kept.items() if '-4' in f})
 
 
 def _try(log, known, operation, mode, points, one):
