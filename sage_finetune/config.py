@@ -24,8 +24,8 @@ from sage_finetune.core.settings import (
     Settings, SharesSetting, with_given
 )
 from sage_finetune.core.beforehand import (
-    check_optimizer, check_schedule, fit_stored, is_of_bitsandbytes, OptionsSetting, same_steps, stored_as,
-    take_by_table, tool_table, unknown_to_table
+    are_trackers, check_optimizer, check_schedule, fit_stored, is_of_bitsandbytes, known_trackers, OptionsSetting,
+    same_steps, stored_as, take_by_table, tool_table, tracker_names, unknown_to_table
 )
 from sage_finetune.core.machine import (
     Change, Changes, division, fit_bits, Machine, show_changes # show_changes: handed on
@@ -75,6 +75,8 @@ _above_zero = 'above 0', lambda v: v>0
 _share = 'between 0 and 1', lambda v: 0<=v<=1
 _below_one = 'at least 0 and below 1', lambda v: 0<=v<1
 
+_reports = f'{_one_of(*known_trackers, "none")[0]}, or a list that names each once'
+
 _training_rules = dict(
     max_length=_at_least(8),
     num_train_epochs=_above_zero,
@@ -90,7 +92,7 @@ _training_rules = dict(
     logging_steps=_at_least(1),
     save_steps=_at_least(1),
     save_total_limit=_at_least(1),
-    report_to=_one_of('tensorboard', 'wandb', 'none'),
+    report_to=(_reports, are_trackers),
     seed=('between 0 and 4294967295', lambda v: 0<=v<2**32),
     dataloader_num_workers=_at_least(0),
     test_size=_below_one,
@@ -133,7 +135,7 @@ class TrainingConfig(Settings):
     logging_steps: int = 10 # Optimizer steps between two lines in the log
     save_steps: int = 500 # Optimizer steps between two checkpoints
     save_total_limit: int|None = 2 # Checkpoints to keep; None keeps all
-    report_to: str = "tensorboard" # "tensorboard", "wandb" or "none"
+    report_to: str|list = "tensorboard" # "tensorboard", "wandb", "trackio", "mlflow", a list of several, or "none"
     lora: LoRAConfig = field(default_factory=LoRAConfig) # The adapter
     seed: int = 42 # Seed of shuffling, dropout and the initialisation of A
     dataloader_num_workers: int = 0 # Processes that prepare batches
@@ -505,13 +507,16 @@ def _fit_checkpointing(config, machine):
                      "it buys GPU memory with a third more compute; there is no GPU here")
 
 def _fit_report(config, machine):
-    tool = config.report_to
-    if tool=='none' or getattr(machine, tool): return
-    extra = 'sage-finetune[wandb]' if tool=='wandb' else tool
-    if tool=='wandb' and 'report_to' in config.given:
-        raise ValueError(f'`report_to="wandb"` needs a missing package: pip install "{extra}", or set it to "none"')
-    yield Change('report_to', tool, 'none',
-                 f'{tool} is not installed (pip install "{extra}"); metrics.jsonl is written all the same')
+    names = tracker_names(config.report_to)
+    missing = [n for n in names if not getattr(machine, n)]
+    if not missing: return
+    install = f'pip install "sage-finetune[{",".join(missing)}]"'
+    if missing!=['tensorboard'] and 'report_to' in config.given:
+        raise ValueError(f'`report_to={config.report_to!r}` needs what is not installed: {install}, or leave '
+                         f'{", ".join(missing)} out')
+    left = [n for n in names if n not in missing]
+    yield Change('report_to', config.report_to, left or 'none',
+                 f'{", ".join(missing)} is not installed ({install}); metrics.jsonl is written all the same')
 
 # %% ../nbs/00_config.ipynb #17570747
 def _fit_bits(config, machine): return fit_bits(config, machine, resolve_model(config.model_name))
