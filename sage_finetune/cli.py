@@ -125,7 +125,7 @@ def _run_names():
     return [r.name for r in list_runs()]
 
 _task_help = 'code, qa, instruction, chat or custom'
-_model = Option('--model', '-m', help='Hub name, folder of a model, or sage-tiny')
+_model = Option('--model', '-m', help='Hub name, folder, GGUF file, sage-tiny or smollm2-135m')
 Model = Annotated[str, _model]
 RunName = Annotated[str, Argument(autocompletion=_run_names, help='Name or folder of a run')]
 Runs = Annotated[Optional[str], Option('--dir', '-d', help='Folder of the runs (default: ~/.sage/finetune_output)')]
@@ -239,8 +239,8 @@ def _short(folder):
 def inspect(
     data: Annotated[list[str], Argument(metavar='DATA...', help='Files, folders, patterns, data sets on the Hub, or a '
                                         'run: its folder or name')],
-    model: Annotated[Optional[str], Option('--model', help='Model whose tokenizer is used: Hub name, folder or '
-                                           'sage-tiny (default: that of the run, else sage-tiny)')] = None,
+    model: Annotated[Optional[str], Option('--model', help='Model whose tokenizer is used, as for start '
+                                           '(default: that of the run, else sage-tiny)')] = None,
     max_length: Annotated[Optional[int], Option('--max-length', metavar='N', help='Maximum number of tokens in an '
                                                 'example (default: that of the run, else 1024)')] = None,
     format: Format = None, split: Split = None, subset: Subset = None, revision: Revision = None,

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from .codebase import held_out_rows, read_codebase, sample_facts, train_rows
 from ..core.disk import read_json, SageError, write_json
+from ..core.cache import small_model
 from sage_finetune.core.settings import (
     checked, data_sources, DataPathSetting, is_mixture, refuse_unknown, Settings, source_words
 )
@@ -216,7 +217,7 @@ def _absolute(data):
 
 def _meta(run, task, model, file, format_type, settings, data):
     "Content of the meta file"
-    model = str(Path(model).resolve()) if model!=embedded_model and Path(model).is_dir() else model
+    model = str(Path(model).resolve()) if model not in (embedded_model, small_model) and Path(model).exists() else model
     several = isinstance(file, list)
     rows = [s.to_dict() for s in file] if several else str(file or f'training_data_{task}.json')
     meta = dict(task_type=task, model=model, framework='native', format=format_type, dataset=rows, config=settings,

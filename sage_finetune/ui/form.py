@@ -78,7 +78,7 @@ class _Field:
     hint:str='' # Shown in an empty field
 
 _form_fields = (
-    _Field('model_name', 'model', hint='hub name, folder or sage-tiny'),
+    _Field('model_name', 'model', hint='hub name, folder, GGUF file, sage-tiny or smollm2-135m'),
     _Field('data_path', 'data', hint='file, folder or data set; several with commas'),
     _Field('data_weights', 'shares', hint='of several sources, such as 3, 1'),
     _Field('output_dir', 'run folder'),
@@ -296,7 +296,7 @@ class ConfigForm(Shown):
 
 # %% ../../nbs/ui/03_form.ipynb #d0fb9c05
 def choose_config(
-    model:str|None=None, # Hub name, folder of a model, or "sage-tiny"
+    model:str|None=None, # Hub name, folder, GGUF file, "sage-tiny" or "smollm2-135m"
     data=None, # File, folder or data set with the rows
     preset:str|None=None, # Name of a preset; None takes the one that suits the machine
     machine:Machine|None=None, # What it is to run on; this machine if None
