@@ -300,15 +300,16 @@ def start(
     max_steps: MaxSteps = None, batch_size: BatchSize = None, rank: Rank = None,
 ):
     "Set up a run, asking for what is missing, and train it"
-    from sage_finetune.runs.tasks import new_run, start_settings
+    from sage_finetune.runs.tasks import advice_for, new_run, rows_of_task, start_settings
     task,model,data,output = _answers(task, model, _one_or_several(data), output, auto)
     by_hand = _by_hand(set, lr, epochs, max_steps, batch_size, rank)
-    settings = start_settings(model, preset, data_split=split, data_subset=subset, data_revision=revision,
-                              train_on=train_on, overflow=overflow, columns=_pairs(columns),
-                              stack_adapter=stack or None, replay_share=replay, init_adapter=init_adapter,
-                              data_weights=_shares(data_weights), data_stopping=data_stopping, **by_hand)
+    given = dict(data_split=split, data_subset=subset, data_revision=revision, train_on=train_on, overflow=overflow,
+                 columns=_pairs(columns), stack_adapter=stack or None, replay_share=replay, init_adapter=init_adapter,
+                 data_weights=_shares(data_weights), data_stopping=data_stopping, **by_hand)
+    given,rows = {k: v for k,v in given.items() if v is not None},rows_of_task(task, data)
+    settings = start_settings(model, preset, rows, **given)
     run,notes = new_run(task, model, data, output, format, settings, fresh=fresh)
-    echo('\n'.join([*notes, f'Written: {run.meta}']))
+    echo('\n'.join([*notes, '', str(advice_for(model, rows, given)), '', f'Written: {run.meta}']))
     _train(run.path, fresh)
 
 # %% ../nbs/05_cli.ipynb #8cb00b4e
