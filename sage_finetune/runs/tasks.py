@@ -475,6 +475,8 @@ class QuickstartResult(Shown):
     examples: list # Three of {prompt, expected, base, tuned}
     questions: int # In the exam
     seconds: float # Everything together
+    general: dict|None = None # Of general questions: how many, loss and right of base, tuned and merged
+    memory: int|None = None # Bytes of main memory at most; None where the system does not say
 
     def shown(self): return _quickstart_panel(self)
 
@@ -485,7 +487,7 @@ def _quickstart_panel(r):
         Table(['question', 'base', 'tuned'], [[e['prompt'], e['base'][:160], e['tuned']] for e in r.examples]),
         f"Merged model against base and adapter: largest logit difference {r.merge['difference']:.1e}, "
         f"divergence {r.merge['divergence']:.1e} nats a token (bound {r.merge['bound']:g}).",
-        f'{r.source}. {r.seconds:.0f} s in all.'])
+        f'{r.source}. {r.seconds:.0f} s in all' + (f', {r.memory/2**30:.1f} GiB of memory.' if r.memory else '.')])
 
 # %% ../../nbs/runs/04_tasks.ipynb #c5041347
 def _figures_table(r):
@@ -496,9 +498,12 @@ def _figures_table(r):
     if r.loss_before:
         lower = f'{1-r.loss_after/r.loss_before:.1%} lower'
         rows.insert(0, ['held-out loss', f'{r.loss_before:.3f}', f'{r.loss_after:.3f} ({lower})', ''])
+    if g := r.general:
+        rows += [['general questions right', *g['right']], ['loss on their answers', *(f'{x:.3f}' for x in g['loss'])]]
     return Table(['', 'base', 'tuned', 'merged'], rows,
                  note=f'{r.questions} questions, none of them trained on. Correct: the expected answer word for word, '
-                      f'ended by itself.')
+                      f'ended by itself.' + (f" {g['questions']} general questions, the same for every run: what was forgotten."
+                                                  if g else ''))
 
 # %% ../../nbs/runs/04_tasks.ipynb #35b9722e
 def _exam_rows(run, trainer, n=200):
@@ -545,6 +550,7 @@ def quickstart(
 )->QuickstartResult: # Every figure, measured
     "Data, training, exam, merge and exam again, in one run folder; one that was finished is read back"
     from sage_finetune.trainer import LoRATrainer
+    from sage_finetune.training.callbacks import peak_memory
     from sage_finetune.training.resume import finished_result, TrainingResult
     began = time.monotonic()
     rows = rows_of_task(task, data, max_facts)
@@ -557,7 +563,7 @@ def quickstart(
     if before and run.state=='merged' and stored.is_file(): return QuickstartResult(**read_json(stored))
     source = notes[0] if notes else source_words(trainer.config.data_path)
     done = QuickstartResult(str(run.path), source, result.loss_before, result.loss_after,
-                            **_examined(run, trainer), seconds=time.monotonic()-began)
+                            **_examined(run, trainer), seconds=time.monotonic()-began, memory=peak_memory(trainer.machine.device))
     write_json(stored, asdict(done))
     return done
 
@@ -565,23 +571,28 @@ def quickstart(
 def _examined(run, trainer):
     "Exam of base, tuned and merged model, with the merge in between"
     from sage_finetune.inference.generate import base_of, load_plain
-    from sage_finetune.inference.exam import examine
+    from sage_finetune.inference.exam import examine, examine_general
     from sage_finetune.inference.merging import merge_run
     rows,model,tokenizer = _exam_rows(run, trainer), trainer.model.eval(), trainer.tokenizer
     if not rows:
         raise SageError(f'no held-out row of {source_words(trainer.config.data_path)} is a question with an answer; '
                         f'the adapter is in {run.lora_weights}')
     trainer.say(f'Examining with {len(rows)} questions that were not trained on')
-    tuned = examine(model, tokenizer, rows)
-    with base_of(model): base = examine(model, tokenizer, rows)
+    knows = trainer.config.model_name!=embedded_model # which never knew what could be forgotten
+    def asked(*both): return examine(*both, rows),examine_general(*both) if knows else None
+    tuned,general = asked(model, tokenizer)
+    with base_of(model): base,before = asked(model, tokenizer)
     del model
     trainer.model = trainer.trainer = None # the merge loads its own; one copy of the weights is enough
     merge = merge_run(run.path)
     trainer.say(merge)
-    merged = examine(*load_plain(run.merged_model), rows)
+    merged,last = asked(*load_plain(run.merged_model))
+    three = (before, general, last)
     return dict(share_before=base.share, share_after=tuned.share, share_merged=merged.share,
                 stopped_after=tuned.stopped, stopped_merged=merged.stopped,
-                merge=asdict(merge), examples=_examples(rows, base, tuned), questions=len(rows))
+                merge=asdict(merge), examples=_examples(rows, base, tuned), questions=len(rows),
+                general=knows and dict(questions=len(before.right), loss=[g.loss for g in three],
+                                       right=[sum(g.right) for g in three]) or None)
 
 def _examples(rows, base, tuned, n=3):
     "A few questions, of different kinds where there are some, with what was expected and what was said"
