@@ -23,6 +23,7 @@ from sage_finetune.core.settings import (
     check_shares, checked, config_table, DataPathSetting, DataSource, OptionalPathSetting, PathSetting, refuse_unknown,
     Settings, SharesSetting, with_given
 )
+from .core.cache import model_in_file, plain_model
 from sage_finetune.core.beforehand import (
     are_trackers, check_optimizer, check_schedule, fit_stored, is_of_bitsandbytes, known_trackers, OptionsSetting,
     same_steps, stored_as, take_by_table, tool_table, tracker_names, unknown_to_table
@@ -116,7 +117,7 @@ _training_rules = dict(
 @dataclass
 class TrainingConfig(Settings):
     "Every setting of one fine-tuning run"
-    model_name: str = "Qwen/Qwen2.5-Coder-1.5B-Instruct" # Hub name, folder, or "sage-tiny" for the embedded model
+    model_name: str = "Qwen/Qwen2.5-Coder-1.5B-Instruct" # Hub name, folder, GGUF file, "sage-tiny" or "smollm2-135m"
     load_in_8bit: bool = True # Hold the frozen weights in 8 bits
     load_in_4bit: bool = False # Hold the frozen weights in 4 bits
     data_path: DataPathSetting = None # Training rows: a path, or a list of several sources, each with its own columns
@@ -420,17 +421,23 @@ def show_presets(
 embedded_model = 'sage-tiny'
 
 def resolve_model(
-    name:str, # Hub name, folder, or "sage-tiny"
+    name:str, # Hub name, folder, GGUF file, "sage-tiny" or "smollm2-135m"
 )->str: # What `from_pretrained` takes
-    "The folder of the embedded model for its name; any other name as it is"
+    "The folder of the embedded model for its name, that of plain weights for a GGUF file; any other name as it is"
     name = checked('name', name, str)
-    if name!=embedded_model:
-        folder = Path(name).expanduser() if name.startswith('~') else None
-        return str(folder) if folder and folder.is_dir() else name
-    package = find_spec('sage_finetune').submodule_search_locations[0]
-    return str(Path(package)/'models'/embedded_model)
+    if name==embedded_model:
+        package = find_spec('sage_finetune').submodule_search_locations[0]
+        return str(Path(package)/'models'/embedded_model)
+    if file := model_in_file(name): return str(plain_model(file))
+    folder = Path(name).expanduser() if name.startswith('~') else None
+    return str(folder) if folder and folder.is_dir() else name
 
 # %% ../nbs/00_config.ipynb #5a0e0021
+def _is_here(name):
+    "Whether a model is on this machine, as a folder or a file"
+    try: return bool(name) and Path(resolve_model(name)).is_dir()
+    except SageError: return False
+
 def base_place(
     folder:str|Path, # Of an adapter
     base:str|None=None, # Where it is now, if known
@@ -439,8 +446,7 @@ def base_place(
     if base: return str(base)
     asked,said = ((read_json(file) if (file := Path(folder)/name).is_file() else {}).get(key) for name,key in
                   (('training_config.json', 'model_name'), ('adapter_config.json', 'base_model_name_or_path')))
-    here = lambda name: bool(name) and Path(resolve_model(name)).is_dir()
-    return asked if asked and (here(asked) or not here(said)) else said or asked
+    return asked if asked and (_is_here(asked) or not _is_here(said)) else said or asked
 
 # %% ../nbs/00_config.ipynb #5e6731ff
 def _fit_precision(config, machine):
