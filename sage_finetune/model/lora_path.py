@@ -273,14 +273,14 @@ class LoraPath:
     group_difference:float = 0. # The largest of a group's outputs and gradients, relative to the norm
     model_difference:float = 0. # The same of the model's loss and gradients
     kept:dict = field(default_factory=dict) # Reason → layers that keep peft's path
+    allowed:float = 0. # What a group may differ by
 
     def __str__(self):
-        n = sum(map(len, self.groups))
-        own = ', '.join(f'{why} ({k})' if self.groups else why for why,k in self.kept.items())
-        if not self.groups: return f"adapters: peft's path ({own})"
-        return (f'adapters: {n} layers in {len(self.groups)} products ({", ".join(self.names)}), proved here against '
-                f"peft's path: a layer differs by {self.group_difference:.0e}, the model by "
-                f'{self.model_difference:.0e}{f"; peft{chr(39)}s path: {own}" if own else ""}')
+        if not self.groups: return f"adapters: peft's path ({', '.join(self.kept)})"
+        own = ', '.join(f'{n} {why}' for why,n in self.kept.items())
+        return (f'adapters: {sum(map(len, self.groups))} layers in {len(self.groups)} products '
+                f'({", ".join(self.names)}), proved on this model to give the numbers of peft within {self.allowed:.0e}'
+                + (f'; by peft itself: {own}' if own else ''))
 
 # %% ../../nbs/model/01_lora_path.ipynb #a3093946
 def _kinds(model, groups):
@@ -311,5 +311,5 @@ def prove_lora_path(
         good = [group for (group,_),e in zip(found, errors) if e<=allowed]
         if n := len(layers)-sum(kept.values())-sum(map(len, good)): kept['no proof'] = n
         whole = _model_difference(model, good, ids, autocast)
-    if not whole<=min(.3, allowed*len(good)**.5): return LoraPath(kept={f'the model differs by {whole:.0e}': len(layers)})
-    return LoraPath(good, _kinds(model, good), max((e for e in errors if e<=allowed), default=0.), whole, kept)
+    if not whole<=min(.3, allowed*len(good)**.5): good,kept = [],{f'the model would differ by {whole:.0e}': len(layers)}
+    return LoraPath(good, _kinds(model, good), max((e for e in errors if e<=allowed), default=0.), whole, kept, allowed)
