@@ -104,9 +104,9 @@ def test_other_adapters_too(lora):
     model = made(**lora)
     path = proved(model)
     assert path.kept=={} and path.group_difference<1e-6
-    theirs,ours = loss_and_gradients(model)[0],None
+    theirs = loss_and_gradients(model)[0]
     with lora_path(path.groups): ours = loss_and_gradients(model)[0]
-    assert largest(ours, theirs)<1e-6
+    assert largest(ours, theirs)<path.allowed*len(path.groups)**.5<3e-6
 
 
 def test_x_is_kept_once_and_nothing_that_can_be_computed_again():
