@@ -126,7 +126,7 @@ def _run_names():
     return [r.name for r in list_runs()]
 
 _task_help = 'code, qa, instruction, chat or custom'
-_model = Option('--model', '-m', help='Hub name, folder of a model, or sage-tiny')
+_model = Option('--model', '-m', help='Hub name, folder, GGUF file, sage-tiny or smollm2-135m')
 Model = Annotated[str, _model]
 RunName = Annotated[str, Argument(autocompletion=_run_names, help='Name or folder of a run')]
 Runs = Annotated[Optional[str], Option('--dir', '-d', help='Folder of the runs (default: ~/.sage/finetune_output)')]
@@ -240,8 +240,8 @@ def _short(folder):
 def inspect(
     data: Annotated[list[str], Argument(metavar='DATA...', help='Files, folders, patterns, data sets on the Hub, or a '
                                         'run: its folder or name')],
-    model: Annotated[Optional[str], Option('--model', help='Model whose tokenizer is used: Hub name, folder or '
-                                           'sage-tiny (default: that of the run, else sage-tiny)')] = None,
+    model: Annotated[Optional[str], Option('--model', help='Model whose tokenizer is used, as for start '
+                                           '(default: that of the run, else sage-tiny)')] = None,
     max_length: Annotated[Optional[int], Option('--max-length', metavar='N', help='Maximum number of tokens in an '
                                                 'example (default: that of the run, else 1024)')] = None,
     format: Format = None, split: Split = None, subset: Subset = None, revision: Revision = None,
@@ -301,15 +301,16 @@ def start(
     max_steps: MaxSteps = None, batch_size: BatchSize = None, rank: Rank = None,
 ):
     "Set up a run, asking for what is missing, and train it"
-    from sage_finetune.runs.tasks import new_run, start_settings
+    from sage_finetune.runs.tasks import advice_for, new_run, rows_of_task, start_settings
     task,model,data,output = _answers(task, model, _one_or_several(data), output, auto)
     by_hand = _by_hand(set, lr, epochs, max_steps, batch_size, rank)
-    settings = start_settings(model, preset, data_split=split, data_subset=subset, data_revision=revision,
-                              train_on=train_on, overflow=overflow, columns=_pairs(columns),
-                              stack_adapter=stack or None, replay_share=replay, init_adapter=init_adapter,
-                              data_weights=_shares(data_weights), data_stopping=data_stopping, **by_hand)
+    given = dict(data_split=split, data_subset=subset, data_revision=revision, train_on=train_on, overflow=overflow,
+                 columns=_pairs(columns), stack_adapter=stack or None, replay_share=replay, init_adapter=init_adapter,
+                 data_weights=_shares(data_weights), data_stopping=data_stopping, **by_hand)
+    given,rows = {k: v for k,v in given.items() if v is not None},rows_of_task(task, data)
+    settings = start_settings(model, preset, rows, **given)
     run,notes = new_run(task, model, data, output, format, settings, fresh=fresh)
-    echo('\n'.join([*notes, f'Written: {run.meta}']))
+    echo('\n'.join([*notes, '', str(advice_for(model, rows, given)), '', f'Written: {run.meta}']))
     _train(run.path, fresh)
 
 # %% ../nbs/05_cli.ipynb #8cb00b4e

@@ -23,6 +23,7 @@ from sage_finetune.core.settings import (
     check_shares, checked, config_table, DataPathSetting, DataSource, OptionalPathSetting, PathSetting, refuse_unknown,
     Settings, SharesSetting, with_given
 )
+from .core.cache import model_in_file, plain_model
 from sage_finetune.core.beforehand import (
     are_trackers, check_optimizer, check_schedule, fit_stored, is_of_bitsandbytes, known_trackers, OptionsSetting,
     same_steps, stored_as, take_by_table, tool_table, tracker_names, unknown_to_table
@@ -117,7 +118,7 @@ _training_rules = dict(
 @dataclass
 class TrainingConfig(Settings):
     "Every setting of one fine-tuning run"
-    model_name: str = "Qwen/Qwen2.5-Coder-1.5B-Instruct" # Hub name, folder, or "sage-tiny" for the embedded model
+    model_name: str = "Qwen/Qwen2.5-Coder-1.5B-Instruct" # Hub name, folder, GGUF file, "sage-tiny" or "smollm2-135m"
     load_in_8bit: bool = True # Hold the frozen weights in 8 bits
     load_in_4bit: bool = False # Hold the frozen weights in 4 bits
     data_path: DataPathSetting = None # Training rows: a path, or a list of several sources, each with its own columns
@@ -168,6 +169,7 @@ class TrainingConfig(Settings):
     loraplus_lr_ratio: float|None = None # Ratio of the learning rate of B to that of A (LoRA+); None uses one rate
     neftune_noise_alpha: float|None = None # Noise added to the embeddings in training (NEFTune); None adds none
     torch_compile: bool = False # Compile the model, which pays on long runs
+    fused_lora: bool = True # Compute adapters that share an input in one step, where that is proved to give peft's numbers
     deterministic: bool = False # Use only those operations of torch that give the same bits each time; slower on a card
     # Tokens behind one optimizer step, padding included; None counts rows instead
     tokens_per_step: int|None = None
@@ -188,9 +190,9 @@ class TrainingConfig(Settings):
               'data_stopping', 'data_split', 'data_subset', 'data_revision', 'sample_by', 'train_on', 'overflow',
               'cut_answers', 'duplicates', 'strict', 'packing', 'max_steps', 'weight_decay', 'max_grad_norm',
               'eval_steps', 'early_stopping_patience', 'load_best_model_at_end', 'loraplus_lr_ratio',
-              'neftune_noise_alpha', 'torch_compile', 'deterministic', 'tokens_per_step', 'init_adapter',
-              'stack_adapter', 'replay_path', 'replay_share', 'lr_scheduler_kwargs', 'warmup_steps', 'adam_beta1',
-              'adam_beta2', 'adam_epsilon', 'save_strategy')
+              'neftune_noise_alpha', 'torch_compile', 'fused_lora', 'deterministic', 'tokens_per_step',
+              'init_adapter', 'stack_adapter', 'replay_path', 'replay_share', 'lr_scheduler_kwargs', 'warmup_steps',
+              'adam_beta1', 'adam_beta2', 'adam_epsilon', 'save_strategy')
 
     def __post_init__(self):
         super().__post_init__()
@@ -421,17 +423,23 @@ def show_presets(
 embedded_model = 'sage-tiny'
 
 def resolve_model(
-    name:str, # Hub name, folder, or "sage-tiny"
+    name:str, # Hub name, folder, GGUF file, "sage-tiny" or "smollm2-135m"
 )->str: # What `from_pretrained` takes
-    "The folder of the embedded model for its name; any other name as it is"
+    "The folder of the embedded model for its name, that of plain weights for a GGUF file; any other name as it is"
     name = checked('name', name, str)
-    if name!=embedded_model:
-        folder = Path(name).expanduser() if name.startswith('~') else None
-        return str(folder) if folder and folder.is_dir() else name
-    package = find_spec('sage_finetune').submodule_search_locations[0]
-    return str(Path(package)/'models'/embedded_model)
+    if name==embedded_model:
+        package = find_spec('sage_finetune').submodule_search_locations[0]
+        return str(Path(package)/'models'/embedded_model)
+    if file := model_in_file(name): return str(plain_model(file))
+    folder = Path(name).expanduser() if name.startswith('~') else None
+    return str(folder) if folder and folder.is_dir() else name
 
 # %% ../nbs/00_config.ipynb #5a0e0021
+def _is_here(name):
+    "Whether a model is on this machine, as a folder or a file"
+    try: return bool(name) and Path(resolve_model(name)).is_dir()
+    except SageError: return False
+
 def base_place(
     folder:str|Path, # Of an adapter
     base:str|None=None, # Where it is now, if known
@@ -440,8 +448,7 @@ def base_place(
     if base: return str(base)
     asked,said = ((read_json(file) if (file := Path(folder)/name).is_file() else {}).get(key) for name,key in
                   (('training_config.json', 'model_name'), ('adapter_config.json', 'base_model_name_or_path')))
-    here = lambda name: bool(name) and Path(resolve_model(name)).is_dir()
-    return asked if asked and (here(asked) or not here(said)) else said or asked
+    return asked if asked and (_is_here(asked) or not _is_here(said)) else said or asked
 
 # %% ../nbs/00_config.ipynb #5e6731ff
 def _fit_precision(config, machine):

@@ -15,11 +15,13 @@ import gc,io,math,os,re,signal,time
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 import sage_finetune.base.loading # before transformers: it quiets bitsandbytes
+from peft.tuners.lora import LoraLayer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import rewrite_logs
 
@@ -33,7 +35,8 @@ from sage_finetune.model.adapter import (
     check_settings, full_tensor, load_lora_init, lora_plus, save_lora_init, trained_tensors
 )
 from ..model.contract import check_witness, save_witness
-from ..model.loss import loss_sum, mean_loss
+from ..model.lora_path import lora_path, LoraPath, prove_lora_path
+from ..model.loss import evaluating, loss_sum, mean_loss
 from .samplers import SeededOrder
 from sage_finetune.training.callbacks import (
     EvaluateFirst, kept_before, LastSteps, matmul_peak, NotFinite, only_numbers, peak_memory, random_state,
@@ -114,7 +117,7 @@ def training_arguments(
         remove_unused_columns=False, dataloader_pin_memory=device=='cuda', logging_nan_inf_filter=False,
         report_to=[], # `trackers` writes into the run folder
         save_total_limit=None) # `Checkpoints` removes the older ones
-    args.deterministic = config.deterministic
+    args.deterministic,args.fused_lora = config.deterministic,config.fused_lora
     args._n_gpu = min(args.n_gpu, 1) # reading `n_gpu` first sets up the device
     if division()=='FSDP' and device=='cpu':
         # accelerate has FSDP for GPUs only, torch for a CPU too
@@ -417,10 +420,28 @@ class WholeCheckpoints:
         save = super()._save_checkpoint
         with self.meter.pause(): _save_whole(self, lambda: save(model, trial))
 
+# %% ../../nbs/training/04_loop.ipynb #1a0e17c3
+_paths = WeakKeyDictionary() # model → `LoraPath`
+
+def _proved_groups(trainer):
+    "Groups of layers that compute their adapters together; what was proved, or why nothing was, is told once"
+    model,a = trainer.model,trainer.args
+    if not any(isinstance(m, LoraLayer) for m in model.modules()): return []
+    why = ('`fused_lora=False`' if not getattr(a, 'fused_lora', True) else '`torch_compile`'
+           if a.torch_compile else f'{division()} divides the layers' if division() else None)
+    if why: path = LoraPath(kept={why: 0})
+    elif path := _paths.get(model): return path.groups
+    else:
+        with evaluating(model, training=True): path = prove_lora_path(model, trainer.accelerator.autocast)
+        _paths[model] = path
+    trainer.say(path)
+    return path.groups
+
 # %% ../../nbs/training/04_loop.ipynb #9f125347
 class ResumableTrainer(StepChecks, SeededOrder, WholeCheckpoints):
     "What a `Trainer` of any loss needs to stop, resume, be measured; it stands before one among the bases"
     metrics_class,loraplus_lr_ratio = TokenMetrics,None # the second: learning rate of B over that of A
+    say = staticmethod(lambda what: None) # Shows a message to the user
 
     def __init__(self, *args, by_length=False, stop_requested=lambda: None, on_smaller_evaluation=lambda rows: None,
                  **kwargs):
@@ -447,7 +468,8 @@ class ResumableTrainer(StepChecks, SeededOrder, WholeCheckpoints):
 
     def train(self, *args, **kwargs):
         try:
-            with same_bits(getattr(self.args, 'deterministic', False)): return super().train(*args, **kwargs)
+            with same_bits(getattr(self.args, 'deterministic', False)), lora_path(_proved_groups(self)):
+                return super().train(*args, **kwargs)
         finally: # an interrupted run must not leave NEFTune's noise on the embeddings, nor a second run add to it
             if handle := getattr(self, 'neftune_hook_handle', None): handle.remove()
 
