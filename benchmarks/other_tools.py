@@ -71,5 +71,6 @@ if __name__=='__main__':
     parser = argparse.ArgumentParser()
     parser.add_argument('--settings', action='store_true')
     only = parser.parse_args().settings
-    print(markdown(['settings of', 'there are', 'mapped', 'without effect', 'refused unless off', 'unknown'], settings()))
+    head = ['settings of', 'there are', 'mapped', 'without effect', 'refused unless off', 'unknown']
+    print(markdown(head, settings()))
     if not only: print('\n'+markdown(['documented', 'there are', 'run here'], runs()))

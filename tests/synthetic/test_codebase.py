@@ -337,7 +337,8 @@ def test_wordings_are_kept_apart():
 def test_without_parsers_the_files_are_told(tmp_path):
     put(tmp_path, 'a.go', 'package a')
     put(tmp_path, 'a.py', STACK)
-    code = ('import sys; sys.modules["tree_sitter"] = None\nfrom sage_finetune.synthetic.codebase import read_codebase; '
+    code = ('import sys; sys.modules["tree_sitter"] = None\n'
+            'from sage_finetune.synthetic.codebase import read_codebase; '
             'b = read_codebase(sys.argv[1]); print(b.skipped, b.files)')
     done = subprocess.run([sys.executable, '-c', code, str(tmp_path)], capture_output=True, text=True)
     assert done.stdout.strip()=="{'a.go': 'needs `pip install sage-finetune[code]`'} ['a.py']", done.stderr

@@ -1,4 +1,4 @@
-"""A teacher behind OpenAI's API: what it proposes, what is kept, and what happens when it is stopped, lies or is gone"""
+"A teacher behind OpenAI's API: what it proposes, what is kept, and what happens when it is stopped, lies or is gone"
 import json
 import threading
 from collections import Counter
@@ -153,7 +153,8 @@ def test_why_a_pair_is_dropped(pair, why):
 
 
 @pytest.mark.parametrize('answer,passage,low,high', [
-    ('水井深9米', '水井深9米，在谷仓后面。', 1, 1), ('3.5', 'It is 3.5 m', 1, 1), ('3.6', 'It is 3.5 m', 0, 0),
+    ('水井深9米', '水井深9米，在谷仓后面。', 1, 1),
+    ('3.5', 'It is 3.5 m', 1, 1), ('3.6', 'It is 3.5 m', 0, 0),
     ('def add', 'def add(a, b)', 1, 1), ('Watered daily', 'We are watering daily.', 1, 1), ('No.', 'Yes.', 0, 0)])
 def test_grounded(answer, passage, low, high): assert low<=groundedness(answer, passage)<=high
 
