@@ -359,7 +359,10 @@ def stored_types(
     file:str|Path, # A GGUF file
 )->dict: # Type → tensors
     "How many tensors a GGUF file holds in each type"
-    return dict(Counter(t.tensor_type.name for t in _gguf().GGUFReader(file).tensors).most_common())
+    gguf = _gguf()
+    try: return dict(Counter(t.tensor_type.name for t in gguf.GGUFReader(file).tensors).most_common())
+    except (ValueError, IndexError, KeyError, OSError) as e:
+        raise SageError(f'{file} is no whole GGUF file ({type(e).__name__}): make it anew') from None
 
 # %% ../../nbs/base/05_llama_cpp.ipynb #9a00002f
 def with_gguf_type(
