@@ -175,14 +175,14 @@ def shared_inputs(
 # %% ../../nbs/model/01_lora_path.ipynb #cb85d8d0
 class _Group:
     "Layers that share an input; the results of all but the first wait here until they are asked for"
-    def __init__(self, layers): self.layers,self.waiting = layers,{}
+    def __init__(self, layers, outputs): self.layers,self.outputs,self.waiting = layers,outputs,{}
 
     def output(self, i, x):
         source,version,y = self.waiting.pop(i, (None, None, None))
         if source is x and version==x._version: return y
         self.waiting = {}
-        if i or len(self.layers)==1: return group_outputs(self.layers[i:i+1], x)[0]
-        first,*others = group_outputs(self.layers, x)
+        if i or len(self.layers)==1: return self.outputs(self.layers[i:i+1], x)[0]
+        first,*others = self.outputs(self.layers, x)
         self.waiting = {j: (x, x._version, y) for j,y in enumerate(others, 1)}
         return first
 
@@ -199,9 +199,10 @@ def _forward(group, i):
 @contextmanager
 def lora_path(
     groups, # Lists of layers that share an input, from `prove_lora_path`
+    outputs=None, # What computes a group; `group_outputs` if None
 ): # While the block runs
     "Compute the adapters of each group together"
-    made = [_Group(layers) for layers in groups]
+    made = [_Group(layers, outputs or group_outputs) for layers in groups]
     for group in made:
         for i,layer in enumerate(group.layers): layer.forward = _forward(group, i)
     try: yield
@@ -246,16 +247,13 @@ def _group_difference(model, layers, x, autocast):
     with _fork(model): theirs = _results(lambda: [l(x) for l in layers], autocast, wanted)
     with _fork(model): return _difference(_results(lambda: group_outputs(layers, x), autocast, wanted), theirs)
 
-def _loss(model, ids):
-    logits = model(input_ids=ids, use_cache=False).logits
-    return [F.cross_entropy(logits[0, :-1].float(), ids[0, 1:].to(logits.device))]
+def _logits(model, ids): return model(input_ids=ids, use_cache=False).logits[0, :-1]
 
-def _model_difference(model, groups, ids, autocast):
-    "Of the loss of a model and the gradients of all that it trains"
+def _whole(model, ids, autocast, within=nullcontext()):
+    "Loss of a model and the gradients of all that it trains"
     wanted = [p for p in model.parameters() if p.requires_grad]
-    with _fork(model): theirs = _results(lambda: _loss(model, ids), autocast, wanted)
-    with _fork(model), lora_path(groups):
-        return _difference(_results(lambda: _loss(model, ids), autocast, wanted), theirs)
+    loss = lambda: [F.cross_entropy(_logits(model, ids).float(), ids[0, 1:])]
+    with _fork(model), within: return _results(loss, autocast, wanted)
 
 def _some_tokens(model, n=32):
     "Tokens without a meaning to the model's config, such as the place of an image"
@@ -264,7 +262,33 @@ def _some_tokens(model, n=32):
     plain = [i for i in range(min(config.vocab_size, 4*n+64)) if i not in known][-n:]
     return torch.tensor([plain], device=model.device)
 
-# %% ../../nbs/model/01_lora_path.ipynb #80546490
+# %% ../../nbs/model/01_lora_path.ipynb #811e8c7d
+def _by_peft(layers, x): return tuple(type(l).forward(l, x) for l in layers)
+
+@contextmanager
+def _rounded_otherwise(layers, eps):
+    "The results of peft's layers, each number moved by one rounding"
+    def move(layer, args, y): return (y.float()*(1+eps*(2*torch.randint_like(y, 2).float()-1))).to(y.dtype)
+    handles = [l.register_forward_hook(move) for l in layers]
+    try: yield
+    finally:
+        for h in handles: h.remove()
+
+def _model_proof(model, groups, ids, autocast, allowed):
+    "The largest difference of the whole model, and what speaks against the path or None"
+    layers = [l for group in groups for l in group]
+    with _fork(model), autocast(): own = _logits(model, ids)
+    with _fork(model), autocast(), lora_path(groups, _by_peft): wired = _logits(model, ids)
+    if not torch.equal(own, wired): return torch.inf,'layers would get results of others'
+    theirs,ours = (_whole(model, ids, autocast, c) for c in (nullcontext(), lora_path(groups)))
+    difference,of_loss = _difference(ours, theirs),_difference(ours[:1], theirs[:1])
+    if not difference<=allowed:
+        moved = _difference(_whole(model, ids, autocast, _rounded_otherwise(layers, allowed/8)), theirs)
+        if not (difference<=4*moved and of_loss<=allowed):
+            return difference,f'the model would differ by {difference:.0e}, and by rounding only by {moved:.0e}'
+    return difference,None
+
+# %% ../../nbs/model/01_lora_path.ipynb #ca4d7b3d
 @dataclass
 class LoraPath:
     "Which layers compute their adapters together, by how much that differs from peft's path, and what keeps that"
@@ -282,7 +306,7 @@ class LoraPath:
                 f'({", ".join(self.names)}), proved on this model to give the numbers of peft within {self.allowed:.0e}'
                 + (f'; by peft itself: {own}' if own else ''))
 
-# %% ../../nbs/model/01_lora_path.ipynb #a3093946
+# %% ../../nbs/model/01_lora_path.ipynb #62e742d6
 def _kinds(model, groups):
     "The last parts of the names of each kind of group, once"
     names = {m: n.rpartition('.')[2] for n,m in model.named_modules() if isinstance(m, LoraLayer)}
@@ -310,6 +334,6 @@ def prove_lora_path(
         errors = [_group_difference(model, group, x, autocast) for group,x in found]
         good = [group for (group,_),e in zip(found, errors) if e<=allowed]
         if n := len(layers)-sum(kept.values())-sum(map(len, good)): kept['no proof'] = n
-        whole = _model_difference(model, good, ids, autocast)
-    if not whole<=min(.3, allowed*len(good)**.5): good,kept = [],{f'the model would differ by {whole:.0e}': len(layers)}
+        whole,against = _model_proof(model, good, ids, autocast, allowed)
+    if against: good,kept = [],{against: len(layers)}
     return LoraPath(good, _kinds(model, good), max((e for e in errors if e<=allowed), default=0.), whole, kept, allowed)
