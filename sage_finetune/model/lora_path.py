@@ -35,6 +35,7 @@ def _masked(x_NI, how, masks, i):
     if not masks: return x_NI
     return torch.ops.aten.native_dropout_backward(x_NI, masks[i], 1/(1-how.dropout))
 
+# %% ../../nbs/model/01_lora_path.ipynb #4a8a2539
 def _stacked(A, dtype): return (A[0] if len(A)==1 else torch.cat([*A])).to(dtype)
 
 def _low(x_NI, A, how, masks):
@@ -47,7 +48,7 @@ def _add_product(y_NO, low_NR, b_OR, scale):
     b_RO = b_OR.to(low_NR.dtype).t()
     return y_NO.addmm_(low_NR, b_RO, alpha=scale) if y_NO.dtype==low_NR.dtype else y_NO.add_(low_NR@b_RO, alpha=scale)
 
-# %% ../../nbs/model/01_lora_path.ipynb #c7340326
+# %% ../../nbs/model/01_lora_path.ipynb #e345ce15
 def _adapter_gradients(x_NI, g_NO, A, B, how, masks):
     "Gradients of each A, of each B, and of each A·x"
     low,ranks = _low(x_NI, A, how, masks),[len(a) for a in A]
@@ -59,6 +60,7 @@ def _adapter_gradients(x_NI, g_NO, A, B, how, masks):
           else (whole.t()@x_NI).split(ranks))
     return [d.to(a.dtype) for d,a in zip(dA, A)],dB,(parts if masks else whole)
 
+# %% ../../nbs/model/01_lora_path.ipynb #7a3b88f4
 def _input_gradient(low_gradient, A, how, masks):
     "What flows back to x through the adapters"
     if not masks: return low_gradient@_stacked(A, how.dtype)
@@ -66,7 +68,7 @@ def _input_gradient(low_gradient, A, how, masks):
     for other in others: first += other
     return first
 
-# %% ../../nbs/model/01_lora_path.ipynb #f59f2216
+# %% ../../nbs/model/01_lora_path.ipynb #ec4e9202
 class LoraProduct(torch.autograd.Function):
     "W·x + s·B·A·x of layers that share x"
     @staticmethod
@@ -100,7 +102,7 @@ class LoraProduct(torch.autograd.Function):
                 dx = dx.view(ctx.shape).to(ctx.dtype)
         return dx,None,*([None]*n if how.dense else grads),*dA,*dB
 
-# %% ../../nbs/model/01_lora_path.ipynb #1636b18d
+# %% ../../nbs/model/01_lora_path.ipynb #c3957ddd
 _adapted = {f'peft.tuners.lora.{m}': kinds for m,kinds in dict(
     layer=('Linear',), bnb=('Linear8bitLt', 'Linear4bit')).items()}
 _frozen = 'Linear', 'Conv1D', 'Linear8bitLt', 'Linear4bit', '_PackedLinear' # the last stands for packed ones on `meta`
@@ -121,13 +123,16 @@ def why_own_path(
         return 'an adapter that is not trained'
     if any('forward' in vars(m) or hasattr(m, '_hf_hook') for m in (layer, base)): return 'layers with a hook'
 
-# %% ../../nbs/model/01_lora_path.ipynb #f88394a4
+# %% ../../nbs/model/01_lora_path.ipynb #b6f59928
+def _own(y): return y.clone() if y._is_view() else y # autograd refuses to write into several views at once
+
 def _is_dense(layer, dtype):
     "Whether the frozen layer is a matrix in `dtype`, with nothing around it"
     base = layer.base_layer
     return (type(base) is torch.nn.Linear and base.weight.dtype==dtype
             and not (base._forward_hooks or base._forward_pre_hooks or any(p.requires_grad for p in base.parameters())))
 
+# %% ../../nbs/model/01_lora_path.ipynb #eb5e7f1a
 def group_outputs(
     layers, # Of peft, that share an input, with one adapter
     x, # Their input, (…, features)
@@ -142,9 +147,7 @@ def group_outputs(
                tuple(l.base_layer.bias for l in layers) if dense else None)
     return LoraProduct.apply(x, how, *frozen, *A, *B)
 
-def _own(y): return y.clone() if y._is_view() else y # autograd refuses to write into several views at once
-
-# %% ../../nbs/model/01_lora_path.ipynb #f6e38896
+# %% ../../nbs/model/01_lora_path.ipynb #b9d37dec
 def _calls(model, run):
     "Each layer that could take the path, with its input, in the order in which `run` calls them"
     seen,layers = [],[m for m in model.modules() if isinstance(m, LoraLayer) and not why_own_path(m)]
@@ -158,6 +161,7 @@ def _like(a, b): # same dropout, of the same adapter
     drops = [next(iter(l.lora_dropout.values())) for l in (a, b)]
     return [*a.lora_A]==[*b.lora_A] and getattr(drops[0], 'p', 0)==getattr(drops[1], 'p', 0)
 
+# %% ../../nbs/model/01_lora_path.ipynb #072e5c18
 def shared_inputs(
     model, # With an adapter
     run, # Called without arguments: a forward pass
@@ -172,7 +176,7 @@ def shared_inputs(
         else: groups.append(([l], x))
     return groups
 
-# %% ../../nbs/model/01_lora_path.ipynb #cb85d8d0
+# %% ../../nbs/model/01_lora_path.ipynb #c62ef183
 class _Group:
     "Layers that share an input; the results of all but the first wait here until they are asked for"
     def __init__(self, layers, outputs): self.layers,self.outputs,self.waiting = layers,outputs,{}
@@ -186,6 +190,7 @@ class _Group:
         self.waiting = {j: (x, x._version, y) for j,y in enumerate(others, 1)}
         return first
 
+# %% ../../nbs/model/01_lora_path.ipynb #83fefc6f
 def _forward(group, i):
     layer = group.layers[i]
     own,names = layer.forward,[*layer.lora_A]
@@ -195,7 +200,7 @@ def _forward(group, i):
         return group.output(i, x)
     return forward
 
-# %% ../../nbs/model/01_lora_path.ipynb #4c0302ae
+# %% ../../nbs/model/01_lora_path.ipynb #66b06618
 @contextmanager
 def lora_path(
     groups, # Lists of layers that share an input, from `prove_lora_path`
@@ -211,7 +216,7 @@ def lora_path(
             group.waiting = {}
             for layer in group.layers: del layer.forward
 
-# %% ../../nbs/model/01_lora_path.ipynb #d32e1005
+# %% ../../nbs/model/01_lora_path.ipynb #4ac16a1a
 @contextmanager
 def _moved(model):
     "Every B away from zero, for the time of a proof"
@@ -226,6 +231,7 @@ def _fork(model):
     "Each of two passes that begin here draws the same random numbers"
     return torch.random.fork_rng(sorted({p.device.index for p in model.parameters() if p.is_cuda}))
 
+# %% ../../nbs/model/01_lora_path.ipynb #e8a57eb0
 def _difference(ours, theirs):
     "The largest, each relative to the norm"
     pairs = [(a.detach().float(), b.detach().float()) for a,b in zip(ours, theirs) if b is not None]
@@ -239,7 +245,7 @@ def _results(outputs, autocast, wanted):
     weights = [torch.randn_like(y) if y.dim() else torch.ones_like(y) for y in made]
     return [*made, *torch.autograd.grad(made, wanted, weights, allow_unused=True)]
 
-# %% ../../nbs/model/01_lora_path.ipynb #0fe20dc1
+# %% ../../nbs/model/01_lora_path.ipynb #656c1f46
 def _group_difference(model, layers, x, autocast):
     "Of the outputs of a group and their gradients"
     x = x.detach().clone().requires_grad_()
@@ -255,6 +261,7 @@ def _whole(model, ids, autocast, within=nullcontext()):
     loss = lambda: [F.cross_entropy(_logits(model, ids).float(), ids[0, 1:])]
     with _fork(model), within: return _results(loss, autocast, wanted)
 
+# %% ../../nbs/model/01_lora_path.ipynb #45824017
 def _some_tokens(model, n=32):
     "Tokens without a meaning to the model's config, such as the place of an image"
     config = model.config.get_text_config()
@@ -262,7 +269,7 @@ def _some_tokens(model, n=32):
     plain = [i for i in range(min(config.vocab_size, 4*n+64)) if i not in known][-n:]
     return torch.tensor([plain], device=model.device)
 
-# %% ../../nbs/model/01_lora_path.ipynb #811e8c7d
+# %% ../../nbs/model/01_lora_path.ipynb #baa9d684
 def _by_peft(layers, x): return tuple(type(l).forward(l, x) for l in layers)
 
 @contextmanager
@@ -274,6 +281,7 @@ def _rounded_otherwise(layers, eps):
     finally:
         for h in handles: h.remove()
 
+# %% ../../nbs/model/01_lora_path.ipynb #e2d45fc0
 def _model_proof(model, groups, ids, autocast, allowed):
     "The largest difference of the whole model, and what speaks against the path or None"
     layers = [l for group in groups for l in group]
@@ -288,7 +296,7 @@ def _model_proof(model, groups, ids, autocast, allowed):
             return difference,f'the model would differ by {difference:.0e}, and by rounding only by {moved:.0e}'
     return difference,None
 
-# %% ../../nbs/model/01_lora_path.ipynb #ca4d7b3d
+# %% ../../nbs/model/01_lora_path.ipynb #1e9bee49
 @dataclass
 class LoraPath:
     "Which layers compute their adapters together, by how much that differs from peft's path, and what keeps that"
@@ -306,7 +314,7 @@ class LoraPath:
                 f'({", ".join(self.names)}), proved on this model to give the numbers of peft within {self.allowed:.0e}'
                 + (f'; by peft itself: {own}' if own else ''))
 
-# %% ../../nbs/model/01_lora_path.ipynb #62e742d6
+# %% ../../nbs/model/01_lora_path.ipynb #16df8b51
 def _kinds(model, groups):
     "The last parts of the names of each kind of group, once"
     names = {m: n.rpartition('.')[2] for n,m in model.named_modules() if isinstance(m, LoraLayer)}
@@ -318,6 +326,7 @@ def _allowed(model, device):
     if device=='cuda' and torch.get_float32_matmul_precision()!='highest': formats.append(torch.bfloat16) # TF32
     return 8*max(torch.finfo(f).eps for f in formats)
 
+# %% ../../nbs/model/01_lora_path.ipynb #1755cbf9
 def prove_lora_path(
     model, # With an adapter, as it will be trained; its modes and gradients are looked after by `evaluating`
     autocast=nullcontext, # Makes the context that a forward pass of the run is in
