@@ -12,6 +12,8 @@ from quick import forked, run_in_fork, two_layers
 from sage_finetune.config import fit_config, LoRAConfig, PresetConfigs, SageError, TrainingConfig
 from sage_finetune.core.machine import Machine
 from sage_finetune.model.step_bytes import attention_kernel, build_on_meta, live_bytes, packed_bytes, step_bytes
+from sage_finetune.model.lora_path import lora_path, prove_lora_path
+from sage_finetune.model.loss import evaluating
 from sage_finetune.model.memory import estimate_memory, optimizer_bytes, probe_step
 from sage_finetune.training.batches import longest_batch
 
@@ -191,6 +193,17 @@ def test_counted_is_what_a_real_pass_takes(rows, tokens, settings):
                             gradient_checkpointing=False, lora=LoRAConfig(**settings))
     probe = probe_step(tiny_model(**settings), batch_of(rows, tokens), config, Machine())
     assert abs(probe.error)<0.02, str(probe)
+
+@pytest.mark.parametrize('settings', [dict(), dict(target_modules='all-linear', r=32), dict(lora_dropout=0.0)])
+def test_adapters_computed_together_are_counted(settings):
+    config = TrainingConfig(model_name=two_layers, fp16=False, load_in_8bit=False, optim='adamw_torch',
+                            gradient_checkpointing=False, lora=LoRAConfig(**settings))
+    model,rows = tiny_model(**settings),batch_of(3, 128)
+    peft = probe_step(model, rows, config, Machine())
+    with evaluating(model, training=True): path = prove_lora_path(model)
+    with lora_path(path.groups): together = probe_step(model, rows, config, Machine())
+    assert abs(together.error)<0.02, str(together)
+    assert together.measured<peft.measured # and the step takes less
 
 def test_packed_rows_are_counted():
     config = TrainingConfig(model_name=two_layers, fp16=False, load_in_8bit=False, gradient_checkpointing=False)
