@@ -91,7 +91,7 @@ def _batch(rows): return 8 if rows is not None and rows<100 else 32 if (rows or 
 def _micro_batch(whole, parameters, tokens, machine, pairs):
     "Rows that go through the model at once, and why"
     on_card = machine.device=='cuda'
-    there,bits = (machine.memory, 16) if on_card else (machine.ram and int(0.7*machine.ram), 32)
+    there,bits = (machine.memory, 16) if on_card else (machine.ram and machine.ram//4, 32)
     if not parameters or not there: return 1,'what fits here is not known'
     for rows in (n for n in (32, 16, 8, 4, 2, 1) if n<=whole):
         room = step_room(parameters, bits, rows*tokens*(2 if pairs else 1), False, 16, True)
