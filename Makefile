@@ -53,7 +53,8 @@ test-browser: $(READY) ## Run the tutorials in a real JupyterLab in Chromium, an
 test-colab: $(COLAB)/.ready ## Run the story, the tutorials and the tests of the widgets beside Colab's versions, in a .venv-colab of their own
 	$(COLAB)/bin/python tools/colab.py
 	OMP_NUM_THREADS=1 $(COLAB)/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder \
-	  nbs/index.ipynb nbs/0[0-35]*.ipynb nbs/tutorials nbs/ui tests/ui
+	  nbs/index.ipynb nbs/0[0-35]*.ipynb nbs/tutorials nbs/recipes/colab.ipynb nbs/ui tests/ui
+	OMP_NUM_THREADS=1 $(COLAB)/bin/python -m pytest -m "slow or not slow" -k installed tests/ui/test_live_in_kernel.py
 
 gpu-check: $(READY) ## See on a card what a CPU cannot show, in 8 minutes: one JSON line a check
 	$(BIN)/python benchmarks/gpu_check.py

@@ -29,6 +29,7 @@ from .core.display import size_text, visible
 from sage_finetune.core.machine import (
     goes_on, last_words, program_name, refuse_other_encodings, stop_raises, use_utf8, versions_text
 )
+from .base.llama_cpp import with_gguf_type
 
 # %% ../nbs/05_cli.ipynb #7c48b3da
 class _Ended(Exception): "A command was stopped: the signal is its cause, which typer would take for itself"
@@ -64,7 +65,7 @@ def main(
             if words is None: use_utf8()
             _prepare_process()
             refuse_other_encodings(argv)
-            return get_command(app).main(argv, prog_name='sage-finetune', standalone_mode=False) or 0
+            return get_command(app).main(with_gguf_type(argv), prog_name='sage-finetune', standalone_mode=False) or 0
     except (_Ended, KeyboardInterrupt) as e: return _say_end(e.__cause__ or e, argv)
     except Exception as e:
         status = _typer_status(e, argv)
@@ -653,10 +654,9 @@ def export(
     output: Annotated[Optional[str], Option('--output',
                                             help='Folder to write (default: exported/… in the run folder)')] = None,
     adapter: Annotated[bool, Option('--adapter', help='The adapter alone, for PEFT and vLLM')] = False,
-    gguf: Annotated[bool, Option('--gguf', help='One file for llama.cpp and Ollama; '
-                                 'LLAMA_CPP names the folder of llama.cpp')] = False,
-    outtype: Annotated[str, Option('--outtype',
-                                   help='Number format of the GGUF file: f16, bf16, f32, q8_0 or auto')] = 'f16',
+    gguf: Annotated[Optional[str], Option('--gguf', metavar='[TYPE]', help='One file for llama.cpp and Ollama, such '
+                                          'as q4_k_m, q8_0 or f16 (if none is named); read back and compared')] = None,
+    outtype: Annotated[Optional[str], Option('--outtype', help='The same type, beside --gguf without one')] = None,
     push: Annotated[Optional[str], Option('--push', help='Send it to the Hub as OWNER/NAME, private')] = None,
     public: Annotated[bool, Option('--public', help='With --push: visible to everybody')] = False,
     base: Annotated[Optional[str], Option('--base', help='Where others find the base model, on the Hub; '
@@ -664,12 +664,14 @@ def export(
     license: Annotated[Optional[str], Option('--license', help='As the Hub knows it, such as apache-2.0')] = None,
 ):
     "Write a model for others, with a card: a folder, GGUF, or on the Hub"
-    from sage_finetune.inference.export import export_folder, export_gguf, push_to_hub
+    from sage_finetune.inference.export import export_folder, export_gguf, gguf_report, push_to_hub
     kind,card = 'adapter' if adapter else 'merged',dict(license=license, base=base)
     if gguf and (adapter or push): raise ValueError('`--gguf` goes with neither `--adapter` nor `--push`')
     if push and output: raise ValueError('`--output` and `--push` exclude each other')
     if push: echo(push_to_hub(name, push, kind, private=not public, **card))
-    elif gguf: echo(f'Written: {export_gguf(name, output, outtype, **card)}')
+    elif gguf:
+        written = export_gguf(name, output, outtype or gguf, **card)
+        echo(f'{gguf_report(written)}\nWritten: {written}')
     else: echo(f'Written: {export_folder(name, output, kind, **card)}')
 
 # %% ../nbs/05_cli.ipynb #db7520ec

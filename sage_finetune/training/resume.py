@@ -75,7 +75,7 @@ class RowsDigest:
 
 # %% ../../nbs/training/05_resume.ipynb #5b01f0d6
 _may_change = ('output_dir', 'logging_steps', 'save_steps', 'save_total_limit', 'report_to',
-               'dataloader_num_workers', 'data_path', 'eval_data_path', 'strict')
+               'dataloader_num_workers', 'data_path', 'eval_data_path', 'strict', 'fused_lora')
 _named = {'_data': 'the data', '_init_adapter': 'the weights of `init_adapter`',
           '_division': 'what divides the model among processes'}
 
