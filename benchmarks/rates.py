@@ -4,8 +4,8 @@
     python benchmarks/rates.py smollm2-135m --minutes 30        # as many cells as 30 minutes allow
     python benchmarks/rates.py --table                          # what is known so far; trains nothing
 
-Each cell is one line of `benchmarks/rates.jsonl`. Cells that stand there are not trained again, so a sweep may be stopped
-at any time and goes on with the same command. The ranks come last: all kinds and rates of rank 16 first.
+Each cell is one line of `benchmarks/rates.jsonl`. Cells that stand there are not trained again, so a sweep may be
+stopped at any time and goes on with the same command. The ranks come last: all kinds and rates of rank 16 first.
 """
 import argparse
 import json
@@ -79,7 +79,8 @@ def trained(model, kind, rate, rank):
 def known(): return [json.loads(line) for line in FILE.read_text().splitlines()] if FILE.is_file() else []
 
 
-def cells(model): return [(model, k, rate, rank) for rank in RANKS for rate in RATES.get(model, OTHER_RATES) for k in KINDS]
+def cells(model):
+    return [(model, k, rate, rank) for rank in RANKS for rate in RATES.get(model, OTHER_RATES) for k in KINDS]
 
 
 def sweep(model, minutes):

@@ -32,7 +32,8 @@ def test_a_broken_config_is_told_where_the_model_is_loaded(tmp_path):
     assert advised(dict(model_name=str(tmp_path)))['learning_rate']==2e-4
 
 
-@pytest.mark.parametrize('width,rate', [(128, 5e-3), (576, 1e-3), (896, 1e-3), (2048, 5e-4), (4096, 3e-4), (8192, 2e-4)])
+@pytest.mark.parametrize('width,rate', [
+    (128, 5e-3), (576, 1e-3), (896, 1e-3), (2048, 5e-4), (4096, 3e-4), (8192, 2e-4)])
 def test_a_narrower_model_wants_a_higher_rate(tmp_path, width, rate):
     found = advised(dict(model_name=model(tmp_path/'m', hidden_size=width)))
     assert found['learning_rate']==pytest.approx(rate, rel=.45) and found['lora']['lora_alpha']==32
