@@ -423,7 +423,8 @@ def _arranged(view):
     fields = [w.VBox([view.inputs[n], view.wrong[n]]) for n in view.inputs]
     left = w.VBox([*fields, view.wrong['']], layout=w.Layout(**half))
     right = w.VBox([title(f'Memory on {machine}'), view.memory, *view.lines, title('The same in Python'), view.code,
-                    view.keep, *_advice_widgets(getattr(view.form, 'advice', None))], layout=w.Layout(padding='0 0 0 1em', **half))
+                    view.keep, *_advice_widgets(getattr(view.form, 'advice', None))],
+                   layout=w.Layout(padding='0 0 0 1em', **half))
     presets = w.HBox([title('Presets&nbsp;'), *view.presets.values()],
                      layout=w.Layout(flex_flow='row wrap', align_items='center'))
     return w.VBox([presets, w.HBox([left, right], layout=w.Layout(**rows))])
