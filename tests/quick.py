@@ -20,6 +20,7 @@ import traceback
 import types
 from multiprocessing import reduction
 from pathlib import Path
+from unittest import mock
 
 from sage_finetune.config import resolve_model
 
@@ -30,7 +31,15 @@ if forked:
         'sage_finetune.runs.pipeline', 'sage_finetune.ui.live', 'sage_finetune.cli', 'sage_finetune.inference.chat_api',
         'datasets', 'transformers.models.qwen2.modeling_qwen2', 'transformers.models.llama.modeling_llama',
         'transformers.models.qwen2.tokenization_qwen2', 'peft.tuners.lora.bnb', 'matplotlib.figure',
-        'matplotlib.legend', 'matplotlib.backends.backend_agg', 'PIL.PngImagePlugin', 'uvicorn', 'openai', 'pytest'])
+        'matplotlib.legend', 'matplotlib.backends.backend_agg', 'PIL.PngImagePlugin', 'uvicorn', 'openai', 'pytest',
+        'warm'])
+
+
+def _start_server():
+    "Start the process that others are forked from, once; it is to find what lies beside this file"
+    from multiprocessing import forkserver
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get('PYTHONPATH')]))
+    with mock.patch.dict(os.environ, PYTHONPATH=path): forkserver.ensure_running()
 
 
 def _two_layers():
@@ -161,6 +170,7 @@ class Forked:
             return
         self.process = forked.Process(target=_child, daemon=True, args=(
             [_Handle(h) for h in handles], self.args, folder, env, session))
+        _start_server()
         self.process.start()
         self.pid = self.process.pid
 
