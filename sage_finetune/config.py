@@ -23,9 +23,10 @@ from sage_finetune.core.settings import (
     check_shares, checked, config_table, DataPathSetting, DataSource, OptionalPathSetting, PathSetting, refuse_unknown,
     Settings, SharesSetting, with_given
 )
+from .core.cache import model_in_file, plain_model
 from sage_finetune.core.beforehand import (
-    check_optimizer, check_schedule, fit_stored, is_of_bitsandbytes, OptionsSetting, same_steps, stored_as,
-    take_by_table, tool_table, unknown_to_table
+    are_trackers, check_optimizer, check_schedule, fit_stored, is_of_bitsandbytes, known_trackers, OptionsSetting,
+    same_steps, stored_as, take_by_table, tool_table, tracker_names, unknown_to_table
 )
 from sage_finetune.core.machine import (
     Change, Changes, division, fit_bits, Machine, show_changes # show_changes: handed on
@@ -75,6 +76,8 @@ _above_zero = 'above 0', lambda v: v>0
 _share = 'between 0 and 1', lambda v: 0<=v<=1
 _below_one = 'at least 0 and below 1', lambda v: 0<=v<1
 
+_reports = f'{_one_of(*known_trackers, "none")[0]}, or a list that names each once'
+
 _training_rules = dict(
     max_length=_at_least(8),
     num_train_epochs=_above_zero,
@@ -90,7 +93,7 @@ _training_rules = dict(
     logging_steps=_at_least(1),
     save_steps=_at_least(1),
     save_total_limit=_at_least(1),
-    report_to=_one_of('tensorboard', 'wandb', 'none'),
+    report_to=(_reports, are_trackers),
     seed=('between 0 and 4294967295', lambda v: 0<=v<2**32),
     dataloader_num_workers=_at_least(0),
     test_size=_below_one,
@@ -114,7 +117,7 @@ _training_rules = dict(
 @dataclass
 class TrainingConfig(Settings):
     "Every setting of one fine-tuning run"
-    model_name: str = "Qwen/Qwen2.5-Coder-1.5B-Instruct" # Hub name, folder, or "sage-tiny" for the embedded model
+    model_name: str = "Qwen/Qwen2.5-Coder-1.5B-Instruct" # Hub name, folder, GGUF file, "sage-tiny" or "smollm2-135m"
     load_in_8bit: bool = True # Hold the frozen weights in 8 bits
     load_in_4bit: bool = False # Hold the frozen weights in 4 bits
     data_path: DataPathSetting = None # Training rows: a path, or a list of several sources, each with its own columns
@@ -133,7 +136,7 @@ class TrainingConfig(Settings):
     logging_steps: int = 10 # Optimizer steps between two lines in the log
     save_steps: int = 500 # Optimizer steps between two checkpoints
     save_total_limit: int|None = 2 # Checkpoints to keep; None keeps all
-    report_to: str = "tensorboard" # "tensorboard", "wandb" or "none"
+    report_to: str|list = "tensorboard" # "tensorboard", "wandb", "trackio", "mlflow", a list of several, or "none"
     lora: LoRAConfig = field(default_factory=LoRAConfig) # The adapter
     seed: int = 42 # Seed of shuffling, dropout and the initialisation of A
     dataloader_num_workers: int = 0 # Processes that prepare batches
@@ -165,6 +168,7 @@ class TrainingConfig(Settings):
     loraplus_lr_ratio: float|None = None # Ratio of the learning rate of B to that of A (LoRA+); None uses one rate
     neftune_noise_alpha: float|None = None # Noise added to the embeddings in training (NEFTune); None adds none
     torch_compile: bool = False # Compile the model, which pays on long runs
+    fused_lora: bool = True # Compute adapters that share an input in one step, where that is proved to give peft's numbers
     deterministic: bool = False # Use only those operations of torch that give the same bits each time; slower on a card
     # Tokens behind one optimizer step, padding included; None counts rows instead
     tokens_per_step: int|None = None
@@ -185,9 +189,9 @@ class TrainingConfig(Settings):
               'data_stopping', 'data_split', 'data_subset', 'data_revision', 'sample_by', 'train_on', 'overflow',
               'cut_answers', 'duplicates', 'strict', 'packing', 'max_steps', 'weight_decay', 'max_grad_norm',
               'eval_steps', 'early_stopping_patience', 'load_best_model_at_end', 'loraplus_lr_ratio',
-              'neftune_noise_alpha', 'torch_compile', 'deterministic', 'tokens_per_step', 'init_adapter',
-              'stack_adapter', 'replay_path', 'replay_share', 'lr_scheduler_kwargs', 'warmup_steps', 'adam_beta1',
-              'adam_beta2', 'adam_epsilon', 'save_strategy')
+              'neftune_noise_alpha', 'torch_compile', 'fused_lora', 'deterministic', 'tokens_per_step',
+              'init_adapter', 'stack_adapter', 'replay_path', 'replay_share', 'lr_scheduler_kwargs', 'warmup_steps',
+              'adam_beta1', 'adam_beta2', 'adam_epsilon', 'save_strategy')
 
     def __post_init__(self):
         super().__post_init__()
@@ -418,17 +422,23 @@ def show_presets(
 embedded_model = 'sage-tiny'
 
 def resolve_model(
-    name:str, # Hub name, folder, or "sage-tiny"
+    name:str, # Hub name, folder, GGUF file, "sage-tiny" or "smollm2-135m"
 )->str: # What `from_pretrained` takes
-    "The folder of the embedded model for its name; any other name as it is"
+    "The folder of the embedded model for its name, that of plain weights for a GGUF file; any other name as it is"
     name = checked('name', name, str)
-    if name!=embedded_model:
-        folder = Path(name).expanduser() if name.startswith('~') else None
-        return str(folder) if folder and folder.is_dir() else name
-    package = find_spec('sage_finetune').submodule_search_locations[0]
-    return str(Path(package)/'models'/embedded_model)
+    if name==embedded_model:
+        package = find_spec('sage_finetune').submodule_search_locations[0]
+        return str(Path(package)/'models'/embedded_model)
+    if file := model_in_file(name): return str(plain_model(file))
+    folder = Path(name).expanduser() if name.startswith('~') else None
+    return str(folder) if folder and folder.is_dir() else name
 
 # %% ../nbs/00_config.ipynb #5a0e0021
+def _is_here(name):
+    "Whether a model is on this machine, as a folder or a file"
+    try: return bool(name) and Path(resolve_model(name)).is_dir()
+    except SageError: return False
+
 def base_place(
     folder:str|Path, # Of an adapter
     base:str|None=None, # Where it is now, if known
@@ -437,8 +447,7 @@ def base_place(
     if base: return str(base)
     asked,said = ((read_json(file) if (file := Path(folder)/name).is_file() else {}).get(key) for name,key in
                   (('training_config.json', 'model_name'), ('adapter_config.json', 'base_model_name_or_path')))
-    here = lambda name: bool(name) and Path(resolve_model(name)).is_dir()
-    return asked if asked and (here(asked) or not here(said)) else said or asked
+    return asked if asked and (_is_here(asked) or not _is_here(said)) else said or asked
 
 # %% ../nbs/00_config.ipynb #5e6731ff
 def _fit_precision(config, machine):
@@ -505,13 +514,16 @@ def _fit_checkpointing(config, machine):
                      "it buys GPU memory with a third more compute; there is no GPU here")
 
 def _fit_report(config, machine):
-    tool = config.report_to
-    if tool=='none' or getattr(machine, tool): return
-    extra = 'sage-finetune[wandb]' if tool=='wandb' else tool
-    if tool=='wandb' and 'report_to' in config.given:
-        raise ValueError(f'`report_to="wandb"` needs a missing package: pip install "{extra}", or set it to "none"')
-    yield Change('report_to', tool, 'none',
-                 f'{tool} is not installed (pip install "{extra}"); metrics.jsonl is written all the same')
+    names = tracker_names(config.report_to)
+    missing = [n for n in names if not getattr(machine, n)]
+    if not missing: return
+    install = f'pip install "sage-finetune[{",".join(missing)}]"'
+    if missing!=['tensorboard'] and 'report_to' in config.given:
+        raise ValueError(f'`report_to={config.report_to!r}` needs what is not installed: {install}, or leave '
+                         f'{", ".join(missing)} out')
+    left = [n for n in names if n not in missing]
+    yield Change('report_to', config.report_to, left or 'none',
+                 f'{", ".join(missing)} is not installed ({install}); metrics.jsonl is written all the same')
 
 # %% ../nbs/00_config.ipynb #17570747
 def _fit_bits(config, machine): return fit_bits(config, machine, resolve_model(config.model_name))

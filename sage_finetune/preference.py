@@ -60,14 +60,15 @@ def _fitting(p, tokenizer, config, form):
     "(examples, what was cut off, rendered) of a row; earlier turns are left out of both answers alike"
     examples,rendered = _encoded(p, tokenizer, config, form)
     if (n := _longest(examples))<=config.max_length: return examples,[],rendered
-    if config.overflow=='drop': raise ValueError(f'too long: {n:,} tokens, `max_length` is {config.max_length:,}')
+    if config.overflow=='drop':
+        raise ValueError(f'too long: {n:,} tokens in the longer answer, `max_length` is {config.max_length:,}')
     system,groups = exchanges(p.prompt)
     for k in range(1, len(groups)):
         examples,rendered = _encoded(replace(p, prompt=[*system, *(t for g in groups[k:] for t in g)]), tokenizer,
                                      config, form)
         if _longest(examples)<=config.max_length: return examples,['earlier turns'],rendered
-    raise ValueError(f'too long: {_longest(examples):,} tokens without earlier turns, `max_length` is '
-                     f'{config.max_length:,}')
+    raise ValueError(f'too long: {_longest(examples):,} tokens in the longer answer without earlier turns, '
+                     f'`max_length` is {config.max_length:,}')
 
 # %% ../nbs/04_preference.ipynb #bcbeba08
 def _prompt_length(labels): return next(i for i,t in enumerate(labels) if t!=ignored)

@@ -247,7 +247,7 @@ def _build_loop(run, rows):
         on_smaller_evaluation=lambda rows: _smaller_evaluation(run, rows), train_dataset=rows,
         eval_dataset=run.eval_dataset, processing_class=run.tokenizer, callbacks=run.callbacks(),
         by_length=run.config.per_device_train_batch_size>1)
-    trainer.loraplus_lr_ratio = run.config.loraplus_lr_ratio
+    trainer.loraplus_lr_ratio,trainer.say = run.config.loraplus_lr_ratio,run.say
     drop_printers(trainer)
     return trainer
 

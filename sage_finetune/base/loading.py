@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from ..core.beforehand import stored_as
+from ..core.cache import gguf_words
 from ..core.disk import read_json, SageError
 from ..config import resolve_model, TrainingConfig
 from ..core.machine import division, missing_package
@@ -165,9 +166,9 @@ def no_model(
     if isinstance(err, ImportError): return SageError(f'model {name!r} needs a package that is missing: {text[:200]}')
     if offline:
         return SageError(f'model {name!r} is neither a folder here nor in the cache, and the hub cannot be reached: '
-                         'connect, give the folder of a model, or use "sage-tiny"')
+                         'connect, give the folder of a model, or use "sage-tiny" or "smollm2-135m"')
     return SageError(f'model {name!r} cannot be loaded: check the name, give the folder of a model, or use '
-                     f'"sage-tiny" ({text[:200]})')
+                     f'"sage-tiny" or "smollm2-135m" ({text[:200]})')
 
 # %% ../../nbs/base/01_loading.ipynb #d1b3664a
 def _protect_quantised(model):
@@ -312,11 +313,13 @@ def put_aside(
 
 def put_aside_notes(
     model, # A causal language model, or anything with `generation_config`
-)->list: # A line, or none
-    "What a model asks for in its answers and does not get, in words"
+)->list: # Lines; often none
+    "What a model asks for in its answers and does not get, and the rounding that its weights went through, in words"
     def said(k, v): return f'{k}={text if len(text := repr(v))<60 else text[:57]+"…"}'
     aside = [said(k, v) for k,v in put_aside(model).items()]
-    return [f'generation settings of the model that are put aside: {", ".join(aside)}'] if aside else []
+    notes = [f'generation settings of the model that are put aside: {", ".join(aside)}'] if aside else []
+    rounded = gguf_words(getattr(getattr(model, 'config', None), '_name_or_path', None))
+    return [*notes, rounded] if rounded else notes
 
 def harmless_settings(
     model, # A causal language model, or anything with `generation_config`

@@ -238,7 +238,7 @@ def read_json(
     "Read a JSON file that holds one object"
     path = Path(path).expanduser()
     try: obj = json.loads(path.read_text(encoding='utf-8-sig'), object_pairs_hook=_once(path) if unique else None)
-    except FileNotFoundError: raise FileNotFoundError(f"{path} does not exist") from None
+    except FileNotFoundError: raise FileNotFoundError(f"{path} does not exist: put it back, or name another") from None
     except json.JSONDecodeError as err:
         raise SageError(f"{path} is not JSON: {err.msg} at line {err.lineno}, column {err.colno}") from None
     except UnicodeDecodeError as err:

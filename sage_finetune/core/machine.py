@@ -35,6 +35,8 @@ class Machine:
     bitsandbytes: bool = True # Whether the package is installed
     tensorboard: bool = True # Whether the package is installed
     wandb: bool = True # Whether the package is installed
+    trackio: bool = True # Whether the package is installed
+    mlflow: bool = True # Whether the package is installed
     free: int|None = None # Bytes on the GPU that nobody holds; None where that is not known
 
     def __post_init__(self):
@@ -93,12 +95,14 @@ def _free_bytes(torch, number):
         return free + torch.cuda.memory_reserved(number)-torch.cuda.memory_allocated(number)
 
 # %% ../../nbs/core/03_machine.ipynb #ca2d0202
+_packages = 'bitsandbytes', 'tensorboard', 'wandb', 'trackio', 'mlflow'
+
 def _this_machine():
     "Describe the machine this runs on, as torch sees it"
     try: import torch
     except ImportError as err: raise SageError(f"torch cannot be imported ({err}): pip install torch") from None
     rest = dict(cores=_cores(), ram=_ram(),
-                **{p: find_spec(p) is not None for p in ('bitsandbytes', 'tensorboard', 'wandb')})
+                **{p: find_spec(p) is not None for p in _packages})
     if torch.cuda.is_available():
         _grow_segments(torch)
         number = min(int(os.environ.get('LOCAL_RANK', 0)), torch.cuda.device_count()-1)

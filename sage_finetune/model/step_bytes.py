@@ -22,9 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..config import TrainingConfig
-from ..core.machine import Machine
-from . import adapter
+from ..core.machine import division, Machine
+from . import adapter, lora_path
 from .adapter import add_lora, ready_for_quantised_training
+from .lora_path import shared_inputs
 from ..base.loading import dtype_of, model_class
 from .loss import FrozenHead, head_bytes, LogitTransform
 
@@ -311,6 +312,13 @@ def _full_rows(config):
     return dict(input_ids=ids(), **(dict(position_ids=ids()) if config.packing else {}))
 
 # %% ../../nbs/model/04_step_bytes.ipynb #cf29061c
+def _adapters_as_computed(model, config):
+    "The context of a run, in which adapters that share an input are computed together"
+    if not config.fused_lora or config.torch_compile or division(): return nullcontext()
+    ids = torch.empty(1, 8, dtype=torch.long, device='meta')
+    with torch.no_grad(): found = shared_inputs(model, lambda: _decoder(model)(input_ids=ids, use_cache=False))
+    return lora_path.lora_path([layers for layers,_ in found])
+
 def step_bytes(
     model, # From `build_on_meta`
     config:TrainingConfig, # As fitted to the machine
@@ -325,6 +333,7 @@ def step_bytes(
     def real_only(device_type, *args, **kw):
         return nullcontext() if device_type=='meta' else autocast(device_type, *args, **kw)
     with (_AsOn(machine, half, config.packing), patch.dict(head_bytes, meta=room),
-          patch.object(torch, 'autocast', real_only), patch.object(adapter, 'autocast_dtype', lambda device: half)):
+          patch.object(torch, 'autocast', real_only), patch.object(adapter, 'autocast_dtype', lambda device: half),
+          patch.object(lora_path, 'autocast_dtype', lambda device: half), _adapters_as_computed(model, config)):
         loss = partial(_loss_on_meta, half=half, learned=learned)
         return _count_step(_prepared(model, config), _full_rows(config), loss, exact)

@@ -153,11 +153,15 @@ def reason_kinds(
     return [(_with_remedy([*dict.fromkeys(d['reason'] for d in rows)]), len(rows), rows[0]) for rows in most]
 
 def _with_remedy(reasons):
-    "One reason for many, and what to set where rows are too long"
+    "One reason for many, and what to set where rows are too long, that is not set so already"
     said = _over_all(reasons)
     lengths = [_number(m[1]) for r in reasons if (m := re.match(r'too long: (\d[\d,]*) tokens', r))]
     if not lengths: return said
-    return f'{said}: set `max_length` to {max(lengths):,.0f} to keep them all, or `overflow` to "truncate" or "split"'
+    if any(' image' in r or 'without earlier turns' in r for r in reasons): other = '' # cut no further
+    elif any('in the longer answer' in r for r in reasons): other = ', or `overflow` to "truncate"'
+    elif any('no question' in r for r in reasons): other = ', or `overflow` to "split"'
+    else: other = ', or `overflow` to "truncate" or "split"'
+    return f'{said}: set `max_length` to {max(lengths):,.0f} to keep them all{other}'
 
 # %% ../../nbs/rows/08_report.ipynb #0816d6e8
 def _lines(report, most, of=''):

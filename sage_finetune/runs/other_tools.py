@@ -12,10 +12,13 @@ __all__ = ['no_limit', 'Translation', 'settings_table', 'kind_of_config', 'read_
 import re
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
 
-from ..core.beforehand import names_in, number_in, take_by_table, tool_table, unknown_to_table
+from sage_finetune.core.beforehand import (
+    known_trackers, names_in, number_in, take_by_table, tool_table, unknown_to_table
+)
 from ..core.disk import read_json, SageError
 from ..core.display import Table
 from ..core.machine import division
@@ -119,16 +122,19 @@ def _loggers(given, out):
     "Where numbers are reported"
     found = _take(given, out, 'report_to', 'none')
     found = [str(f) for f in (found if isinstance(found, list) else [found]) if f not in ('none', None, False)]
-    ours = [f for f in found if f in ('wandb', 'tensorboard')] or (['tensorboard'] if 'all' in found else [])
-    if len(ours)>1: raise RefusedSetting(f'report_to={found!r} (it may be "none", "wandb" or "tensorboard")')
-    out.settings['report_to'] = (*ours, 'none')[0]
+    if other := [f for f in found if f not in known_trackers and f not in _known_loggers and f!='all']:
+        raise RefusedSetting(f'report_to={other[0]!r} (it may be "none" or of {", ".join(known_trackers)})')
+    _report(out, ['tensorboard'] if found==['all'] else found)
+
+def _report(out, found):
+    "Report to the trackers that can be had; of a file that names others, the rest is noted"
+    ours = list(dict.fromkeys(f for f in found if f in known_trackers and (f not in _may_lack or find_spec(f))))
+    out.settings['report_to'] = ours if len(ours)>1 else (*ours, 'none')[0]
     if other := [f for f in found if f not in ours and f!='all']:
-        if not {*other} <= _known_loggers:
-            raise RefusedSetting(f'report_to={other[0]!r} (it may be "none", "wandb" or "tensorboard")')
         out.went['report_to'] = f'not here: {", ".join(other)}; every number is in metrics.jsonl'
 
-_known_loggers = {'trackio', 'mlflow', 'swanlab', 'comet_ml', 'clearml', 'dvclive', 'neptune', 'azure_ml', 'codecarbon',
-                  'dagshub', 'flyte'}
+_may_lack = 'trackio', 'mlflow' # named by habit in many files; a run is not refused for want of them
+_known_loggers = {'swanlab', 'comet_ml', 'clearml', 'dvclive', 'neptune', 'azure_ml', 'codecarbon', 'dagshub', 'flyte'}
 
 # %% ../../nbs/runs/01_other_tools.ipynb #05050104
 def _evaluation(given, out, share):
@@ -423,7 +429,10 @@ def _axolotl_times(given, out):
     s |= dict(save_strategy='epoch' if how=='epoch' else 'steps', save_steps=steps or 500)
     if saves and saves!=1: out.went['saves_per_epoch'] = 'saved after each epoch; `save_steps` says when else'
     project,wanted = take('wandb_project', None),take('use_wandb', None)
-    s['report_to'] = 'wandb' if (project or wanted) and take('wandb_mode', None)!='disabled' else 'none'
+    named = dict(wandb=(project or wanted) and take('wandb_mode', None)!='disabled',
+                 tensorboard=take('use_tensorboard', None), trackio=take('use_trackio', None),
+                 mlflow=take('use_mlflow', None))
+    _report(out, [n for n,on in named.items() if on])
     out.share = _number(given, out, 'val_set_size', 0)
     if ratio := take('cosine_min_lr_ratio', None):
         s |= dict(lr_scheduler_type='cosine_with_min_lr', lr_scheduler_kwargs=dict(min_lr_rate=number_in(ratio)))

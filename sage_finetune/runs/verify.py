@@ -16,7 +16,7 @@ from shutil import copyfile, rmtree
 
 from ..core.disk import cannot_write, manifest_fault, manifest_file, read_json, SageError, write_json
 from ..core.display import Shown, Table
-from ..core.machine import Machine, processes
+from ..core.machine import goes_on, Interrupted, Machine, processes
 from sage_finetune.core.cache import (
     changed_values, checkpoint_values, read_receipt, same_value, value_difference, value_name
 )
@@ -190,8 +190,8 @@ def _go_on(run, start, end, scratch, make, base):
     trainer = make(config)
     noted = [] if end is None else _stop_after(trainer, end)
     try: trainer.train()
-    except Stopped:
-        if not noted: raise KeyboardInterrupt('stopped; nothing of the run was changed') from None
+    except Stopped as e:
+        if not noted: raise Interrupted(e.signal, f'stopped; nothing of the run was changed, {goes_on}') from None
     return folder
 
 # %% ../../nbs/runs/08_verify.ipynb #d08e0041

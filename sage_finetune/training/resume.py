@@ -23,6 +23,7 @@ from peft import PeftModel
 from transformers import TrainerState
 
 from ..core.disk import read_json, refuse_foreign, SageError, whole_folder, write_json, write_manifest
+from ..core.cache import small_model
 from ..core.display import falling, held_out_name, Shown, Table, training_loss_name
 from sage_finetune.core.machine import (
     Change, division, goes_on, Interrupted, leave_terminal, Machine, process, processes, stop_signals
@@ -74,7 +75,7 @@ class RowsDigest:
 
 # %% ../../nbs/training/05_resume.ipynb #5b01f0d6
 _may_change = ('output_dir', 'logging_steps', 'save_steps', 'save_total_limit', 'report_to',
-               'dataloader_num_workers', 'data_path', 'eval_data_path', 'strict')
+               'dataloader_num_workers', 'data_path', 'eval_data_path', 'strict', 'fused_lora')
 _named = {'_data': 'the data', '_init_adapter': 'the weights of `init_adapter`',
           '_division': 'what divides the model among processes'}
 
@@ -127,7 +128,7 @@ _named_places = 'model_name', 'data_path', 'eval_data_path'
 def _from_anywhere(settings):
     "Settings whose names of files and folders hold wherever the next command is given"
     found = {k: Path(str(settings[k])).expanduser() for k in _named_places
-             if settings.get(k) and settings[k]!=embedded_model}
+             if settings.get(k) and settings[k] not in (embedded_model, small_model)}
     return settings | {k: str(p.resolve()) for k,p in found.items() if p.exists()}
 
 def run_record(

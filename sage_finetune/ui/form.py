@@ -17,7 +17,9 @@ from ..core.display import Clickable, Panel, show_widgets, Shown, size_text
 from ..core.settings import config_table, DataSource, refuse_unknown
 from ..config import fit_config, LoRAConfig, precision_of, preset_for, PresetConfigs, TrainingConfig
 from ..core.machine import Machine
+from ..model.advice import Advice, suggest
 from ..model.memory import estimate_memory, memory_parts, MemoryEstimate
+from ..runs.tasks import preset_settings
 
 # %% ../../nbs/ui/03_form.ipynb #57a8e4dd
 _presets = tuple(PresetConfigs.fits_in)
@@ -78,7 +80,7 @@ class _Field:
     hint:str='' # Shown in an empty field
 
 _form_fields = (
-    _Field('model_name', 'model', hint='hub name, folder or sage-tiny'),
+    _Field('model_name', 'model', hint='hub name, folder, GGUF file, sage-tiny or smollm2-135m'),
     _Field('data_path', 'data', hint='file, folder or data set; several with commas'),
     _Field('data_weights', 'shares', hint='of several sources, such as 3, 1'),
     _Field('output_dir', 'run folder'),
@@ -255,7 +257,10 @@ class ConfigForm(Shown):
         start:TrainingConfig, # What the form begins with
         preset:str|None=None, # Name of the preset that this is
         machine:Machine|None=None, # What memory is counted for; this machine if None
-    ): self.start,self.preset,self.machine,self.values = start,preset,machine or Machine.here(),_form_values(start)
+        advice:Advice|None=None, # That `start` follows
+    ):
+        self.start,self.preset,self.advice = start,preset,advice
+        self.machine,self.values = machine or Machine.here(),_form_values(start)
 
     def set(self, **values)->'ConfigForm':
         "Type into fields: `form.set(learning_rate='2e-4')`; names with a dot as `**{'lora.r': '16'}`"
@@ -295,19 +300,28 @@ class ConfigForm(Shown):
     def _ipython_display_(self): show_widgets(self, lambda: _View(self).show())
 
 # %% ../../nbs/ui/03_form.ipynb #d0fb9c05
+def _advised(config, machine, preset):
+    "A config that follows the advice, but for what was given by hand or is set by a preset asked for; and the advice"
+    advice = suggest(config, machine=machine)
+    chosen = preset_settings(preset) if preset else {}
+    more = {n: v for n,v in advice.settings.items() if n!='lora' and n not in chosen}
+    lora = {n: v for n,v in advice.settings.get('lora', {}).items() if n not in chosen.get('lora', {})}
+    return config.adapted(**more, lora=config.lora.adapted(**lora)), advice
+
 def choose_config(
-    model:str|None=None, # Hub name, folder of a model, or "sage-tiny"
+    model:str|None=None, # Hub name, folder, GGUF file, "sage-tiny" or "smollm2-135m"
     data=None, # File, folder or data set with the rows
     preset:str|None=None, # Name of a preset; None takes the one that suits the machine
     machine:Machine|None=None, # What it is to run on; this machine if None
     **settings, # Settings by hand to begin with
 )->ConfigForm: # A form; its `config` is what was chosen
-    "Choose the settings of a run in a form"
+    "Choose the settings of a run in a form that begins with the advice for its model and rows"
     machine = machine or Machine.here()
     if preset is not None: refuse_unknown([preset], _presets, 'preset')
     given = {k: v for k,v in dict(model_name=model, data_path=data).items() if v is not None} | settings
-    preset = preset or preset_for(machine)
-    return ConfigForm(getattr(PresetConfigs, preset)(**given), preset, machine)
+    name = preset or preset_for(machine)
+    start,advice = _advised(getattr(PresetConfigs, name)(**given), machine, preset)
+    return ConfigForm(start, name, machine, advice)
 
 # %% ../../nbs/ui/03_form.ipynb #436a4c79
 def _help_line(remedy, config):
@@ -341,7 +355,8 @@ def _static_form(form, memory=True):
     if form.errors: return Panel('Settings that cannot be', [f'{n or "together"}: {m}' for n,m in form.errors.items()])
     table = replace(config_table(form.config), note='')
     return Panel(f"Settings{f', from the preset {form.preset}' if form.preset else ''}",
-                 [table, *([_Memory(form)] if memory else []), _Code(config_script(form.config))])
+                 [table, *([_Memory(form)] if memory else []), _Code(config_script(form.config)),
+                  *([form.advice] if form.advice else [])])
 
 # %% ../../nbs/ui/03_form.ipynb #a19215ee
 class _Later:
@@ -393,6 +408,12 @@ def _make_widgets(view):
     view.keep.on_click(lambda _: view.close())
 
 # %% ../../nbs/ui/03_form.ipynb #8ad5dad6
+def _advice_widgets(advice):
+    "Why the fields begin as they do, to be opened"
+    import ipywidgets as w
+    head = f'Advice: {len(advice.settings)} settings' if advice else ''
+    return [w.HTML(f'<details><summary>{head}, and why</summary>{advice._repr_html_()}</details>')] if advice else []
+
 def _arranged(view):
     "Presets above, the fields on the left, memory and code on the right; below each other where there is little room"
     import ipywidgets as w
@@ -403,7 +424,7 @@ def _arranged(view):
     fields = [w.VBox([view.inputs[n], view.wrong[n]]) for n in view.inputs]
     left = w.VBox([*fields, view.wrong['']], layout=w.Layout(**half))
     right = w.VBox([title(f'Memory on {machine}'), view.memory, *view.lines, title('The same in Python'), view.code,
-                    view.keep], layout=w.Layout(padding='0 0 0 1em', **half))
+                    view.keep, *_advice_widgets(view.form.advice)], layout=w.Layout(padding='0 0 0 1em', **half))
     presets = w.HBox([title('Presets&nbsp;'), *view.presets.values()],
                      layout=w.Layout(flex_flow='row wrap', align_items='center'))
     return w.VBox([presets, w.HBox([left, right], layout=w.Layout(**rows))])

@@ -425,6 +425,7 @@ class Inspection(Shown):
     rows: Views # Of `RowView`
     dataset: object # The examples, as `prepare_dataset` gives them
     notes: list = field(default_factory=list) # What was decided without being asked for
+    advice: object = None # `Advice` for the model that was named
 
     def plot(self): # A matplotlib figure
         "How many examples have how many tokens"
@@ -438,7 +439,8 @@ class Inspection(Shown):
                 f'learned tokens: {_median_and_tail(self.learned)}\n{text_histogram(self.tokens, width)}')
 
     def shown(self):
-        return Panel('The data as the model sees it', [*self.notes, self.report, _Lengths(self), self.rows])
+        return Panel('The data as the model sees it', [*self.notes, self.report, _Lengths(self), self.rows,
+                                                     *([self.advice] if self.advice else [])])
 
 class _Lengths:
     "The lengths of the examples: text in a log, as wide as a terminal allows, a figure in a notebook"
@@ -479,6 +481,12 @@ def _tokenizer_for(model, notes):
     from sage_finetune.base.loading import load_tokenizer # imports torch
     return load_tokenizer(str(model or embedded_model))
 
+def _advice(model, rows):
+    "What to begin a run on these rows with, where a model was named"
+    if not isinstance(model, (str, os.PathLike)): return None
+    from sage_finetune.model.advice import suggest # looks at the machine, which imports torch
+    return suggest(TrainingConfig(model_name=str(model)), rows)
+
 _defaults = dict(model=None, max_length=1024, packing=False)
 
 def inspect_data(
@@ -503,4 +511,5 @@ def inspect_data(
         report.packing = packed.to_dict()
     numbers = range(min(rows, len(dataset))) if isinstance(rows, int) else rows
     return Inspection(report, tokens, learned, settings['max_length'],
-                      Views(show_row(dataset, i, tokenizer, most, ids) for i in numbers), dataset, notes)
+                      Views(show_row(dataset, i, tokenizer, most, ids) for i in numbers), dataset, notes,
+                      _advice(model, report.read))

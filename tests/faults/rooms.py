@@ -247,7 +247,10 @@ def content(path):
     with suppress(ValueError, UnicodeDecodeError):
         if path.name=='receipt.json': return _leaves(json.loads(data)['values']) # steps: since the last
         if path.suffix=='.json': return _leaves(json.loads(data))
-        if path.suffix=='.jsonl': return _leaves([json.loads(line) for line in data.splitlines()])
+        if path.suffix=='.jsonl':
+            rows = [json.loads(line) for line in data.splitlines()]
+            # how long the process took that ended a run; one that finds all steps done took none
+            return _leaves([r for r in rows if 'train_runtime' not in r])
     return {'': data}
 
 # What is measured may be the same in two runs by chance; a report says whether its rows were prepared before
@@ -278,6 +281,7 @@ class Wanted:
         "The first thing that is not as it should be; None where all is"
         for file,values in self.files.items():
             if only and not only(file): continue
+            if file not in found and self._took_its_place(file, found): continue
             if file not in found: return f'{file} is missing'
             for name,value in values.items():
                 if name not in found[file]: return f'{file}: {name} is missing'
@@ -288,3 +292,10 @@ class Wanted:
             kept = '/checkpoints/checkpoint-' in file # where it was stopped
             if file in self.files or kept or only and not only(file): continue
             return f'{file} was not there before'
+
+    def _took_its_place(self, file, found):
+        "Whether the checkpoint of a file is one too many beside that at which the run was stopped"
+        at = file.rpartition('/')[0]
+        checkpoint = lambda f: f.rpartition('/')[0]
+        other = {checkpoint(f) for f in found if '/checkpoints/checkpoint-' in f}
+        return '/checkpoints/checkpoint-' in file and at not in other and other-{checkpoint(f) for f in self.files}

@@ -16,8 +16,10 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sage_finetune.base.ollama import ollama_template
 from sage_finetune.config import LoRAConfig, resolve_model, SageError, TrainingConfig
-from sage_finetune.inference.export import export_files, export_folder, export_gguf, ollama_template, push_to_hub
+from sage_finetune.inference.export import (
+    export_files, export_folder, export_gguf, gguf_report, push_to_hub)
 from sage_finetune.core.run_folder import write_meta
 from sage_finetune.inference.generate import load_for_chat
 from sage_finetune.merge_chat import merge_run
@@ -240,14 +242,19 @@ def test_a_converter_is_run_and_its_error_is_passed_on(run, tmp_path, monkeypatc
     with pytest.raises(SageError, match='the converter refuses .*pre-tokenizer was not recognized'):
         export_gguf(run, tmp_path/'out', 'bf16')
     assert not (tmp_path/'out').exists()
-    out = export_gguf(run, tmp_path/'out', 'q8_0')
-    assert (sorted(p.name for p in out.iterdir()) == ['Modelfile', 'README.md', 'checksums.json', 'sums.gguf']
+    out = export_gguf(run, tmp_path/'out', 'q8_0', prove=False)
+    assert (sorted(p.name for p in out.iterdir())
+            == ['Modelfile', 'README.md', 'checksums.json', 'gguf_report.json', 'sums.gguf']
             and (out/'sums.gguf').read_bytes() == b'GGUFq8_0')
     text = (out/'Modelfile').read_text()
     assert (text.startswith('FROM ./sums.gguf\nTEMPLATE """{{ if .System }}<|im_start|>system\n')
             and 'PARAMETER stop "<|im_end|>"' in text and 'PARAMETER num_ctx 2048' in text)
+    assert 'not compared with anything' in str(gguf_report(out)) and 'not compared' in (out/'README.md').read_text()
     monkeypatch.delenv('LLAMA_CPP')
     monkeypatch.setenv('PATH', str(tmp_path))
+    monkeypatch.setattr('sage_finetune.base.llama_cpp.find_spec', lambda name: None)
+    with pytest.raises(SageError, match=r'gguf, xllamacpp is not installed: pip install "sage-finetune\[gguf\]"'):
+        export_gguf(run, tmp_path/'out', 'q4_k_m')
     with pytest.raises(SageError, match='no converter to GGUF here'): export_gguf(run, tmp_path/'out')
 
 

@@ -134,6 +134,17 @@ def test_rows_that_are_too_long_have_one_reason():
     (["too long: 99 tokens, `max_length` is 64"]*2,
      'too long: 99 tokens, `max_length` is 64: '
      'set `max_length` to 99 to keep them all, or `overflow` to "truncate" or "split"'),
+    (['too long: 99 tokens, `max_length` is 64, and no question can be shortened enough']*2,
+     'too long: 99 tokens, `max_length` is 64, and no question can be shortened enough: '
+     'set `max_length` to 99 to keep them all, or `overflow` to "split"'),
+    (['too long: 99 tokens with 2 images, `max_length` is 64']*2,
+     'too long: 99 tokens with 2 images, `max_length` is 64: set `max_length` to 99 to keep them all'),
+    (['too long: 99 tokens in the longer answer, `max_length` is 64']*2,
+     'too long: 99 tokens in the longer answer, `max_length` is 64: '
+     'set `max_length` to 99 to keep them all, or `overflow` to "truncate"'),
+    (['too long: 99 tokens in the longer answer without earlier turns, `max_length` is 64']*2,
+     'too long: 99 tokens in the longer answer without earlier turns, `max_length` is 64: '
+     'set `max_length` to 99 to keep them all'),
     (["unknown format with the keys 'a', 'b'", "unknown format with the keys 'a', 'c'"],
      "unknown format with the keys 'a', 'b' (and the like)"),
     (["the tokenizer cannot write the answer back: 'a1' becomes 'a'",

@@ -125,7 +125,8 @@ def held(c, names): return tuple(getattr(c.lora if n.startswith('lora.') else c,
     ('trl-sft', dict(lora_target_modules='all-linear'), {'lora.target_modules': 'all-linear'}),
     ('trl-sft', dict(lora_target_modules=['q_proj', 'o_proj']), {'lora.target_modules': ['q_proj', 'o_proj']}),
     ('trl-sft', dict(test_split_size=.25, datasets=None), dict(test_size=.25)),
-    ('trl-sft', dict(report_to=['trackio']), dict(report_to='none')),
+    ('trl-sft', dict(report_to=['swanlab']), dict(report_to='none')),
+    ('trl-sft', dict(report_to=['tensorboard', 'wandb']), dict(report_to=['tensorboard', 'wandb'])),
     ('trl-sft', dict(report_to=['tensorboard']), dict(report_to='tensorboard')),
     ('trl-dpo', {}, {'lora.lora_dropout': 0, 'method': 'dpo', 'learning_rate': 1e-6, 'beta': .1}),
     ('trl-dpo', dict(disable_dropout=False), {'lora.lora_dropout': .05}),
@@ -157,7 +158,9 @@ def held(c, names): return tuple(getattr(c.lora if n.startswith('lora.') else c,
     ('axolotl', dict(val_set_size=.25, eval_steps=3), dict(eval_steps=3)),
     ('axolotl', dict(saves_per_epoch=1), dict(save_strategy='epoch')),
     ('axolotl', dict(save_steps=9), dict(save_steps=9)),
-    ('axolotl', dict(wandb_project='notes'), dict(report_to='wandb')), ('axolotl', {}, dict(report_to='none')),
+    ('axolotl', dict(wandb_project='notes'), dict(report_to='wandb')),
+    ('axolotl', dict(use_wandb=True, use_tensorboard=True), dict(report_to=['wandb', 'tensorboard'])),
+    ('axolotl', {}, dict(report_to='none')),
     ('axolotl', dict(sample_packing=True), dict(packing=True)),
     ('axolotl', dict(excess_length_strategy='truncate'), dict(overflow='truncate', cut_answers=True)),
     ('axolotl', dict(dataset_exact_deduplication=True), dict(duplicates='drop')),
@@ -242,3 +245,15 @@ def test_a_value_of_another_kind_never_reaches_errors_of_python(table, tmp_path)
         for odd in ([[1], dict(a=1)], [True, 'x'], [10**400, -1], [0, 1.5])[i%4]:
             try: translated(file_of(tmp_path, base | {name: odd}))
             except (SageError, ValueError) as e: assert str(e)
+
+
+@pytest.mark.parametrize('there', [True, False])
+def test_a_tracker_that_is_not_installed_is_noted_where_a_file_of_others_names_it(monkeypatch, there):
+    from sage_finetune.runs import other_tools
+    monkeypatch.setattr(other_tools, 'find_spec', lambda name: there)
+    for given in dict(report_to=['trackio']), dict(report_to='mlflow'), dict(report_to=['all', 'trackio']):
+        found = other_tools.Translation('TRL', 'a.yaml', {})
+        other_tools._loggers(dict(given), found)
+        name, = [n for n in ('trackio', 'mlflow') if n in given['report_to']]
+        assert found.settings['report_to']==(name if there else 'none')
+        assert there or name in found.went['report_to']

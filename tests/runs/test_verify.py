@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from quick import two_layers
 from sage_finetune.config import LoRAConfig, PreferenceConfig, TrainingConfig
 from sage_finetune.core.disk import read_json, SageError, write_json
+from sage_finetune.core.machine import last_words
 from sage_finetune.core.run_folder import complete_marker, mark_complete, RunFolder, write_record
 from sage_finetune.preference import PreferenceTrainer
 from sage_finetune.rows.formats import create_sample_data
@@ -268,6 +270,19 @@ def test_a_trainer_of_ones_own(base, data):
     Own(config(base/'own', None), quiet=True).train()
     with pytest.raises(SageError, match='rows from a program of its own.*`make`'): verify_resume(base/'own')
     assert verify_resume(base/'own', make=lambda config: Own(config, quiet=True)).ok
+
+@pytest.mark.parametrize('number', ['SIGINT', 'SIGTERM', 'SIGHUP'])
+def test_a_stop_keeps_its_signal_and_says_how_to_go_on(trained, number):
+    class Stopping(LoRATrainer):
+        def callbacks(self):
+            self.stop(getattr(signal, number))
+            return super().callbacks()
+    before = state(trained)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        verify_resume(trained, make=lambda config: Stopping(config, quiet=True))
+    assert last_words(stopped.value)==('stopped; nothing of the run was changed, the same command goes on',
+                                       128+getattr(signal, number))
+    assert state(trained)==before
 
 def test_a_base_that_was_moved(base, data, tmp_path):
     model = shutil.copytree(two_layers, tmp_path/'model')

@@ -1,0 +1,67 @@
+"""What the pages promise for a real model, held on one: SmolLM2-135M, from PyPI's wheel"""
+import json
+from pathlib import Path
+
+import pytest
+
+from quick import need_small_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def changed(name, tmp_path, **lines):
+    "A copy of a notebook in which some assignments have another value"
+    nb = json.loads((ROOT/'nbs'/name).read_text(encoding='utf-8'))
+    left = {*lines}
+    for cell in nb['cells']:
+        text = ''.join(cell['source']).splitlines()
+        for i,line in enumerate(text):
+            word = line.partition(' = ')[0]
+            if word in left and cell['cell_type']=='code':
+                text[i] = f'{word} = {lines[word]!r}'
+                left.discard(word)
+        cell['source'] = '\n'.join(text)
+    assert not left
+    path = tmp_path/Path(name).name
+    path.write_text(json.dumps(nb), encoding='utf-8')
+    return path
+
+
+@pytest.mark.slow
+def test_tutorial_1_with_its_two_lines_changed(tmp_path, monkeypatch):
+    need_small_model(monkeypatch)
+    from nbdev.test import test_nb as run_notebook
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT/'nbs/tutorials/01_first_run.ipynb').read_text(encoding='utf-8')
+    assert "'smollm2-135m'" in text and 'for a real one: 1e-3' in text # what is run here is what the page says
+    path = changed('tutorials/01_first_run.ipynb', tmp_path, model_name='smollm2-135m', learning_rate=1e-3)
+    nb = json.loads(path.read_text(encoding='utf-8'))
+    nb['cells'].append(dict(cell_type='code', id='0a0b0c0d', metadata={}, outputs=[], execution_count=None,
+                            source=[f'open({str(tmp_path/"right.txt")!r}, "w").write(str(right))']))
+    path.write_text(json.dumps(nb), encoding='utf-8')
+    assert run_notebook(path, skip_flags=['notest', 'slow', 'cuda'], basepath=ROOT, cell_timeout=3600)[0]
+    assert int((tmp_path/'right.txt').read_text())>=9
+
+
+CONTRACT = ['learning_rate=5e-5', 'lora.r=8', 'lora.lora_alpha=16', 'lora.lora_dropout=0.05',
+            'lora.target_modules=q_proj,v_proj,k_proj,o_proj']
+
+
+@pytest.mark.slow
+def test_the_advice_learns_at_least_twice_as_much_as_the_defaults_in_the_same_steps(tmp_path, monkeypatch, capsys):
+    "500 rows of GSM8K through `start --auto`, once by the advice and once with the defaults of `TrainingConfig`"
+    from sage_finetune.cli import main
+    rows = ROOT.parent/'shared'/'data'/'gsm8k_train.jsonl'
+    if not rows.is_file(): pytest.skip(f'{rows} is not here')
+    need_small_model(monkeypatch)
+    few = tmp_path/'rows.jsonl'
+    few.write_text(''.join(rows.read_text(encoding='utf-8').splitlines(True)[:500]), encoding='utf-8')
+    fell = {}
+    for name,more in dict(advice=[], defaults=[w for s in CONTRACT for w in ('--set', s)]).items():
+        assert main(['start', '--task', 'qa', '--data', str(few), '--model', 'smollm2-135m', '--auto', '--max-steps', '12',
+                     '--output', str(tmp_path/name), *more])==0
+        said = json.loads((tmp_path/name/'results.json').read_text(encoding='utf-8'))
+        fell[name] = said['loss_before']-said['loss_after']
+        print(name, said['loss_before'], said['loss_after'], said['steps'])
+    assert 'Advice for smollm2-135m, 500 rows' in capsys.readouterr().out
+    assert fell['advice']>=2*fell['defaults']>0
