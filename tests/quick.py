@@ -4,6 +4,7 @@ A process of its own is forked from one that has imported everything, where a ne
 to come as far.
 """
 import contextlib
+import functools
 import gc
 import json
 import multiprocessing
@@ -20,7 +21,6 @@ import traceback
 import types
 from multiprocessing import reduction
 from pathlib import Path
-from unittest import mock
 
 from sage_finetune.config import resolve_model
 
@@ -35,11 +35,16 @@ if forked:
         'warm'])
 
 
+@functools.cache
 def _start_server():
     "Start the process that others are forked from, once; it is to find what lies beside this file"
     from multiprocessing import forkserver
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get('PYTHONPATH')]))
-    with mock.patch.dict(os.environ, PYTHONPATH=path): forkserver.ensure_running()
+    before = os.environ.get('PYTHONPATH')
+    os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [str(Path(__file__).parent), before]))
+    try: forkserver.ensure_running()
+    finally:
+        if before is None: del os.environ['PYTHONPATH']
+        else: os.environ['PYTHONPATH'] = before
 
 
 def _two_layers():
