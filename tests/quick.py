@@ -4,7 +4,6 @@ A process of its own is forked from one that has imported everything, where a ne
 to come as far.
 """
 import contextlib
-import functools
 import gc
 import json
 import multiprocessing
@@ -35,16 +34,22 @@ if forked:
         'warm'])
 
 
-@functools.cache
-def _start_server():
-    "Start the process that others are forked from, once; it is to find what lies beside this file"
+def _preload_from_here():
+    "The process that others are forked from is to find what lies beside this file; Python gives it no path of ours"
     from multiprocessing import forkserver
-    before = os.environ.get('PYTHONPATH')
-    os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [str(Path(__file__).parent), before]))
-    try: forkserver.ensure_running()
-    finally:
-        if before is None: del os.environ['PYTHONPATH']
-        else: os.environ['PYTHONPATH'] = before
+    server = forkserver._forkserver
+    own = server.ensure_running
+    def ensure_running():
+        if server._forkserver_pid is not None: return own()
+        before = os.environ.get('PYTHONPATH')
+        os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [str(Path(__file__).parent), before]))
+        try: own()
+        finally:
+            if before is None: del os.environ['PYTHONPATH']
+            else: os.environ['PYTHONPATH'] = before
+    server.ensure_running = ensure_running
+
+if forked: _preload_from_here()
 
 
 def _two_layers():
@@ -175,7 +180,6 @@ class Forked:
             return
         self.process = forked.Process(target=_child, daemon=True, args=(
             [_Handle(h) for h in handles], self.args, folder, env, session))
-        _start_server()
         self.process.start()
         self.pid = self.process.pid
 
