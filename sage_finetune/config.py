@@ -169,7 +169,7 @@ class TrainingConfig(Settings):
     loraplus_lr_ratio: float|None = None # Ratio of the learning rate of B to that of A (LoRA+); None uses one rate
     neftune_noise_alpha: float|None = None # Noise added to the embeddings in training (NEFTune); None adds none
     torch_compile: bool = False # Compile the model, which pays on long runs
-    fused_lora: bool = True # Compute adapters that share an input in one step, where that gives peft's numbers
+    fused_lora: bool = True # Compute adapters that share an input together, where it is proved to be exact
     deterministic: bool = False # Use only those operations of torch that give the same bits each time; slower on a card
     # Tokens behind one optimizer step, padding included; None counts rows instead
     tokens_per_step: int|None = None

@@ -13,7 +13,7 @@ SECTIONS = {
     'and checkpoints',
     'rows': 'rows of any file and format, as conversations, as text by the chat template, as token ids',
     'base': 'the model before it is adapted: packed attention, loading, weights on disk, a small vision model, GGUF',
-    'model': 'the adapter, the loss, what is kept of both, memory',
+    'model': 'the adapter, the loss, what is kept of both, memory, advice',
     'training': 'batches and padding, the held-out split, the loop (loss, optimizer, out of memory), resuming, '
     'several processes',
     'inference': 'answers token by token, the exam, the proved merge, serving, export',
