@@ -463,8 +463,7 @@ class ResumableTrainer(StepChecks, SeededOrder, WholeCheckpoints):
         self.first_logs = {} # what was measured before the first step
         self.steps,self.notes = None if self.args.world_size>1 else LastSteps(),StepNotes()
         self.meter,self.peak,self.skipped = self.metrics_class(self.args.device),1.0,SkippedSteps()
-        # right after the callback that decides what is due
-        self.callback_handler.callbacks[1:1] = [StepGuard(self), EvaluateFirst()]
+        self.callback_handler.callbacks[1:1] = [StepGuard(self), EvaluateFirst()] # right after what decides what is due
 
     @property
     def window(self): return self.meter.window
@@ -486,10 +485,9 @@ class ResumableTrainer(StepChecks, SeededOrder, WholeCheckpoints):
             if handle := getattr(self, 'neftune_hook_handle', None): handle.remove()
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix='eval'):
-        data = self.eval_dataset if eval_dataset is None else eval_dataset
-        with self.meter.pause(): found = evaluate_held_out(self, data)
-        metrics = {f'{metric_key_prefix}_{k}': v for k,v in found.items()}
-        self.log(metrics)
+        with self.meter.pause():
+            found = evaluate_held_out(self, self.eval_dataset if eval_dataset is None else eval_dataset)
+        self.log(metrics := {f'{metric_key_prefix}_{k}': v for k,v in found.items()})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
