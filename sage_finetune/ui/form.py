@@ -17,7 +17,7 @@ from ..core.display import Clickable, Panel, show_widgets, Shown, size_text
 from ..core.settings import config_table, DataSource, refuse_unknown
 from ..config import fit_config, LoRAConfig, precision_of, preset_for, PresetConfigs, TrainingConfig
 from ..core.machine import Machine
-from ..model.advice import Advice, suggest
+from ..model.advice import suggest
 from ..model.memory import estimate_memory, memory_parts, MemoryEstimate
 from ..runs.tasks import preset_settings
 
@@ -257,10 +257,7 @@ class ConfigForm(Shown):
         start:TrainingConfig, # What the form begins with
         preset:str|None=None, # Name of the preset that this is
         machine:Machine|None=None, # What memory is counted for; this machine if None
-        advice:Advice|None=None, # That `start` follows
-    ):
-        self.start,self.preset,self.advice = start,preset,advice
-        self.machine,self.values = machine or Machine.here(),_form_values(start)
+    ): self.start,self.preset,self.machine,self.values = start,preset,machine or Machine.here(),_form_values(start)
 
     def set(self, **values)->'ConfigForm':
         "Type into fields: `form.set(learning_rate='2e-4')`; names with a dot as `**{'lora.r': '16'}`"
@@ -321,7 +318,9 @@ def choose_config(
     given = {k: v for k,v in dict(model_name=model, data_path=data).items() if v is not None} | settings
     name = preset or preset_for(machine)
     start,advice = _advised(getattr(PresetConfigs, name)(**given), machine, preset)
-    return ConfigForm(start, name, machine, advice)
+    form = ConfigForm(start, name, machine)
+    form.advice = advice
+    return form
 
 # %% ../../nbs/ui/03_form.ipynb #436a4c79
 def _help_line(remedy, config):
@@ -356,7 +355,7 @@ def _static_form(form, memory=True):
     table = replace(config_table(form.config), note='')
     return Panel(f"Settings{f', from the preset {form.preset}' if form.preset else ''}",
                  [table, *([_Memory(form)] if memory else []), _Code(config_script(form.config)),
-                  *([form.advice] if form.advice else [])])
+                  *([form.advice] if hasattr(form, 'advice') else [])])
 
 # %% ../../nbs/ui/03_form.ipynb #a19215ee
 class _Later:
@@ -424,7 +423,8 @@ def _arranged(view):
     fields = [w.VBox([view.inputs[n], view.wrong[n]]) for n in view.inputs]
     left = w.VBox([*fields, view.wrong['']], layout=w.Layout(**half))
     right = w.VBox([title(f'Memory on {machine}'), view.memory, *view.lines, title('The same in Python'), view.code,
-                    view.keep, *_advice_widgets(view.form.advice)], layout=w.Layout(padding='0 0 0 1em', **half))
+                    view.keep, *_advice_widgets(getattr(view.form, 'advice', None))],
+                   layout=w.Layout(padding='0 0 0 1em', **half))
     presets = w.HBox([title('Presets&nbsp;'), *view.presets.values()],
                      layout=w.Layout(flex_flow='row wrap', align_items='center'))
     return w.VBox([presets, w.HBox([left, right], layout=w.Layout(**rows))])

@@ -43,7 +43,9 @@ SHAPES = {
     'Gemma-2-2B': (shape(Gemma2Config, 2304, 26, 8, 4, 9216, 256_000, True, head_dim=256), 2.61),
     'Gemma-3-1B': (shape(Gemma3TextConfig, 1152, 26, 4, 1, 6912, 262_144, True, head_dim=256), 1.0)}
 
-@pytest.mark.parametrize('name', SHAPES)
+alike = 'Qwen2.5-1.5B', 'Qwen2.5-3B', 'Qwen2.5-14B', 'Qwen2.5-32B', 'Llama-3.2-1B' # others of their makers
+
+@pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.slow) if n in alike else n for n in SHAPES])
 def test_large_shapes(name):
     config,billions = SHAPES[name]
     began = time.perf_counter()
@@ -82,8 +84,10 @@ def test_the_largest_needs_little_time_and_memory():
 SMALL = dict(hidden_size=64, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
              intermediate_size=160, vocab_size=512)
 
-@pytest.mark.parametrize('kind', [LlamaConfig, Qwen3Config, Gemma2Config, Gemma3TextConfig, MistralConfig,
-                                  Qwen3MoeConfig, OPTConfig, GPT2Config])
+of_their_kind = [pytest.param(kind, marks=pytest.mark.slow) for kind in (Qwen3Config, Gemma2Config, MistralConfig,
+                                                                       OPTConfig)]
+
+@pytest.mark.parametrize('kind', [LlamaConfig, Gemma3TextConfig, Qwen3MoeConfig, GPT2Config, *of_their_kind])
 def test_few_layers_give_all(kind):
     "A line through few layers is the count of all layers"
     small = (dict(n_embd=64, n_layer=6, n_head=4, vocab_size=512) if kind is GPT2Config else \

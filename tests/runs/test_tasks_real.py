@@ -58,8 +58,8 @@ def test_the_advice_learns_at_least_twice_as_much_as_the_defaults_in_the_same_st
     few.write_text(''.join(rows.read_text(encoding='utf-8').splitlines(True)[:500]), encoding='utf-8')
     fell = {}
     for name,more in dict(advice=[], defaults=[w for s in CONTRACT for w in ('--set', s)]).items():
-        assert main(['start', '--task', 'qa', '--data', str(few), '--model', 'smollm2-135m', '--auto', '--max-steps', '12',
-                     '--output', str(tmp_path/name), *more])==0
+        assert main(['start', '--task', 'qa', '--data', str(few), '--model', 'smollm2-135m', '--auto', '--max-steps',
+                     '12', '--output', str(tmp_path/name), *more])==0
         said = json.loads((tmp_path/name/'results.json').read_text(encoding='utf-8'))
         fell[name] = said['loss_before']-said['loss_after']
         print(name, said['loss_before'], said['loss_after'], said['steps'])

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from transformers import Trainer
 
 from quick import two_layers
 from sage_finetune.training import callbacks
@@ -218,6 +219,15 @@ def test_what_is_measured_beside_the_loss(tmp_path):
     line = logged(whole)[-1]
     # padding is not counted
     assert math.isclose(line['tokens_per_second']/line['learned_tokens_per_second'], every/learned, rel_tol=1e-2)
+
+
+def test_operations_are_counted_as_the_library_does(tmp_path):
+    run,_ = after(tmp_path/'run', 2, 2, max_steps=1)
+    t = run.trainer
+    for rows in ([0], [1, 2, 3]):
+        batch = t.data_collator([run.dataset[i] for i in rows])
+        assert t.floating_point_ops(batch)==Trainer.floating_point_ops(t, batch)>0
+    assert t.floating_point_ops(dict(labels=batch['labels']))==0 and t.state.total_flos>0
 
 
 def test_measuring_changes_no_bit(tmp_path, monkeypatch):
