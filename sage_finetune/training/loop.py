@@ -266,7 +266,6 @@ class StepGuard(TrainerCallback):
 class StepChecks:
     "What `StepGuard` asks a trainer between two steps"
     stop_requested = staticmethod(lambda: None) # The number of a signal, where the run was asked to stop
-    say = staticmethod(lambda what: None) # Shows a message to the user
     agreed_stop = 0 # The same, once several processes have told each other
     parameters = None # Of the model, without its embeddings; counted in the first step
 
@@ -454,7 +453,7 @@ def _as_proved(trainer):
 # %% ../../nbs/training/04_loop.ipynb #9f125347
 class ResumableTrainer(StepChecks, SeededOrder, WholeCheckpoints):
     "What a `Trainer` of any loss needs to stop, resume, be measured; it stands before one among the bases"
-    metrics_class,loraplus_lr_ratio = TokenMetrics,None # the second: learning rate of B over that of A
+    metrics_class,loraplus_lr_ratio,say = TokenMetrics,None,staticmethod(lambda what: None) # the second: of B over A
 
     def __init__(self, *args, by_length=False, stop_requested=lambda: None, on_smaller_evaluation=lambda rows: None,
                  **kwargs):
