@@ -35,7 +35,7 @@ test: $(READY) ## Run every notebook and every test
 
 test-slow: $(READY) ## Run the property tests on 10,000 cases each, and what takes too long for `make test`
 	SAGE_EXAMPLES=10000 $(BIN)/python -m pytest tests/test_data.py tests/rows/test_sources.py tests/rows/test_files_formats.py \
-	  tests/runs/test_codebase.py -k any
+	  tests/synthetic/test_codebase.py -k any
 	$(BIN)/python -m pytest -m slow --ignore=tests/faults
 
 FAULTS := .pytest_cache/faults.jsonl

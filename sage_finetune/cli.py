@@ -9,7 +9,7 @@ __all__ = ['app', 'Model', 'RunName', 'Runs', 'Output', 'Data', 'Shares', 'Stopp
            'Base', 'Key', 'Format', 'Split', 'Subset', 'Revision', 'TrainOn', 'Overflow', 'Columns', 'OnceAsJson',
            'Set', 'Preset', 'Rate', 'Epochs', 'MaxSteps', 'BatchSize', 'Rank', 'Nproc', 'Share', 'Nodes', 'MachineRank',
            'MainIp', 'MainPort', 'DryRun', 'EXAMPLES', 'main', 'echo', 'quickstart', 'inspect', 'start', 'run', 'watch',
-           'merge', 'clean', 'chat', 'compare', 'look', 'repeat', 'verify', 'serve', 'export', 'examples']
+           'merge', 'clean', 'chat', 'compare', 'look', 'repeat', 'verify', 'serve', 'export', 'examples', 'generate']
 
 # %% ../nbs/05_cli.ipynb #b5095066
 import json,os,sys,threading
@@ -681,3 +681,19 @@ EXAMPLES = (Path(find_spec('sage_finetune').submodule_search_locations[0])/'tabl
 def examples():
     "Commands to copy"
     echo(EXAMPLES, nl=False)
+
+# %% ../nbs/05_cli.ipynb #0a5c0210
+@app.command()
+def generate(
+    source: Annotated[str, Argument(help='A folder of documents or code, or one file')],
+    url: Annotated[str, Option('--url', help="A server of OpenAI's API, such as http://127.0.0.1:8000")],
+    output: Annotated[str, Option('--output', '-o', metavar='FILE', help='Rows to write; it ends in .jsonl')],
+    model: Annotated[Optional[str], Option('--model', '-m', help='The teacher; the first of the server')] = None,
+    questions: Annotated[int, Option('--questions', help='For each passage')] = 3,
+    exam: Annotated[float, Option('--exam', help='Share of the facts also asked in other words, in a file apart')] = .1,
+    most: Annotated[Optional[int], Option('--most', help='Passages at most, spread over all of them')] = None,
+    api_key: Key = None,
+):
+    "Let a model behind a server write questions and answers about documents or code; what does not hold is dropped"
+    from sage_finetune.synthetic.teacher import generate_rows
+    _print(generate_rows(source, url, output, model, questions, exam=exam, most=most, api_key=api_key, say=echo))

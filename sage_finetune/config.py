@@ -31,6 +31,7 @@ from sage_finetune.core.beforehand import (
 from sage_finetune.core.machine import (
     Change, Changes, division, fit_bits, Machine, show_changes # show_changes: handed on
 )
+from .core.text_stream import count_rows
 from .core.run_folder import default_output_dir, read_meta, run_folder, RunFolder # run_folder: handed on
 
 # %% ../nbs/00_config.ipynb #9d8a2e8e
@@ -168,7 +169,7 @@ class TrainingConfig(Settings):
     loraplus_lr_ratio: float|None = None # Ratio of the learning rate of B to that of A (LoRA+); None uses one rate
     neftune_noise_alpha: float|None = None # Noise added to the embeddings in training (NEFTune); None adds none
     torch_compile: bool = False # Compile the model, which pays on long runs
-    fused_lora: bool = True # Compute adapters that share an input in one step, where that is proved to give peft's numbers
+    fused_lora: bool = True # Compute adapters that share an input together, where it is proved to be exact
     deterministic: bool = False # Use only those operations of torch that give the same bits each time; slower on a card
     # Tokens behind one optimizer step, padding included; None counts rows instead
     tokens_per_step: int|None = None
@@ -563,10 +564,9 @@ def _find_data(names, folder):
 def _find_sources(value, folder):
     "A path, or each source of a list, where it is found"
     if not isinstance(value, list): return _find_data([str(value)], folder)
-    found = DataPathSetting.check('dataset', value)
-    return [s.replace(path=_find_data([str(s.path)], folder)) for s in found]
+    return [s.replace(path=_find_data([str(s.path)], folder)) for s in DataPathSetting.check('dataset', value)]
 
-def _of_other_tool(values, path):
+def _of_other_tool(values, path, data):
     "The settings of a file that another tool's names stand in, such as the earlier module wrote"
     table = tool_table('unsloth' if 'max_seq_length' in values else 'llamafactory')
     given = {k: v for k,v in values.items() if v is not None and k not in _said_by_meta}
@@ -574,6 +574,9 @@ def _of_other_tool(values, path):
     faults += unknown_to_table(given, table)
     faults += [f'{n} (`sage-finetune run {path.parent}` reads it)' for n in given if n not in _by_hand and
                'hand' in table.settings.get(n, {})]
+    most,there = values.get('max_samples'),count_rows(data) if isinstance(data, Path) else None
+    if most is not None and not (isinstance(most, int) and there is not None and there<=most):
+        faults.append(f'max_samples={most!r} ({there or "unknown"} rows; `sage-finetune run {path.parent}` takes part)')
     if given.get('stage', 'sft')!='sft': faults.append(f'stage={given["stage"]!r} (only "sft" in a run folder)')
     if faults: raise SageError(f"{path} asks for what is not here: {'; '.join(faults)}")
     found |= {n: given[n] for n in ('fp16', 'bf16', 'warmup_ratio', 'warmup_steps') if n in given}
@@ -586,7 +589,7 @@ _said_by_meta = ('model_name_or_path', 'model_name', 'dataset', 'dataset_dir', '
                  'max_samples')
 _by_hand = 'fp16', 'bf16', 'warmup_ratio', 'warmup_steps', 'lora_alpha', 'stage'
 
-def _meta_settings(config, folder):
+def _meta_settings(config, folder, data):
     "The settings in the `config` of a meta file: a dict, the path of a JSON file, or nothing"
     if not config: return {}
     path = _find_data([str(config)], folder) if not isinstance(config, dict) else folder/'finetune_meta.json'
@@ -595,7 +598,7 @@ def _meta_settings(config, folder):
         return {}
     values,known = config if isinstance(config, dict) else read_json(path), {f.name for f in fields(PreferenceConfig)}
     theirs = [k for k in values if k not in known and not k.startswith('_')]
-    return _of_other_tool(values, path) if theirs and not isinstance(config, dict) else values
+    return _of_other_tool(values, path, data) if theirs and not isinstance(config, dict) else values
 
 # %% ../nbs/00_config.ipynb #1111969e
 def config_from_meta(
@@ -608,7 +611,7 @@ def config_from_meta(
     data = _find_sources(names[1], folder) if isinstance(names[1], list) else _find_data(names, folder)
     asked = dict(model_name=meta['model'], data_path=data, output_dir=folder)
     if meta.get('format'): asked['format_type'] = meta['format']
-    settings = _meta_settings(meta.get('config'), folder) | dict(data_path=data)
+    settings = _meta_settings(meta.get('config'), folder, data) | dict(data_path=data)
     try: config = TrainingConfig.from_dict(settings).replace(**asked)
     except ValueError as err: raise ValueError(f"{RunFolder(folder).meta}: {err}") from None
     if config.eval_data_path: config = config.replace(eval_data_path=_find_sources(config.eval_data_path, folder))

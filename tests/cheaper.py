@@ -2,6 +2,13 @@
 
 Imported by `conftest.py`, and by the process that others are forked from.
 """
+import gc
+import os
+import re
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from unittest import mock
+
 import jinja2
 from PIL import Image
 
@@ -25,5 +32,47 @@ def _larger_files():
     Image.Image.save = quick
 
 
+def without_curve():
+    """A context in which a run leaves a small file for its curve of losses, which takes a tenth of a second to draw;
+    a figure that is asked for by another name is drawn
+    """
+    from matplotlib.figure import Figure
+    draw = Figure.savefig
+    def quick(self, file, **more):
+        if 'loss.png' not in Path(str(file)).name: return draw(self, file, **more)
+        Path(file).write_bytes(b'curve')
+    return mock.patch.object(Figure, 'savefig', quick)
+
+
+def _rarer_collections():
+    "Thousands of objects come and go with every step: cycles among them are looked for every ten steps, not in each"
+    gc.set_threshold(50_000, 20, 20)
+
+
+def _every_expression_is_kept():
+    "More expressions than Python keeps are compiled by the families of models and by the package"
+    re._MAXCACHE = 10**5
+
+
+def _compiled_once():
+    "A module of the package that is imported anew is not compiled anew, also where Python may write no bytecode"
+    get_code,known = SourceFileLoader.get_code,{}
+    def kept(self, name):
+        if name.partition('.')[0]!='sage_finetune': return get_code(self, name)
+        key = self.path,os.stat(self.path).st_mtime_ns
+        if key not in known: known[key] = get_code(self, name)
+        return known[key]
+    SourceFileLoader.get_code = kept
+
+
+def _nothing_waits_for_the_disk():
+    "Tests kill processes, which loses nothing that was written; only a power cut does"
+    os.fsync = lambda descriptor: None
+
+
+_compiled_once()
+_nothing_waits_for_the_disk()
 _once_for_each_text()
 _larger_files()
+_rarer_collections()
+_every_expression_is_kept()

@@ -11,8 +11,8 @@ from quick import command_in_fork, forked
 
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
-    """Runs of a test leave a small file for their curve of losses, which takes a tenth of a second to draw; lessons
-    and the command line draw it
+    """Runs of a test leave a small file for their curve of losses, which takes a tenth of a second to draw; some
+    lessons and the real command draw it
     """
     if trainer := sys.modules.get('sage_finetune.trainer'):
         quick = lambda metrics, path=None: path and Path(path).write_bytes(b'curve')

@@ -30,7 +30,26 @@ if forked:
         'sage_finetune.runs.pipeline', 'sage_finetune.ui.live', 'sage_finetune.cli', 'sage_finetune.inference.chat_api',
         'datasets', 'transformers.models.qwen2.modeling_qwen2', 'transformers.models.llama.modeling_llama',
         'transformers.models.qwen2.tokenization_qwen2', 'peft.tuners.lora.bnb', 'matplotlib.figure',
-        'matplotlib.legend', 'matplotlib.backends.backend_agg', 'PIL.PngImagePlugin', 'uvicorn', 'openai', 'pytest'])
+        'matplotlib.legend', 'matplotlib.backends.backend_agg', 'PIL.PngImagePlugin', 'uvicorn', 'openai', 'pytest',
+        'warm'])
+
+
+def _preload_from_here():
+    "The process that others are forked from is to find what lies beside this file; Python gives it no path of ours"
+    from multiprocessing import forkserver
+    server = forkserver._forkserver
+    own = server.ensure_running
+    def ensure_running():
+        if server._forkserver_pid is not None: return own()
+        before = os.environ.get('PYTHONPATH')
+        os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [str(Path(__file__).parent), before]))
+        try: own()
+        finally:
+            if before is None: del os.environ['PYTHONPATH']
+            else: os.environ['PYTHONPATH'] = before
+    server.ensure_running = ensure_running
+
+if forked: _preload_from_here()
 
 
 def _two_layers():

@@ -1,5 +1,6 @@
 "The command line as a process: bad input, a kill in the middle, and no word to any other machine"
 import json
+import os
 import re
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from quick import Forked, forked
 from sage_finetune.cli import echo, main
 from sage_finetune.data import create_sample_data
 
@@ -126,18 +128,22 @@ sys.addaudithook(watch)
 '''
 
 
-def test_the_whole_path_speaks_to_no_other_machine(program, tmp_path):
+def test_the_whole_path_speaks_to_no_other_machine(tmp_path):
     (tmp_path/'watch').mkdir()
     (tmp_path/'watch'/'sitecustomize.py').write_text(watcher)
     log = tmp_path/'network.log'
-    watched = dict(PYTHONPATH=str(tmp_path/'watch'), NETWORK_LOG=str(log), HF_HUB_OFFLINE='0')
-    done = program('quickstart', 'code', '--max-facts', 3, '--output', tmp_path/'run', **watched)
-    assert done.returncode == 0, done.stderr
-    assert not log.exists(), log.read_text()
-    # the watcher does see what goes out
-    seen = program('start', '--task', 'qa', '--data', create_sample_data(tmp_path/'rows.json', 'qa'), '--model',
-                   'nobody/nothing', '--auto', **watched)
-    assert seen.returncode == 1 and 'getaddrinfo' in log.read_text()
+    path = os.pathsep.join([str(tmp_path/'watch'), os.environ.get('PYTHONPATH', '')])
+    watched = os.environ | dict(PYTHONPATH=path, NETWORK_LOG=str(log), HF_HUB_OFFLINE='0', HOME=str(tmp_path/'home'))
+    tree = Path(__file__).parent/'data'/'small_tree'
+    words = [['quickstart', 'code', '--data', tree, '--max-facts', 3, '--output', tmp_path/'run'],
+             ['start', '--task', 'qa', '--data', create_sample_data(tmp_path/'rows.json', 'qa'), '--model',
+              'nobody/nothing', '--auto']] # the watcher does see what goes out
+    code = ('import os, sys\nfrom sage_finetune.cli import main\n'
+            + ''.join(f"print('status', main({[*map(str, w)]}), os.path.exists({str(log)!r}))\n" for w in words))
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=watched, cwd=tmp_path)
+    said = [line for line in done.stdout.splitlines() if line.startswith('status ')]
+    assert said == ['status 0 False', 'status 1 True'], done.stderr
+    assert 'getaddrinfo' in log.read_text()
 
 
 def test_a_quickstart_about_something_else_gets_a_folder_of_its_own(tmp_path, monkeypatch):
@@ -209,7 +215,9 @@ def small_run(folder, **more):
 def test_a_run_that_is_stopped_says_where_and_goes_on(home_of, tmp_path, name, status):
     file,give_up = small_run(tmp_path), time.monotonic()+120
     command = [Path(sys.executable).with_name('sage-finetune'), 'run', file]
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=home_of({}))
+    start = Forked if forked and name!='SIGINT' else subprocess.Popen # one of them from its very beginning
+    first = start(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                  env=home_of({}))
     marker = tmp_path/'run'/'checkpoints'/'checkpoint-1'
     while not marker.exists() and first.poll() is None and time.monotonic()<give_up: time.sleep(.02)
     first.send_signal(getattr(signal, name))

@@ -84,6 +84,11 @@ def algorithms(config):
     with same_bits(training_arguments(config, True).deterministic): return torch.are_deterministic_algorithms_enabled()
 
 
+def path(config):
+    "Whether the loop may compute adapters together"
+    return training_arguments(config, True).fused_lora
+
+
 def schedule(config):
     return _rates(config.lr_scheduler_type, config.lr_scheduler_kwargs, config.learning_rate, 10, 100)
 
@@ -209,6 +214,7 @@ training = dict(
     loraplus_lr_ratio=[Seen(4, built)],
     neftune_noise_alpha=[Seen(5, arguments), Refused(5, 'cannot both be set', packing=True)],
     torch_compile=[Seen(True, arguments)],
+    fused_lora=[Seen(False, path)],
     deterministic=[Seen(True, algorithms)],
     tokens_per_step=[Seen(64, built)],
     init_adapter=[Refused(rows('plain.jsonl'), 'neither an adapter nor a run')],

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = {
     '04_preference': 'trl', 'rows/04_images': 'vision', 'base/03_tiny_vision': 'vision',
     'inference/04_request': 'serve', 'inference/05_chat_api': 'serve', 'inference/07_serve': 'serve',
-    'runs/02_code_facts': 'code', 'runs/03_codebase': 'code',
+    'synthetic/00_code_facts': 'code', 'synthetic/01_codebase': 'code',
 }
 MODULES = {'pillow': 'PIL'}  # where a package is imported under another name
 BADGE = '[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]'

@@ -12,12 +12,13 @@ SECTIONS = {
     'core': 'files that appear whole, what shows itself, checked settings, the machine, the run folder with lock '
     'and checkpoints',
     'rows': 'rows of any file and format, as conversations, as text by the chat template, as token ids',
-    'base': 'the model before it is adapted: packed attention, loading, weights on disk, a small vision model',
+    'base': 'the model before it is adapted: packed attention, loading, weights on disk, a small vision model, GGUF',
     'model': 'the adapter, the loss, what is kept of both, memory, advice',
     'training': 'batches and padding, the held-out split, the loop (loss, optimizer, out of memory), resuming, '
     'several processes',
     'inference': 'answers token by token, the exam, the proved merge, serving, export',
-    'runs': 'tasks, rows made from code, which kind of file a run was given (ours, TRL, LLaMA-Factory, axolotl), runs '
+    'synthetic': 'rows that are made: facts of a codebase, questions and answers by a teacher',
+    'runs': 'tasks, which kind of file a run was given (ours, TRL, LLaMA-Factory, axolotl), runs '
     'read back and compared, launching',
     'ui': 'looking at rows and tokens, the dashboard, the form, what was learned, all runs at a glance',
 }

@@ -344,7 +344,8 @@ def ask_llama_cpp(
     length = max([len(r) for r in rows]+[len(p)+most for p in prompts]+[32])
     task = dict(file=str(Path(file).resolve()), rows=list(rows), texts=list(texts), prompts=list(prompts), most=most,
                 stops=list(stops), length=-(-length//32)*32)
-    begin = f'import sys; sys.path[:] = {sys.path!r}; from sage_finetune.base.llama_cpp import _answer_task as do; do()'
+    begin = '\n'.join(['import sys', f'sys.path[:] = {sys.path!r}',
+                       'from sage_finetune.base.llama_cpp import _answer_task', '_answer_task()'])
     done = subprocess.run([sys.executable, '-c', begin], input=json.dumps(task), capture_output=True, text=True,
                           errors='replace')
     try: found = json.loads(done.stdout.strip().splitlines()[-1])

@@ -12,6 +12,7 @@ import os,re,subprocess,warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from pathspec import GitIgnoreSpec
@@ -127,14 +128,33 @@ def _is_stand_in(value, kind):
         return bool(re.fullmatch(r'\D+\d', value)) and _stand_ins.issuperset(words) or not words and len(value)<8
     return not kind.lower().startswith('pass') or not words or not _stand_ins.isdisjoint(words)
 
+# %% ../../nbs/core/05_repo_files.ipynb #5a1b70e2
+_begins = {'AWS key': ('AKIA', 'ASIA'), 'GitLab token': ('glpat-',), 'OpenAI or Anthropic key': ('sk-',),
+           'Hugging Face token': ('hf_',), 'Slack token': ('xox', 'hooks.slack.com/'), 'Google key': ('AIza',),
+           'Stripe key': ('k_live_',), 'npm or PyPI token': ('npm_', 'pypi-AgE')} # how what a kind finds begins
+
+def _may_hold(text, kind): return any(b in text for b in _begins.get(kind, ('',)))
+
+def _lines_with(text, words):
+    "Where each line begins that holds one of some words, and the line: looking for words is quicker than for forms"
+    folded,at = text.casefold().split('\n'),0
+    for line,like in zip(text.split('\n'), folded):
+        if any(w in like for w in words): yield at,line
+        at += len(line)+1
+
+def _given_secrets(text, form, kind, words):
+    "Where each literal stands that a form finds in the lines with its words, and that stands for nothing else"
+    for at,line in _lines_with(text, words):
+        yield from (at+m.start() for m in form.finditer(line) if not _is_stand_in(m[2], kind or m[1]))
+
 def find_secret(
     text:str, # Text of a file
 )->str: # Kind and line, such as `GitHub token, line 3`; empty if there is none
     "The first thing in a text that looks like a secret, without its value"
-    found = [(m.start(), kind) for kind,form in _tokens.items() if (m := form.search(text))]
-    found += [(m.start(), 'password or key') for m in _given.finditer(text) if not _is_stand_in(m[2], m[1])][:1]
-    found += [(m.start(), 'password in an address') for m in _address.finditer(text)
-              if not _is_stand_in(m[2], 'password')][:1]
+    found = [(m.start(), kind) for kind,form in _tokens.items() if _may_hold(text, kind) and (m := form.search(text))]
+    for kind,form,as_word,words in (('password or key', _given, '', ('pass', 'pwd', 'secret', 'token', 'key')),
+                                    ('password in an address', _address, 'password', ('://',))):
+        found += [(at, kind) for at in islice(_given_secrets(text, form, as_word, words), 1)]
     if not found: return ''
     at,kind = min(found)
     return f"{kind}, line {text.count(chr(10), 0, at)+1}"

@@ -6,7 +6,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/core/text_stream.html.md"""
 
 # %% auto #0
 __all__ = ['block_size', 'cannot_read', 'one_line', 'open_file', 'text_blocks', 'check_encoding', 'unique_keys', 'decoded_json',
-           'json_fault', 'is_cut_off', 'JsonWindow', 'next_value', 'broken_json', 'read_yaml']
+           'json_fault', 'is_cut_off', 'JsonWindow', 'next_value', 'broken_json', 'read_yaml', 'count_rows']
 
 # %% ../../nbs/core/07_text_stream.ipynb #7e570004
 import codecs,gzip,io,json,re,zlib
@@ -231,3 +231,16 @@ def read_yaml(
     if not isinstance(given, dict):
         raise SageError(f'{path} must hold settings as `name: value`, got {type(given).__name__}')
     return given
+
+# %% ../../nbs/core/07_text_stream.ipynb #d7000002
+def count_rows(
+    path:Path, # Of JSON or JSON Lines
+)->int|None: # None for what is no such file
+    "How many rows a file holds"
+    if not path.is_file() or path.suffix not in ('.json', '.jsonl'): return None
+    try:
+        with open_file(path) as f:
+            if path.suffix=='.jsonl': return sum(bool(line.strip()) for line in f)
+            rows = json.load(f)
+    except (ValueError, OSError, SageError, RecursionError): return None # whoever reads the rows says why
+    return len(rows) if isinstance(rows, list) else 1

@@ -273,8 +273,10 @@ def _measured(model, batch, config):
 # %% ../../nbs/model/05_memory.ipynb #73a315fd
 def _predicted(model, batch, config, machine):
     "The same from the model on `meta`; None where it cannot be counted, which ends no run"
+    from sage_finetune.model.lora_path import on_lora_path
     from sage_finetune.model.step_bytes import build_on_meta, step_bytes
     if 'pixel_values' in batch: return None
+    config = config.adapted(fused_lora=on_lora_path(model)) # as it is computed now
     with suppress(Exception):
         return step_bytes(build_on_meta(config, model.config)[0], config, machine,
                           learned=(batch['labels'][:, 1:]!=-100).sum().item()).peak

@@ -16,7 +16,7 @@ from itertools import count
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from .codebase import held_out_rows, read_codebase, sample_facts, train_rows
+from ..synthetic.codebase import held_out_rows, read_codebase, sample_facts, train_rows
 from ..core.disk import read_json, SageError, write_json
 from ..core.cache import small_model
 from sage_finetune.core.settings import (

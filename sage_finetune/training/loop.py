@@ -266,12 +266,21 @@ class StepGuard(TrainerCallback):
 class StepChecks:
     "What `StepGuard` asks a trainer between two steps"
     stop_requested = staticmethod(lambda: None) # The number of a signal, where the run was asked to stop
+    say = staticmethod(lambda what: None) # Shows a message to the user
     agreed_stop = 0 # The same, once several processes have told each other
+    parameters = None # Of the model, without its embeddings; counted in the first step
 
     def get_batch_samples(self, *args, **kwargs):
         batches,learned = super().get_batch_samples(*args, **kwargs)
         self.notes.rows(batches)
         return batches,learned
+
+    def floating_point_ops(self, inputs):
+        "As the library's, which counts the parameters in every step"
+        main = getattr(self.model, 'main_input_name', 'input_ids')
+        if main not in inputs or not hasattr(self.model, 'num_parameters'): return 0
+        if self.parameters is None: self.parameters = self.model.num_parameters(exclude_embeddings=True)
+        return 6*inputs[main].numel()*self.parameters
 
     def raise_if_stopped(self, agreed=0):
         number = self.stop_requested() if self.args.world_size==1 else agreed
@@ -437,11 +446,15 @@ def _proved_groups(trainer):
     trainer.say(path)
     return path.groups
 
+@contextmanager
+def _as_proved(trainer):
+    "What a run computes with while it trains"
+    with same_bits(getattr(trainer.args, 'deterministic', False)), lora_path(_proved_groups(trainer)): yield
+
 # %% ../../nbs/training/04_loop.ipynb #9f125347
 class ResumableTrainer(StepChecks, SeededOrder, WholeCheckpoints):
     "What a `Trainer` of any loss needs to stop, resume, be measured; it stands before one among the bases"
     metrics_class,loraplus_lr_ratio = TokenMetrics,None # the second: learning rate of B over that of A
-    say = staticmethod(lambda what: None) # Shows a message to the user
 
     def __init__(self, *args, by_length=False, stop_requested=lambda: None, on_smaller_evaluation=lambda rows: None,
                  **kwargs):
@@ -468,8 +481,7 @@ class ResumableTrainer(StepChecks, SeededOrder, WholeCheckpoints):
 
     def train(self, *args, **kwargs):
         try:
-            with same_bits(getattr(self.args, 'deterministic', False)), lora_path(_proved_groups(self)):
-                return super().train(*args, **kwargs)
+            with _as_proved(self): return super().train(*args, **kwargs)
         finally: # an interrupted run must not leave NEFTune's noise on the embeddings, nor a second run add to it
             if handle := getattr(self, 'neftune_hook_handle', None): handle.remove()
 

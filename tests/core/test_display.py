@@ -8,7 +8,7 @@ from rich.console import Console
 
 from sage_finetune.training.packing import PackingReport
 from sage_finetune.ui.board import Board
-from sage_finetune.runs.codebase import read_codebase
+from sage_finetune.synthetic.codebase import read_codebase
 from sage_finetune.config import LoRAConfig, Shown, TrainingConfig
 from sage_finetune.inference.generate import Answer
 from sage_finetune.inference.exam import Comparison, Exam

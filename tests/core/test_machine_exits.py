@@ -76,7 +76,8 @@ PathFinder.find_spec = staticmethod(find_spec)
     return os.environ | dict(PYTHONPATH=path, SAGE_CACHE=str(folder/'cache'), HF_HUB_OFFLINE='1')
 
 
-@pytest.mark.parametrize('name', ['peft', 'datasets', 'accelerate', 'torch', 'transformers'])
+@pytest.mark.parametrize('name', ['peft', 'torch', 'transformers', *(
+    pytest.param(name, marks=pytest.mark.slow) for name in ('datasets', 'accelerate'))])
 def test_a_missing_package_is_named_with_its_command(name, tmp_path):
     (tmp_path/'rows.jsonl').write_text('{"question": "a?", "answer": "b."}\n'*4)
     (tmp_path/'run.yaml').write_text(f'model_name: sage-tiny\ndata_path: {tmp_path}/rows.jsonl\n'
@@ -127,8 +128,10 @@ def test_names_that_are_not_utf8_are_refused_by_name():
 
 
 @posix
-@pytest.mark.parametrize('locale', [dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0'), dict(LC_ALL='POSIX'),
-                                    dict(LC_ALL='en_US.ISO-8859-1')], ids=['C', 'POSIX', 'latin'])
+@pytest.mark.parametrize('locale', [
+    pytest.param(dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0'), id='C'),
+    pytest.param(dict(LC_ALL='POSIX'), id='POSIX', marks=pytest.mark.slow),
+    pytest.param(dict(LC_ALL='en_US.ISO-8859-1'), id='latin', marks=pytest.mark.slow)])
 def test_a_chinese_name_in_another_locale(locale, tmp_path):
     (tmp_path/'微调.yaml').write_text('seed: one\n', encoding='utf-8')
     (tmp_path/'main.py').write_text('import sys\nfrom sage_finetune.cli import main\nsys.exit(main())')

@@ -39,6 +39,8 @@ def steady(work, *args):
 
 few = [(name, mode, share) for name in ('train', 'merge', 'clean', 'export', 'export_adapter')
        for mode,share in (('full', .3), ('half', .6), ('dies', .8), ('denied', .95), ('SIGTERM', .5))]
+in_train = 'half', 'denied' # of these modes `make test` has what befalls training, `make test-faults` each of them
+few = [pytest.param(*f, marks=[pytest.mark.slow]*(f[0]!='train' and f[1] in in_train)) for f in few]
 few += [('serve', 'denied', 1.), ('compare', 'full', .5), ('inspect', 'dies', .9), ('clean', 'dies', .6)]
 
 

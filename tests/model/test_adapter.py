@@ -390,8 +390,10 @@ def test_a_stop_by_hand_keeps_the_best_too(config):
 
 # --- quantised weights
 
-@pytest.mark.parametrize('bits', [8, 4])
-@pytest.mark.parametrize('dora', [False, True], ids=['lora', 'dora'])
+@pytest.mark.parametrize('bits,dora', [
+    pytest.param(8, True, id='dora-8'), pytest.param(4, False, id='lora-4'),
+    pytest.param(8, False, id='lora-8', marks=pytest.mark.slow),
+    pytest.param(4, True, id='dora-4', marks=pytest.mark.slow)])
 def test_quantised_runs_go_on_and_reload(config, bits, dora):
     # rounds activations to 8 bits on a CPU too, and not to the last bit the same each time
     old = pytest.importorskip('bitsandbytes').__version__ < '0.50'

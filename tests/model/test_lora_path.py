@@ -8,6 +8,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 import sage_finetune.model.lora_path as path_module
+from sage_finetune.base.loading import load_model
 from sage_finetune.config import LoRAConfig
 from sage_finetune.model.adapter import add_lora, ready_for_quantised_training
 from sage_finetune.model.lora_path import (
@@ -106,7 +107,7 @@ def test_other_adapters_too(lora):
     assert path.kept=={} and path.group_difference<1e-6
     theirs = loss_and_gradients(model)[0]
     with lora_path(path.groups): ours = loss_and_gradients(model)[0]
-    assert largest(ours, theirs)<path.allowed*len(path.groups)**.5<3e-6
+    assert largest(ours, theirs)<3e-6
 
 
 def test_x_is_kept_once_and_nothing_that_can_be_computed_again():
@@ -275,9 +276,17 @@ def test_a_wrong_path_is_found(wrong, monkeypatch):
 
 def test_a_path_that_is_right_in_each_layer_and_wrong_in_the_model_is_found(monkeypatch):
     model,own = made(),path_module._Group.output
-    monkeypatch.setattr(path_module._Group, 'output', lambda self, i, x: own(self, i, x)*(1+1e-4*(i==1)))
+    monkeypatch.setattr(path_module._Group, 'output', lambda self, i, x: own(self, i, x)*(1+1e-5*(i==1)))
     path = proved(model)
-    assert path.groups==[] and 'the model would differ by' in str(path)
+    assert path.groups==[] and str(path)=="adapters: peft's path (layers would get results of others)"
+
+
+def test_a_model_that_carries_roundings_far_is_allowed_what_peft_itself_does():
+    "The embedded model has learned: its gradients move by many roundings where one layer moves by one"
+    torch.manual_seed(0)
+    model = add_lora(load_model('sage-tiny', torch.float32, 'cpu', None), LoRAConfig(lora_dropout=.1)).train()
+    path = proved(model)
+    assert path.kept=={} and path.group_difference<1e-6<path.model_difference<1e-3
 
 
 def test_groups_are_layers_of_one_tensor():

@@ -228,6 +228,7 @@ def test_a_new_head_is_looked_at_anew():
     assert gap(model, *batch()) < 1e-5 and rooms._known[model][0] is model.lm_head
 
 
+@pytest.mark.slow # a compiled run is in `test_loop`
 def test_a_compiled_model_is_compiled_once_for_each_shape():
     from torch._dynamo.testing import CompileCounter
     model,counter = adapted(tiny()),CompileCounter()

@@ -12,6 +12,8 @@ from quick import forked, run_in_fork, two_layers
 from sage_finetune.config import fit_config, LoRAConfig, PresetConfigs, SageError, TrainingConfig
 from sage_finetune.core.machine import Machine
 from sage_finetune.model.step_bytes import attention_kernel, build_on_meta, live_bytes, packed_bytes, step_bytes
+from sage_finetune.model.lora_path import lora_path, prove_lora_path
+from sage_finetune.model.loss import evaluating
 from sage_finetune.model.memory import estimate_memory, optimizer_bytes, probe_step
 from sage_finetune.training.batches import longest_batch
 
@@ -41,7 +43,9 @@ SHAPES = {
     'Gemma-2-2B': (shape(Gemma2Config, 2304, 26, 8, 4, 9216, 256_000, True, head_dim=256), 2.61),
     'Gemma-3-1B': (shape(Gemma3TextConfig, 1152, 26, 4, 1, 6912, 262_144, True, head_dim=256), 1.0)}
 
-@pytest.mark.parametrize('name', SHAPES)
+alike = 'Qwen2.5-1.5B', 'Qwen2.5-3B', 'Qwen2.5-14B', 'Qwen2.5-32B', 'Llama-3.2-1B' # others of their makers
+
+@pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.slow) if n in alike else n for n in SHAPES])
 def test_large_shapes(name):
     config,billions = SHAPES[name]
     began = time.perf_counter()
@@ -80,8 +84,10 @@ def test_the_largest_needs_little_time_and_memory():
 SMALL = dict(hidden_size=64, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
              intermediate_size=160, vocab_size=512)
 
-@pytest.mark.parametrize('kind', [LlamaConfig, Qwen3Config, Gemma2Config, Gemma3TextConfig, MistralConfig,
-                                  Qwen3MoeConfig, OPTConfig, GPT2Config])
+of_their_kind = [pytest.param(kind, marks=pytest.mark.slow) for kind in (Qwen3Config, Gemma2Config, MistralConfig,
+                                                                       OPTConfig)]
+
+@pytest.mark.parametrize('kind', [LlamaConfig, Gemma3TextConfig, Qwen3MoeConfig, GPT2Config, *of_their_kind])
 def test_few_layers_give_all(kind):
     "A line through few layers is the count of all layers"
     small = (dict(n_embd=64, n_layer=6, n_head=4, vocab_size=512) if kind is GPT2Config else \
@@ -191,6 +197,17 @@ def test_counted_is_what_a_real_pass_takes(rows, tokens, settings):
                             gradient_checkpointing=False, lora=LoRAConfig(**settings))
     probe = probe_step(tiny_model(**settings), batch_of(rows, tokens), config, Machine())
     assert abs(probe.error)<0.02, str(probe)
+
+@pytest.mark.parametrize('settings', [dict(), dict(target_modules='all-linear', r=32), dict(lora_dropout=0.0)])
+def test_adapters_computed_together_are_counted(settings):
+    config = TrainingConfig(model_name=two_layers, fp16=False, load_in_8bit=False, optim='adamw_torch',
+                            gradient_checkpointing=False, lora=LoRAConfig(**settings))
+    model,rows = tiny_model(**settings),batch_of(3, 128)
+    peft = probe_step(model, rows, config, Machine())
+    with evaluating(model, training=True): path = prove_lora_path(model)
+    with lora_path(path.groups): together = probe_step(model, rows, config, Machine())
+    assert abs(together.error)<0.02, str(together)
+    assert together.measured<peft.measured # and the step takes less
 
 def test_packed_rows_are_counted():
     config = TrainingConfig(model_name=two_layers, fp16=False, load_in_8bit=False, gradient_checkpointing=False)

@@ -286,7 +286,7 @@ def counted(config, card, shape=CODER):
     if key not in _counts: _counts[key] = estimate_memory(config, card, shape)
     return replace(_counts[key], config=fitted, machine=card)
 
-few = ['Qwen2.5-0.5B', 'Qwen2.5-1.5B', 'Qwen2.5-7B', 'Gemma-3-1B']
+few = ['Qwen2.5-0.5B', 'Qwen2.5-7B']
 
 @pytest.mark.parametrize('name', [n if n in few else pytest.param(n, marks=pytest.mark.slow) for n in SHAPES])
 def test_the_rule_of_thumb_is_above_the_count(name):
@@ -353,6 +353,6 @@ def test_what_is_asked_for_by_hand_stands():
 def test_the_free_memory_decides():
     full = Machine('cuda', 'RTX 4090', memory=25*10**9, free=4*10**9, bf16=True)
     assert fit_config(TrainingConfig(), full)[0].load_in_8bit
-    assert not estimate_memory(PresetConfigs.rtx_4090(), full, CODER).fits()
-    assert 'of 3.7 GiB' in str(estimate_memory(PresetConfigs.rtx_4090(), full, CODER)).replace('there are', 'of')
+    e = estimate_memory(PresetConfigs.rtx_4090(), full, CODER)
+    assert not e.fits() and 'of 3.7 GiB' in str(e).replace('there are', 'of')
     assert not fit_config(TrainingConfig(), Machine('cuda', memory=25*10**9, bf16=True))[0].load_in_8bit

@@ -90,6 +90,15 @@ def test_as_many_rows_as_were_asked_for(tmp_path):
     assert json.loads(Path(c.data_path).read_text())==rows[:5]
 
 
+@pytest.mark.parametrize('most', [5, 0, '5', None, 12, 10**6])
+def test_the_meta_file_alone_trains_all_rows_or_refuses_by_name(most, tmp_path):
+    written(tmp_path/'code', **(dict(max_samples=most) if most is not None else {}))
+    if most in (None, 12, 10**6): assert config_from_meta(tmp_path/'code').learning_rate==2e-4
+    else:
+        with pytest.raises(SageError, match=f'max_samples={most!r} .12 rows; `sage-finetune run .*takes part'):
+            config_from_meta(tmp_path/'code')
+
+
 @pytest.mark.parametrize('more,says', [
     (dict(use_galore=True), 'use_galore=True'), (dict(stage='ppo'), "stage='ppo'"),
     (dict(finetuning_type='full'), "finetuning_type='full'"),

@@ -1,16 +1,18 @@
 "What a run computes, compared: any split of the batch, packed or not, the reported loss, the same seed, resumed"
 import dataclasses
 import math
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from transformers import Trainer
 
 from quick import two_layers
 from sage_finetune.training import callbacks
 from sage_finetune.config import LoRAConfig, TrainingConfig
-from sage_finetune.core.disk import read_json
+from sage_finetune.core.disk import manifest_file, read_json
 from sage_finetune.core.run_folder import RunFolder
 from sage_finetune.rows.formats import create_sample_data, to_messages
 from sage_finetune.rows.tokens import encode
@@ -219,6 +221,15 @@ def test_what_is_measured_beside_the_loss(tmp_path):
     assert math.isclose(line['tokens_per_second']/line['learned_tokens_per_second'], every/learned, rel_tol=1e-2)
 
 
+def test_operations_are_counted_as_the_library_does(tmp_path):
+    run,_ = after(tmp_path/'run', 2, 2, max_steps=1)
+    t = run.trainer
+    for rows in ([0], [1, 2, 3]):
+        batch = t.data_collator([run.dataset[i] for i in rows])
+        assert t.floating_point_ops(batch)==Trainer.floating_point_ops(t, batch)>0
+    assert t.floating_point_ops(dict(labels=batch['labels']))==0 and t.state.total_flos>0
+
+
 def test_measuring_changes_no_bit(tmp_path, monkeypatch):
     from sage_finetune.training import loop
     _,w = after(tmp_path/'with', 2, 2, max_steps=3, lora=LoRAConfig(r=4, lora_dropout=0.2))
@@ -245,6 +256,36 @@ def test_a_compiled_run_is_the_same_but_for_rounding(tmp_path, monkeypatch):
     assert (w-v).abs().max()<=1e-4 and abs(logged(plain)[-1]['loss']-logged(fast)[-1]['loss'])<=1e-4
     after_it,x = after(tmp_path/'after', 2, 2, max_steps=3)
     assert not compiled(after_it) and torch.equal(x, w), 'the next run is not compiled'
+
+
+class Heard(Words):
+    "Remembers what it says of its adapters"
+    def say(self, what): self.__dict__.setdefault('heard', []).extend([str(what)] if 'adapters:' in str(what) else [])
+
+def heard(*args, **more):
+    run = Heard(config(*args, **more), quiet=True)
+    run.train()
+    return run,torch.cat([p.detach().flatten() for p in run.model.parameters() if p.requires_grad])
+
+def test_adapters_computed_together_end_as_those_of_peft_do(tmp_path):
+    how = dict(max_steps=3, lora=LoRAConfig(r=4, lora_dropout=.2), save_steps=2)
+    together,w = heard(tmp_path/'together', 2, 2, **how)
+    peft,v = heard(tmp_path/'peft', 2, 2, fused_lora=False, **how)
+    assert together.heard==['adapters: 8 layers in 4 products (q_proj+k_proj+v_proj, o_proj), proved on this model to '
+                            'give the numbers of peft within 1e-06']
+    assert peft.heard==["adapters: peft's path (`fused_lora=False`)"]
+    assert torch.allclose(w, v, atol=2e-5) and not torch.equal(w, v) # B is not normalised, so Adam lifts what is small
+    files = lambda run: {f.name: f.stat().st_size for f in (run.folder.checkpoints/'checkpoint-2').iterdir()}
+    assert {*files(together)}=={*files(peft)} # a checkpoint knows nothing of it
+    assert not any('forward' in vars(m) for m in together.model.modules() if 'lora' in type(m).__module__)
+
+def test_a_run_is_resumed_on_the_other_path(tmp_path):
+    begun,_ = heard(tmp_path/'run', 2, 2, max_steps=4, save_steps=2, save_total_limit=None)
+    shutil.rmtree(begun.folder.checkpoints/'checkpoint-4')
+    for f in (begun.folder.path/'results.json', begun.folder.path/manifest_file): f.unlink(missing_ok=True)
+    whole = torch.cat([p.detach().flatten() for p in begun.model.parameters() if p.requires_grad])
+    again,w = heard(tmp_path/'run', 2, 2, max_steps=4, save_steps=2, save_total_limit=None, fused_lora=False)
+    assert again.trainer.state.global_step==4 and torch.allclose(w, whole, atol=2e-5)
 
 
 def sums(folder, n=60, **more):

@@ -24,6 +24,8 @@ def config(folder, **more):
         per_device_train_batch_size=4, gradient_accumulation_steps=1, logging_steps=1, test_size=0.0,
         report_to='none', lora=dict(r=4, lora_dropout=0.0)) | more)
 
+one_row = dict(per_device_train_batch_size=1) # a CPU is slow in fp16
+
 def trained_on_a_t4(c, spoil=None, kind=LoRATrainer):
     "(the run, its result, the scaler) after training on a T4; `spoil` changes a gradient, by the optimizer step"
     said = []
@@ -68,17 +70,17 @@ def test_a_t4_is_near_to_a_cpu(tmp_path):
 def test_a_gradient_that_is_never_finite_ends_the_run(tmp_path, value, optim):
     "G7: also where a fused optimizer skips by itself, which accelerate does not see"
     with pytest.raises(NotFinite, match='last 10 optimizer steps up to step 10 were skipped') as ended:
-        trained_on_a_t4(config(tmp_path, max_steps=30, optim=optim), lambda g,step: g*value)
+        trained_on_a_t4(config(tmp_path, max_steps=30, optim=optim, **one_row), lambda g,step: g*value)
     assert 'compute in bf16 or fp32' in str(ended.value)
     assert not (tmp_path/'run'/'results.json').exists()
 
 def test_a_short_run_that_took_no_step_is_not_trained(tmp_path):
     with pytest.raises(NotFinite, match='the last 3 optimizer steps'):
-        trained_on_a_t4(config(tmp_path, max_steps=3), lambda g,step: g*math.nan)
+        trained_on_a_t4(config(tmp_path, max_steps=3, **one_row), lambda g,step: g*math.nan)
 
 @pytest.mark.parametrize('optim', ['adamw_torch', 'adamw_torch_fused'])
 def test_a_few_skipped_steps_are_counted_and_told(tmp_path, optim):
-    c = config(tmp_path, max_steps=8, optim=optim)
+    c = config(tmp_path, max_steps=8, optim=optim, **one_row)
     run,result,scaler = trained_on_a_t4(c, lambda g,step: g*(math.nan if step in (2, 5) else 1))
     skipped = [m['step'] for m in read_metrics(run.folder.metrics) if m.get('skipped_steps')]
     assert {3, 6}<={*skipped} and len(skipped)<=4 and scaler.get_scale()==2**(16-len(skipped))
@@ -96,7 +98,7 @@ def test_a_run_that_resumes_counts_on(tmp_path):
                 def on_step_end(callback, args, state, control, **kwargs):
                     if state.global_step==4 and not Stops.done: self.stop()
             return [*super().callbacks(), Stop()]
-    Stops.done,c = False,config(tmp_path, max_steps=6)
+    Stops.done,c = False,config(tmp_path, max_steps=6, **one_row)
     spoil = lambda g,step: g*(math.nan if step==1 else 1)
     with pytest.raises(KeyboardInterrupt): trained_on_a_t4(c, spoil, Stops)
     Stops.done = True

@@ -181,7 +181,7 @@ def same(folder, undisturbed):
 # Kills
 
 @needs_posix
-@pytest.mark.parametrize('times', [6, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('times', [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(base, data, told, times):
     steps_in_all,folder = 5*times, base/f'killed_{times}'
     long = dict(max_steps=steps_in_all, save_steps=2, logging_steps=1, per_device_train_batch_size=2,
@@ -201,7 +201,7 @@ def test_killed_at_random_moments(base, data, told, times):
         code,_ = finished(process)
         kills += code==-signal.SIGKILL
         steps.append(reached(folder))
-    assert kills==times and 5<steps[-1]<steps_in_all, steps
+    assert kills==times and times-1<steps[-1]<steps_in_all, steps
     assert finished(start(train, folder, data, **long))[0]==0
     assert same(folder, base/f'long_{times}')
     told(f'kill -9 at {times} random moments', f'{times+1} starts to the end, after steps '
@@ -241,7 +241,8 @@ def test_verified_after_forty_crash_points(base, data, told):
 
 @needs_posix
 @pytest.mark.parametrize('place,step,goes_on',
-                         [('optimizer.pt', 6, 3), ('rng_state.pth', 9, 6), ('marker', 6, 3), ('removing', 3, 9)])
+                         [('optimizer.pt', 6, 3), pytest.param('rng_state.pth', 9, 6, marks=pytest.mark.slow),
+                          pytest.param('marker', 6, 3, marks=pytest.mark.slow), ('removing', 3, 9)])
 def test_killed_while_a_checkpoint_is_written(place, step, goes_on, base, data, undisturbed, told):
     folder = base/f'write_{place}'
     assert finished(start(killed_while_writing, folder, data, place, step))[0]==-signal.SIGKILL
@@ -290,8 +291,9 @@ def interrupted(folder, data, place, step, number=signal.SIGINT, **more):
     return run,stop
 
 @needs_posix
-@pytest.mark.parametrize('place,step,kept', [('begin', 1, 0), ('begin', 5, 4), ('pass', 8, 8), ('end', 6, 5),
-                                             ('end', 7, 7), ('save', 9, 9), ('end', 13, 13)])
+@pytest.mark.parametrize('place,step,kept', [
+    ('begin', 1, 0), ('pass', 8, 8), ('end', 6, 5), ('save', 9, 9), ('end', 13, 13),
+    pytest.param('begin', 5, 4, marks=pytest.mark.slow), pytest.param('end', 7, 7, marks=pytest.mark.slow)])
 def test_interrupted_anywhere(place, step, kept, base, data, undisturbed, told):
     folder = base/f'interrupted_{place}_{step}'
     run,stop = interrupted(folder, data, place, step)

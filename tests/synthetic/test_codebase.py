@@ -1,4 +1,4 @@
-"Dull edges of `rows.repo_files` and `runs.codebase`: odd trees, odd bytes, and secrets that must never come out"
+"Dull edges of `rows.repo_files` and `synthetic.codebase`: odd trees, odd bytes, and secrets that must never come out"
 import json, os, random, shutil, subprocess, sys, warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from sage_finetune.runs.code_facts import code_facts, LANGUAGES, markdown_facts, notebook_facts
-from sage_finetune.runs.codebase import (
+from sage_finetune.synthetic.code_facts import code_facts, LANGUAGES, markdown_facts, notebook_facts
+from sage_finetune.synthetic.codebase import (
     code_files, held_out_rows, held_out_wordings, read_codebase, train_rows, WORDINGS
 )
 from sage_finetune.core.repo_files import find_files, find_secret, is_generated, is_secret_name, largest_file
@@ -337,14 +337,15 @@ def test_wordings_are_kept_apart():
 def test_without_parsers_the_files_are_told(tmp_path):
     put(tmp_path, 'a.go', 'package a')
     put(tmp_path, 'a.py', STACK)
-    code = ('import sys; sys.modules["tree_sitter"] = None\nfrom sage_finetune.runs.codebase import read_codebase; '
+    code = ('import sys; sys.modules["tree_sitter"] = None\n'
+            'from sage_finetune.synthetic.codebase import read_codebase; '
             'b = read_codebase(sys.argv[1]); print(b.skipped, b.files)')
     done = subprocess.run([sys.executable, '-c', code, str(tmp_path)], capture_output=True, text=True)
     assert done.stdout.strip()=="{'a.go': 'needs `pip install sage-finetune[code]`'} ['a.py']", done.stderr
 
 def test_parsers_are_imported_only_for_their_files(tmp_path):
     put(tmp_path, 'a.py', STACK)
-    code = ('import sys\nfrom sage_finetune.runs.codebase import read_codebase; read_codebase(sys.argv[1]); '
+    code = ('import sys\nfrom sage_finetune.synthetic.codebase import read_codebase; read_codebase(sys.argv[1]); '
             'print([m for m in sys.modules if m.startswith(("tree_sitter", "torch", "transformers"))])')
     assert subprocess.run([sys.executable, '-c', code, str(tmp_path)], capture_output=True,
                           text=True).stdout.strip()=='[]'
