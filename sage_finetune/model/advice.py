@@ -63,9 +63,9 @@ _share_of = dict(dpo=1/20, kto=1/20, orpo=1/5)
 
 def _rate(name, width, judged, method):
     "Learning rate, reason, source"
-    if name==embedded_model and not method: return 5e-3,'measured on this model','our sweep'
+    if name==embedded_model and not method: return 5e-3,'measured on this model','our runs'
     if width is None: return 2e-4,'how large the model is cannot be seen here: the middle of what suits',_regret
-    rate,source = 5e-4*(2000/width)**0.781,f'{_regret}; our sweep'
+    rate,source = 5e-4*(2000/width)**0.781,f'{_regret}; our runs'
     why = f'a model that is {width:,} wide' + (', judged by the parameters in its name' if judged else '')
     if method: rate,why,source = rate*_share_of[method],f'{why}; {method.upper()} wants a part of it','rule of thumb'
     return round_rate(rate),why,source
@@ -191,7 +191,7 @@ def _all_advised(name, rows, tokens, method, machine):
     yield 'lora.r', _rank(rows)
     yield 'lora.lora_alpha', (32, 'whatever the rank, so that the rate holds', _regret)
     yield 'lora.target_modules', ('all-linear', 'attention alone learns less', f'{_regret}; QLoRA, 2023')
-    if name==embedded_model and not method: yield 'lora.lora_dropout', (0.1, 'measured on this model', 'our sweep')
+    if name==embedded_model and not method: yield 'lora.lora_dropout', (0.1, 'measured on this model', 'our runs')
     else: yield 'lora.lora_dropout', (0.0, 'a short run does not need it, a step is faster', 'ours')
 
 # %% ../../nbs/model/06_advice.ipynb #ad7c0025

@@ -89,6 +89,7 @@ def advice_for(
         found.advised = [a for a in found.advised if not a.setting.startswith('lora.')]
     return found
 
+# %% ../../nbs/runs/04_tasks.ipynb #18ad0002
 def rows_of_task(
     task:str, # One of `TASKS`
     data=None, # As for `new_run`

@@ -179,6 +179,16 @@ def _chosen(values, start):
     if wrong: raise ValueError('; '.join(wrong.values()))
     return made
 
+def _advised(config, name, machine, preset):
+    "A form that follows the advice, but for what was given by hand or is set by a preset that was asked for"
+    advice = suggest(config, machine=machine)
+    chosen = preset_settings(preset) if preset else {}
+    more = {n: v for n,v in advice.settings.items() if n!='lora' and n not in chosen}
+    lora = {n: v for n,v in advice.settings.get('lora', {}).items() if n not in chosen.get('lora', {})}
+    form = ConfigForm(config.adapted(**more, lora=config.lora.adapted(**lora)), name, machine)
+    form.advice = advice
+    return form
+
 # %% ../../nbs/ui/03_form.ipynb #fe6ca027
 _counted,_counting = {},threading.Lock()
 _counts = ('model_name', 'per_device_train_batch_size', 'max_length', 'packing', 'gradient_checkpointing',
@@ -297,14 +307,6 @@ class ConfigForm(Shown):
     def _ipython_display_(self): show_widgets(self, lambda: _View(self).show())
 
 # %% ../../nbs/ui/03_form.ipynb #d0fb9c05
-def _advised(config, machine, preset):
-    "A config that follows the advice, but for what was given by hand or is set by a preset asked for; and the advice"
-    advice = suggest(config, machine=machine)
-    chosen = preset_settings(preset) if preset else {}
-    more = {n: v for n,v in advice.settings.items() if n!='lora' and n not in chosen}
-    lora = {n: v for n,v in advice.settings.get('lora', {}).items() if n not in chosen.get('lora', {})}
-    return config.adapted(**more, lora=config.lora.adapted(**lora)), advice
-
 def choose_config(
     model:str|None=None, # Hub name, folder, GGUF file, "sage-tiny" or "smollm2-135m"
     data=None, # File, folder or data set with the rows
@@ -317,10 +319,7 @@ def choose_config(
     if preset is not None: refuse_unknown([preset], _presets, 'preset')
     given = {k: v for k,v in dict(model_name=model, data_path=data).items() if v is not None} | settings
     name = preset or preset_for(machine)
-    start,advice = _advised(getattr(PresetConfigs, name)(**given), machine, preset)
-    form = ConfigForm(start, name, machine)
-    form.advice = advice
-    return form
+    return _advised(getattr(PresetConfigs, name)(**given), name, machine, preset)
 
 # %% ../../nbs/ui/03_form.ipynb #436a4c79
 def _help_line(remedy, config):
