@@ -15,8 +15,8 @@ def no_picture(monkeypatch):
     lessons and the real command draw it
     """
     if trainer := sys.modules.get('sage_finetune.trainer'):
-        quick = lambda metrics, path=None: path and Path(path).write_bytes(b'curve')
-        monkeypatch.setattr(trainer, 'plot_losses', quick)
+        from sage_finetune.core.disk import write_text # whole: a copy of the run may share the bytes of an earlier one
+        monkeypatch.setattr(trainer, 'plot_losses', lambda metrics, path=None: path and write_text(path, 'curve'))
 
 
 @pytest.fixture
