@@ -154,7 +154,7 @@ def _save_plain(alone, dtype, folder):
     "Write the model and the tokenizer of a GGUF file as those of any other model"
     from transformers import AutoTokenizer
     with _quietly():
-        tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file='model.gguf')
+        tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file='model.gguf', trust_remote_code=False)
         _plain_weights(alone, dtype).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     settings = read_json(folder/'tokenizer_config.json')
