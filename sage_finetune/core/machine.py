@@ -7,8 +7,9 @@ Docs: https://sage-finetune.github.io/sage_finetune/core/machine.html.md"""
 # %% auto #0
 __all__ = ['stop_signals', 'goes_on', 'Machine', 'has_bf16_units', 'model_parameters', 'step_room', 'processes', 'process',
            'division', 'Change', 'Changes', 'show_changes', 'opening', 'fit_bits', 'Interrupted', 'leave_terminal',
-           'stop_raises', 'how_to_install', 'missing_package', 'fault_report', 'last_words', 'as_written_here',
-           'use_utf8', 'refuse_other_encodings', 'on_colab', 'kept_folder', 'versions_text', 'program_name']
+           'no_stop_is_lost', 'stop_raises', 'how_to_install', 'missing_package', 'fault_report', 'last_words',
+           'as_written_here', 'use_utf8', 'refuse_other_encodings', 'on_colab', 'kept_folder', 'versions_text',
+           'program_name']
 
 # %% ../../nbs/core/03_machine.ipynb #544f2961
 import json,math,os,platform,re,signal,sys,tempfile,threading,time,traceback
@@ -274,6 +275,17 @@ def _raise_stop(own):
 
 # %% ../../nbs/core/03_machine.ipynb #fc000009
 @contextmanager
+def no_stop_is_lost(): # While the block runs
+    "A stop that comes where Python drops what is raised (a finalizer, the end of a fork) comes a moment later again"
+    before = sys.unraisablehook
+    def again(dropped):
+        if not isinstance(dropped.exc_value, Interrupted): return before(dropped)
+        threading.Timer(.05, signal.raise_signal, [dropped.exc_value.signal]).start()
+    sys.unraisablehook = again
+    try: yield
+    finally: sys.unraisablehook = before
+
+@contextmanager
 def stop_raises(): # While the block runs
     "SIGINT, SIGTERM and SIGHUP raise `Interrupted`, where nobody else looks after them"
     if threading.current_thread() is not threading.main_thread():
@@ -283,7 +295,7 @@ def stop_raises(): # While the block runs
     before = {n: h for n in stop_signals if (h := signal.getsignal(n)) in usual}
     try:
         for n in before: signal.signal(n, _raise_stop(os.getpid()))
-        yield
+        with no_stop_is_lost(): yield
     finally:
         for n,h in before.items(): signal.signal(n, h)
 

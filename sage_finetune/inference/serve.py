@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..core.disk import read_json, SageError
-from ..core.machine import Interrupted, last_words, leave_terminal, stop_signals
+from ..core.machine import Interrupted, last_words, leave_terminal, no_stop_is_lost, stop_signals
 from ..core.settings import refuse_unknown
 from ..core.run_folder import default_output_dir, find_run
 from ..core.text_stream import one_line
@@ -461,7 +461,8 @@ def _ended_by_signals():
         leave_terminal(number)
         raise Interrupted(number)
     before = {s: signal.signal(s, stop) for s in stop_signals}
-    try: yield
+    try:
+        with no_stop_is_lost(): yield
     finally:
         for s,handler in before.items(): signal.signal(s, handler or signal.SIG_DFL)
 

@@ -3,10 +3,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
-from sage_finetune.core.machine import Interrupted, last_words, missing_package, refuse_other_encodings
+from sage_finetune.core.machine import (
+    Interrupted, last_words, missing_package, no_stop_is_lost, refuse_other_encodings, stop_raises
+)
 
 posix = pytest.mark.skipif(os.name!='posix', reason='signals')
 WAIT = '''
@@ -21,6 +24,28 @@ except (Exception, KeyboardInterrupt) as e:
     print(words, flush=True)
     sys.exit(status)
 '''
+
+
+@posix
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_that_python_drops_comes_again(number, capsys):
+    class Left:
+        def __del__(self): signal.raise_signal(number) # what is raised here is only printed
+    began = time.monotonic()
+    with pytest.raises(Interrupted) as stopped, stop_raises():
+        Left()
+        while time.monotonic()<began+10: time.sleep(.01)
+    assert stopped.value.signal==number and time.monotonic()<began+5
+    assert capsys.readouterr().err==''
+
+@posix
+def test_what_else_is_dropped_is_still_told(monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, 'unraisablehook', told.append)
+    class Left:
+        def __del__(self): raise ValueError('of somebody else')
+    with no_stop_is_lost(): Left()
+    assert len(told)==1 and sys.unraisablehook==told.append
 
 
 def waiting(*words):
