@@ -273,7 +273,6 @@ def _raise_stop(own):
         os.kill(os.getpid(), number)
     return handler
 
-# %% ../../nbs/core/03_machine.ipynb #fc000009
 @contextmanager
 def no_stop_is_lost(): # While the block runs
     "A stop that comes where Python drops what is raised (a finalizer, the end of a fork) comes a moment later again"
@@ -285,6 +284,7 @@ def no_stop_is_lost(): # While the block runs
     try: yield
     finally: sys.unraisablehook = before
 
+# %% ../../nbs/core/03_machine.ipynb #fc000009
 @contextmanager
 def stop_raises(): # While the block runs
     "SIGINT, SIGTERM and SIGHUP raise `Interrupted`, where nobody else looks after them"
