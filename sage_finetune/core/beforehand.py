@@ -6,8 +6,9 @@ Docs: https://sage-finetune.github.io/sage_finetune/core/beforehand.html.md"""
 
 # %% auto #0
 __all__ = ['known_trackers', 'is_of_bitsandbytes', 'check_optimizer', 'same_steps', 'check_betas', 'check_schedule',
-           'try_optimizer', 'try_schedule', 'OptionsSetting', 'StoredAs', 'stored_as', 'fit_stored', 'ToolTable',
-           'tool_table', 'number_in', 'names_in', 'take_by_table', 'unknown_to_table', 'tracker_names', 'are_trackers']
+           'try_optimizer', 'try_schedule', 'OptionsSetting', 'StoredAs', 'config_file', 'stored_as', 'fit_stored',
+           'ToolTable', 'tool_table', 'number_in', 'names_in', 'take_by_table', 'unknown_to_table', 'tracker_names',
+           'are_trackers']
 
 # %% ../../nbs/core/08_beforehand.ipynb #08be0005
 import json,os
@@ -219,9 +220,18 @@ class StoredAs:
 
     def __str__(self): return f'{self.bits} bits ({self.method})' if self.bits else self.method
 
+def _bits(how):
+    "How many bits a `quantization_config` speaks of"
+    if how.get('load_in_8bit') or how.get('_load_in_8bit'): return 8
+    if how.get('load_in_4bit') or how.get('_load_in_4bit'): return 4
+    found = next((how[k] for k in ('bits', 'w_bit', 'nbits', 'num_bits') if isinstance(how.get(k), int)), None)
+    return found or (8 if how.get('quant_method')=='fp8' else None)
+
 # %% ../../nbs/core/08_beforehand.ipynb #08be0104
-def _config_file(name):
-    "`config.json` of a folder, or of a model in the cache of the Hub; None where it is not here"
+def config_file(
+    name:str, # Folder of a model, or its name on the Hub
+)->Path|None: # None where it is not here
+    "`config.json` of a folder, or of a model in the cache of the Hub"
     if (file := Path(name)/'config.json').is_file(): return file
     if name.count('/')>1 or os.path.isabs(name): return None
     from huggingface_hub import try_to_load_from_cache
@@ -230,19 +240,12 @@ def _config_file(name):
     except HFValidationError: return None
     return Path(found) if isinstance(found, str) else None
 
-def _bits(how):
-    "How many bits a `quantization_config` speaks of"
-    if how.get('load_in_8bit') or how.get('_load_in_8bit'): return 8
-    if how.get('load_in_4bit') or how.get('_load_in_4bit'): return 4
-    found = next((how[k] for k in ('bits', 'w_bit', 'nbits', 'num_bits') if isinstance(how.get(k), int)), None)
-    return found or (8 if how.get('quant_method')=='fp8' else None)
-
 # %% ../../nbs/core/08_beforehand.ipynb #08be0022
 def stored_as(
     name:str, # Folder of a model, or its name on the Hub
 )->StoredAs|None: # None where it is stored as plain numbers, or is not here yet
     "How a base is stored, where that is not as plain numbers"
-    file = _config_file(str(name))
+    file = config_file(str(name))
     try: said = read_json(file) if file else {}
     except ValueError: return None # told where it is loaded
     if not isinstance(said, dict): return None

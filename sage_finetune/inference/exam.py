@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from ..core.disk import read_json
 from ..core.display import Shown, Table
 from ..rows.formats import to_messages
 from ..rows.tokens import encode
+from ..model.loss import mean_loss
 from .generate import answers, as_messages, base_of, load_for_chat, load_plain
 
 # %% ../../nbs/inference/01_exam.ipynb #e0a1d93a
@@ -98,14 +101,10 @@ class GeneralExam(Shown):
         row = [len(self.right), f'{self.loss:.3f}', sum(self.right)]
         return Table(['general questions', 'loss', 'right'], [row])
 
-def _loss_of(model, tokenizer, row):
-    "Sum of the losses of an expected answer, and its tokens"
-    import torch
+def _expected(row, tokenizer):
+    "A question with the answer that is expected, as a batch of one row"
     example = encode(to_messages(dict(question=row['question'], answer=row['answer'])), tokenizer)
-    ids,labels = (torch.tensor([example[k]], device=model.device) for k in ('input_ids', 'labels'))
-    with torch.no_grad(): logits = model(input_ids=ids).logits[0, :-1].float()
-    loss = torch.nn.functional.cross_entropy(logits, labels[0, 1:].long(), ignore_index=-100, reduction='sum')
-    return loss.item(),(labels[0, 1:]!=-100).sum().item()
+    return {k: torch.tensor([ids]) for k,ids in example.items()}
 
 # %% ../../nbs/inference/01_exam.ipynb #18be0005
 def examine_general(
@@ -116,10 +115,10 @@ def examine_general(
     "Ask general questions: how well are the answers expected, and how many are right"
     rows = general_questions() if rows is None else rows
     if not rows: raise ValueError('`rows` is empty: an exam needs at least one question')
-    sums = [_loss_of(model, tokenizer, r) for r in rows]
+    loss = mean_loss(model, [_expected(r, tokenizer) for r in rows])
     given = [a.text for a in answers(model, tokenizer, [r['question'] for r in rows], 32)]
     right = [holds_words(text, r['words']) for text,r in zip(given, rows)]
-    return GeneralExam(sum(s for s,_ in sums)/sum(n for _,n in sums), right, given)
+    return GeneralExam(loss, right, given)
 
 # %% ../../nbs/inference/01_exam.ipynb #32f4468d
 @dataclass(repr=False)

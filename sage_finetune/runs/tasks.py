@@ -76,7 +76,7 @@ def code_rows(
 # %% ../../nbs/runs/04_tasks.ipynb #12f791c6
 def advice_for(
     model:str, # Hub name, folder, GGUF file, "sage-tiny" or "smollm2-135m"
-    data=None, # Sources, or a number of rows
+    data=None, # Sources, a number of rows, or a `DataSize`
     given:dict|None=None, # Settings by hand, which stand
 )->Advice: # Without the shape of an adapter that is continued
     "What a new run begins with, where nothing was set by hand"
@@ -100,7 +100,7 @@ def rows_of_task(
 
 def quick_settings(
     model:str, # Hub name, folder, GGUF file, "sage-tiny" or "smollm2-135m"
-    data=None, # Sources, or a number of rows
+    data=None, # Sources, a number of rows, or a `DataSize`
     given:dict|None=None, # Settings by hand, which stand
 )->dict: # Settings that differ from the defaults
     "Settings for a first run: the advice, and checkpoints as often as a short run wants them"
@@ -112,7 +112,7 @@ def with_quick(
     model:str, # Hub name, folder, GGUF file, "sage-tiny" or "smollm2-135m"
     given:dict, # Settings by hand; those of the adapter under "lora"
     preset:str|None=None, # Of `PresetConfigs`, or "auto"
-    data=None, # Sources, or a number of rows
+    data=None, # Sources, a number of rows, or a `DataSize`
 )->dict: # For `new_run`
     "Settings by hand, before those of a preset, before `quick_settings`"
     found = quick = quick_settings(model, data, given)
@@ -126,7 +126,7 @@ def with_quick(
 def start_settings(
     model:str, # Hub name, folder, GGUF file, "sage-tiny" or "smollm2-135m"
     preset:str|None=None, # Of `PresetConfigs`, or "auto"
-    data=None, # Sources, or a number of rows
+    data=None, # Sources, a number of rows, or a `DataSize`
     **given, # Settings of `TrainingConfig`; None for what was not given
 )->dict: # For `new_run`
     "Settings of a new run: what was given, and for the rest `quick_settings`; a parent adapter keeps its own shape"
@@ -552,11 +552,11 @@ def quickstart(
     from sage_finetune.training.callbacks import peak_memory
     from sage_finetune.training.resume import finished_result, TrainingResult
     began = time.monotonic()
-    rows = rows_of_task(task, data, max_facts)
-    asked = with_quick(model, settings or {}, preset, rows)
+    advice = advice_for(model, rows_of_task(task, data, max_facts), settings)
+    asked = with_quick(model, settings or {}, preset, advice.size)
     run,notes = _own_folder(task, model, data, output, max_facts, fresh, asked)
     trainer = LoRATrainer(config_from_meta(run.path), quiet=quiet)
-    for line in (*notes, advice_for(model, rows, settings)): trainer.say(line)
+    for line in (*notes, advice): trainer.say(line)
     before,stored = None if fresh else finished_result(run, TrainingResult),run.path/'quickstart.json'
     result = trainer.train(fresh=fresh)
     if before and run.state=='merged' and stored.is_file(): return QuickstartResult(**read_json(stored))

@@ -208,9 +208,9 @@ def held_out_rows(
 
 # %% ../../nbs/synthetic/01_codebase.ipynb #00220e02
 def sample_facts(
-    facts:list[Fact], # From `read_codebase`
-    n:int, # Most facts to keep
-)->list[Fact]: # At most `n` facts, in order
+    facts:list, # From `read_codebase`, or passages to ask about
+    n:int, # Most of them to keep
+)->list: # At most `n` of them, in order
     "At most `n` facts, spread evenly over all of them"
     if n<1: raise ValueError(f'`n` must be at least 1, got {n}')
     return list(facts) if len(facts)<=n else [facts[i*len(facts)//n] for i in range(n)]

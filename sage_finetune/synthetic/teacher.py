@@ -20,6 +20,7 @@ from ..core.repo_files import find_files, find_secret, PassedOver, read_source
 from ..core.text_stream import one_line
 from ..inference.client import find_model, stream_from
 from .code_facts import LANGUAGES
+from .codebase import sample_facts
 
 # %% ../../nbs/synthetic/02_teacher.ipynb #8a000008
 _endings = '.md', '.txt', '.rst', '.py', *LANGUAGES
@@ -227,9 +228,10 @@ def _kept_replies(file):
 def _note_reply(file, key, source, reply):
     "Write a reply down before the next is asked for"
     try:
-        torn = file.is_file() and not file.read_bytes().endswith(b'\n')
-        with open(file, 'a', encoding='utf-8') as f:
-            f.write('\n'*torn+json.dumps(dict(key=key, source=source, reply=reply))+'\n')
+        with open(file, 'a+b') as f:
+            f.seek(max(0, f.tell()-1)) # a process may have been killed within a line
+            torn = f.read() not in (b'', b'\n')
+            f.write((b'\n' if torn else b'')+json.dumps(dict(key=key, source=source, reply=reply)).encode()+b'\n')
             f.flush()
             os.fsync(f.fileno())
     except OSError as e: raise cannot_write(file, e) from None
@@ -252,7 +254,7 @@ def generate_rows(
     output = Path(output).expanduser()
     _check_request(output, questions, exam, most)
     passages,passed = read_passages(root, size)
-    if most and most<len(passages): passages = [passages[i*len(passages)//most] for i in range(most)]
+    if most: passages = sample_facts(passages, most)
     teacher,file = find_model(url, model, api_key),output.with_suffix('.replies.jsonl')
     known,replies,earlier = _kept_replies(file),[],0
     for i,passage in enumerate(passages):

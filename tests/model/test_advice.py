@@ -5,7 +5,7 @@ import pytest
 
 from sage_finetune.config import LoRAConfig, PreferenceConfig, TrainingConfig
 from sage_finetune.core.machine import Machine
-from sage_finetune.model.advice import count_rows, model_width, round_rate, suggest
+from sage_finetune.model.advice import data_size, DataSize, model_width, round_rate, suggest
 from sage_finetune.runs.tasks import quick_settings, start_settings, with_quick
 
 laptop = Machine(cores=2, ram=16*2**30)
@@ -52,13 +52,22 @@ def written(folder, name):
 
 @pytest.mark.parametrize('name,rows', [('a.csv', 40), ('a.jsonl', 40), ('a.txt', 1)])
 def test_rows_of_any_file_are_counted(tmp_path, name, rows):
-    assert count_rows(TrainingConfig(), written(tmp_path, name))[0]==rows
+    assert data_size(TrainingConfig(), written(tmp_path, name))[0]==rows
 
 
 def test_rows_of_several_sources_and_of_lines_are_counted(tmp_path):
     both = [written(tmp_path, 'a.csv'), written(tmp_path, 'b.jsonl')]
-    assert count_rows(TrainingConfig(data_path=both))[0]==80
-    assert count_rows(TrainingConfig(sample_by='line'), written(tmp_path, 'c.txt'))[0]==40
+    assert data_size(TrainingConfig(data_path=both))[0]==80
+    assert data_size(TrainingConfig(sample_by='line'), written(tmp_path, 'c.txt'))[0]==40
+
+
+def test_data_is_read_once(tmp_path):
+    "What was found is handed on, though the file is another by then"
+    file = written(tmp_path, 'a.jsonl')
+    advice = suggest(TrainingConfig(model_name='sage-tiny'), file, laptop)
+    assert advice.size==DataSize(40, 51, 'qa') and advice.rows==40
+    (tmp_path/'a.jsonl').unlink()
+    assert suggest(TrainingConfig(model_name='sage-tiny'), advice.size, laptop).advised==advice.advised
 
 
 @pytest.mark.parametrize('data', ['no/such.jsonl', 'owner/on-the-hub', ['no/such.jsonl', 'nor/this.csv']])
