@@ -53,7 +53,7 @@ class Page:
         self.client.start_channels()
         self.client.wait_for_ready(timeout=120)
         # widgets {id: state}; outputs {id of a request: list}; places of outputs that are replaced {id: [output]}
-        self.widgets,self.outputs,self.places,self.replies,self.idle = {},{},{},{},set()
+        self.widgets,self.outputs,self.places,self.replies,self.idle,self.sent = {},{},{},{},set(),set()
 
     def close(self):
         self.client.stop_channels()
@@ -67,7 +67,16 @@ class Page:
     @property
     def pid(self): return self.manager.provisioner.process.pid
 
-    def send(self, code): return self.client.execute(code)
+    def send(self, code):
+        cell = self.client.execute(code)
+        self.sent.add(cell)
+        return cell
+
+    def interrupt(self):
+        "Break off the cells that have not ended"
+        if not self.manager.is_alive() or {*self.sent}<={*self.replies}: return
+        self.manager.interrupt_kernel()
+        self.until(lambda: {*self.sent}<={*self.replies}, 30, 'the cells that were broken off')
 
     def ended(self, cell):
         "Whether a cell has returned, and all that it showed is here"

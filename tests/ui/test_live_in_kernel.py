@@ -43,12 +43,19 @@ def python(request, tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def page(python, tmp_path_factory):
+def opened(python, tmp_path_factory):
     page = kernel.Page(tmp_path_factory.mktemp('page'), python)
     page.run(setup)
     page.ipykernel,page.ipywidgets = versions(page)
     yield page
     page.close()
+
+
+@pytest.fixture
+def page(opened):
+    "One page for all tests; what a test that failed has left running is broken off"
+    yield opened
+    opened.interrupt()
 
 
 def versions(page):
@@ -62,7 +69,9 @@ def answered(page, message):
     return page.ipykernel>6 or message in page.idle
 
 
-def all_steps(page, cell): return {*re.findall(r'([\d,]+) of 400', page.text(cell))}
+def all_steps(page, cell):
+    "As every part of the page says it; the last line is made anew with each change, the others less often"
+    return {*re.findall(r'([\d,]+) of 400', page.text(cell)), *re.findall(r'shows step ([\d,]+)', page.text(cell))}
 
 
 def steps(page, cell): return int((re.search(r'([\d,]+) of 400', page.text(cell)) or ['', '-1'])[1])
@@ -79,7 +88,6 @@ def test_the_buttons_act_while_a_cell_awaits_the_run(page):
     page.until(lambda: answered(page, pressed), 10, 'the click was answered') # a page sends nothing more before that
     page.enter('Ask the model as it is now', 'What is 30 plus 1?')
     page.until(lambda: re.search(r'What is 30 plus 1\?\s+\S', page.text(cell)), 30, 'an answer during the pause')
-    # what a saved page would show is made anew less often than what moves
     page.until(lambda: len(all_steps(page, cell))==1, 20, 'every part of the page shows the same step')
     still = steps(page, cell)
     page.rest(2)
