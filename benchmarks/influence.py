@@ -34,7 +34,7 @@ from sage_finetune.model.loss import mean_loss
 from sage_finetune.rows.formats import to_messages
 from sage_finetune.rows.sources import save_rows
 from sage_finetune.rows.tokens import encode
-from sage_finetune.study.influence import Influence, rank_correlation
+from sage_finetune.study.influence import Influence, put_checkpoint, rank_correlation, row_gradients
 
 FILE = Path(__file__).with_name('influence.json')
 FIGURE = Path(__file__).parents[1]/'nbs'/'images'/'influence.png'
@@ -85,24 +85,42 @@ def nearest():
     return [[cosine(weighed(q), weighed(e)) for e in each] for q in asked]
 
 
+def products(taught, adam):
+    "Products of gradients as they are, as in TracIn, or with the moments of the optimizer; (questions, rows)"
+    asked, found = [encode(to_messages(q), taught.tokenizer) for q in questions()], 0
+    for s in taught.snapshots:
+        put_checkpoint(taught.model, s.folder)
+        sizes, gradients = s.flat(taught.model) if adam else s.rate, []
+        for some in asked, taught.rows:
+            each = [(numbers, G) for numbers, G in row_gradients(taught.model, some, taught.collate)]
+            order = torch.tensor(sum((numbers for numbers, _ in each), [])).argsort()
+            gradients.append(torch.cat([G for _, G in each])[order])
+        found = found + (gradients[0]*sizes)@gradients[1].T
+    return found.tolist()
+
+
+def asked(taught, part=False):
+    return [taught.why(q['question'], q['answer'], q['answer'][7:-1] if part else None).pushes.sum(0).tolist()
+            for q in questions()]
+
+
 def pushes(known):
     "What each way of naming rows says, (questions, rows) for each"
     begin = time.monotonic()
     trainer, _ = trained(rows(), save_steps=5, save_total_limit=None)
     known['seconds of the run'] = round(time.monotonic()-begin, 1)
     begin = time.monotonic()
-    taught = Influence(trainer.folder.path)
+    taught = Influence(trainer.folder.path, cache=False)
     known['seconds for the gradients of 60 rows at 8 checkpoints'] = round(time.monotonic()-begin, 1)
     begin = time.monotonic()
-    found = [taught.why(q['question'], q['answer']).pushes.sum(0).tolist() for q in questions()]
+    found = dict(what_taught=asked(taught))
     known['seconds for a question'] = round((time.monotonic()-begin)/len(questions()), 2)
-    last = taught.snapshots
-    taught.snapshots = last[-1:]
-    late = [taught.why(q['question'], q['answer']).pushes.sum(0).tolist() for q in questions()]
-    taught.snapshots = last
+    known['place'] = asked(taught, part=True)
+    found |= {"with Adam's moments": products(taught, True), 'products alone': products(taught, False)}
+    taught.snapshots = taught.snapshots[-1:]
     draw = random.Random(0)
-    return {'what_taught': found, 'its last checkpoint alone': late, 'nearest text': nearest(),
-            'random': [[draw.random() for _ in rows()] for _ in questions()]}
+    return found | {'the last checkpoint': asked(taught), 'nearest text': nearest(),
+                    'random': [[draw.random() for _ in rows()] for _ in questions()]}
 
 
 def halves(known, n):
@@ -134,8 +152,8 @@ def correlations(known):
 
 
 def against(known):
-    "Share of the wrong rows about a thing that are the first against its right answer"
-    wrong, found = len(THINGS)*len(ASKED), known['pushes']['what_taught']
+    "For how many things the wrong row is the first against the place in the right answer"
+    wrong, found = len(THINGS)*len(ASKED), known['place']
     return sum(min(range(len(f)), key=f.__getitem__)==wrong+q for q, f in enumerate(found)), len(found)
 
 
@@ -153,7 +171,7 @@ def table(known):
     n, m = against(known)
     return Table(['named by', 'rank correlation', 'of each question', 'loss without the five rows'], lines,
                  f"{len(known['halves'])} halves of 60 rows; sage-tiny, {STEPS} steps; {known.get('date', '')}",
-                 f'the wrong row about a thing is the first against its right answer for {n} of {m} things')
+                 f'the wrong row about a thing comes first against the right place for {n} of {m} things')
 
 
 def figure(known):

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from shutil import copytree
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from ..core.disk import read_json, SageError, whole_folder, write_json, write_manifest

@@ -8,31 +8,27 @@ Docs: https://sage-finetune.github.io/sage_finetune/study/influence.html.md"""
 __all__ = ['tokens_at_once', 'numbers_at_once', 'sketch_width', 'row_gradients', 'Sketch', 'step_sizes', 'Snapshot', 'snapshots',
            'put_checkpoint', 'Taught', 'Influence', 'what_taught', 'why_command', 'rank_correlation']
 
-# %% ../../nbs/study/05_influence.ipynb #58396cdb
+# %% ../../nbs/study/05_influence.ipynb #f5e9c2f4
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import sage_finetune.base.loading # before transformers: it quiets bitsandbytes
 from peft import set_peft_model_state_dict
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ..core.cache import cache_place, checkpoint_values, checksum, make_room, read_receipt
-from ..core.disk import file_digest, read_json, SageError, whole_folder, write_json
+from ..core.disk import file_digest, SageError, whole_folder, write_json
 from ..core.display import Panel, Shown, Table
 from ..core.run_folder import checkpoint_fault
-from ..config import PreferenceConfig
 from ..rows.tokens import encode, ignored
 from ..model.adapter import load_best_adapter, load_lora_init
 from ..model.loss import evaluating, head_and_transform, loss_sum
-from ..training.batches import Collator, padding_of
 from ..training.callbacks import random_state, set_random_state
 from ..training.loop import only_top_adapter
 from ..training.resume import checkpoint_step, data_digest
-from ..inference.generate import answers, as_messages, load_adapter
+from ..inference.generate import answers, as_messages
 from ..preference import trainer_for
 from ..runs.run import Run
 
@@ -153,7 +149,8 @@ class Snapshot:
     folder:Path # Of the checkpoint
     step:int # After which it was written
     since:int # The first step that it stands for
-    sizes:dict|None # From `step_sizes`; None where that is not known
+    rate:float # Sum of the learning rates of these steps; 1 where they are not known
+    sizes:dict|None # From `step_sizes`; None where they are not known
     note:str = '' # What could not be read
 
     def flat(self, model): # (numbers,), in the order of the trained parameters
@@ -165,14 +162,14 @@ class Snapshot:
 def _snapshot(folder, trained):
     "A checkpoint as far as it can be read"
     step,receipt = checkpoint_step(folder),read_receipt(folder)
-    def without(why): return Snapshot(folder, step, step, None, f'{folder.name}: {why}, so all numbers count alike')
-    if not receipt or not receipt['steps']: return without('it has no receipt of its steps')
-    state = checkpoint_values(folder).get('optimizer.pt') or {}
-    sizes = step_sizes(state, receipt['parameters'], [line[1] for line in receipt['steps']])
-    if {*trained}-{*sizes}: return without('its optimizer does not say what it holds')
-    known = any(s.dim() for s in sizes.values())
-    return Snapshot(folder, step, receipt['steps'][0][0], sizes, '' if known else
-                    f'{folder.name}: its optimizer keeps no second moments here, so gradients count as they are')
+    if not receipt or not receipt['steps']:
+        return Snapshot(folder, step, step, 1., None, f'{folder.name}: it has no receipt of its steps, so that all '
+                        f'checkpoints and all numbers count alike')
+    first,rates = receipt['steps'][0][0],[line[1] for line in receipt['steps']]
+    sizes = step_sizes(checkpoint_values(folder).get('optimizer.pt') or {}, receipt['parameters'], rates)
+    known = not {*trained}-{*sizes} and any(s.dim() for s in sizes.values())
+    return Snapshot(folder, step, first, sum(max(r) for r in rates), sizes if known else None, '' if known else
+                    f'{folder.name}: its optimizer keeps no second moments here, so all numbers count alike')
 
 # %% ../../nbs/study/05_influence.ipynb #a67636ab
 def snapshots(
@@ -226,27 +223,24 @@ def put_checkpoint(
 _mark = 'influence.json' # In each folder of sketches
 
 def _sketches(taught, snapshot, rows):
-    "Numbers of rows, their sketches scaled by the optimizer, at one checkpoint"
+    "Numbers of rows, and the sketches of their gradients as the optimizer saw them, at one checkpoint"
     put_checkpoint(taught.model, snapshot.folder)
     root = snapshot.flat(taught.model).sqrt().to(taught.model.device)
     for numbers,G in row_gradients(taught.model, rows, taught.collate): yield numbers,taught.sketch(G*root)
 
 def _of_all_rows(taught, snapshot):
-    "Sketches of all rows, of length 1 in 16 bits, and their lengths"
-    n = len(taught.rows)
-    found = dict(rows=torch.empty(n, taught.sketch.width, dtype=torch.float16), lengths=torch.empty(n))
+    "Sketches of all rows, of length 1, in 16 bits"
+    found = torch.empty(len(taught.rows), taught.sketch.width, dtype=torch.float16)
     for numbers,S in _sketches(taught, snapshot, taught.rows):
-        lengths = S.norm(dim=1)
-        found['lengths'][numbers] = lengths.cpu()
-        found['rows'][numbers] = (S/lengths.clamp_min(1e-30)[:, None]).half().cpu()
-    return found
+        found[numbers] = (S/S.norm(dim=1, keepdim=True).clamp_min(1e-30)).half().cpu()
+    return dict(rows=found)
 
 def _digest(taught):
     "What decides the sketches of all rows"
     record,files = taught.run.record,[s.folder/'adapter_model.safetensors' for s in taught.snapshots]
     steps = [[s.since, s.step, s.sizes is None] for s in taught.snapshots]
     settings = [record.get(k) for k in ('_base', '_fitted', '_versions', 'model_name')]
-    return checksum('influence 1', data_digest(taught.rows), steps, list(map(file_digest, files)), settings,
+    return checksum('influence 2', data_digest(taught.rows), steps, list(map(file_digest, files)), settings,
                     taught.sketch.width)
 
 def _kept(taught, cache, say):
@@ -372,14 +366,13 @@ def _answered(taught, question, max_new_tokens):
         return answers(taught.model, taught.tokenizer, [as_messages(question)], max_new_tokens)[0].text
 
 def _pushes(taught, examples):
-    "The product of the gradients of some examples with those of all rows, (examples, rows)"
-    found = torch.zeros(len(examples), len(taught.rows))
+    "How much each row pushed the examples that together are an answer, (examples, rows)"
+    found,asked = torch.zeros(len(examples), len(taught.rows)),torch.empty(len(examples), taught.sketch.width)
     for s in taught.snapshots:
-        held = load_file(taught.place/f'{s.step}.safetensors')
-        for numbers,S in _sketches(taught, s, examples):
-            S = S.cpu().float()
-            products = [S@part.float().T for part in held['rows'].split(2**10)]
-            found[numbers] += torch.cat(products, 1)*held['lengths']
+        for numbers,S in _sketches(taught, s, examples): asked[numbers] = S.cpu()
+        rows = load_file(taught.place/f'{s.step}.safetensors')['rows']
+        products = torch.cat([asked@part.float().T for part in rows.split(2**10)], 1)
+        found += products*(s.rate/asked.sum(0).norm().clamp_min(1e-30))
     return found
 
 def _why(taught, question, answer):

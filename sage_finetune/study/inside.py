@@ -9,8 +9,7 @@ __all__ = ['Parts', 'parts_of', 'Lens', 'logit_lens', 'matrices_of', 'writers', 
            'intruding', 'Intruders', 'intruders', 'without_intruders', 'exam_score', 'general_loss', 'ExamTable',
            'intruder_cost']
 
-# %% ../../nbs/study/06_inside.ipynb #72d4af74
-import math
+# %% ../../nbs/study/06_inside.ipynb #179fd08d
 from contextlib import contextmanager
 from dataclasses import dataclass
 

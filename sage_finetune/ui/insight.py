@@ -7,9 +7,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/ui/insight.html.md"""
 # %% auto #0
 __all__ = ['plot_taught', 'plot_lens', 'plot_scores']
 
-# %% ../../nbs/ui/08_insight.ipynb #b80aef24
-import torch
-
+# %% ../../nbs/ui/08_insight.ipynb #5384fd8f
 from ..core.display import on_any_background, shown_figure
 from ..study.influence import Taught
 from ..study.inside import ExamTable, Lens
