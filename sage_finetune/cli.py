@@ -9,7 +9,7 @@ __all__ = ['app', 'Model', 'RunName', 'Runs', 'Output', 'Data', 'Shares', 'Stopp
            'Base', 'Key', 'Format', 'Split', 'Subset', 'Revision', 'TrainOn', 'Overflow', 'Columns', 'OnceAsJson',
            'Set', 'Preset', 'Rate', 'Epochs', 'MaxSteps', 'BatchSize', 'Rank', 'Nproc', 'Share', 'Nodes', 'MachineRank',
            'MainIp', 'MainPort', 'DryRun', 'EXAMPLES', 'main', 'echo', 'quickstart', 'inspect', 'start', 'run', 'watch',
-           'merge', 'clean', 'chat', 'compare', 'repeat', 'look', 'verify', 'serve', 'export', 'examples', 'generate']
+           'merge', 'clean', 'chat', 'compare', 'look', 'verify', 'serve', 'export', 'examples', 'repeat', 'generate']
 
 # %% ../nbs/05_cli.ipynb #b5095066
 import json,os,sys,threading
@@ -539,7 +539,8 @@ def chat(
     else: say,below = _loaded(name, adapter, max_new_tokens, ignore_contract, base)
     if prompt is None:
         from sage_finetune.merge_chat import converse
-        more = {} if url else _more_commands(name)
+        from sage_finetune.study.influence import why_command
+        more = {} if url else why_command(_chat_target(name))
         converse(say, system=system, temperature=temperature, base=below, images=image or (), more=more)
         return
     from sage_finetune.rows.formats import question
@@ -565,23 +566,6 @@ def _chat_target(name):
     holds = path.is_dir() and ((path/'config.json').is_file() or (path/'adapter_config.json').is_file())
     return path if holds else find_run(name).path
 
-def _looked_into(name, why, lens, answer, part):
-    "The rows behind an answer, and its way through the layers"
-    from sage_finetune.runs.run import Run
-    run = Run(name)
-    if why:
-        from sage_finetune.study.influence import what_taught
-        yield what_taught(run, why, answer, part, say=lambda line: echo(line, err=True))
-    if lens:
-        from sage_finetune.study.inside import logit_lens
-        yield logit_lens(run, lens, answer)
-
-def _more_commands(name):
-    "What a conversation with a run can be asked besides: which rows taught it an answer"
-    from sage_finetune.core.run_folder import is_run
-    from sage_finetune.study.influence import why_command
-    return why_command(place) if is_run(place := _chat_target(name)) else {}
-
 # %% ../nbs/05_cli.ipynb #74e0427d
 @app.command()
 def compare(
@@ -599,16 +583,6 @@ def compare(
     if plot: save_figure(found.plot(), plot)
     _print(found)
 
-@app.command()
-def repeat(
-    name: RunName,
-    output: Annotated[str, Argument(help='A new folder')],
-    anyway: Annotated[bool, Option('--anyway', help='Continue even if the last digits may differ')] = False,
-):
-    "Train a run once more, from its folder, and tell whether every number came out the same"
-    from sage_finetune.runs.run import repeat_run
-    echo(str(repeat_run(name, output, anyway, quiet=False)))
-
 # %% ../nbs/05_cli.ipynb #95ee7ef1
 @app.command()
 def look(
@@ -625,8 +599,9 @@ def look(
     part: Annotated[Optional[str], Option('--part', help='With --why: a part of the answer')] = None,
 ):
     "What a run learned worst, what it forgot, where its adapter is large, and which rows taught it an answer"
-    if why or lens: return _print(*_looked_into(name, why, lens, answer, part))
-    if answer or part: raise ValueError('`--answer` and `--part` belong to `--why` or `--lens`, which name a question')
+    if why or lens or answer or part:
+        from sage_finetune.study.inside import looked_into
+        return _print(*looked_into(name, why, lens, answer, part, lambda line: echo(line, err=True)))
     from sage_finetune.runs.run import Run
     from sage_finetune.core.display import figure_file, save_figure
     from sage_finetune.ui.adapter_sizes import adapter_sizes
@@ -709,6 +684,16 @@ EXAMPLES = (Path(find_spec('sage_finetune').submodule_search_locations[0])/'tabl
 def examples():
     "Commands to copy"
     echo(EXAMPLES, nl=False)
+
+@app.command()
+def repeat(
+    name: RunName,
+    output: Annotated[str, Argument(help='A new folder')],
+    anyway: Annotated[bool, Option('--anyway', help='Continue even if the last digits may differ')] = False,
+):
+    "Train a run once more, from its folder, and tell whether every number came out the same"
+    from sage_finetune.runs.run import repeat_run
+    echo(str(repeat_run(name, output, anyway, quiet=False)))
 
 # %% ../nbs/05_cli.ipynb #0a5c0210
 @app.command()

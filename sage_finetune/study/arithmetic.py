@@ -32,6 +32,7 @@ def adapter_folder(
     path = Path(which).expanduser()
     return path if (path/'adapter_config.json').is_file() else Run(which).folder.lora_weights
 
+# %% ../../nbs/study/07_arithmetic.ipynb #92b4b4ca
 def load_together(
     adapters:dict, # Name → `Run`, name of a run, path of its folder, or folder of an adapter
 )->tuple: # Base with all adapters, in evaluation mode, and the tokenizer of the first
@@ -54,6 +55,7 @@ def _check_plain(folder):
     if settings.get('rank_pattern') or settings.get('alpha_pattern'):
         raise SageError(f'{folder} has ranks or scales of its own in some layers, which cannot be added here')
 
+# %% ../../nbs/study/07_arithmetic.ipynb #9bb0c7cb
 @contextmanager
 def scaled(
     model, # With one adapter or more
@@ -78,6 +80,7 @@ def _ways(n):
     if n==1: return {}
     return {'added': [1]*n, 'averaged': [1/n]*n}
 
+# %% ../../nbs/study/07_arithmetic.ipynb #0c746cc5
 def mixtures(
     adapters:dict, # Name → `Run`, name of a run, path of its folder, or folder of an adapter
     exam, # Rows that end with an answer, or a function of model and tokenizer
@@ -127,6 +130,7 @@ def _summed(adapters, layers):
     def by(key): return layers.get(next((int(p) for p in key.split('.') if p.isdigit()), None), 1)
     return {k: (t*by(k) if '.lora_B.' in k and layers else t).contiguous() for k,t in tensors.items()},rank
 
+# %% ../../nbs/study/07_arithmetic.ipynb #ab944365
 def _sign(folder):
     "What the new adapter answers, and a checksum of each file"
     (folder/'checksums.json').unlink(missing_ok=True)

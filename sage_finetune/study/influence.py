@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from ..core.cache import cache_place, checkpoint_values, checksum, make_room, read_receipt
 from ..core.disk import file_digest, SageError, whole_folder, write_json
 from ..core.display import Panel, Shown, Table
-from ..core.run_folder import checkpoint_fault
+from ..core.run_folder import checkpoint_fault, find_run, is_run
 from ..rows.tokens import encode, ignored
 from ..model.adapter import load_best_adapter, load_lora_init
 from ..model.loss import evaluating, head_and_transform, loss_sum
@@ -40,6 +40,7 @@ def _adapter_layers(model):
     layers = [model.get_submodule(n.removesuffix('.weight')) for n in names]
     return layers if layers and all(type(m) is torch.nn.Linear for m in layers) else None
 
+# %% ../../nbs/study/05_influence.ipynb #60604c86
 def _at_once(model, layers, batch):
     "The gradient of each row of a batch, (rows, numbers); None where a matrix was not used once for every token"
     seen,n = [],len(batch['input_ids'])
@@ -80,6 +81,7 @@ def _batches(rows, size):
         batch.append(i)
     if batch: yield batch
 
+# %% ../../nbs/study/05_influence.ipynb #4c30caae
 def row_gradients(
     model, # With something that is trained
     rows, # Prepared ones, {input_ids, labels}
@@ -127,6 +129,7 @@ def _moment(state, i, group):
     beta = (state.get(f'param_groups.{group}.betas') or [0, .999])[1]
     return (v.float()/(1-beta**float(t))).sqrt() + state.get(f'param_groups.{group}.eps', 1e-8)
 
+# %% ../../nbs/study/05_influence.ipynb #7875f0f4
 def step_sizes(
     state:dict, # Of an optimizer, {name: value}, as from `checkpoint_values`
     names:list, # Of the parameters that it holds, in its order
@@ -171,15 +174,20 @@ def _snapshot(folder, trained):
     return Snapshot(folder, step, first, sum(max(r) for r in rates), sizes if known else None, '' if known else
                     f'{folder.name}: its optimizer keeps no second moments here, so all numbers count alike')
 
+# %% ../../nbs/study/05_influence.ipynb #cf9176ca
+def _checkpoints(run):
+    "The folders of checkpoints, the earliest first"
+    where = run.folder.checkpoints
+    found = where.glob('checkpoint-*') if where.is_dir() else ()
+    return sorted((p for p in found if p.name.rpartition('-')[2].isdigit()), key=checkpoint_step)
+
 # %% ../../nbs/study/05_influence.ipynb #a67636ab
 def snapshots(
     run:Run, # That was trained
     trained:list, # Names of the parameters that are trained
 )->list: # Of `Snapshot`, the earliest first
     "The whole checkpoints of a run, up to the step of the adapter that was kept"
-    where,last = run.folder.checkpoints,run.results.get('best_step')
-    found = sorted((p for p in (where.glob('checkpoint-*') if where.is_dir() else ())
-                    if p.name.rpartition('-')[2].isdigit() and not checkpoint_fault(p)), key=checkpoint_step)
+    last,found = run.results.get('best_step'),[p for p in _checkpoints(run) if not checkpoint_fault(p)]
     kept = [p for p in found if last is None or checkpoint_step(p)<=last] or found[:1]
     if not kept:
         raise SageError(f'{run.folder.path} has no whole checkpoint, and what taught it is read from those: train '
@@ -207,6 +215,7 @@ def _in_training(run, rows):
                         f'file back, or train on the new one')
     return trainer
 
+# %% ../../nbs/study/05_influence.ipynb #9bac3683
 def put_checkpoint(
     model, # With an adapter as it began
     folder, # Of a checkpoint
@@ -235,6 +244,7 @@ def _of_all_rows(taught, snapshot):
         found[numbers] = (S/S.norm(dim=1, keepdim=True).clamp_min(1e-30)).half().cpu()
     return dict(rows=found)
 
+# %% ../../nbs/study/05_influence.ipynb #caf9667d
 def _digest(taught):
     "What decides the sketches of all rows"
     record,files = taught.run.record,[s.folder/'adapter_model.safetensors' for s in taught.snapshots]
@@ -357,7 +367,9 @@ def _notes_of(taught):
     last = taught.run.results.get('best_step') or steps
     gap = (f'; of {last} steps {covered} are behind them: `save_total_limit=None` keeps every checkpoint'
            if last and covered<last else '')
-    return [f'from checkpoints {", ".join(str(s.step) for s in shots)}{gap}', *(s.note for s in shots if s.note)]
+    broken = [f'{p.name} is passed over: {fault}' for p in _checkpoints(taught.run) if (fault := checkpoint_fault(p))]
+    return [f'from checkpoints {", ".join(str(s.step) for s in shots)}{gap}', *broken,
+            *(s.note for s in shots if s.note)]
 
 def _answered(taught, question, max_new_tokens):
     last = taught.snapshots[-1].folder
@@ -375,6 +387,7 @@ def _pushes(taught, examples):
         found += products*(s.rate/asked.sum(0).norm().clamp_min(1e-30))
     return found
 
+# %% ../../nbs/study/05_influence.ipynb #57bd5e1d
 def _why(taught, question, answer):
     messages = [*as_messages(question), dict(role='assistant', content=answer)]
     row = encode(messages, taught.tokenizer, train_on='last')
@@ -398,10 +411,11 @@ def what_taught(
 
 # %% ../../nbs/study/05_influence.ipynb #5b037eb5
 def why_command(
-    run, # `Run`, name of a run, or path of its folder
+    run, # `Run`, name of a run, path of its folder, or of a model, which was taught nothing here
 )->dict: # For `converse`: {name: (function, what it does)}
-    "The command `/why` of a conversation"
+    "The command `/why` of a conversation; nothing for what is no run"
     made = []
+    if not isinstance(run, Run) and not is_run(find_run(run).path if isinstance(run, str) else run): return {}
     def why(talk, rest):
         if not talk.turns or talk.turns[-1]['role']!='assistant':
             return talk.write('/why needs an answer to explain: ask something first\n')

@@ -7,7 +7,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/study/inside.html.md"""
 # %% auto #0
 __all__ = ['Parts', 'parts_of', 'Lens', 'logit_lens', 'matrices_of', 'writers', 'WrittenWords', 'written_words', 'Intruder',
            'intruding', 'Intruders', 'intruders', 'without_intruders', 'exam_score', 'general_loss', 'ExamTable',
-           'intruder_cost']
+           'intruder_cost', 'looked_into']
 
 # %% ../../nbs/study/06_inside.ipynb #179fd08d
 from contextlib import contextmanager
@@ -49,6 +49,7 @@ def _beside_embedding(model):
     if not lists: raise SageError(f'{type(model).__name__} keeps no list of layers beside its embedding')
     return parent,max(lists, key=len)
 
+# %% ../../nbs/study/06_inside.ipynb #345d6ea0
 def parts_of(
     model, # A causal language model, perhaps with an adapter
 )->Parts:
@@ -116,6 +117,7 @@ def _loaded(run):
     if isinstance(run, tuple): return run
     return (run if isinstance(run, Run) else Run(run)).loaded
 
+# %% ../../nbs/study/06_inside.ipynb #98157b0e
 def logit_lens(
     run, # `Run`, name of a run, path of its folder, or (model, tokenizer)
     question, # A question, or a conversation as a list of {role, content}
@@ -146,6 +148,7 @@ def _adapted(model):
     if not found: raise ValueError('`run` has no LoRA adapter on a linear layer: give a run, or a model with one')
     return found
 
+# %% ../../nbs/study/06_inside.ipynb #82169a89
 @torch.no_grad()
 def matrices_of(
     layer, # Of peft, with an adapter
@@ -180,6 +183,7 @@ def _outputs(model, parts):
         for h in hooks: h.remove()
     return found
 
+# %% ../../nbs/study/06_inside.ipynb #e6b3cd83
 def writers(
     model, # A causal language model, perhaps with an adapter
 )->list: # Names of linear layers in the plain model, the lowest first
@@ -242,6 +246,7 @@ class Intruder:
     left:object # (out,)
     right:object # (in,)
 
+# %% ../../nbs/study/06_inside.ipynb #08873eb8
 def intruding(
     before, # Matrix of the base, (out, in)
     after, # The tuned one
@@ -272,6 +277,7 @@ class Intruders(Shown):
                      f'{len(self.found)} of {of:,} strong directions in {len(each)} matrices are not those of the base',
                      f'new: a cosine below {self.below:g} with every direction of the base')
 
+# %% ../../nbs/study/06_inside.ipynb #360c9bb1
 def intruders(
     run, # `Run`, name of a run, path of its folder, or (model, tokenizer)
     top:int=10, # Strongest directions of each matrix to look at
@@ -328,6 +334,7 @@ def general_loss(
     rows = [encode(messages, tokenizer) for messages in asked]
     return mean_loss(model, [{k: torch.tensor([v]) for k,v in r.items()} for r in rows])
 
+# %% ../../nbs/study/06_inside.ipynb #7896e39f
 @dataclass(repr=False)
 class ExamTable(Shown):
     "Scores of several variants of a model on one exam"
@@ -359,3 +366,19 @@ def intruder_cost(
     with without_intruders(model, found, keep): lines.append(line('without new directions'))
     with base_of(model): lines.append(line('base'))
     return ExamTable(f'{len(found.found)} directions that the base did not have', lines)
+
+# %% ../../nbs/study/06_inside.ipynb #5ba92fdf
+def looked_into(
+    run, # `Run`, name of a run, or path of its folder
+    why:str|None=None, # Question whose answer is traced to rows
+    lens:str|None=None, # Question whose answer is followed through the layers
+    answer:str|None=None, # To explain; None asks the run
+    part:str|None=None, # Of the answer, for `why`
+    say=lambda line: None, # Told how far it is
+)->list: # Of what shows itself
+    "What `sage-finetune look` shows of one answer"
+    from sage_finetune.study.influence import what_taught
+    if not (why or lens): raise ValueError('`--answer` and `--part` belong to `--why` or `--lens`: name a question')
+    run = run if isinstance(run, Run) else Run(run)
+    return [*([what_taught(run, why, answer, part, say)] if why else []),
+            *([logit_lens(run, lens, answer)] if lens else [])]

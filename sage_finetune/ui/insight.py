@@ -25,6 +25,7 @@ def _grid(ax, values, columns, rows, **how):
     ax.set_yticklabels(rows, fontsize='small')
     return image
 
+# %% ../../nbs/ui/08_insight.ipynb #9c2577a8
 def plot_taught(
     taught:Taught, # From `what_taught` or `Influence.why`
     n:int=6, # Rows for it, and as many against it
