@@ -64,7 +64,7 @@ runs = dict(plain={}, pissa=dict(lora=dict(init_lora_weights='pissa')), dora=dic
 def test_the_row_that_holds_the_fact_comes_first(kind, tmp_path):
     run = trained(tmp_path, **runs[kind])
     taught = Influence(run, cache=tmp_path)
-    first = [taught.why(f'Tell me where the {t} is.', f'In the {p}.', part=p).most(1)[0]
+    first = [taught.why(f'Tell me where the {t} is.', f'In the {p}.').most(1)[0]
              for t, p in list(zip(THINGS, PLACES))[:4]]
     assert first==[0, 1, 2, 3]
     assert any('no second moments' in n for n in taught.notes)==(kind=='sgd')
