@@ -14,6 +14,7 @@ __all__ = ['app', 'Model', 'RunName', 'Runs', 'Output', 'Data', 'Shares', 'Stopp
 # %% ../nbs/05_cli.ipynb #b5095066
 import json,os,sys,threading
 from contextlib import suppress
+from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
@@ -30,6 +31,7 @@ from sage_finetune.core.machine import (
     goes_on, last_words, program_name, refuse_other_encodings, stop_raises, use_utf8, versions_text
 )
 from .base.llama_cpp import with_gguf_type
+from .study import commands
 
 # %% ../nbs/05_cli.ipynb #7c48b3da
 class _Ended(Exception): "A command was stopped: the signal is its cause, which typer would take for itself"
@@ -89,7 +91,8 @@ def _fail(text, status):
     return status
 
 _after_a_stop = dict(
-    run=goes_on, start=goes_on, quickstart=goes_on, repeat='the same command, with a new folder, begins again',
+    run=goes_on, start=goes_on, sweep=goes_on, quickstart=goes_on,
+    repeat='the same command, with a new folder, begins again',
     merge='no merged model was written, and the same command begins again',
     export='nothing was exported, and the same command begins again', serve='the same command serves again')
 
@@ -698,3 +701,11 @@ def generate(
     "Let a model behind a server write questions and answers about documents or code; what does not hold is dropped"
     from sage_finetune.synthetic.teacher import generate_rows
     _print(generate_rows(source, url, output, model, questions, exam=exam, most=most, api_key=api_key, say=echo))
+
+def _printed(command):
+    "A command of a wing, which gives back what is printed"
+    @wraps(command)
+    def go(*args, **how): _print(*command(*args, **how))
+    return app.command()(go)
+
+for command in (commands.exam, commands.sweep, commands.report, commands.script): _printed(command)

@@ -112,7 +112,9 @@ _training_rules = dict(
     loraplus_lr_ratio=_at_least(1),
     neftune_noise_alpha=_above_zero,
     tokens_per_step=_at_least(8),
-    replay_share=_below_one)
+    replay_share=_below_one,
+    exam_tokens=_at_least(1),
+    best_by=_one_of('loss', 'exam'))
 
 # %% ../nbs/00_config.ipynb #7937675d
 @dataclass
@@ -183,6 +185,10 @@ class TrainingConfig(Settings):
     adam_beta2: float = 0.999 # Decay of the mean of their squares, for optimizers of Adam's kind
     adam_epsilon: float = 1e-8 # Added to the root of that mean, for optimizers of Adam's kind
     save_strategy: str = "steps" # When a checkpoint is written: every `save_steps` "steps", or after each "epoch"
+    exam_path: OptionalPathSetting = None # Questions with answers or checks, asked at each evaluation
+    exam_general: bool = False # Ask general questions too, at each evaluation, to see what is forgotten
+    exam_tokens: int = 128 # Tokens of one answer in an exam, at most
+    best_by: str = "loss" # What decides which evaluation is the best: the held-out "loss" or the "exam"
 
     _rules = _training_rules
     _exclusive = ('load_in_8bit', 'load_in_4bit'), ('fp16', 'bf16')
@@ -192,7 +198,8 @@ class TrainingConfig(Settings):
               'eval_steps', 'early_stopping_patience', 'load_best_model_at_end', 'loraplus_lr_ratio',
               'neftune_noise_alpha', 'torch_compile', 'fused_lora', 'deterministic', 'tokens_per_step',
               'init_adapter', 'stack_adapter', 'replay_path', 'replay_share', 'lr_scheduler_kwargs', 'warmup_steps',
-              'adam_beta1', 'adam_beta2', 'adam_epsilon', 'save_strategy')
+              'adam_beta1', 'adam_beta2', 'adam_epsilon', 'save_strategy', 'exam_path', 'exam_general', 'exam_tokens',
+              'best_by')
 
     def __post_init__(self):
         super().__post_init__()

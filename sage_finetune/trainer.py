@@ -11,6 +11,7 @@ __all__ = ['RunState', 'LoopParts', 'LoRATrainer', 'train_from_meta', 'main', 'C
 # %% ../nbs/02_trainer.ipynb #e5bdec9e
 import shutil,signal,sys,time
 from contextlib import nullcontext, suppress
+from functools import cached_property
 
 from .base.loading import dtype_of, load_model, put_aside_notes, quantisation_of, tokenizer_for # first
 from peft import PeftModel
@@ -45,6 +46,7 @@ from sage_finetune.training.processes import (
 )
 from .training.packing import pack_dataset, PackingReport, prove_packing
 from .training.incremental import add_replay_rows, begin_with_parent, parent_adapter, with_adapter
+from .inference.exam import asked_exams, exam_digest, ExamCallback
 _all_ = ['CausalLMTrainer', 'data_digest', 'library_versions', 'Stopped', 'training_arguments', 'TrainingResult']
 
 # %% ../nbs/02_trainer.ipynb #2f01f0d1
@@ -77,6 +79,7 @@ class RunState:
         self.while_running,self.evaluation_rows = [],None # Changes after memory ran out, of training and evaluation
         self.stop_signal,self.unfinished = StopSignal(),None # `unfinished`: noted beside the adapter of a stopped run
         self.watcher = None # Gets the messages instead: has `heard(what)`, and `callbacks()` for the loop
+        self.load_model = load_model # What gives the base; a sweep lends one that is in memory
         self._packed,self._digest,self._announced = (None, None),RowsDigest(),False
 
     @property
@@ -87,6 +90,10 @@ class RunState:
     def fitted(self)->TrainingConfig:
         "The config as it can run"
         return self.config.adapted(**{c.setting: c.used for c in self.changes})
+    @cached_property
+    def asked(self)->dict: # "exam" and "general" → questions
+        "The questions it is asked at each evaluation, read once"
+        return asked_exams(self.config)
     @property
     def stop_requested(self)->int|None: # Number of the signal
         "Whether the run was asked to stop"
@@ -119,7 +126,8 @@ class LoopParts(RunState):
         shown = self.watcher.callbacks() if self.watcher else [] if self.quiet else [Progress()]
         # `BestAdapter` writes into a checkpoint, so it comes before `Checkpoints`
         return [Metrics(self.folder.metrics),
-                *([BestAdapter(c.early_stopping_patience, c.load_best_model_at_end)] if held_out else []),
+                *([ExamCallback(self, self.asked, c.exam_tokens)] if self.asked else []),
+                *([BestAdapter(c.early_stopping_patience, c.load_best_model_at_end, c.best_by)] if held_out else []),
                 Checkpoints(self.folder.checkpoints, c.save_total_limit), *trackers(self.fitted),
                 *_before_first_step(self), *shown]
 
@@ -142,7 +150,7 @@ class LoRATrainer(LoopParts):
     def load_model_and_tokenizer(self):
         "Load the model in the precision that fits this machine, and its tokenizer"
         self.tokenizer,c,self._announced = _begin(self),self.fitted,False
-        self.model = load_model(c.model_name, dtype_of(c), self.machine.device, quantisation_of(c))
+        self.model = self.load_model(c.model_name, dtype_of(c), self.machine.device, quantisation_of(c))
 
     def apply_lora(self):
         "Freeze the model and put the adapter on it"
@@ -188,6 +196,7 @@ def _begin(run):
     "Report the machine, what was changed for it, and the expected memory, once; and load the tokenizer"
     if run._announced: return tokenizer_for(run.config)
     check_run(run.fitted, run.machine.device, run.dataset is not None or not _is_packaged(run, 'prepare_data'))
+    run.asked # before a model is loaded
     run.say(opening(run.machine, run.changes))
     run._announced = True
     if not (run.quiet or process()):
@@ -294,7 +303,8 @@ def _record(run):
     "Content of `training_config.json`"
     parent = parent_adapter(run.config)
     return run_record(run.config, run.changes, run.machine, run._digest(run.dataset, run.eval_dataset),
-                      run.evaluation_rows, parent and parent.digest, run._base or base_digest(run.config.model_name))
+                      run.evaluation_rows, parent and parent.digest, run._base or base_digest(run.config.model_name),
+                      exam_digest(run.config))
 
 def _resume_point(run, fresh):
     "The checkpoint to resume from, or None; from here on the folder holds this run"
