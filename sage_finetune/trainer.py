@@ -11,7 +11,6 @@ __all__ = ['RunState', 'LoopParts', 'LoRATrainer', 'train_from_meta', 'main', 'C
 # %% ../nbs/02_trainer.ipynb #e5bdec9e
 import shutil,signal,sys,time
 from contextlib import nullcontext, suppress
-from functools import cached_property
 
 from .base.loading import dtype_of, load_model, put_aside_notes, quantisation_of, tokenizer_for # first
 from peft import PeftModel
@@ -32,8 +31,7 @@ from .training.batches import check_fit, check_rows, Collator, longest_batch, pa
 from .training.split import check_data_path, read_data
 from .training.callbacks import Checkpoints, Metrics, NotFinite, plot_losses, Progress, read_metrics
 from sage_finetune.training.loop import (
-    BeforeFirstStep, CausalLMTrainer, drop_printers, free_memory, out_of_memory, Stopped, trackers,
-    training_arguments
+    BeforeFirstStep, CausalLMTrainer, drop_printers, free_memory, out_of_memory, Stopped, trackers, training_arguments
 )
 from sage_finetune.training.resume import (
     check_same_run, checkpoint_step, clear_run, data_digest, finished_result, fit_of_run, is_last_step, keep_best,
@@ -46,7 +44,7 @@ from sage_finetune.training.processes import (
 )
 from .training.packing import pack_dataset, PackingReport, prove_packing
 from .training.incremental import add_replay_rows, begin_with_parent, parent_adapter, with_adapter
-from .inference.exam import asked_exams, exam_digest, ExamCallback
+from .inference.exam import asked_exams, exam_callbacks, exam_digest
 _all_ = ['CausalLMTrainer', 'data_digest', 'library_versions', 'Stopped', 'training_arguments', 'TrainingResult']
 
 # %% ../nbs/02_trainer.ipynb #2f01f0d1
@@ -79,8 +77,7 @@ class RunState:
         self.while_running,self.evaluation_rows = [],None # Changes after memory ran out, of training and evaluation
         self.stop_signal,self.unfinished = StopSignal(),None # `unfinished`: noted beside the adapter of a stopped run
         self.watcher = None # Gets the messages instead: has `heard(what)`, and `callbacks()` for the loop
-        self.load_model = load_model # What gives the base; a sweep lends one that is in memory
-        self._packed,self._digest,self._announced = (None, None),RowsDigest(),False
+        self._packed,self._digest,self._announced,self.load_model = (None, None),RowsDigest(),False,load_model
 
     @property
     def changes(self)->list: # Of `Change`
@@ -90,10 +87,6 @@ class RunState:
     def fitted(self)->TrainingConfig:
         "The config as it can run"
         return self.config.adapted(**{c.setting: c.used for c in self.changes})
-    @cached_property
-    def asked(self)->dict: # "exam" and "general" → questions
-        "The questions it is asked at each evaluation, read once"
-        return asked_exams(self.config)
     @property
     def stop_requested(self)->int|None: # Number of the signal
         "Whether the run was asked to stop"
@@ -125,8 +118,7 @@ class LoopParts(RunState):
         c,held_out = self.config,self.eval_dataset is not None
         shown = self.watcher.callbacks() if self.watcher else [] if self.quiet else [Progress()]
         # `BestAdapter` writes into a checkpoint, so it comes before `Checkpoints`
-        return [Metrics(self.folder.metrics),
-                *([ExamCallback(self, self.asked, c.exam_tokens)] if self.asked else []),
+        return [Metrics(self.folder.metrics), *exam_callbacks(self),
                 *([BestAdapter(c.early_stopping_patience, c.load_best_model_at_end, c.best_by)] if held_out else []),
                 Checkpoints(self.folder.checkpoints, c.save_total_limit), *trackers(self.fitted),
                 *_before_first_step(self), *shown]
@@ -196,7 +188,6 @@ def _begin(run):
     "Report the machine, what was changed for it, and the expected memory, once; and load the tokenizer"
     if run._announced: return tokenizer_for(run.config)
     check_run(run.fitted, run.machine.device, run.dataset is not None or not _is_packaged(run, 'prepare_data'))
-    run.asked # before a model is loaded
     run.say(opening(run.machine, run.changes))
     run._announced = True
     if not (run.quiet or process()):
@@ -268,6 +259,7 @@ def _smaller_evaluation(run, rows):
 # %% ../nbs/02_trainer.ipynb #2f01f1a2
 def _run_missing_steps(run, fresh=False):
     "The steps that the user has not called"
+    asked_exams(run.config) # questions that cannot be checked are refused first
     if run.dataset is None and _is_packaged(run, 'prepare_data'): _prepare_first(run)
     if run.model is None: run.load_model_and_tokenizer()
     if run.dataset is None:

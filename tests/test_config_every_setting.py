@@ -22,7 +22,7 @@ from sage_finetune.training.callbacks import Checkpoints
 from sage_finetune.training.incremental import add_replay_rows
 from sage_finetune.training.loop import same_bits, training_arguments
 from sage_finetune.training.split import read_data
-from sage_finetune.inference.exam import ExamCallback
+from sage_finetune.inference.exam import asked_exams, ExamCallback
 from sage_finetune.trainer import LoRATrainer
 
 tok = load_tokenizer('sage-tiny')
@@ -338,7 +338,7 @@ def begun(kind, place, machine, settings):
         run = PreferenceTrainer(made_one, quiet=True, machine=machine)
     else: run = LoRATrainer(made_one, quiet=True, machine=machine)
     check_run(run.fitted)
-    assert run.asked is not None # the questions of an exam are read
+    asked_exams(run.config)
 
 
 @pytest.mark.parametrize('kind, name, entry', each(Refused))

@@ -424,9 +424,8 @@ def uv_script(
     if Path(wanted).expanduser().is_file(): wanted = f'sage-finetune @ {Path(wanted).expanduser().resolve().as_uri()}'
     settings,files = _carried(config, most)
     held = ''.join(f'    {name!r}: {content},\n' for name,content in files.items())
-    said = json.dumps(settings, ensure_ascii=False, default=str)
-    return write_text(path, _script.format(package=json.dumps(wanted), name=config.output_dir.name, file=path.name,
-                                           files=held, settings=said))
+    how = dict(name=config.output_dir.name, file=path.name, files=held, settings=json.dumps(settings, default=str))
+    return write_text(path, _script.format(package=json.dumps(wanted), **how))
 
 # %% ../../nbs/runs/06_launch.ipynb #e8b40008
 _job = '''\
@@ -435,12 +434,9 @@ _job = '''\
 #SBATCH --nodes={nodes}
 #SBATCH --ntasks-per-node=1
 #SBATCH --time={time}
-#SBATCH --signal=TERM@180
-#SBATCH --requeue
-#SBATCH --open-mode=append
+#SBATCH --signal=TERM@180 --requeue --open-mode=append
 {more}
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export HEAD="$head"
+export HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun --kill-on-bad-exit=1 bash -c {command}
 status=$?
 if [ "$status" -eq 143 ]; then scontrol requeue "$SLURM_JOB_ID"; exit 0; fi # saved before its time was over: it goes on

@@ -19,7 +19,7 @@ from ..inference.exam import Exam, examine, examine_general, load_exam
 from ..inference.generate import load_for_chat, load_plain
 from .scores import compare_scores, PairedScores
 
-# %% ../../nbs/study/01_bench.ipynb #23bfc4b0
+# %% ../../nbs/study/01_bench.ipynb #865f529b
 def loaded_by_name(
     name, # Name of a run, folder of a run, an adapter or a model, or name of a model
 )->tuple: # Model in evaluation mode, and its tokenizer
@@ -31,6 +31,7 @@ def loaded_by_name(
         if 'no run' not in str(e) and 'is not a run folder' not in str(e): raise
         return load_plain(str(name))
 
+# %% ../../nbs/study/01_bench.ipynb #8d42d09d
 def ask(
     name, # Of a run, an adapter or a model; or a pair of model and tokenizer
     questions, # A file of questions, or rows
@@ -41,7 +42,7 @@ def ask(
     model,tokenizer = name if isinstance(name, tuple) else loaded_by_name(name)
     return examine(model, tokenizer, asked, max_new_tokens)
 
-# %% ../../nbs/study/01_bench.ipynb #7176c83e
+# %% ../../nbs/study/01_bench.ipynb #b92b6802
 def answers_table(
     exam:Exam, # From `ask`
     only_wrong:bool=True, # Leave out what was right
@@ -51,6 +52,7 @@ def answers_table(
             if not (only_wrong and s==1)]
     return Table(['question', 'expected', 'answer', 'right'], rows, 'Wrong' if only_wrong else 'All answers')
 
+# %% ../../nbs/study/01_bench.ipynb #7c2a4578
 def save_answers(
     exam:Exam, # From `ask`
     path, # A .jsonl file
@@ -74,7 +76,23 @@ def ask_both(
              for n,w in ((first, 'first'), (second, 'second'))]
     return compare_scores(exams[0].correct, exams[1].correct, tuple(names))
 
-# %% ../../nbs/study/01_bench.ipynb #c30d61af
+# %% ../../nbs/study/01_bench.ipynb #fbcc777d
+def _task_of(asked):
+    "Questions as rows of a task; refused where it would compare something else"
+    if other := next((q for q in asked if [*q.checks]!=['answer'] or len(q.prompt)!=1), None):
+        raise ValueError(f'{other.place}: a task of lm-evaluation-harness compares one question with its `answer`; '
+                         f'this row has other checks or several turns: ask it with `sage-finetune exam`')
+    return ''.join(json.dumps(dict(question=q.text, answer=q.checks['answer']), ensure_ascii=False)+'\n' for q in asked)
+
+def _task_settings(name, data, max_new_tokens):
+    "The description of a task of lm-evaluation-harness"
+    metric = dict(metric='exact_match', aggregation='mean', higher_is_better=True)
+    return dict(task=name, dataset_path='json', dataset_kwargs=dict(data_files=dict(test=str(data.resolve()))),
+                test_split='test', output_type='generate_until', doc_to_text='{{question}}', doc_to_target='{{answer}}',
+                generation_kwargs=dict(until=['<|im_end|>'], do_sample=False, max_gen_toks=max_new_tokens),
+                metric_list=[metric])
+
+# %% ../../nbs/study/01_bench.ipynb #d5ef2c36
 def harness_task(
     questions, # A file of questions, or rows, each with an `answer`
     folder, # Where the task is written
@@ -82,21 +100,12 @@ def harness_task(
     max_new_tokens:int=128, # Tokens of one answer at most
 )->Path: # The folder, for `include_path`
     "Write questions as a task of lm-evaluation-harness"
-    asked,folder = load_exam(questions),Path(folder)
-    if other := next((q for q in asked if [*q.checks]!=['answer'] or len(q.prompt)!=1), None):
-        raise ValueError(f'{other.place}: a task of lm-evaluation-harness compares one question with its `answer`; '
-                         f'this row has other checks or several turns: ask it with `sage-finetune exam`')
-    lines = [dict(question=q.text, answer=q.checks['answer']) for q in asked]
-    data = write_text(folder/f'{name}.jsonl', ''.join(json.dumps(r, ensure_ascii=False)+'\n' for r in lines))
-    metric = dict(metric='exact_match', aggregation='mean', higher_is_better=True)
-    write_json(folder/f'{name}.yaml', dict( # JSON is YAML
-        task=name, dataset_path='json', dataset_kwargs=dict(data_files=dict(test=str(data.resolve()))),
-        test_split='test', output_type='generate_until', doc_to_text='{{question}}', doc_to_target='{{answer}}',
-        generation_kwargs=dict(until=['<|im_end|>'], do_sample=False, max_gen_toks=max_new_tokens),
-        metric_list=[metric]))
+    folder = Path(folder)
+    data = write_text(folder/f'{name}.jsonl', _task_of(load_exam(questions)))
+    write_json(folder/f'{name}.yaml', _task_settings(name, data, max_new_tokens)) # JSON is YAML
     return folder
 
-# %% ../../nbs/study/01_bench.ipynb #8e3a3ac9
+# %% ../../nbs/study/01_bench.ipynb #88b76697
 @dataclass(repr=False)
 class HarnessResult(Shown):
     "What lm-evaluation-harness found"
@@ -108,6 +117,19 @@ class HarnessResult(Shown):
                 for task,found in self.scores.items() for metric,value in found.items()]
         return Table(['task', 'metric', 'value'], rows, 'lm-evaluation-harness')
 
+# %% ../../nbs/study/01_bench.ipynb #823c2b1d
+def _harness():
+    "What is called of lm_eval; a missing one is named with its extra"
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as e:
+        raise SageError(f'tasks of lm-evaluation-harness need a missing package ({e.name}): '
+                        f'pip install "sage-finetune[eval]"') from None
+    return simple_evaluate,HFLM,TaskManager
+
+# %% ../../nbs/study/01_bench.ipynb #53b9f2ff
 def ask_harness(
     name, # As for `ask`
     tasks:list, # Names of tasks
@@ -117,13 +139,7 @@ def ask_harness(
     **more, # Arguments of `simple_evaluate` of lm_eval, such as num_fewshot
 )->HarnessResult: # Shows itself
     "Examine a run by tasks of lm-evaluation-harness, through its chat template"
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as e:
-        raise SageError(f'tasks of lm-evaluation-harness need a missing package ({e.name}): '
-                        f'pip install "sage-finetune[eval]"') from None
+    simple_evaluate,HFLM,TaskManager = _harness()
     model,tokenizer = name if isinstance(name, tuple) else loaded_by_name(name)
     asked = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     found = simple_evaluate(asked, tasks=list(tasks), limit=limit, apply_chat_template=True, bootstrap_iters=0,

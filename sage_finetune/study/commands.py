@@ -14,11 +14,12 @@ from typing import Annotated, Optional
 
 from typer import Argument, Option
 
-# %% ../../nbs/study/04_commands.ipynb #c5210d3e
+# %% ../../nbs/study/04_commands.ipynb #70d40d32
 def _harness_of(name, tasks):
     from sage_finetune.study.bench import ask_harness
     return [ask_harness(name, tasks)]
 
+# %% ../../nbs/study/04_commands.ipynb #9220b203
 def exam(
     name: Annotated[str, Argument(help='Run, adapter or model to ask')],
     questions: Annotated[Optional[str], Option('--questions', '-q', help='File of questions, each with an answer or a '
@@ -49,7 +50,7 @@ def exam(
     more = [examine_general(*loaded_by_name(name))] if general else []
     return [*([found, answers_table(found)] if found else []), *more, *(_harness_of(name, task) if task else [])]
 
-# %% ../../nbs/study/04_commands.ipynb #c9e11e51
+# %% ../../nbs/study/04_commands.ipynb #06b64f81
 def sweep(
     config: Annotated[str, Argument(metavar='CONFIG', help='File of settings, run folder, or name of a run')],
     grid: Annotated[list[str], Option('--grid', metavar='NAME=VALUE,VALUE', help='Values of a setting, such as '
@@ -70,6 +71,7 @@ def sweep(
     if report: _report_of(found, report)
     return [found.table, f'Best: {found.best.folder.path}']
 
+# %% ../../nbs/study/04_commands.ipynb #5a33ac30
 def _report_of(runs, path, title='A study'):
     from sage_finetune.study.report import report
     return report(runs, path, title)
@@ -88,7 +90,14 @@ def report(
         written.append(repeat_notebook(runs, notebook))
     return [f'Written: {path}' for path in written]
 
-# %% ../../nbs/study/04_commands.ipynb #b2e61e73
+# %% ../../nbs/study/04_commands.ipynb #016e3c52
+def _is_job(output):
+    "Whether a file is a job of SLURM, and not a script for uv"
+    if Path(output).suffix in ('.sh', '.sbatch', '.slurm'): return True
+    if Path(output).suffix!='.py': raise ValueError(f'`--output` must end in .py, .sh or .sbatch, got {output!r}')
+    return False
+
+# %% ../../nbs/study/04_commands.ipynb #2218c2e1
 def script(
     config: Annotated[str, Argument(metavar='CONFIG', help='File of settings, run folder, or name of a run')],
     output: Annotated[str, Option('--output', '-o', help='The script: .py for uv run, .sh or .sbatch for '
@@ -101,11 +110,9 @@ def script(
     partition: Annotated[Optional[str], Option('--partition', help='SLURM: where it is queued')] = None,
 ):
     "Write a run as one script, for uv run or for SLURM"
+    slurm = _is_job(output)
     from sage_finetune.runs.launch import slurm_script, uv_script
     from sage_finetune.runs.tasks import config_of
-    slurm = Path(output).suffix in ('.sh', '.sbatch', '.slurm')
-    if not slurm and Path(output).suffix!='.py':
-        raise ValueError(f'`--output` must end in .py, .sh or .sbatch, got {output!r}')
     if slurm: made = slurm_script(config, output, nodes, gpus, hours, partition)
     else: made = uv_script(config_of(config, quiet=True), output, package)
     return [f'Written: {made}', f'Next: {"sbatch" if slurm else "uv run"} {made}']

@@ -19,7 +19,7 @@ from ..inference.exam import exact_interval, read_exams
 from ..runs.run import compare, Run
 from .scores import compare_exams, kept_scores
 
-# %% ../../nbs/study/03_report.ipynb #bd0d90bd
+# %% ../../nbs/study/03_report.ipynb #a61b826d
 def _runs(runs):
     "Runs by name, as `Run`, from a sweep, or one alone"
     runs = getattr(runs, 'ranked', runs)
@@ -28,11 +28,13 @@ def _runs(runs):
     found = [getattr(getattr(r, 'config', None), 'output_dir', r) if not isinstance(r, Run) else r for r in runs]
     return [r if isinstance(r, Run) else Run(r) for r in found]
 
+# %% ../../nbs/study/03_report.ipynb #9106ed47
 def _image(figure, alt):
     "A figure inside of the page"
     png = b64encode(figure._repr_png_()).decode()
     return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{png}">'
 
+# %% ../../nbs/study/03_report.ipynb #0717b035
 def _settings(runs):
     "The settings of one run, or what differs between several"
     if len(runs)>1: return compare(*runs).tables[0]
@@ -41,7 +43,7 @@ def _settings(runs):
     given |= {f'lora.{k}': v for k,v in config.lora.to_dict().items() if k in config.lora.given}
     return Table(['setting', 'value'], [[k, str(v)] for k,v in given.items()], 'Settings given by hand')
 
-# %% ../../nbs/study/03_report.ipynb #191d95e4
+# %% ../../nbs/study/03_report.ipynb #64f89cf1
 def exams_table(
     runs:list, # Of `Run`
 )->Table: # A row for each run and exam
@@ -57,11 +59,12 @@ def exams_table(
                          f'{low:.0%} to {high:.0%}', '' if r is asked[0] else _against(asked[0], r, exam)])
     return Table(['run', 'asked', 'before', 'after', 'with 95 % probability', 'against the first'], rows)
 
+# %% ../../nbs/study/03_report.ipynb #c9372266
 def _against(first, run, exam):
     try: return compare_exams(first, run, exam).verdict
     except SageError: return 'asked other questions'
 
-# %% ../../nbs/study/03_report.ipynb #031b0b78
+# %% ../../nbs/study/03_report.ipynb #06656020
 def _samples(runs, most=8):
     "What the runs answered to the same questions"
     said = [{q['question']: q for q in read_exams(r.folder.path) if q['exam']=='exam'} for r in runs] # the last answer
@@ -69,6 +72,7 @@ def _samples(runs, most=8):
     rows = [[q, said[0][q]['expected'], *(s[q]['answer'] for s in said)] for q in questions]
     return Table(['question', 'expected', *(r.name for r in runs)], rows, 'Answers in the exam')
 
+# %% ../../nbs/study/03_report.ipynb #c5db6711
 def _costs(runs):
     "Time, memory and machine of each run"
     rows = []
@@ -76,32 +80,37 @@ def _costs(runs):
         memory,out = max((m['memory'] for m in r.metrics if m.get('memory')), default=None),r.results
         losses = falling(out.get('loss_before'), out.get('loss_after'))
         seconds = f'{out["seconds"]:,.1f}' if 'seconds' in out else ''
-        rows.append([r.name, r.state, out.get('steps', ''), losses, seconds, size_text(memory) if memory else '', r.machine])
+        rows.append([r.name, r.state, out.get('steps', ''), losses, seconds, size_text(memory) if memory else '',
+                     r.machine])
     columns = ['run', 'state', 'steps', 'held-out loss', 'seconds', 'memory of the process', 'machine']
     return Table(columns, rows, 'What came out')
 
+# %% ../../nbs/study/03_report.ipynb #5210f39e
 def _rows_of(runs):
     "What became of the rows"
     rows = [[r.name, f'{d.read:,}', f'{d.used:,}', f'{len(d.dropped):,}', f'{d.held_out:,}', f'{d.tokens:,}']
             for r in runs if (d := r.data_report)]
     return Table(['run', 'rows read', 'used', 'dropped', 'held out', 'tokens'], rows, 'Rows')
 
+# %% ../../nbs/study/03_report.ipynb #d2a92f82
 def _versions(runs):
     names = dict.fromkeys(n for r in runs for n in r.versions)
     each = {n: {r.versions.get(n, '') for r in runs} for n in names}
     return Table(['package', 'version'], [[n, ', '.join(sorted(v))] for n,v in each.items()], 'Versions')
 
-# %% ../../nbs/study/03_report.ipynb #754560d7
+# %% ../../nbs/study/03_report.ipynb #829bbe32
 _style = '''body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;
 background:#fff}table{border-collapse:collapse;margin:.4rem 0 1.2rem;font-size:.9em}
 td,th{padding:.2rem .7rem;border-bottom:1px solid #ddd}img{max-width:100%}
 h2{margin-top:2rem}pre{background:#f4f4f4;padding:.7rem;overflow-x:auto;white-space:pre-wrap}
 @media(prefers-color-scheme:dark){body{color:#ddd;background:#1c1c1c}td,th{border-color:#444}pre{background:#2a2a2a}}'''
 
+# %% ../../nbs/study/03_report.ipynb #34b84dd7
 def _section(title, *parts):
     shown = [p if isinstance(p, str) else p._repr_html_() for p in parts if p is not None and getattr(p, 'rows', True)]
     return f'<h2>{html.escape(title)}</h2>{"".join(shown)}' if shown else ''
 
+# %% ../../nbs/study/03_report.ipynb #17c82d76
 def _how(runs):
     "How each run is trained again"
     words = '\n'.join(f'sage-finetune repeat {r.name} {r.name}-again' for r in runs)
@@ -109,6 +118,7 @@ def _how(runs):
                     [[r.name, r.record.get('_data', ''), r.record.get('_base', ''), r.config.seed] for r in runs])
     return f'<pre>{html.escape(words)}</pre>',digests
 
+# %% ../../nbs/study/03_report.ipynb #69c8a41b
 def report(
     runs, # Names of runs, paths of their folders, `Run`s, or a `Sweep`
     path, # An .html file
@@ -131,11 +141,12 @@ def report(
     page = f'<!doctype html><html lang="en"><head>{head}<style>{_style}</style></head><body><h1>{title}</h1>{said}'
     return write_text(path, f'{page}{"".join(parts)}</body></html>\n')
 
-# %% ../../nbs/study/03_report.ipynb #0cff8aab
+# %% ../../nbs/study/03_report.ipynb #c35d67ed
 def _code(source, i): return dict(cell_type='code', id=f'run{i:05}', metadata={}, execution_count=None, outputs=[],
                                   source=source.splitlines(True))
 def _words(source, i): return dict(cell_type='markdown', id=f'say{i:05}', metadata={}, source=source.splitlines(True))
 
+# %% ../../nbs/study/03_report.ipynb #669ef6a8
 def _call(config):
     "The Python that makes a config again"
     values = {k: v for k,v in config.to_dict().items() if k in config.given and k not in ('lora', 'output_dir')}
@@ -145,6 +156,7 @@ def _call(config):
     said = [f'{k}={v!r}' for k,v in values.items()]+([f'lora=dict({inner})'] if lora else [])
     return f'{kind}({(","+chr(10)+" "*4).join(said)}'
 
+# %% ../../nbs/study/03_report.ipynb #3223285e
 def repeat_notebook(
     runs, # Names of runs, paths of their folders, `Run`s, or a `Sweep`
     path, # An .ipynb file

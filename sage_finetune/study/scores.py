@@ -31,24 +31,40 @@ def covered(
     inside = {n: (lambda i: i[0]<=truth<=i[1])(exact_interval(n, questions)) for n in {*right}}
     return sum(inside[n] for n in right)
 
-# %% ../../nbs/study/00_scores.ipynb #039c1e40
+# %% ../../nbs/study/00_scores.ipynb #5900d62d
+def _mcnemar(n, won):
+    "The chance that of n coins at most so many, or at least so many, fall on one side as were won"
+    return min(1.0, 2*sum(comb(n, k) for k in range(min(won, n-won)+1))/2**n)
+
+def _sums(steps):
+    "The probability of each sum of steps whose signs are tossed, from the lowest to the highest"
+    total = sum(map(abs, steps))
+    ways = torch.zeros(2*total+1, dtype=torch.float64)
+    ways[total] = 1.0
+    for s in map(abs, steps): ways = .5*(torch.roll(ways, s)+torch.roll(ways, -s))
+    return ways
+
+# %% ../../nbs/study/00_scores.ipynb #4655ea76
 def sign_flip_chance(
     differences:list, # Score of one less score of the other, from -1 to 1, question by question
 )->float: # Probability, from 0 to 1
     "How likely a sum at least this far from 0 is, if each difference had its sign by a coin"
-    steps = [round(abs(d)*100) for d in differences if round(abs(d)*100)]
+    steps = [round(d*100) for d in differences if round(d*100)]
     if not steps: return 1.0
-    if {*steps}=={100}: # right or wrong: McNemar's test
-        n,won = len(steps),sum(d>0 for d in differences)
-        return min(1.0, 2*sum(comb(n, k) for k in range(min(won, n-won)+1))/2**n)
-    total = sum(steps)
-    ways = torch.zeros(2*total+1, dtype=torch.float64)
-    ways[total] = 1.0
-    for s in steps: ways = .5*(torch.roll(ways, s)+torch.roll(ways, -s))
-    seen = abs(sum(round(d*100) for d in differences))
-    return min(1.0, float(ways[total+seen:].sum()+ways[:total-seen+1].sum()) if seen else 1.0)
+    if {*map(abs, steps)}=={100}: return _mcnemar(len(steps), sum(s>0 for s in steps))
+    ways,seen = _sums(steps),abs(sum(steps))
+    middle = len(ways)//2
+    return min(1.0, float(ways[middle+seen:].sum()+ways[:middle-seen+1].sum()) if seen else 1.0)
 
-# %% ../../nbs/study/00_scores.ipynb #83a6fc63
+# %% ../../nbs/study/00_scores.ipynb #a4e3fc8e
+def _gains(differences):
+    "The interval of the mean of paired differences: that of how many of them are gains, given how many there are"
+    differ,size = sum(d!=0 for d in differences),sum(map(abs, differences))
+    if not differ: return 0.0,0.0
+    low,high = exact_interval(sum(d for d in differences if d>0)/size*differ, differ)
+    return (2*low-1)*size/len(differences),(2*high-1)*size/len(differences)
+
+# %% ../../nbs/study/00_scores.ipynb #aab633cc
 @dataclass(repr=False)
 class PairedScores(Shown):
     "Two runs on the same questions"
@@ -71,11 +87,7 @@ class PairedScores(Shown):
     @property
     def interval(self)->tuple: # Of two gains
         "Between which gains the truth lies, with 95 % probability, given how many questions differ"
-        differ = sum(d!=0 for d in self.differences)
-        if not differ: return 0.0,0.0
-        size = sum(map(abs, self.differences))
-        low,high = exact_interval(sum(d for d in self.differences if d>0)/size*differ, differ)
-        return (2*low-1)*size/len(self.first),(2*high-1)*size/len(self.first)
+        return _gains(self.differences)
     @property
     def is_noise(self)->bool:
         "Whether chance alone would often (in 5 of 100 cases or more) make as large a difference"
@@ -87,7 +99,7 @@ class PairedScores(Shown):
 
     def shown(self): return _paired_table(self)
 
-# %% ../../nbs/study/00_scores.ipynb #00668099
+# %% ../../nbs/study/00_scores.ipynb #0aba83fc
 def _verdict(p):
     "What a paired comparison says, and how many questions it would have taken"
     differ = sum(d!=0 for d in p.differences)
@@ -99,6 +111,7 @@ def _verdict(p):
     more = f': with this share it takes {least} questions to tell, at best' if differ and least>len(p.first) else ''
     return f'the difference is noise (p = {p.chance:.2g}; {of}{more})'
 
+# %% ../../nbs/study/00_scores.ipynb #f99bd5ff
 def _paired_table(p):
     (a,b),(low,high) = p.names,p.interval
     rows = [[n, f'{sum(s):g}', f'{sum(s)/len(s):.1%}', '{:.0%} to {:.0%}'.format(*exact_interval(sum(s), len(s)))]
@@ -106,6 +119,7 @@ def _paired_table(p):
     rows.append([f'{b} over {a}', f'{sum(p.differences):+g}', f'{p.gain:+.1%}', f'{low:+.0%} to {high:+.0%}'])
     return Table(['', 'right', 'share', 'with 95 % probability'], rows, f'{len(p.first)} questions', note=p.verdict)
 
+# %% ../../nbs/study/00_scores.ipynb #caf912e8
 def compare_scores(
     first:list, # Right or wrong, or a share from 0 to 1, question by question
     second:list, # The same questions, answered by another

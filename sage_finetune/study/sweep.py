@@ -1,4 +1,4 @@
-"""Many runs on one base in memory: one live chart, losers ended early, the best kept, and each run as if it had been trained alone
+"""Many runs on one base in memory: one chart, losers ended early, the best kept, each run as if trained alone
 
 Docs: https://sage-finetune.github.io/sage_finetune/study/sweep.html.md"""
 
@@ -34,12 +34,7 @@ from ..runs.run import compare, Run, RunComparison
 from ..runs.tasks import config_of, parsed_settings, with_settings
 from .scores import compare_exams
 
-# %% ../../nbs/study/02_sweep.ipynb #16b4b9c6
-def _one_setting(name, value):
-    "A setting by its name, as settings nest"
-    outer,_,inner = name.rpartition('.')
-    return {outer: {inner: value}} if outer else {inner: value}
-
+# %% ../../nbs/study/02_sweep.ipynb #2baf5894
 def grid_points(
     grid:dict, # Setting (those of the adapter as `lora.r`) → list of values
 )->list: # Of {setting: value}
@@ -53,6 +48,7 @@ def grid_points(
     if 'output_dir' in grid: raise ValueError('`grid`: each run gets an `output_dir` of its own: leave it out')
     return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
 
+# %% ../../nbs/study/02_sweep.ipynb #ce3f8345
 def point_name(
     point:dict, # Setting → value
 )->str: # Name of a folder, such as "lora.r=8,learning_rate=0.001"
@@ -60,7 +56,7 @@ def point_name(
     words = ','.join(f'{k}={"+".join(map(str, v)) if isinstance(v, (list, tuple)) else v}' for k,v in point.items())
     return ''.join(c if c.isalnum() or c in '.=,+-_' else '-' for c in words)[:150]
 
-# %% ../../nbs/study/02_sweep.ipynb #4071a1f7
+# %% ../../nbs/study/02_sweep.ipynb #f9ad4c99
 def parsed_grid(
     pairs:list, # Texts such as "lora.r=8,16" or "learning_rate=1e-3,5e-3"
 )->dict: # Setting → values
@@ -74,6 +70,12 @@ def parsed_grid(
         each = [parsed_settings([f'{name}={text}']) for text in texts.split(',')]
         found[name.strip()] = [next(iter((e['lora'] if '.' in name else e).values())) for e in each]
     return found
+
+# %% ../../nbs/study/02_sweep.ipynb #cd784b2c
+def _one_setting(name, value):
+    "A setting by its name, as settings nest"
+    outer,_,inner = name.rpartition('.')
+    return {outer: {inner: value}} if outer else {inner: value}
 
 def point_config(
     config:TrainingConfig, # Of the sweep; its `output_dir` is the folder of all runs
@@ -128,7 +130,7 @@ class SharedBase:
         if c.lora.bias=='none' and not changes_base(c.lora) and not c.stack_adapter: run.load_model = self.load
         return run
 
-# %% ../../nbs/study/02_sweep.ipynb #c29b9ebf
+# %% ../../nbs/study/02_sweep.ipynb #f066792f
 @dataclass
 class Point:
     "One run of a sweep"
@@ -148,6 +150,7 @@ class Point:
 
 _over = 'ended early', 'stopped', 'trained', 'failed'
 
+# %% ../../nbs/study/02_sweep.ipynb #b7062749
 def halving_shares(
     runs:int, # That begin
     halving:int|None, # One in so many goes on; None: all
@@ -179,7 +182,7 @@ class _Plan(Shown):
         _check_points(self)
         _take_up(self)
 
-# %% ../../nbs/study/02_sweep.ipynb #5c75d484
+# %% ../../nbs/study/02_sweep.ipynb #5d9ef2f4
 def _check_points(sweep):
     "Refuse what cannot train, by the name of the run"
     config = sweep.config
@@ -195,6 +198,7 @@ def _check_points(sweep):
     if shares and not (config.test_size or config.eval_data_path):
         raise ValueError('`halving` compares held-out losses or exams: set `test_size` above 0 or `eval_data_path`')
 
+# %% ../../nbs/study/02_sweep.ipynb #192cf3dc
 def _plan(sweep):
     "What makes a sweep this sweep"
     plan = dict(sweep.config.to_dict(), output_dir='', data_path=str(sweep.config.data_path))
@@ -288,7 +292,7 @@ def _chart(sweep):
         fig.legend(loc='outside upper center', ncols=2, frameon=False, fontsize='small')
     return on_any_background(fig)
 
-# %% ../../nbs/study/02_sweep.ipynb #2f1c834d
+# %% ../../nbs/study/02_sweep.ipynb #42789354
 def _row(sweep, p, best):
     "A line of the table"
     done = Run(p.config.output_dir).results if p.state=='trained' else {}
@@ -300,6 +304,7 @@ def _row(sweep, p, best):
             falling(done.get('loss_after', last)) or '', '' if exam is None else f'{exam:.1%}',
             '' if seconds is None else f'{seconds:,.1f}']
 
+# %% ../../nbs/study/02_sweep.ipynb #a9b85d24
 def _table(sweep):
     "One line for each run: what differs, and what came of it"
     ranked = sweep.ranked
@@ -318,7 +323,7 @@ def _headline(sweep):
     memory = f', at most {size_text(sweep.memory)}' if sweep.memory else ''
     return f'{sweep.config.output_dir.name}: {done} of {len(sweep.points)} runs, {sweep.seconds:,.0f} s{memory}'
 
-# %% ../../nbs/study/02_sweep.ipynb #1cd87aa6
+# %% ../../nbs/study/02_sweep.ipynb #839af2cf
 def _show(sweep, last=False):
     "Draw what is shown anew, once a second at most"
     if sweep.quiet: return
@@ -328,6 +333,7 @@ def _show(sweep, last=False):
         when[0] = time.monotonic()
         show()
 
+# %% ../../nbs/study/02_sweep.ipynb #fa75925f
 def _lines(sweep):
     "A line for each run that is over, in a terminal or a log"
     said = set()
@@ -423,13 +429,13 @@ class SweepCallback(TrainerCallback):
         self.point.scores[str(self.share)] = _score_now(self.sweep, self.sweep.run)
         self.sweep.run.stop()
 
-# %% ../../nbs/study/02_sweep.ipynb #3659b91c
+# %% ../../nbs/study/02_sweep.ipynb #d12b2088
 def _score_now(sweep, run):
     "How good a run is at the moment, beside its own log: lower is better"
     with evaluating(run.model):
         loss = evaluate_held_out(run.trainer, run.eval_dataset)['loss']
         if sweep.by!='exam': return [loss, 0]
-        exam = examine(run.model, run.tokenizer, run.asked['exam'], run.config.exam_tokens)
+        exam = examine(run.model, run.tokenizer, asked_exams(run.config)['exam'], run.config.exam_tokens)
     return [-exam.share, loss]
 
 class _Watcher:
@@ -458,9 +464,10 @@ def _train_point(sweep, point, share=1.0):
         _keep(sweep)
         _show(sweep)
 
-# %% ../../nbs/study/02_sweep.ipynb #69260845
+# %% ../../nbs/study/02_sweep.ipynb #d36abe33
 def _open(sweep): return [p for p in sweep.points if p.state not in _over]
 
+# %% ../../nbs/study/02_sweep.ipynb #a9bd394a
 def _halve(sweep, share, rest):
     "End the runs that are not among the better ones"
     ranked = sorted((p for p in rest if str(share) in p.scores), key=lambda p: p.scores[str(share)])
@@ -469,6 +476,7 @@ def _halve(sweep, share, rest):
         p.state,p.why = 'ended early',f'place {place} of {len(ranked)} after {share:.0%} of the steps'
     _keep(sweep)
 
+# %% ../../nbs/study/02_sweep.ipynb #e8c4cfe3
 def _train_all(sweep):
     "Train what is left to do, in the order of the plan"
     began,spent = time.monotonic(),sweep.seconds

@@ -314,11 +314,12 @@ def keep_best(
             f'{since} evaluations without a better {"exam" if config.best_by=="exam" else "held-out loss"} than '
             f'at step {step} (held-out loss {loss:.4f})')
     kept = load_best_adapter(trainer.model, last_checkpoint(checkpoints)) if config.load_best_model_at_end else None
-    on = 'in the exam' if config.best_by=='exam' else 'on held-out rows'
-    if kept is not None: say(f'Kept the adapter of step {kept}, the best {on}')
+    if kept is not None: say(f'Kept the adapter of step {kept}, the best {_best_on[config.best_by]}')
     return kept
 
 # %% ../../nbs/training/05_resume.ipynb #a528c634
+_best_on = dict(loss='on held-out rows', exam='in the exam')
+
 def _shares(name, before, after):
     "A row of a table: the share that was right, before and after"
     of = dict(exam='exam, right', general='general questions, right')[name]
