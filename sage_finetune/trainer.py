@@ -293,10 +293,9 @@ def _remember(run):
 # %% ../nbs/02_trainer.ipynb #2f01f1a3
 def _record(run):
     "Content of `training_config.json`"
-    parent = parent_adapter(run.config)
-    return run_record(run.config, run.changes, run.machine, run._digest(run.dataset, run.eval_dataset),
-                      run.evaluation_rows, parent and parent.digest, run._base or base_digest(run.config.model_name),
-                      exam_digest(run.config))
+    c,parent = run.config,parent_adapter(run.config)
+    return run_record(c, run.changes, run.machine, run._digest(run.dataset, run.eval_dataset), run.evaluation_rows,
+                      parent and parent.digest, run._base or base_digest(c.model_name), exam_digest(c))
 
 def _resume_point(run, fresh):
     "The checkpoint to resume from, or None; from here on the folder holds this run"

@@ -41,7 +41,8 @@ def test_an_answer_that_did_not_end_is_not_the_expected_one():
 
 @pytest.mark.parametrize('row, words', [
     (dict(question='q', number='many'), '`number` must be a number'),
-    (dict(question='q', contains=[]), '`contains` must'), (dict(question='q', contains=''), '`contains` must be a text'),
+    (dict(question='q', contains=[]), '`contains` must'),
+    (dict(question='q', contains=''), '`contains` must be a text'),
     (dict(question='q', regex=7), '`regex` must be a text'), (dict(question='q', regex='['), '`regex` is no pattern'),
     (dict(question='q', schema='x'), '`schema` must be an object'),
     (dict(question='q', schema=dict(typ='object')), 'did you mean `type`?'),

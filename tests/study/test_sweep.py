@@ -23,8 +23,8 @@ def config(tmp_path_factory):
     save_rows(folder/'rows.jsonl', [dict(question=f'What is {i} plus 1?', answer=f'It is {i+1}.') for i in range(24)])
     save_rows(folder/'exam.jsonl', [dict(question=f'{i} plus 1?', number=i+1) for i in range(3)])
     return TrainingConfig(model_name=two_layers, data_path=folder/'rows.jsonl', output_dir=folder/'whole', max_steps=4,
-                          eval_steps=2, test_size=.2, save_steps=2, per_device_train_batch_size=4, gradient_accumulation_steps=1,
-                          report_to='none', lora=dict(r=2, lora_dropout=.1))
+                          eval_steps=2, test_size=.2, save_steps=2, per_device_train_batch_size=4,
+                          gradient_accumulation_steps=1, report_to='none', lora=dict(r=2, lora_dropout=.1))
 
 
 grid = {'learning_rate': [1e-3, 5e-3], 'lora.r': [2, 4]}
