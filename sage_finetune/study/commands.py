@@ -50,7 +50,7 @@ def exam(
     more = [examine_general(*loaded_by_name(name))] if general else []
     return [*([found, answers_table(found)] if found else []), *more, *(_harness_of(name, task) if task else [])]
 
-# %% ../../nbs/study/04_commands.ipynb #06b64f81
+# %% ../../nbs/study/04_commands.ipynb #e9a14f61
 def sweep(
     config: Annotated[str, Argument(metavar='CONFIG', help='File of settings, run folder, or name of a run')],
     grid: Annotated[list[str], Option('--grid', metavar='NAME=VALUE,VALUE', help='Values of a setting, such as '
@@ -68,6 +68,7 @@ def sweep(
     asked = config_of(config, quiet=True)
     place = Path(output) if output else asked.output_dir.with_name(asked.output_dir.name+'-sweep')
     found = go(asked.replace(output_dir=place), parsed_grid(grid), halving, by)
+    if not found.ranked: return [found.table] # each says why
     if report: _report_of(found, report)
     return [found.table, f'Best: {found.best.folder.path}']
 

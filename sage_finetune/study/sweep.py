@@ -8,8 +8,8 @@ Docs: https://sage-finetune.github.io/sage_finetune/study/sweep.html.md"""
 __all__ = ['grid_points', 'point_name', 'parsed_grid', 'point_config', 'lent_model', 'weight_sums', 'SharedBase', 'Point',
            'halving_shares', 'Sweep', 'display_widget', 'sweep', 'SweepCallback']
 
-# %% ../../nbs/study/02_sweep.ipynb #49b07241
-import copy,itertools,math,threading,time
+# %% ../../nbs/study/02_sweep.ipynb #fc23d802
+import copy,itertools,math,threading,time,warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -109,7 +109,7 @@ def weight_sums(
     bits = lambda p: p.detach().contiguous().view(whole[p.element_size()])
     return [int(bits(p).sum(dtype=torch.int64)) for p in model.parameters()]
 
-# %% ../../nbs/study/02_sweep.ipynb #80098492
+# %% ../../nbs/study/02_sweep.ipynb #fb89e4eb
 class SharedBase:
     "One frozen base in memory, lent to one run after the other"
     def __init__(self): self.asked = self.model = self.sums = None
@@ -117,7 +117,9 @@ class SharedBase:
     def load(self, name, dtype, device, quantisation=None): # The arguments of `load_model`
         "The base, loaded only where it is another one than before, or was changed"
         asked = str(name),dtype,device,str(quantisation)
-        if self.model is None or asked!=self.asked or weight_sums(self.model)!=self.sums:
+        changed = self.model is not None and weight_sums(self.model)!=self.sums
+        if changed: warnings.warn(f'{name} was changed by a run: it is loaded anew', stacklevel=2)
+        if self.model is None or asked!=self.asked or changed:
             self.model = None # before the next one is loaded
             free_memory()
             self.model,self.asked = load_model(name, dtype, device, quantisation),asked
@@ -162,7 +164,7 @@ def halving_shares(
     rounds = int(math.log(runs, halving)+1e-9)
     return [halving**-(rounds-i) for i in range(rounds)]
 
-# %% ../../nbs/study/02_sweep.ipynb #e4614d88
+# %% ../../nbs/study/02_sweep.ipynb #40928f03
 class _Plan(Shown):
     "What a sweep is to train"
     def __init__(self,
@@ -178,7 +180,7 @@ class _Plan(Shown):
         self.points = [Point(point_name(p), p, point_config(self.config, p)) for p in grid_points(grid)]
         self.file,self.base,self.notes = self.config.output_dir/'sweep.json',SharedBase(),[]
         self.now = self.run = self.view = self.thread = None # The point that trains, and its trainer; what shows them
-        self.seconds,self.memory,self._going_on = 0.0,None,True
+        self.seconds,self.memory,self.decided,self._going_on = 0.0,None,[],True # `decided`: shares of the steps
         _check_points(self)
         _take_up(self)
 
@@ -198,7 +200,7 @@ def _check_points(sweep):
     if shares and not (config.test_size or config.eval_data_path):
         raise ValueError('`halving` compares held-out losses or exams: set `test_size` above 0 or `eval_data_path`')
 
-# %% ../../nbs/study/02_sweep.ipynb #192cf3dc
+# %% ../../nbs/study/02_sweep.ipynb #2bbd4b7b
 def _plan(sweep):
     "What makes a sweep this sweep"
     plan = dict(sweep.config.to_dict(), output_dir='', data_path=str(sweep.config.data_path))
@@ -215,13 +217,13 @@ def _take_up(sweep):
     if sweep.halving and [*known['runs']]!=names: other.append('the grid, which `halving` had compared')
     if other:
         raise SageError(f'{sweep.file.parent} holds another sweep ({"; ".join(other)}): give another `output_dir`')
-    sweep.seconds,sweep.memory = known.get('seconds', 0.0),known.get('memory')
+    sweep.seconds,sweep.memory,sweep.decided = known['seconds'],known['memory'],known['decided']
     for p in sweep.points:
         if kept := known['runs'].get(p.name): vars(p).update(kept)
-        if p.state=='training': p.state = 'waiting'
+        if p.state in ('training', 'failed'): p.state,p.why = 'waiting',''
         _read_curves(p)
 
-# %% ../../nbs/study/02_sweep.ipynb #88357190
+# %% ../../nbs/study/02_sweep.ipynb #1e29829e
 def _read_curves(point):
     known = read_metrics(RunFolder(point.config.output_dir).metrics)
     point.loss,point.held_out = series(known, 'loss'),series(known, 'eval_loss')
@@ -229,8 +231,8 @@ def _read_curves(point):
 def _keep(sweep):
     "Write down what is decided"
     best = sweep.ranked[0].name if sweep.ranked else None
-    write_json(sweep.file, dict(plan=_plan(sweep), grid=sweep.grid, best=best, seconds=round(sweep.seconds, 1),
-                                memory=sweep.memory, runs={p.name: p.kept() for p in sweep.points}))
+    kept = dict(plan=_plan(sweep), grid=sweep.grid, best=best, seconds=round(sweep.seconds, 1), memory=sweep.memory)
+    write_json(sweep.file, kept | dict(decided=sweep.decided, runs={p.name: p.kept() for p in sweep.points}))
 
 def _final(sweep, point):
     "What a trained run is ranked by: lower is better"
@@ -429,7 +431,7 @@ class SweepCallback(TrainerCallback):
         self.point.scores[str(self.share)] = _score_now(self.sweep, self.sweep.run)
         self.sweep.run.stop()
 
-# %% ../../nbs/study/02_sweep.ipynb #d12b2088
+# %% ../../nbs/study/02_sweep.ipynb #3d019bdb
 def _score_now(sweep, run):
     "How good a run is at the moment, beside its own log: lower is better"
     with evaluating(run.model):
@@ -451,7 +453,7 @@ def _train_point(sweep, point, share=1.0):
     _read_curves(point)
     try:
         run.train()
-        point.state = 'trained'
+        point.state,point.why = 'trained',''
     except Stopped:
         point.state = 'stopped' if point.why=='by hand' and sweep._going_on else 'waiting'
         if str(share) not in point.scores and point.state=='waiting' and sweep._going_on: raise # Ctrl-C
@@ -467,16 +469,17 @@ def _train_point(sweep, point, share=1.0):
 # %% ../../nbs/study/02_sweep.ipynb #d36abe33
 def _open(sweep): return [p for p in sweep.points if p.state not in _over]
 
-# %% ../../nbs/study/02_sweep.ipynb #a9bd394a
+# %% ../../nbs/study/02_sweep.ipynb #eba90d96
 def _halve(sweep, share, rest):
     "End the runs that are not among the better ones"
+    sweep.decided.append(share)
     ranked = sorted((p for p in rest if str(share) in p.scores), key=lambda p: p.scores[str(share)])
     most = max(1, len(ranked)//sweep.halving)
     for place,p in enumerate(ranked[most:], most+1):
         p.state,p.why = 'ended early',f'place {place} of {len(ranked)} after {share:.0%} of the steps'
     _keep(sweep)
 
-# %% ../../nbs/study/02_sweep.ipynb #e8c4cfe3
+# %% ../../nbs/study/02_sweep.ipynb #1c29f63f
 def _train_all(sweep):
     "Train what is left to do, in the order of the plan"
     began,spent = time.monotonic(),sweep.seconds
@@ -485,11 +488,11 @@ def _train_all(sweep):
         for share in [*halving_shares(len(sweep.points), sweep.halving), 1.0]:
             rest = _open(sweep)
             for p in rest:
-                due = p.state not in _over and str(share) not in p.scores
+                due = p.state not in _over and str(share) not in p.scores and (share==1 or p.why!='prolonged')
                 if sweep._going_on and due: _train_point(sweep, p, share)
                 sweep.seconds = spent+time.monotonic()-began
             if not sweep._going_on: break
-            if share<1 and len(rest)>1: _halve(sweep, share, [p for p in rest if p.state not in _over])
+            if share<1 and share not in sweep.decided: _halve(sweep, share, [p for p in rest if p.state not in _over])
     except KeyboardInterrupt as e:
         left = f'the sweep was stopped; {len(_open(sweep))} runs are left, and the same command goes on'
         raise Stopped(getattr(e, 'signal', 2), left) from None
@@ -498,7 +501,7 @@ def _train_all(sweep):
         _show(sweep, last=True)
     return sweep
 
-# %% ../../nbs/study/02_sweep.ipynb #cfd06a6f
+# %% ../../nbs/study/02_sweep.ipynb #783a9c7c
 def _stop(sweep, name):
     "Stop one run for good, or the sweep after the last whole step"
     if name is None:
@@ -515,6 +518,6 @@ def _prolong(sweep, name):
     point = sweep[name]
     if point.state=='trained': raise SageError(f'{name} is trained to its end; more steps are another run: change '
                                                f'`max_steps` or `num_train_epochs`')
-    point.state,point.why = 'waiting',''
+    point.state,point.why = 'waiting','prolonged'
     if sweep.run is None: _train_point(sweep, point)
     return sweep

@@ -12,7 +12,7 @@ from sage_finetune.config import TrainingConfig
 from sage_finetune.data import save_rows
 from sage_finetune.core.disk import SageError
 from sage_finetune.runs.run import Run
-from sage_finetune.study.sweep import grid_points, point_config, point_name, Sweep, sweep
+from sage_finetune.study.sweep import _halve, grid_points, point_config, point_name, Sweep, sweep
 from sage_finetune.trainer import LoRATrainer
 from sage_finetune.training.loop import Stopped
 
@@ -102,6 +102,18 @@ def test_halving_by_the_exam_says_what_is_noise(config):
     assert sorted(p.state for p in found.points)==['ended early', 'ended early', 'trained']
     assert all(len(p.scores)==1 for p in found.points)
     assert 'exam' in found.table.columns
+
+
+def test_what_was_decided_is_not_decided_again(config):
+    c = of(config, 'decided')
+    first = Sweep(c, {'learning_rate': [1e-3, 2e-3, 3e-3, 5e-3]}, halving=2, quiet=True)
+    for i,p in enumerate(first.points): p.scores['0.25'] = [float(i), 0]
+    _halve(first, .25, first.points)
+    again = Sweep(c, first.grid, halving=2, quiet=True)
+    assert (again.decided, [p.state for p in again.points])==([.25], ['waiting', 'waiting', 'ended early', 'ended early'])
+    assert again[3].why=='place 4 of 4 after 25% of the steps'
+    with pytest.raises(SageError, match='the grid, which `halving` had compared'):
+        Sweep(c, {'learning_rate': [1e-3]}, halving=2, quiet=True)
 
 
 def test_names_and_grids():
