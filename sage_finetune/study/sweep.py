@@ -469,14 +469,16 @@ def _train_point(sweep, point, share=1.0):
 # %% ../../nbs/study/02_sweep.ipynb #d36abe33
 def _open(sweep): return [p for p in sweep.points if p.state not in _over]
 
-# %% ../../nbs/study/02_sweep.ipynb #eba90d96
+# %% ../../nbs/study/02_sweep.ipynb #2e2420a8
 def _halve(sweep, share, rest):
     "End the runs that are not among the better ones"
     sweep.decided.append(share)
     ranked = sorted((p for p in rest if str(share) in p.scores), key=lambda p: p.scores[str(share)])
     most = max(1, len(ranked)//sweep.halving)
     for place,p in enumerate(ranked[most:], most+1):
-        p.state,p.why = 'ended early',f'place {place} of {len(ranked)} after {share:.0%} of the steps'
+        loss = p.scores[str(share)][sweep.by=='exam']
+        p.state = 'ended early'
+        p.why = f'place {place} of {len(ranked)} after {share:.0%} of the steps (held-out loss {loss:.4f})'
     _keep(sweep)
 
 # %% ../../nbs/study/02_sweep.ipynb #1c29f63f
