@@ -26,7 +26,7 @@ from sage_finetune.core.settings import (
 from .core.cache import model_in_file, plain_model
 from sage_finetune.core.beforehand import (
     are_trackers, check_optimizer, check_schedule, fit_stored, is_of_bitsandbytes, known_trackers, OptionsSetting,
-    same_steps, stored_as, take_by_table, tool_table, tracker_names, unknown_to_table
+    same_steps, stored_as, take_by_table, TokensSetting, tool_table, tracker_names, unknown_to_table
 )
 from sage_finetune.core.machine import (
     Change, Changes, division, fit_bits, Machine, show_changes # show_changes: handed on
@@ -51,13 +51,15 @@ class LoRAConfig(Settings):
     use_dora: bool = False # DoRA: train the magnitude and the direction of each weight vector separately
     # Initialisation of A and B: True, "gaussian", "orthogonal", "pissa", "pissa_niter_16" or "olora"
     init_lora_weights: bool|str = True
+    modules_to_save: list|None = None # Layers that are trained whole and saved with the adapter, such as "embed_tokens"
 
-    _added = 'use_rslora', 'use_dora', 'init_lora_weights'
+    _added = 'use_rslora', 'use_dora', 'init_lora_weights', 'modules_to_save'
     _what = 'LoRA setting'
     _rules = dict(
         r=('at least 1', lambda v: v>=1), lora_alpha=('at least 1', lambda v: v>=1),
         target_modules=('a list with at least one name, or "all-linear"', len),
         lora_dropout=('at least 0 and below 1', lambda v: 0<=v<1),
+        modules_to_save=('a list with at least one name, or None', len),
         bias=('"none", "all" or "lora_only"', ('none', 'all', 'lora_only').__contains__),
         task_type=('"CAUSAL_LM", since a language model is what is trained here', 'CAUSAL_LM'.__eq__),
         init_lora_weights=('True, "gaussian", "orthogonal", "pissa", "pissa_niter_N" or "olora"',
@@ -84,7 +86,7 @@ _training_rules = dict(
     num_train_epochs=_above_zero,
     per_device_train_batch_size=_at_least(1),
     gradient_accumulation_steps=_at_least(1),
-    learning_rate=_above_zero,
+    learning_rate=_above_zero, embedding_learning_rate=_above_zero,
     warmup_ratio=_share,
     warmup_steps=_at_least(1),
     adam_beta1=_below_one,
@@ -183,6 +185,8 @@ class TrainingConfig(Settings):
     adam_beta2: float = 0.999 # Decay of the mean of their squares, for optimizers of Adam's kind
     adam_epsilon: float = 1e-8 # Added to the root of that mean, for optimizers of Adam's kind
     save_strategy: str = "steps" # When a checkpoint is written: every `save_steps` "steps", or after each "epoch"
+    add_tokens: TokensSetting = None # New tokens, whose rows are trained: a list, or {token: words that describe it}
+    embedding_learning_rate: float|None = None # Rate of embedding and head, where they are trained; None: of the rest
 
     _rules = _training_rules
     _exclusive = ('load_in_8bit', 'load_in_4bit'), ('fp16', 'bf16')
@@ -192,7 +196,7 @@ class TrainingConfig(Settings):
               'eval_steps', 'early_stopping_patience', 'load_best_model_at_end', 'loraplus_lr_ratio',
               'neftune_noise_alpha', 'torch_compile', 'fused_lora', 'deterministic', 'tokens_per_step',
               'init_adapter', 'stack_adapter', 'replay_path', 'replay_share', 'lr_scheduler_kwargs', 'warmup_steps',
-              'adam_beta1', 'adam_beta2', 'adam_epsilon', 'save_strategy')
+              'adam_beta1', 'adam_beta2', 'adam_epsilon', 'save_strategy', 'add_tokens', 'embedding_learning_rate')
 
     def __post_init__(self):
         super().__post_init__()

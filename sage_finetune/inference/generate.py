@@ -79,26 +79,30 @@ def _vocabulary_layers(model):
     layers = model.get_input_embeddings(),model.get_output_embeddings()
     return [f'{name_of[id(m)]}.weight' for m in layers if m is not None]
 
-def _trained_tokens(settings):
-    "Ids of the tokens whose rows an adapter has trained, by its settings"
-    found = settings.get('trainable_token_indices') or []
-    return [i for part in found.values() for i in part] if isinstance(found, dict) else found
+def _trained_tokens(settings, layers):
+    "Ids of the tokens whose rows an adapter has trained, for each of the layers that have one row a token"
+    found = settings.get('trainable_token_indices') or {}
+    if not isinstance(found, dict): found = {layers[0].removesuffix('.weight'): found}
+    def here(layer): return (ids for n,ids in found.items() if f'.{layer}'.endswith(f'.{n}.weight'))
+    return {layer: {i for ids in here(layer) for i in ids} for layer in layers}
 
 def _fit_vocabulary(model, tensors, settings=dict()):
     "Give a model as many tokens as an adapter was trained with"
     layers = _vocabulary_layers(model)
-    rows = {bare_name(k): t.shape[0] for k,t in tensors.items() if bare_name(k) in layers}
-    now = model.get_input_embeddings().weight.shape[0]
-    needed,trained = max(rows.values(), default=now),_trained_tokens(settings)
-    if trained and max(trained)>=needed:
-        raise SageError(f'the adapter trains the row of token {max(trained)}, the base has {needed:,} tokens, and the '
+    rows,trained = {bare_name(k): t.shape[0] for k,t in tensors.items()},_trained_tokens(settings, layers)
+    now,last = model.get_input_embeddings().weight.shape[0],max((i for t in trained.values() for i in t), default=-1)
+    needed = max([now, *(n for k,n in rows.items() if k in layers)])
+    if last>=needed and not any({*range(now, last+1)}<=t for t in trained.values()):
+        raise SageError(f'the adapter trains the row of token {last}, the base has {needed:,} tokens, and the '
                         f'larger embedding is not in the adapter: give the base with its added tokens as `base`')
-    if needed==now: return model
+    if (needed := max(needed, last+1))==now: return model
     tied = getattr(model.config.get_text_config(), 'tie_word_embeddings', False)
-    if lost := [n for n in layers[:1 if tied else 2] if rows.get(n)!=needed]:
+    if lost := [n for n in layers[:1 if tied else 2] if rows.get(n)!=needed and not {*range(now, needed)}<=trained[n]]:
         raise SageError(f'the adapter was trained with {needed:,} tokens, the base has {now:,}, and {lost[0]} for '
                         f'the others is not in the adapter')
     with quiet_libraries(): model.resize_token_embeddings(needed, mean_resizing=False)
+    bias = getattr(model.get_output_embeddings(), 'bias', None)
+    if bias is not None: bias.data[now:] = 0 # as in training; one that the adapter has is loaded after this
     return model
 
 # %% ../../nbs/inference/00_generate.ipynb #c631a679

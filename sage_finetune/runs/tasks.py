@@ -146,10 +146,11 @@ def _value_of(name, text):
     "What the text of a setting means"
     text = text.strip()
     if text.lower() in ('none', 'null'): return None
+    if name=='add_tokens': return text # such as [ASK],[DO]
     if text[:1] in ('[', '{'):
         try: return json.loads(text)
         except ValueError as e: raise ValueError(f'`--set {name}` is not JSON: {e}') from None
-    plain = name=='target_modules' and text!='all-linear' and not re.search(r'[*+?()\[\]|\\^$]', text)
+    plain = name in ('target_modules', 'modules_to_save') and text!='all-linear' and not re.search(r'[*+?()\[\]|\\^$]', text)
     return [t.strip() for t in text.split(',')] if plain else text
 
 # %% ../../nbs/runs/04_tasks.ipynb #0a5c0010
