@@ -3,6 +3,7 @@
     python benchmarks/rates.py sage-tiny
     python benchmarks/rates.py smollm2-135m --minutes 30        # as many cells as 30 minutes allow
     python benchmarks/rates.py --table                          # what is known so far; trains nothing
+    python benchmarks/rates.py --plot nbs/images/rates.png      # and draws it
 
 Each cell is one line of `benchmarks/rates.jsonl`, written when it is known. Cells that stand there are not trained
 again, so a sweep may be stopped at any time and goes on with the same command. The ranks come last: all kinds and
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from sage_finetune.base.loading import load_model, load_tokenizer
 from sage_finetune.config import LoRAConfig, TrainingConfig
-from sage_finetune.core.display import Table
+from sage_finetune.core.display import on_any_background, save_figure, shown_figure, Table
 from sage_finetune.data import prepare_dataset
 from sage_finetune.model.adapter import add_lora
 from sage_finetune.model.advice import suggest
@@ -159,20 +160,55 @@ def sweep(model, minutes):
         print(found, flush=True)
 
 
+def found():
+    "(model, kind, rank) → its cells, by rate; DoRA stands apart"
+    cells = {}
+    for c in known():
+        if not c.get('use_dora'): cells.setdefault((c['model'], c['kind'], c['rank']), []).append(c)
+    return {k: sorted(v, key=lambda c: c['rate']) for k,v in sorted(cells.items())}
+
+
+def advised(model, rows): return suggest(TrainingConfig(model_name=model), rows).settings['learning_rate']
+
+
 def table():
     "The best rate of each row of cells, and how far the advice is from it"
-    rows,found = [],{}
-    for c in known():
-        if not c.get('use_dora'): found.setdefault((c['model'], c['kind'], c['rank']), []).append(c)
-    for (model,kind,rank),each in sorted(found.items()):
-        best = min(each, key=lambda c: c['after'])
-        advised = suggest(TrainingConfig(model_name=model), each[0]['rows']).settings['learning_rate']
-        whole = len(each)==len(RATES.get(model, OTHER_RATES))
-        off = max(advised/best['rate'], best['rate']/advised)
-        at = min(each, key=lambda c: abs(c['rate']-advised))
-        rows.append([model, kind, rank, f"{len(each)}{'' if whole else ' so far'}", f"{best['before']:.2f}",
-                     f"{best['rate']:g}", f"{best['after']:.3f}", f'{advised:g}', f"{at['after']:.3f}", f'{off:.1f}'])
+    rows = []
+    for (model,kind,rank),each in found().items():
+        best,rate = min(each, key=lambda c: c['after']),advised(model, each[0]['rows'])
+        at,most = min(each, key=lambda c: abs(c['rate']-rate)),len(RATES.get(model, OTHER_RATES))
+        off = max(rate/best['rate'], best['rate']/rate)
+        rows.append([model, kind, rank, f'{len(each)} of {most}', f"{best['before']:.2f}", f"{best['rate']:g}",
+                     f"{best['after']:.3f}", f'{rate:g}', f"{at['after']:.3f}", f'{off:.1f}'])
     return Table(['model', 'rows', 'rank', 'rates', 'before', 'best', 'loss', 'advised', 'loss there', 'factor'], rows)
+
+
+def dora_table():
+    "DoRA beside LoRA at the same rate, rank and rows"
+    plain = {key(c)[:4]: c for c in known() if not c.get('use_dora')}
+    rows = [[c['model'], c['kind'], c['rank'], f"{c['rate']:g}", f"{plain[key(c)[:4]]['after']:.3f}",
+             f"{c['after']:.3f}", f"{c['seconds']/plain[key(c)[:4]]['seconds']:.1f}"]
+            for c in known() if c.get('use_dora') and key(c)[:4] in plain]
+    return Table(['model', 'rows', 'rank', 'rate', 'LoRA', 'DoRA', 'its time over LoRA\'s'], rows)
+
+
+def figure():
+    "Held-out loss over the rate: a panel for each model and kind of rows, a line for each rank"
+    cells = found()
+    models = sorted({m for m,_,_ in cells})
+    fig = shown_figure(figsize=(10, 2.6*len(models)), layout='constrained')
+    axes = fig.subplots(len(models), len(KINDS), squeeze=False, sharey='row')
+    for (model,kind,rank),each in cells.items():
+        ax = axes[models.index(model)][KINDS.index(kind)]
+        ax.plot([c['rate'] for c in each], [c['after'] for c in each], '.-', label=f'rank {rank}',
+                color=f'C{sorted(RANKS).index(rank)}')
+    for i,model in enumerate(models):
+        for ax,kind in zip(axes[i], KINDS):
+            ax.axvline(advised(model, 40), color='#808080', linestyle=':')
+            ax.set(xscale='log', yscale='log', title=f'{model}, {kind}', xlabel='learning rate')
+        axes[i][0].set(ylabel='held-out loss')
+    axes[0][-1].legend()
+    return on_any_background(fig)
 
 
 if __name__=='__main__':
@@ -180,6 +216,9 @@ if __name__=='__main__':
     parser.add_argument('model', nargs='?', default='sage-tiny')
     parser.add_argument('--minutes', type=float, default=1e9)
     parser.add_argument('--table', action='store_true')
+    parser.add_argument('--plot')
     asked = parser.parse_args()
-    if not asked.table: sweep(asked.model, asked.minutes)
+    if asked.plot: save_figure(figure(), asked.plot)
+    elif not asked.table: sweep(asked.model, asked.minutes)
     print(table())
+    if dora_table().rows: print(dora_table())

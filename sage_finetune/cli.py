@@ -30,6 +30,7 @@ from sage_finetune.core.machine import (
     goes_on, last_words, program_name, refuse_other_encodings, stop_raises, use_utf8, versions_text
 )
 from .base.llama_cpp import with_gguf_type
+from .runs.rate_finder import find_rate_command
 
 # %% ../nbs/05_cli.ipynb #7c48b3da
 class _Ended(Exception): "A command was stopped: the signal is its cause, which typer would take for itself"
@@ -698,3 +699,5 @@ def generate(
     "Let a model behind a server write questions and answers about documents or code; what does not hold is dropped"
     from sage_finetune.synthetic.teacher import generate_rows
     _print(generate_rows(source, url, output, model, questions, exam=exam, most=most, api_key=api_key, say=echo))
+
+app.command('find-rate')(find_rate_command)

@@ -257,7 +257,8 @@ _preference_rules = _training_rules | dict(
     train_on=_one_of('assistant', 'last'), overflow=_one_of('drop', 'truncate'))
 
 _not_for_pairs = dict(packing=False, tokens_per_step=None, neftune_noise_alpha=None, cut_answers=False,
-                      stack_adapter=False, replay_path=None, replay_share=0.0, torch_compile=False)
+                      stack_adapter=False, replay_path=None, replay_share=0.0, torch_compile=False, add_tokens=None,
+                      embedding_learning_rate=None)
 _only_with = dict(loss_type='dpo', label_smoothing='dpo', sft_weight='dpo', desirable_weight='kto',
                   undesirable_weight='kto')
 
@@ -267,6 +268,8 @@ def _check_preference(config):
     for n,value in _not_for_pairs.items():
         if getattr(config, n)!=value:
             raise ValueError(f'`{n}={getattr(config, n)}` does not go together with preferences: leave it out')
+    if config.lora.modules_to_save:
+        raise ValueError('`lora.modules_to_save` does not go together with preferences: leave it out')
     for n,method in _only_with.items():
         if getattr(config, n)!=plain[n] and config.method!=method:
             raise ValueError(f'`{n}={getattr(config, n)}` is a setting of `method="{method}"`, and the method is '

@@ -137,6 +137,11 @@ def _of_the_base(model, before):
     return {name: before[plain] for plain,name,p in _base_parameters(model)
             if plain in before and not torch.equal(before[plain], p)}
 
+def _shorter(model, size):
+    "Embedding and head of a base as long as they were before an adapter with more tokens; nothing is copied"
+    layers = _vocabulary_layers(model.get_base_model())
+    return {name: p.detach()[:size] for plain,name,p in _base_parameters(model) if plain in layers and len(p)>size}
+
 # %% ../../nbs/inference/00_generate.ipynb #77a45ab5
 def put_adapter(
     base, # A causal language model
@@ -148,7 +153,7 @@ def put_adapter(
     "Put a saved adapter on its base; one of another base is refused"
     from peft import PeftModel
     tensors,how = adapter_tensors(folder),dict(low_cpu_mem_usage=empty, **dict(torch_device='cpu') if empty else {})
-    before = {} if empty else _replaced(on or base, tensors)
+    before,size = {} if empty else _replaced(on or base, tensors),len((on or base).get_input_embeddings().weight)
     try:
         with quiet_libraries(), warnings.catch_warnings():
             warnings.simplefilter('ignore')
@@ -159,7 +164,8 @@ def put_adapter(
     except (ValueError, RuntimeError, KeyError, TypeError) as e:
         raise SageError(f'the adapter {folder} does not fit the base: {" ".join(str(e).split())[:300]}') from None
     _refuse_strangers(folder, _places(on, name), {k.removesuffix('.weight') for k in tensors if '.lora_' in k})
-    on.base_values = _of_the_base(on, before) | getattr(on, 'base_values', {}) # the first numbers are the base's
+    known = getattr(on, 'base_values', {}) # the first numbers are the base's
+    on.base_values = ({} if empty else _shorter(on, size)) | _of_the_base(on, before) | known
     return on
 
 # %% ../../nbs/inference/00_generate.ipynb #8bfd6069

@@ -179,6 +179,11 @@ def _unties(changes, base):
 
 _of_tokens = '.trainable_tokens_delta'
 
+def _brings_both(tensors):
+    "Whether an adapter holds rows of single tokens, and other weights of the base as they were"
+    plain = [k for k in tensors if '.lora_' not in k]
+    return any(k.endswith(_of_tokens) for k in plain) and any('.base_layer.' in k or '.original_' in k for k in plain)
+
 def _token_rows(key, tensor, settings, base):
     "{name of a matrix: (ids, `Stored`)} for the rows of single tokens"
     layer,ids = key.removesuffix(_of_tokens),settings.trainable_token_indices
@@ -190,9 +195,10 @@ def _token_rows(key, tensor, settings, base):
 
 def _with_token_rows(weight, ids, rows):
     "A matrix with one row for each token in which some are others, or new"
-    new = weight.new_zeros(max(len(weight), max(ids)+1), weight.shape[1])
+    dtype = torch.promote_types(weight.dtype, rows.dtype)
+    new = weight.new_zeros(max(len(weight), max(ids)+1), weight.shape[1], dtype=dtype)
     new[:len(weight)] = weight
-    new[torch.tensor(ids)] = rows.to(new.dtype)
+    new[torch.tensor(ids)] = rows.to(dtype)
     return new
 
 # %% ../../nbs/inference/02_merge_weights.ipynb #a2000014
@@ -362,6 +368,9 @@ def find_weights(
         plan.why,plan.dtype = 'the weights of the base are not in the safetensors format',plan.dtype or torch.float32
         return plan
     plan.dtype = plan.dtype or _main_format(stored)
+    if any(_brings_both(adapter_tensors(f)) for f,_ in plan.adapters.values()):
+        plan.why = 'the adapter trains the rows of single tokens, and brings the whole matrix too'
+        return plan
     model = empty_model(place)
     base,vocabulary = base_weights(model, stored),model.get_input_embeddings().weight.shape[0]
     on = put_adapters(model, plan.adapters, empty=True)

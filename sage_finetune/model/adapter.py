@@ -94,8 +94,8 @@ def _whole(model, lora, rows, adapted):
     tied,here = len(ends)>1 and ends[0].weight is ends[1].weight,[names[id(m)] for m in ends]
     if tied and rows and here[1] in every and here[0] not in every:
         raise ValueError(f'`lora.modules_to_save`: {here[1]} is one matrix with {here[0]}, with new rows: name both')
-    at = {n: [*rows] for n in here[:1 if tied else 2] if n not in every}
-    found = dict(trainable_token_indices=at) if rows and at else {}
+    at = {n: rows.ids for n in here[:1 if tied else 2] if rows and n not in every}
+    found = dict(trainable_token_indices=at) if at else {}
     return found | (dict(modules_to_save=every, ensure_weight_tying=tied and here[0] in every) if every else {})
 
 # %% ../../nbs/model/00_adapter.ipynb #8a1354be
@@ -111,7 +111,7 @@ def _cast_without_autocast(x, dtype):
 def add_lora(
     model, # A causal language model
     lora, # A `LoRAConfig`
-    rows=(), # Ids of tokens whose rows of embedding and head are trained too, from `add_token_rows`
+    rows=None, # Rows of embedding and head that are trained too, from `add_token_rows`
 ): # The model with an adapter; only the adapter is trained
     "Freeze `model` and put an adapter on it"
     layers = _targets(model, lora.target_modules)
@@ -128,22 +128,32 @@ def add_lora(
                                 '.*(rank|alpha)_pattern keys did not match') # peft looks for parameters among layers
         try: adapted = get_peft_model(model, settings)
         except (ValueError, AttributeError) as e: raise _in_our_words(e, lora) from None
-    _keep_hooks(ends, adapted)
     adapted.base_values = _values_of_base(adapted)
+    adapted.token_rows = rows
+    if rows: _begin_rows(adapted, rows, ends)
     for p in adapted.parameters():
         if p.requires_grad: p.data = p.data.float() # biases too: the optimizer's steps are below what 16 bits resolve
     for layer in adapted.modules():
         if isinstance(layer, LoraLayer) and not layer.lora_variant: layer._cast_input_dtype = _cast_without_autocast
     if changes_base(lora): adapted.adapter_start = low_rank(get_peft_model_state_dict(adapted))
-    if rows: adapted.save_pretrained = partial(adapted.save_pretrained, **_matrices_of(adapted)) # not as long as it is
     return adapted
 
 # %% ../../nbs/model/00_adapter.ipynb #7a1d0002
-def _keep_hooks(before, adapted):
-    "Where peft computes with the rows of a matrix itself, what `ready_for_quantised_training` hung on it"
+@torch.no_grad()
+def _begin_rows(adapted, rows, before):
+    "Trained rows as they are to begin; and the base keeps its size, and what hung on its embedding and head"
     base = adapted.get_base_model()
-    for old,new in zip(before, (base.get_input_embeddings(), base.get_output_embeddings())):
-        if type(new).__name__=='TrainableTokensWrapper': move_hooks(old, new)
+    ends = base.get_input_embeddings(),base.get_output_embeddings()
+    for m,old,first in zip(ends, before, [*rows.begin, None]): # a head that is the same matrix follows
+        kind = type(m).__name__
+        if kind=='TrainableTokensWrapper': move_hooks(old, m)
+        if first is None: continue
+        if kind=='TrainableTokensWrapper': m.token_adapter.trainable_tokens_delta['default'].copy_(first)
+        elif kind=='ModulesToSaveWrapper': m.modules_to_save['default'].weight[rows.ids] = first
+    adapted.save_pretrained = partial(adapted.save_pretrained, **_matrices_of(adapted))
+    old = {id(p) for m in before if m is not None for p in m.parameters()}
+    adapted.base_values |= {n: p.detach()[:rows.before] for n,p in adapted.named_parameters()
+                            if id(p) in old and len(p)>rows.before}
 
 def changes_base(
     lora, # A `LoRAConfig`
@@ -153,7 +163,7 @@ def changes_base(
 
 def _matrices_of(model):
     "For peft: the rows of new tokens are all that an adapter needs, and embedding and head stay out of it"
-    return dict(save_embedding_layers=False) if model.peft_config['default'].trainable_token_indices else {}
+    return dict(save_embedding_layers=False) if getattr(model, 'token_rows', None) else {}
 
 def adapter_state(
     model, # With an adapter
@@ -499,7 +509,7 @@ def check_layers(
                          f'adapter, and {config.model_name} is stored in {stored}: set `init_lora_weights=True`')
     _check_start(model, lora, _targets(model, lora.target_modules))
     with torch.device('meta'):
-        rows = add_token_rows(model, tokenizer_for(config), config.add_tokens) if config.add_tokens else ()
+        rows = add_token_rows(model, tokenizer_for(config), config.add_tokens) if config.add_tokens else None
         adapted = add_lora(model, lora.adapted(init_lora_weights=True), rows)
     if not any(type(m).__name__=='ParamWrapper' for m in adapted.modules()): return
     if lora.init_lora_weights not in (True, 'gaussian'): raise _no_experts('init_lora_weights', lora)

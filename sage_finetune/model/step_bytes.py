@@ -131,7 +131,7 @@ def build_on_meta(
     with torch.device('meta'):
         model = model_class(model_config).from_config(
             deepcopy(model_config), dtype=dtype, trust_remote_code=False) # it writes into the config
-        rows = add_token_rows(model, tokenizer_for(config), config.add_tokens) if config.add_tokens else ()
+        rows = add_token_rows(model, tokenizer_for(config), config.add_tokens) if config.add_tokens else None
         bits = 8 if config.load_in_8bit else 4 if config.load_in_4bit else None
         if bits: model = ready_for_quantised_training(_pack(model, bits, torch.float16 if bits==8 else dtype))
         weights = _weight_bytes(model)
