@@ -105,8 +105,9 @@ def built(config):
     run.setup_trainer()
     optimizer = run.trainer.create_optimizer()
     callbacks = run.trainer.callback_handler.callbacks
-    return dict(rows=len(run.trainer.train_dataset), size=len(run.tokenizer), rates=[g['lr'] for g in optimizer.param_groups],
-                names=sorted(type(c).__name__ for c in callbacks), trained=len(optimizer.param_groups),
+    return dict(rows=len(run.trainer.train_dataset), size=len(run.tokenizer),
+                rates=[g['lr'] for g in optimizer.param_groups], names=sorted(type(c).__name__ for c in callbacks),
+                trained=len(optimizer.param_groups),
                 kept=[c.keep for c in callbacks if isinstance(c, Checkpoints)],
                 best=[(c.patience, c.keep) for c in callbacks if hasattr(c, 'patience')],
                 batches=len(run.trainer.get_train_dataloader()), folder=run.trainer.args.output_dir,

@@ -137,12 +137,12 @@ def _of_the_base(model, before):
     return {name: before[plain] for plain,name,p in _base_parameters(model)
             if plain in before and not torch.equal(before[plain], p)}
 
+# %% ../../nbs/inference/00_generate.ipynb #77a45ab5
 def _shorter(model, size):
     "Embedding and head of a base as long as they were before an adapter with more tokens; nothing is copied"
     layers = _vocabulary_layers(model.get_base_model())
     return {name: p.detach()[:size] for plain,name,p in _base_parameters(model) if plain in layers and len(p)>size}
 
-# %% ../../nbs/inference/00_generate.ipynb #77a45ab5
 def put_adapter(
     base, # A causal language model
     folder, # Of an adapter

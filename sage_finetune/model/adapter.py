@@ -12,13 +12,12 @@ __all__ = ['start_file', 'best_adapter_file', 'linear_names', 'add_lora', 'chang
 
 # %% ../../nbs/model/00_adapter.ipynb #c3390a9f
 import math,os,re,warnings
-from functools import partial
 from pathlib import Path
 
 import torch
 from ..base.attention import autocast_dtype
 from ..base.loading import check_stored, empty_model, quiet_libraries, takes_images # before peft
-from ..base.new_tokens import add_token_rows, move_hooks, tokenizer_for
+from ..base.new_tokens import add_token_rows, begin_rows, matrices_apart, tokenizer_for, trained_whole
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
@@ -77,27 +76,6 @@ def _targets(model, wanted):
                          f"it has {', '.join(sorted({*linear_names(model), *experts}))}, or take \"all-linear\"")
     return {n: m for layers in found.values() for n,m in layers.items()}
 
-def _whole(model, lora, rows, adapted):
-    "What peft is told of layers, and rows of embedding and head, that are trained whole"
-    names,wanted = {id(m): n for n,m in model.named_modules()},lora.modules_to_save or []
-    layers = {w: [n for n in names.values() if _is_named(n, w)] for w in wanted}
-    if missing := [w for w in wanted if not layers[w]]:
-        raise ValueError(f"`lora.modules_to_save`: {', '.join(missing)} names no layer of this model, such as "
-                         f"{', '.join(sorted({n.rpartition('.')[2] for n in names.values()} - {''})[:12])}")
-    every = [n for found in layers.values() for n in found]
-    if both := [n for n in every if n in adapted]:
-        raise ValueError(f'`lora.modules_to_save`: {both[0]} is among `target_modules` too: leave it out of one')
-    if packed := [n for n in every if any(not p.is_floating_point() for p in model.get_submodule(n).parameters())]:
-        raise ValueError(f'`lora.modules_to_save`: {packed[0]} is quantised, so it cannot be trained: leave it out, or '
-                         f'set `load_in_8bit=False` and `load_in_4bit=False`')
-    ends = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
-    tied,here = len(ends)>1 and ends[0].weight is ends[1].weight,[names[id(m)] for m in ends]
-    if tied and rows and here[1] in every and here[0] not in every:
-        raise ValueError(f'`lora.modules_to_save`: {here[1]} is one matrix with {here[0]}, with new rows: name both')
-    at = {n: rows.ids for n in here[:1 if tied else 2] if rows and n not in every}
-    found = dict(trainable_token_indices=at) if at else {}
-    return found | (dict(modules_to_save=every, ensure_weight_tying=tied and here[0] in every) if every else {})
-
 # %% ../../nbs/model/00_adapter.ipynb #8a1354be
 def _values_of_base(adapted):
     "The biases that are trained and belong to the base, as it has them"
@@ -120,7 +98,7 @@ def add_lora(
                          f"it has {', '.join(linear_names(model))}")
     _check_start(model, lora, layers)
     conv = any(isinstance(m, Conv1D) for m in layers.values()) # GPT-2 keeps its matrices the other way round
-    more = _only_language(model, lora.target_modules, layers) | _whole(model, lora, rows, layers)
+    more = _only_language(model, lora.target_modules, layers) | trained_whole(model, lora.modules_to_save, rows, layers)
     settings = LoraConfig(**lora.to_dict() | more, fan_in_fan_out=conv)
     ends = model.get_input_embeddings(),model.get_output_embeddings()
     with quiet_libraries(), warnings.catch_warnings():
@@ -130,7 +108,7 @@ def add_lora(
         except (ValueError, AttributeError) as e: raise _in_our_words(e, lora) from None
     adapted.base_values = _values_of_base(adapted)
     adapted.token_rows = rows
-    if rows: _begin_rows(adapted, rows, ends)
+    if rows: begin_rows(adapted, rows, ends)
     for p in adapted.parameters():
         if p.requires_grad: p.data = p.data.float() # biases too: the optimizer's steps are below what 16 bits resolve
     for layer in adapted.modules():
@@ -139,37 +117,17 @@ def add_lora(
     return adapted
 
 # %% ../../nbs/model/00_adapter.ipynb #7a1d0002
-@torch.no_grad()
-def _begin_rows(adapted, rows, before):
-    "Trained rows as they are to begin; and the base keeps its size, and what hung on its embedding and head"
-    base = adapted.get_base_model()
-    ends = base.get_input_embeddings(),base.get_output_embeddings()
-    for m,old,first in zip(ends, before, [*rows.begin, None]): # a head that is the same matrix follows
-        kind = type(m).__name__
-        if kind=='TrainableTokensWrapper': move_hooks(old, m)
-        if first is None: continue
-        if kind=='TrainableTokensWrapper': m.token_adapter.trainable_tokens_delta['default'].copy_(first)
-        elif kind=='ModulesToSaveWrapper': m.modules_to_save['default'].weight[rows.ids] = first
-    adapted.save_pretrained = partial(adapted.save_pretrained, **_matrices_of(adapted))
-    old = {id(p) for m in before if m is not None for p in m.parameters()}
-    adapted.base_values |= {n: p.detach()[:rows.before] for n,p in adapted.named_parameters()
-                            if id(p) in old and len(p)>rows.before}
-
 def changes_base(
     lora, # A `LoRAConfig`
 )->bool: # True for PiSSA and OLoRA
     "Whether an adapter takes a part of the frozen weights into itself when it begins"
     return str(lora.init_lora_weights).startswith(('pissa', 'olora'))
 
-def _matrices_of(model):
-    "For peft: the rows of new tokens are all that an adapter needs, and embedding and head stay out of it"
-    return dict(save_embedding_layers=False) if getattr(model, 'token_rows', None) else {}
-
 def adapter_state(
     model, # With an adapter
 )->dict: # Name → tensor, as in the file of an adapter
     "What an adapter consists of"
-    return get_peft_model_state_dict(model, **_matrices_of(model))
+    return get_peft_model_state_dict(model, **matrices_apart(model))
 
 def low_rank(
     tensors:dict, # Of an adapter, by name

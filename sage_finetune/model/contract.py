@@ -171,10 +171,11 @@ def check_contract(
     raise SageError(f'{folder} would be used in another form than it was trained in: {"; ".join(faults)}. '
                     f'Put back what was there, or pass `ignore_contract=True`')
 
-# %% ../../nbs/model/03_contract.ipynb #c0b5e007
+# %% ../../nbs/model/03_contract.ipynb #c0b5e0a7
 witness_file = 'witness.json'
 _texts = 'The sum of 17 and 25 is 42, and 微调 means to adapt.','def mean(x):\n    return sum(x)/len(x)  # 3.5'
 
+# %% ../../nbs/model/03_contract.ipynb #c0b5e007
 def witness_rows(
     tokenizer, # Of the model
     vocabulary:int, # Rows of its embedding
@@ -184,10 +185,10 @@ def witness_rows(
     "The rows that a witness answers"
     try: rows = [encode(_reference, tokenizer)['input_ids'][:length]]
     except ValueError: rows = []
-    rows += [tokenizer(t)['input_ids'][:length] for t in _texts]
     drawn,special = random.Random(0),{*getattr(tokenizer, 'added_tokens_decoder', ()), *tokenizer.all_special_ids}
     plain = [i for i in range(min(vocabulary, len(tokenizer))) if i not in special]
-    rows += [[drawn.choice(plain) for _ in range(length)] for _ in range(2) if plain]
+    rows += [tokenizer(t)['input_ids'][:length] for t in _texts]+[
+        [drawn.choice(plain) for _ in range(length)] for _ in range(2) if plain]
     return [r for r in ([*trained, *trained][:length], *rows) if len(r)>1 and max(r)<vocabulary]
 
 # %% ../../nbs/model/03_contract.ipynb #c0b5e009

@@ -31,6 +31,7 @@ def smoothed(
         out.append(total/(1-keep**n))
     return out
 
+# %% ../../nbs/runs/09_rate_finder.ipynb #09fa0022
 def rate_of_ramp(
     rates:list, # Of each step, rising
     losses:list, # Of each step, before it was taken
@@ -40,7 +41,7 @@ def rate_of_ramp(
     mean = smoothed(losses)
     lowest = min(range(len(mean)), key=mean.__getitem__)
     if mean[0]-mean[lowest]<.02*abs(mean[0]):
-        raise SageError(f'the loss did not fall in any of the {len(losses)} steps ({mean[0]:.3g} to {mean[lowest]:.3g}): '
+        raise SageError(f'the loss did not fall in any of {len(losses)} steps ({mean[0]:.3g} → {mean[lowest]:.3g}): '
                         f'give a higher `highest`, more `steps`, or look at the rows')
     return float(f'{rates[lowest]*share:.1e}')
 
@@ -84,7 +85,7 @@ def _ramp_panel(ramp):
 # %% ../../nbs/runs/09_rate_finder.ipynb #09fa0015
 def _checked_ramp(steps, lowest, highest):
     if steps<8: raise ValueError(f'`steps` must be at least 8, got {steps}')
-    if not 0<lowest<highest: raise ValueError(f'`lowest` must be above 0 and below `highest`, got {lowest} and {highest}')
+    if not 0<lowest<highest: raise ValueError(f'`lowest={lowest}` must be above 0 and below `highest={highest}`')
     return [lowest*(highest/lowest)**(i/(steps-1)) for i in range(steps)]
 
 def _ready_to_train(config, folder):
@@ -106,6 +107,7 @@ def _batches_for(trainer, steps):
     each,n = endless(),trainer.args.gradient_accumulation_steps
     for _ in range(steps): yield [*islice(each, n)]
 
+# %% ../../nbs/runs/09_rate_finder.ipynb #09fa0024
 def _one_step(trainer, batches, scaler):
     "Loss of a step, and the step"
     import torch
@@ -153,7 +155,7 @@ def find_rate_command(
     steps: Annotated[int, Option('--steps', help='Of the ramp')] = 40,
     plot: Annotated[Optional[str], Option('--plot', metavar='FILE', help='Draw it into this file: .png, .svg or '
                                           '.pdf')] = None,
-    set: Annotated[Optional[list[str]], Option('--set', metavar='NAME=VALUE', help='Any setting; may be repeated')]=None,
+    set: Annotated[Optional[list[str]], Option('--set', metavar='NAME=VALUE', help='Any setting; repeatable')] = None,
 ):
     "Take some steps at rising learning rates, and suggest one for this model and these rows"
     from sage_finetune.runs.tasks import parsed_settings, quick_settings

