@@ -74,6 +74,11 @@ def _take(given, out, name, default, allowed=None):
     if name in given: out.went[name] = 'honoured'
     return value
 
+def _layers_in(value):
+    "Names of layers as a list or in one text, or a pattern for the whole name"
+    if isinstance(value, str): return value if re.search(r'[\\()\[*+^$|]', value) else names_in(value)
+    return names_in([n.strip(' ,') if isinstance(n, str) else n for n in value])
+
 def _number(given, out, name, default):
     "A number that is looked at by hand"
     value = number_in(_take(given, out, name, default))
@@ -91,7 +96,6 @@ def _warmup(given, out):
     words = f'warmup_steps = {int(steps)}' if steps>=1 else f'warmup_ratio = {steps or share}'
     out.went |= {n: words for n in ('warmup_ratio', 'warmup_steps') if n in given}
 
-# %% ../../nbs/runs/01_other_tools.ipynb #05050103
 def _launched(given, out):
     "Whether the processes divide the model as the file asks for"
     for name,kind in dict(deepspeed='DeepSpeed', fsdp='FSDP').items():
@@ -107,6 +111,10 @@ def _precision(given, out, bf16=False):
     "Half precision: bf16 where TRL and axolotl leave it to the machine"
     full = _take(given, out, 'fp16', False, (False, True, 'auto', 'full'))
     half = _take(given, out, 'bf16', bf16 and full is not True, (False, True, 'auto', 'full'))
+    for name in ('float16', 'bfloat16'): # of axolotl, for weights of the whole model
+        if not _take(given, out, name, False, (False, True)): continue
+        full,half = (True, half) if name=='float16' else (full, True)
+        out.went[name] = f'{name.replace("loat", "")}, with an adapter in fp32'
     if full is True and half is True: raise RefusedSetting('fp16=True (bf16=True as well: one of them)')
     out.settings |= dict(fp16=full is True, bf16=half in (True, 'full') or half=='auto' and full is not True)
 
@@ -222,7 +230,6 @@ def _images(given, out):
     if 'image_max_pixels' in given:
         out.went['image_max_pixels'] = f'images of more than {out.most_pixels:,} pixels are made smaller'
 
-# %% ../../nbs/runs/01_other_tools.ipynb #05050107
 def _held_out_share(given, out): _evaluation(given, out, _number(given, out, 'val_size', 0.0))
 
 def _merging(given, out):
@@ -233,6 +240,9 @@ def _factory_data(given, out):
     "The data sets that a file of LLaMA-Factory names"
     for k in ('dataset_dir', 'max_samples', 'media_dir'): _take(given, out, k, None)
     if out.merge_into: return
+    if not given.get('dataset') and not given.get('do_train'):
+        model = given.get('adapter_name_or_path') or given.get('model_name_or_path')
+        raise RefusedSetting(f'dataset is missing (to train; to talk to the model: `sage-finetune chat {model}`)')
     for key,parts in (('dataset', out.data), ('eval_dataset', out.held_out)):
         if key not in given: continue
         parts += factory_datasets(given, out.file, key)
@@ -243,6 +253,8 @@ _llamafactory_rules = (_llamafactory_lora, _precision, _checkpointing, _warmup, 
                        _parent_adapter, _mixing, _images, _launched, _merging, _factory_data)
 
 # %% ../../nbs/runs/01_other_tools.ipynb #05050108
+_of_export = 'export_dir', 'export_size', 'infer_dtype'
+
 def _part(given, out, name, known):
     "A block of settings of LLaMA-Factory v1, such as `peft_config`"
     block = _take(given, out, name, None)
@@ -265,11 +277,14 @@ def _blocks(given, out):
     "The blocks of LLaMA-Factory v1: adapter, quantisation, processes, optimizer, schedule"
     s = out.settings
     names = 'r', 'lora_alpha', 'lora_dropout', 'target_modules', 'bias', 'use_rslora', 'use_dora', 'init_lora_weights'
-    lora = _part(given, out, 'peft_config', ('name', *names, 'task_type', 'export_dir', 'export_size'))
+    lora = _part(given, out, 'peft_config', ('name', 'adapter_name_or_path', *names, 'task_type', *_of_export))
     if (kind := lora.get('name'))!='lora':
         raise RefusedSetting(f'peft_config.name={kind!r} (only adapters are trained here)')
     s['lora'] = dict(r=8, lora_alpha=16, lora_dropout=0.0, target_modules='all-linear') | {
-        k: names_in(v) if k=='target_modules' else v for k,v in lora.items() if k in names}
+        k: _layers_in(v) if k=='target_modules' else v for k,v in lora.items() if k in names}
+    parent = lora.get('adapter_name_or_path')
+    if not (given.get('train_dataset') or given.get('dataset')): out.merge_into = lora.get('export_dir')
+    if parent and not out.merge_into: s['init_adapter'] = parent if isinstance(parent, str) else ','.join(parent)
     bits = _part(given, out, 'quant_config', ('name', 'quantization_bit')).get('quantization_bit')
     if bits not in (None, 4, 8): raise RefusedSetting(f'quant_config.quantization_bit={bits!r} (it may be 4 or 8)')
     s |= dict(load_in_4bit=bits==4, load_in_8bit=bits==8)
@@ -282,6 +297,7 @@ def _blocks(given, out):
 
 def _v1_data(given, out):
     "The data sets of LLaMA-Factory v1: a file that describes them, or one of rows"
+    if out.merge_into: return
     name = _take(given, out, 'train_dataset', None) or _take(given, out, 'dataset', None)
     if not name: raise RefusedSetting('train_dataset is missing')
     out.data,pairs = factory_v1_datasets(name, out.file)
@@ -315,7 +331,7 @@ def _trl_layers(given, out):
     "The layers that are named, or those that peft takes for this kind of model"
     named,lora = _take(given, out, 'lora_target_modules', None),out.settings['lora']
     if named:
-        lora['target_modules'] = names_in(named)
+        lora['target_modules'] = _layers_in(named)
         return
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
     kind = _model_config(out.settings.get('model_name')).model_type
@@ -339,7 +355,8 @@ def _trl_length(given, out):
 def _trl_learned(given, out):
     "What is learned of a row"
     take,s = partial(_take, given, out),out.settings
-    if given.get('use_peft') is not True: raise RefusedSetting('use_peft=False (only adapters are trained here)')
+    if given.get('use_peft') is not True:
+        raise RefusedSetting('use_peft=False (only adapters are trained here: add --use_peft)')
     answers = take('assistant_only_loss', False, (False, True))
     completions = take('completion_only_loss', None, (None, False, True))
     s['train_on'] = 'assistant' if answers or completions or 'method' in s else 'all' if completions is False else None
@@ -400,7 +417,7 @@ def _axolotl_layers(given, out):
         raise RefusedSetting("adapter='qlora' (it needs load_in_4bit: true)")
     names,every = _take(given, out, 'lora_target_modules', None),_take(given, out, 'lora_target_linear', None)
     if not (names or every): raise RefusedSetting('lora_target_modules is missing (or lora_target_linear: true)')
-    s['lora']['target_modules'] = 'all-linear' if every else names_in(names)
+    s['lora']['target_modules'] = 'all-linear' if every else _layers_in(names)
     if parent := _take(given, out, 'lora_model_dir', None): s['init_adapter'] = parent
 
 def _axolotl_method(given, out):
@@ -448,8 +465,38 @@ def _axolotl_data(given, out):
     if tokens.get('eos_token'): _trl_eos(dict(eos_token=tokens['eos_token']), out)
     if 'eos_token' in out.went: out.went['special_tokens'] = f'eos_token: {out.went.pop("eos_token")}'
 
-_axolotl_rules = (_axolotl_layers, _axolotl_method, _axolotl_times, partial(_precision, bf16='auto'),
-                  _checkpointing, _warmup, _axolotl_data, _launched)
+# %% ../../nbs/runs/01_other_tools.ipynb #0505010e
+_of_kernels = 'cut_cross_entropy', 'liger', 'kernels', 'expert_parallel', 'swanlab', 'lm_eval'
+
+def _axolotl_plugins(given, out):
+    "Plugins that bring kernels or a tracker are passed over; any other would train something else"
+    for name in names_in(_take(given, out, 'plugins', None) or []):
+        if re.sub(r'.*integrations\.', '', str(name)).partition('.')[0] not in _of_kernels:
+            raise RefusedSetting(f'plugins={name!r} (those of kernels and trackers are passed over, and no other)')
+    if 'plugins' in given: out.went['plugins'] = 'of kernels or trackers: they have no bearing on the result'
+    stored = _take(given, out, 'bnb_config_kwargs', None) or {}
+    asked = dict(bnb_4bit_quant_type=('nf4',), bnb_4bit_use_double_quant=(True,))
+    if odd := [k for k,v in stored.items() if v not in asked.get(k, ())]:
+        raise RefusedSetting(f'bnb_config_kwargs.{odd[0]}={stored[odd[0]]!r} (4 bits are NF4 with quantised constants)')
+
+def _axolotl_batches(given, out):
+    "`batch_size` is that of all micro-batches of a step, where their number is left out"
+    rows,whole = given.get('micro_batch_size', 1),_take(given, out, 'batch_size', None)
+    if not whole: return
+    if 'gradient_accumulation_steps' in given: out.went['batch_size'] = '`gradient_accumulation_steps` is given'
+    elif whole%rows: raise RefusedSetting(f'batch_size={whole} (a multiple of micro_batch_size={rows})')
+    else: out.settings['gradient_accumulation_steps'] = whole//rows
+
+def _axolotl_turns(given, out):
+    "Tokens that end a turn are those of the template, and losses of DPO stand beside each other"
+    for token in names_in(_take(given, out, 'eot_tokens', None) or []): _trl_eos(dict(eos_token=token), out)
+    if 'eos_token' in out.went and 'eot_tokens' in given: out.went['eot_tokens'] = out.went.pop('eos_token')
+    losses = {n: _take(given, out, f'dpo_{n}', None) for n in ('loss_type', 'loss_weights')}
+    if losses['loss_type']: _trl_loss({n: v for n,v in losses.items() if v}, out)
+    for name in ('loss_type', 'loss_weights'): out.went.pop(name, None)
+
+_axolotl_rules = (_axolotl_layers, _axolotl_method, _axolotl_times, _axolotl_plugins, _axolotl_batches, _axolotl_turns,
+                  partial(_precision, bf16='auto'), _checkpointing, _warmup, _axolotl_data, _launched)
 
 # %% ../../nbs/runs/01_other_tools.ipynb #bf64ad14
 def kind_of_config(
@@ -519,7 +566,8 @@ def _missing(tool, given):
     "What a file of a tool must name"
     other = 'model' if 'v1' in tool else 'model_name_or_path'
     model = dict(axolotl='base_model', Unsloth='model_name').get(tool, other)
-    needed = [model] if 'export_dir' in given else [model, 'output_dir']
+    needed = [model, 'output_dir'] if tool in ('LLaMA-Factory v1', 'Unsloth') else [model] # others have a default
+    if tool=='LLaMA-Factory v1' and not (given.get('train_dataset') or given.get('dataset')): needed = [model]
     return [f'{name} is missing' for name in needed if not given.get(name)]
 
 # %% ../../nbs/runs/01_other_tools.ipynb #0505005b
