@@ -92,7 +92,7 @@ def read_sources(folder):
                         'LrGroup|LoftQ|PeftConfig|DynamicCheckpoint|SelectiveCheckpoint|RoleBoundary|Capabilities')
     theirs = dict(llamafactory=fields_in((source/'hparams').glob('*.py')),
                   axolotl=fields_in(schemas.glob('*.py'), lambda c: not nested.search(c.name)) | fields_in(
-                      (axolotl/'src'/'axolotl'/'integrations').glob('*/args.py'), lambda c: c.name.endswith('Args')))
+                      (axolotl/'src'/'axolotl'/'integrations').glob('*/args.py'), lambda c: c.name.endswith('Args') and c.name!='CompressionArgs'))
     theirs['llamafactory-v1'] = fields_in((source/'v1'/'config').glob('*_args.py'))
     for name,fields in theirs.items():
         missing = sorted(fields-{*tool_table(name).settings})

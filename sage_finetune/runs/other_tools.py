@@ -148,10 +148,11 @@ _known_loggers = {'swanlab', 'comet_ml', 'clearml', 'dvclive', 'neptune', 'azure
 def _evaluation(given, out, share):
     "When held-out rows are evaluated, how many there are, and where numbers are reported"
     when_allowed,every = ('no', 'steps', 'epoch'),_take(given, out, 'eval_steps', None)
-    when = _take(given, out, 'eval_strategy', 'steps' if 'eval_steps' in given else 'no', when_allowed)
+    when = _take(given, out, 'eval_strategy', 'no', when_allowed)
     if 'evaluation_strategy' in given: when = _take(given, out, 'evaluation_strategy', 'no', when_allowed)
-    if every is not None and not number_in(every)>=1:
+    if when=='steps' and every is not None and not number_in(every)>=1:
         raise RefusedSetting(f'eval_steps={every} (a share of the steps; give their number)')
+    if every is not None and when!='steps': out.went['eval_steps'] = f'not read: `eval_strategy` is {when!r}'
     out.settings['eval_steps'] = (every or out.settings['logging_steps']) if when=='steps' else None
     out.share = share
     _loggers(given, out)
