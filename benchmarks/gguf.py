@@ -48,8 +48,9 @@ def known_of(folder, n, most=32):
     losses = [log_probs_of(l, r) for l,r in zip(logits_of(model, rows), rows)]
     stops,answers = [*stop_ids(model, tokenizer)],[]
     for prompt in prompts:
-        made = model.generate(torch.tensor([prompt]), max_new_tokens=most, do_sample=False, num_beams=1,
-                              repetition_penalty=1.0, eos_token_id=stops, pad_token_id=stops[0])[0, len(prompt):].tolist()
+        out = model.generate(torch.tensor([prompt]), max_new_tokens=most, do_sample=False, num_beams=1,
+                             repetition_penalty=1.0, eos_token_id=stops, pad_token_id=stops[0])
+        made = out[0, len(prompt):].tolist()
         end = next((i for i,t in enumerate(made) if t in stops), len(made))
         answers.append(made[:end])
     return rows,prompts,losses,answers,stops
@@ -84,7 +85,8 @@ if __name__=='__main__':
     parser.add_argument('--types', nargs='+', default=['f16', 'q8_0', 'q6_k', 'q4_k_m'])
     parser.add_argument('--rows', type=int, default=40)
     given = parser.parse_args()
-    head = ('model', 'type', 'file', 'merged', 'llama.cpp', 'off, median', 'off, most', 'answers the same', 'tokens the same')
+    head = ('model', 'type', 'file', 'merged', 'llama.cpp', 'off, median', 'off, most', 'answers the same',
+            'tokens the same')
     print('| '+' | '.join(head)+' |\n'+'| --- '*len(head)+'|')
     for model in given.model:
         for row in measured(model, given.types, given.rows): print('| '+' | '.join(row)+' |', flush=True)

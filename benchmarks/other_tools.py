@@ -30,6 +30,8 @@ from sage_finetune.core.disk import SageError, write_json  # noqa: E402
 
 TABLES = ('trl-sft', 'trl-dpo', 'trl-kto', 'trl-orpo', 'llamafactory', 'llamafactory-v1', 'axolotl', 'unsloth')
 KEPT = Path(__file__).with_suffix('.json')
+KINDS = ('ran', 'trains all weights', 'another method', 'for several processes', 'talks to a model', 'refused by name',
+         'an error')
 
 
 # --- settings
@@ -56,21 +58,23 @@ def settings():
 
 def fields_in(files, kinds=None):
     "Names of the fields of the classes in files of Python"
-    classes = [n for f in files for n in ast.walk(ast.parse(f.read_text(encoding='utf-8'))) if isinstance(n, ast.ClassDef)]
+    trees = [ast.parse(f.read_text(encoding='utf-8')) for f in files]
+    classes = [n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.ClassDef)]
     return {s.target.id for c in classes if kinds is None or kinds(c) for s in c.body
             if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)}
 
 
 NAMES = {'base_model': 'model', 'model_name_or_path': 'model', 'model': 'model', 'output_dir': 'out', 'wandb_name': '',
-         'wandb_project': '', 'wandb_entity': '', 'wandb_watch': '', 'wandb_log_model': '', 'dataset_prepared_path': 'prepared',
-         'processor_type': 'AutoProcessor'}
+         'wandb_project': '', 'wandb_entity': '', 'wandb_watch': '', 'wandb_log_model': '',
+         'dataset_prepared_path': 'prepared', 'processor_type': 'AutoProcessor'}
 
 
 def short(given):
     "Settings without the names of models, data sets and folders, which are exchanged"
     named = {k: NAMES[k] if k in NAMES and v is not None else v for k,v in given.items()}
     if not isinstance(given.get('datasets'), list): return named
-    return named | dict(datasets=[{k: v for k,v in e.items() if k!='data_files'} | dict(path='rows') for e in given['datasets']])
+    entries = [{k: v for k,v in e.items() if k!='data_files'} | dict(path='rows') for e in given['datasets']]
+    return named | dict(datasets=entries)
 
 
 def read_sources(folder):
@@ -88,11 +92,12 @@ def read_sources(folder):
         (documented.DATA/f'{tool}.json').write_text(documented.as_text(examples[tool]), encoding='utf-8')
     source = factory/'src'/'llamafactory'
     schemas = axolotl/'src'/'axolotl'/'utils'/'schemas'
-    nested = re.compile('Type$|Dataset$|FSDPConfig|TRLConfig|VllmConfig|QAT|PTQ|EBFTConfig|FP8|Fp8|Recipe|TorchAO|SpecialTokens|Env|GPU|'
+    nested = re.compile('Type$|Dataset$|FSDPConfig|TRLConfig|VllmConfig|QAT|PTQ|EBFTConfig|FP8|SpecialTokens|Env|GPU|'
                         'LrGroup|LoftQ|PeftConfig|DynamicCheckpoint|SelectiveCheckpoint|RoleBoundary|Capabilities')
     theirs = dict(llamafactory=fields_in((source/'hparams').glob('*.py')),
                   axolotl=fields_in(schemas.glob('*.py'), lambda c: not nested.search(c.name)) | fields_in(
-                      (axolotl/'src'/'axolotl'/'integrations').glob('*/args.py'), lambda c: c.name.endswith('Args') and c.name!='CompressionArgs'))
+                      (axolotl/'src'/'axolotl'/'integrations').glob('*/args.py'),
+                      lambda c: c.name.endswith('Args') and c.name!='CompressionArgs'))
     theirs['llamafactory-v1'] = fields_in((source/'v1'/'config').glob('*_args.py'))
     for name,fields in theirs.items():
         missing = sorted(fields-{*tool_table(name).settings})
@@ -136,8 +141,8 @@ def merged(file, folder, vision, merge_asked, trainer_of):
     block = given.get('peft_config', given)
     if block.get('adapter_name_or_path'):
         wanted = dict(model_name_or_path=given.get('model_name_or_path') or given['model'], stage='sft', do_train=True,
-                      finetuning_type='lora', lora_target='all', dataset='mllm_demo' if 'vl' in str(given) else 'identity',
-                      output_dir=block['adapter_name_or_path'], max_steps=1)
+                      finetuning_type='lora', lora_target='all', output_dir=block['adapter_name_or_path'], max_steps=1,
+                      dataset='mllm_demo' if 'vl' in str(given) else 'identity')
         (Path(folder)/'before.yaml').write_text(yaml.safe_dump(wanted))
         trainer_of(Path(folder)/'before.yaml', quiet=True).train()
     report = merge_asked(file, say=lambda text: None)
@@ -161,18 +166,19 @@ def runs(anew=False):
 def reason(what):
     "A refusal as one word to count by"
     if what=='ran': return what
-    kinds = {'use_peft=False': 'trains all weights', 'trl=': 'another method', 'for several processes': 'for several processes',
-             'rl=': 'another method', 'stage=': 'another method', 'dataset is missing (to train': 'talks to a model'}
-    return next((k for part,k in kinds.items() if part in what), 'refused by name' if 'not here' in what else 'an error')
+    kinds = {'use_peft=False': 'trains all weights', 'trl=': 'another method',
+             'for several processes': 'for several processes', 'rl=': 'another method', 'stage=': 'another method',
+             'dataset is missing (to train': 'talks to a model'}
+    refused = 'refused by name' if 'not here' in what else 'an error'
+    return next((k for part,k in kinds.items() if part in what), refused)
 
 
 def counted(kept):
     "Rows of the table of commands and examples"
-    kinds = 'ran', 'trains all weights', 'another method', 'for several processes', 'talks to a model', 'refused by name', 'an error'
     for tool,found in kept.items():
         for added in (False, True) if tool=='trl' else (False,):
             those = [reason(w) for n,w in found.items() if n.endswith(' --use_peft')==added]
-            yield f'{tool}{", with --use_peft added" if added else ""}', len(those), *(those.count(k) for k in kinds)
+            yield f'{tool}{", with --use_peft added" if added else ""}', len(those), *(those.count(k) for k in KINDS)
 
 
 def markdown(head, rows): return '\n'.join('| '+' | '.join(map(str, r))+' |' for r in (head, ['---']*len(head), *rows))
@@ -189,9 +195,7 @@ if __name__=='__main__':
     print(markdown(head, settings()))
     if given.settings or given.sources: raise SystemExit
     kept = runs(given.anew)
-    head = ['documented', 'there are', 'ran', 'trains all weights', 'another method', 'for several processes', 'talks to a model',
-            'refused by name', 'an error']
-    print('\n'+markdown(head, counted(kept)))
+    print('\n'+markdown(['documented', 'there are', *KINDS], counted(kept)))
     for tool,found in kept.items():
         for name,what in found.items():
             if reason(what) in ('refused by name', 'an error'): print(f'- {tool} `{name}`: {what}')

@@ -90,8 +90,8 @@ def modelfile(
     if '"""' in template:
         raise ValueError('the chat template holds three quotation marks in a row, which a Modelfile cannot say')
     if odd := [c for c in template+''.join(words) if not (c.isprintable() or c in ' \t\r\n')]:
-        raise ValueError(f'the chat template holds {odd[0]!r}, which Ollama drops when it reads a Modelfile: use the GGUF '
-                         f'file with `llama-server --jinja`')
+        raise ValueError(f'the chat template holds {odd[0]!r}, which Ollama drops when it reads a Modelfile: use the '
+                         f'GGUF file with `llama-server --jinja`')
     settings = ['temperature 0', 'repeat_penalty 1.0', *([f'num_ctx {min(most, 8192)}'] if most else []),
                 *(f'stop {_quoted(w)}' for w in words)]
     return '\n'.join([f'FROM {weights}', f'TEMPLATE """{template}"""', *(f'PARAMETER {s}' for s in settings)])+'\n'

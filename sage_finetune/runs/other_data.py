@@ -306,7 +306,8 @@ _only = dict( # the values that ask for what is done here, and why no other
     shards=((1,), 'take a part with `split: train[:10%]`'), shards_idx=((0,), 'take a part with `split: train[:10%]`'),
     roles_to_train=((['assistant'], ['gpt'], ['model']), 'the turns of the assistant are learned'),
     train_on_eos=(('turn',), 'the end of each learned turn is learned'),
-    train_on_eot=(('turn',), 'the end of each learned turn is learned'), revision=((), 'give a folder with that version'),
+    train_on_eot=(('turn',), 'the end of each learned turn is learned'),
+    revision=((), 'give a folder with that version'),
     strip_leading_space=((False,), 'texts are learned as they are'),
     message_field_training_detail=((), 'whole turns are learned or not'),
     split_thinking=((False,), 'a thought is told by the template'))
@@ -373,8 +374,8 @@ def axolotl_datasets(
     files,split = entry.get('data_files') or [],entry.get('split') or entry.get('train_on_split') or 'train'
     files = [files] if isinstance(files, str) else files
     sources = [f if Path(f).exists() else f'{entry["path"]}/{f}' for f in files] or [entry['path']]
-    other = {entry[k]: ours for k,ours in dict(field_thinking='reasoning_content', message_field_training='train').items()
-             if k in entry}
+    of_turns = dict(field_thinking='reasoning_content', message_field_training='train')
+    other = {entry[k]: ours for k,ours in of_turns.items() if k in entry}
     read = partial(_axolotl_row, columns=columns, turns=turns, role=role, content=content, roles=roles, other=other,
                    system=not entry.get('drop_system_message'))
     return [OtherDataSet(entry['path'], s, split, entry.get('name'), read=read) for s in sources]

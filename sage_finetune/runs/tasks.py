@@ -432,7 +432,8 @@ def settings_yaml(
             shown = json.dumps(c.to_dict()[name], ensure_ascii=False)
             chosen = name in first or value!=getattr(plain, name) or name in c.given
             yield f'{indent}{"" if chosen else "# "}{name}: {shown} # {told[name]}'
-    kind = 'of a run that learns from judged answers' if isinstance(config, PreferenceConfig) else 'of one fine-tuning run'
+    judged = isinstance(config, PreferenceConfig)
+    kind = 'of a run that learns from judged answers' if judged else 'of one fine-tuning run'
     first = ('method', *_first) if isinstance(config, PreferenceConfig) else _first
     every = [*lines(config, first)]
     return '\n'.join([f'# Settings {kind}; train it with: sage-finetune run THIS_FILE', *every[:len(first)],

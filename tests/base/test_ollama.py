@@ -118,7 +118,8 @@ func main() {
     made, said := template.Must(template.New("").Parse(task.Template)), []string{}
     for _, talk := range task.Talks {
       var b strings.Builder
-      if err := made.Execute(&b, map[string]any{"System": talk.System, "Messages": talk.Messages}); err != nil { panic(err) }
+      values := map[string]any{"System": talk.System, "Messages": talk.Messages}
+      if err := made.Execute(&b, values); err != nil { panic(err) }
       said = append(said, b.String())
     }
     out = append(out, said)
@@ -141,13 +142,15 @@ def test_go_itself_writes_what_the_chat_template_writes(tok, tmp_path):
             tok.chat_template = own if name=='own' else next(f for f in templates if f.stem==name).read_text('utf-8')
             forms = [[dict(role=r, content=t) for r,t in talk] for talk in talks]
             adds = tok.bos_token and tok('a')['input_ids'][:1]==[tok.bos_token_id]
-            wanted.append([render(m, tok, add_generation_prompt=True).removeprefix(tok.bos_token if adds else '') for m in forms])
+            begin = tok.bos_token if adds else ''
+            wanted.append([render(m, tok, add_generation_prompt=True).removeprefix(begin) for m in forms])
             tasks.append(dict(Template=template, Talks=[dict(
                 System='\n\n'.join(m['content'] for m in f if m['role']=='system'),
                 Messages=[dict(Role=m['role'], Content=m['content']) for m in f]) for f in forms]))
     finally: tok.chat_template = own
     (tmp_path/'main.go').write_text(GO, encoding='utf-8')
-    done = subprocess.run(['go', 'run', 'main.go'], input=json.dumps(tasks), capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(['go', 'run', 'main.go'], input=json.dumps(tasks), capture_output=True, text=True,
+                          cwd=tmp_path)
     assert done.returncode==0, done.stderr
     assert json.loads(done.stdout)==wanted and len(wanted)>20
     print(f'{len(wanted)} templates, {sum(map(len, wanted))} prompts')

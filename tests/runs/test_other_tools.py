@@ -11,7 +11,7 @@ from sage_finetune.config import LoRAConfig, PreferenceConfig, SageError
 from sage_finetune.core.beforehand import tool_table
 from sage_finetune.data import DataReport, prepare_dataset
 from sage_finetune.base.loading import load_tokenizer
-from sage_finetune.runs import other_data, other_tools
+from sage_finetune.runs import other_data, other_settings, other_tools
 from sage_finetune.runs.other_tools import config_from_other_tool, translated
 from sage_finetune.runs.tasks import trainer_of
 from sage_finetune.rows.formats import to_messages
@@ -188,7 +188,7 @@ def test_a_row_says_one_thing_in_words(name):
 
 @pytest.mark.parametrize('name', ['trl-sft', 'trl-dpo', 'trl-kto', 'trl-orpo', 'llamafactory', 'axolotl', 'unsloth'])
 def test_what_is_taken_by_hand_is_looked_at(name):
-    text = inspect.getsource(other_tools)+inspect.getsource(other_data)
+    text = "".join(map(inspect.getsource, (other_tools, other_settings, other_data)))
     assert [n for n,row in tool_table(name).settings.items() if 'hand' in row and f"'{n}'" not in text]==[]
 
 
