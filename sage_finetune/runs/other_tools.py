@@ -373,9 +373,10 @@ def _axolotl_turns(given, out):
     "Tokens that end a turn are those of the template, and losses of DPO stand beside each other"
     for token in names_in(take_setting(given, out, 'eot_tokens', None) or []): _trl_eos(dict(eos_token=token), out)
     if 'eos_token' in out.went and 'eot_tokens' in given: out.went['eot_tokens'] = out.went.pop('eos_token')
-    losses = {n: take_setting(given, out, f'dpo_{n}', None) for n in ('loss_type', 'loss_weights')}
+    losses = dict(loss_type=take_setting(given, out, 'dpo_loss_type', None),
+                  loss_weights=take_setting(given, out, 'dpo_loss_weights', None))
     if losses['loss_type']: _trl_loss({n: v for n,v in losses.items() if v}, out)
-    for name in ('loss_type', 'loss_weights'): out.went.pop(name, None)
+    for name in losses: out.went.pop(name, None)
 
 _axolotl_rules = (_axolotl_layers, _axolotl_method, _axolotl_times, _axolotl_plugins, _axolotl_batches, _axolotl_turns,
                   partial(take_precision, bf16='auto'), take_checkpointing, take_warmup, _axolotl_data, take_launch)
