@@ -14,7 +14,6 @@ __all__ = ['app', 'Model', 'RunName', 'Runs', 'Output', 'Data', 'Shares', 'Stopp
 # %% ../nbs/05_cli.ipynb #b5095066
 import json,os,sys,threading
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
 from tempfile import TemporaryDirectory
@@ -24,6 +23,7 @@ from typer import Argument, Exit, Option, Typer, confirm, echo as typer_echo, pr
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from .core.beforehand import package_file
 from .core.disk import SageError
 from .core.display import size_text, visible
 from sage_finetune.core.machine import (
@@ -677,7 +677,7 @@ def export(
     else: echo(f'Written: {export_folder(name, output, kind, **card)}')
 
 # %% ../nbs/05_cli.ipynb #db7520ec
-EXAMPLES = (Path(find_spec('sage_finetune').submodule_search_locations[0])/'tables'/'examples.txt').read_text('utf-8')
+EXAMPLES = package_file('tables', 'examples.txt').read_text('utf-8')
 
 @app.command()
 def examples():

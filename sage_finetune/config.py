@@ -11,7 +11,6 @@ __all__ = ['embedded_model', 'LoRAConfig', 'TrainingConfig', 'PreferenceConfig',
 # %% ../nbs/00_config.ipynb #8d5faccc
 import warnings
 from dataclasses import dataclass, field, fields, replace
-from importlib.util import find_spec
 from pathlib import Path
 
 from sage_finetune.core.disk import (
@@ -26,7 +25,8 @@ from sage_finetune.core.settings import (
 from .core.cache import model_in_file, plain_model
 from sage_finetune.core.beforehand import (
     are_trackers, check_optimizer, check_schedule, fit_stored, is_of_bitsandbytes, known_trackers, OptionsSetting,
-    same_steps, stored_as, take_by_table, TokensSetting, tool_table, tracker_names, unknown_to_table
+    package_file, same_steps, stored_as, take_by_table, TokensSetting, tool_table, tracker_names,
+    unknown_to_table
 )
 from sage_finetune.core.machine import (
     Change, Changes, division, fit_bits, Machine, show_changes # show_changes: handed on
@@ -435,8 +435,7 @@ def resolve_model(
     "The folder of the embedded model for its name, that of plain weights for a GGUF file; any other name as it is"
     name = checked('name', name, str)
     if name==embedded_model:
-        package = find_spec('sage_finetune').submodule_search_locations[0]
-        return str(Path(package)/'models'/embedded_model)
+        return str(package_file('models', embedded_model))
     if file := model_in_file(name): return str(plain_model(file))
     folder = Path(name).expanduser() if name.startswith('~') else None
     return str(folder) if folder and folder.is_dir() else name

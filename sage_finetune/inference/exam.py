@@ -11,11 +11,11 @@ __all__ = ['same_words', 'Exam', 'examine', 'general_questions', 'holds_words', 
 # %% ../../nbs/inference/01_exam.ipynb #e0a1d937
 import re
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
+from ..core.beforehand import package_file
 from ..core.disk import read_json
 from ..core.display import Shown, Table
 from ..rows.formats import to_messages
@@ -74,8 +74,7 @@ def examine(
 # %% ../../nbs/inference/01_exam.ipynb #18be0002
 def general_questions()->list: # Of {question, answer, words}; the words are what a right answer holds one of
     "Thirty questions that a pretrained model answers"
-    package = find_spec('sage_finetune').submodule_search_locations[0]
-    return read_json(Path(package)/'tables'/'general_questions.json')['questions']
+    return read_json(package_file('tables', 'general_questions.json'))['questions']
 
 def holds_words(
     text:str, # An answer
