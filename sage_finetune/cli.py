@@ -15,7 +15,6 @@ __all__ = ['app', 'Model', 'RunName', 'Runs', 'Output', 'Data', 'Shares', 'Stopp
 import json,os,sys,threading
 from contextlib import suppress
 from functools import wraps
-from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
 from tempfile import TemporaryDirectory
@@ -25,12 +24,14 @@ from typer import Argument, Exit, Option, Typer, confirm, echo as typer_echo, pr
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from .core.beforehand import package_file
 from .core.disk import SageError
 from .core.display import size_text, visible
 from sage_finetune.core.machine import (
     goes_on, last_words, program_name, refuse_other_encodings, stop_raises, use_utf8, versions_text
 )
 from .base.llama_cpp import with_gguf_type
+from .runs.rate_finder import find_rate_command
 from .study import commands
 
 # %% ../nbs/05_cli.ipynb #7c48b3da
@@ -679,7 +680,7 @@ def export(
     else: echo(f'Written: {export_folder(name, output, kind, **card)}')
 
 # %% ../nbs/05_cli.ipynb #db7520ec
-EXAMPLES = (Path(find_spec('sage_finetune').submodule_search_locations[0])/'tables'/'examples.txt').read_text('utf-8')
+EXAMPLES = package_file('tables', 'examples.txt').read_text('utf-8')
 
 @app.command()
 def examples():
@@ -709,3 +710,4 @@ def _printed(command):
     return app.command()(go)
 
 for command in (commands.exam, commands.sweep, commands.report, commands.script): _printed(command)
+app.command('find-rate')(find_rate_command)

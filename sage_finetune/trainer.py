@@ -12,7 +12,8 @@ __all__ = ['RunState', 'LoopParts', 'LoRATrainer', 'train_from_meta', 'main', 'C
 import shutil,signal,sys,time
 from contextlib import nullcontext, suppress
 
-from .base.loading import dtype_of, load_model, put_aside_notes, quantisation_of, tokenizer_for # first
+from .base.loading import dtype_of, load_model, put_aside_notes, quantisation_of # first
+from .base.new_tokens import add_token_rows, tokenizer_for
 from peft import PeftModel
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -36,8 +37,7 @@ from sage_finetune.training.loop import (
 from sage_finetune.training.resume import (
     check_same_run, checkpoint_step, clear_run, data_digest, finished_result, fit_of_run, is_last_step, keep_best,
     keep_last_step, library_versions, load_finished, load_last_step, losses_before, remembered_changes, result_of,
-    RowsDigest, run_record, save_run, smaller_micro_batches, StopSignal, TrainingResult, with_place,
-    without_traceback
+    RowsDigest, run_record, save_run, smaller_micro_batches, StopSignal, TrainingResult, with_place, without_traceback
 )
 from sage_finetune.training.processes import (
     agreed, joined_processes, one_after_another, processes_line, refuse_smaller_micro_batches, tell, wait_for_all
@@ -146,7 +146,7 @@ class LoRATrainer(LoopParts):
 
     def apply_lora(self):
         "Freeze the model and put the adapter on it"
-        self.model = _with_lora(self.model, self.config)
+        self.model = _with_lora(self.model, self.config, self.tokenizer)
         begin_with_parent(self.model, self.tokenizer, self.config, self.say)
         self.say('\n'.join([adapter_line(self.model), *put_aside_notes(self.model)]))
 
@@ -202,10 +202,10 @@ def _check_fit(run):
     check_fit(rows, run.config, run.model, run.tokenizer, run.data_report)
 
 # %% ../nbs/02_trainer.ipynb #2f01f0f2
-def _with_lora(model, config):
+def _with_lora(model, c, tokenizer):
     "Freeze a model and put an adapter on it"
-    set_seed(config.seed)
-    return add_lora(ready_for_quantised_training(model), config.lora)
+    set_seed(c.seed)
+    return add_lora(ready_for_quantised_training(model), c.lora, add_token_rows(model, tokenizer, c.add_tokens))
 
 # %% ../nbs/02_trainer.ipynb #2f01f0b2
 def _packed_rows(run):

@@ -12,13 +12,13 @@ __all__ = ['Exam', 'examine', 'general_questions', 'holds_words', 'GeneralExam',
 # %% ../../nbs/inference/01_exam.ipynb #e0a1d937
 import json
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import sage_finetune.base.loading # before transformers: it quiets bitsandbytes
 from transformers import TrainerCallback
 
+from ..core.beforehand import package_file
 from ..core.disk import read_json, write_text
 from ..core.display import Shown, Table
 from ..config import TrainingConfig
@@ -89,8 +89,7 @@ def examine(
 # %% ../../nbs/inference/01_exam.ipynb #18be0002
 def general_questions()->list: # Of {question, answer, words}; the words are what a right answer holds one of
     "Thirty questions that a pretrained model answers"
-    package = find_spec('sage_finetune').submodule_search_locations[0]
-    return read_json(Path(package)/'tables'/'general_questions.json')['questions']
+    return read_json(package_file('tables', 'general_questions.json'))['questions']
 
 def holds_words(
     text:str, # An answer

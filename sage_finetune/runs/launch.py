@@ -237,12 +237,21 @@ def _launched_by(options):
     how = dict(nproc=number if isinstance(number, int) and number>1 else None, config=way)
     return {k: v for k,v in how.items() if v is not None}
 
+_kinds = 'sft|dpo|mpo|kto|orpo|cpo|bco|grpo|rloo|reward|distillation'
+_script = re.compile(rf'(?:trl\.scripts\.)?({_kinds})(?:_\w+)?(?:\.py)?') # of TRL, such as `sft_vlm.py`
+
+def _without_host(words):
+    "A command without what `hf jobs` reads of it, to run it elsewhere"
+    if words[:2]!=['hf', 'jobs']: return words
+    if '--' in words: return words[words.index('--')+1:]
+    return words[next((i for i,w in enumerate(words) if w.endswith('.py')), 0):]
+
 def _start_of(words):
     "(tool, index of the first word behind it) in a command line; None where there is none"
     for i,word in enumerate(words):
         base = word.rstrip('/').rpartition('/')[2]
         if base in ('trl', 'llamafactory-cli', 'lmf', 'axolotl'): return base.replace('lmf', 'llamafactory-cli'),i+1
-        if base in ('sft.py', 'dpo.py', 'kto.py', 'orpo.py', 'grpo.py', 'reward.py'): return 'trl',i
+        if base.endswith('.py') and _script.fullmatch(base) or base.startswith('trl.scripts.'): return 'trl',i
         if base in ('axolotl.cli.train', 'llamafactory.launcher', 'train_bash.py'):
             return ('axolotl' if base.startswith('axolotl') else 'llamafactory-cli'),i
 
@@ -264,11 +273,12 @@ def tool_command(
     words:list, # A command line of TRL, LLaMA-Factory or axolotl
 )->ToolCommand:
     "The settings that a command of another tool means"
-    if (found := _start_of(words)) is None:
+    if (found := _start_of(words := _without_host(words))) is None:
         raise SageError(f'{shlex.join(words[:3])} …: no command of trl, llamafactory-cli or axolotl')
     tool,at = found
     before,action,behind = _options_of(words[:at])[0],words[at] if at<len(words) else '',words[at+1:]
     script = action.rpartition('/')[2].removesuffix('.py')
+    if tool=='trl' and (known := _script.fullmatch(script)): script = known[1].replace('mpo', 'dpo') # with three losses
     if action.endswith(('axolotl.cli.train', 'llamafactory.launcher', 'train_bash.py')): script = 'train'
     options,rest = _options_of(behind)
     below = _file_below(options, rest, tool)

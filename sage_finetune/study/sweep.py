@@ -109,7 +109,7 @@ def weight_sums(
     bits = lambda p: p.detach().contiguous().view(whole[p.element_size()])
     return [int(bits(p).sum(dtype=torch.int64)) for p in model.parameters()]
 
-# %% ../../nbs/study/02_sweep.ipynb #fb89e4eb
+# %% ../../nbs/study/02_sweep.ipynb #9e75a581
 class SharedBase:
     "One frozen base in memory, lent to one run after the other"
     def __init__(self): self.asked = self.model = self.sums = None
@@ -129,7 +129,8 @@ class SharedBase:
     def lend(self, run):
         "Let a run take its base from here, where its settings leave the base as it is"
         c = run.config
-        if c.lora.bias=='none' and not changes_base(c.lora) and not c.stack_adapter: run.load_model = self.load
+        own = changes_base(c.lora), c.stack_adapter, c.add_tokens, c.lora.modules_to_save, c.lora.bias!='none'
+        if not any(own): run.load_model = self.load
         return run
 
 # %% ../../nbs/study/02_sweep.ipynb #f066792f
