@@ -14,7 +14,7 @@ __all__ = ['app', 'Model', 'RunName', 'Runs', 'Output', 'Data', 'Shares', 'Stopp
 # %% ../nbs/05_cli.ipynb #b5095066
 import json,os,sys,threading
 from contextlib import suppress
-from importlib.util import find_spec
+from functools import wraps
 from pathlib import Path
 from shlex import quote
 from tempfile import TemporaryDirectory
@@ -24,6 +24,7 @@ from typer import Argument, Exit, Option, Typer, confirm, echo as typer_echo, pr
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from .core.beforehand import package_file
 from .core.disk import SageError
 from .core.display import size_text, visible
 from sage_finetune.core.machine import (
@@ -31,6 +32,7 @@ from sage_finetune.core.machine import (
 )
 from .base.llama_cpp import with_gguf_type
 from .runs.rate_finder import find_rate_command
+from .study import commands
 
 # %% ../nbs/05_cli.ipynb #7c48b3da
 class _Ended(Exception): "A command was stopped: the signal is its cause, which typer would take for itself"
@@ -90,7 +92,8 @@ def _fail(text, status):
     return status
 
 _after_a_stop = dict(
-    run=goes_on, start=goes_on, quickstart=goes_on, repeat='the same command, with a new folder, begins again',
+    run=goes_on, start=goes_on, sweep=goes_on, quickstart=goes_on,
+    repeat='the same command, with a new folder, begins again',
     merge='no merged model was written, and the same command begins again',
     export='nothing was exported, and the same command begins again', serve='the same command serves again')
 
@@ -677,7 +680,7 @@ def export(
     else: echo(f'Written: {export_folder(name, output, kind, **card)}')
 
 # %% ../nbs/05_cli.ipynb #db7520ec
-EXAMPLES = (Path(find_spec('sage_finetune').submodule_search_locations[0])/'tables'/'examples.txt').read_text('utf-8')
+EXAMPLES = package_file('tables', 'examples.txt').read_text('utf-8')
 
 @app.command()
 def examples():
@@ -700,4 +703,11 @@ def generate(
     from sage_finetune.synthetic.teacher import generate_rows
     _print(generate_rows(source, url, output, model, questions, exam=exam, most=most, api_key=api_key, say=echo))
 
+def _printed(command):
+    "A command of a wing, which gives back what is printed"
+    @wraps(command)
+    def go(*args, **how): _print(*command(*args, **how))
+    return app.command()(go)
+
 app.command('find-rate')(find_rate_command)
+for command in (commands.exam, commands.sweep, commands.report, commands.script): _printed(command)

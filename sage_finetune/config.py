@@ -11,7 +11,6 @@ __all__ = ['embedded_model', 'LoRAConfig', 'TrainingConfig', 'PreferenceConfig',
 # %% ../nbs/00_config.ipynb #8d5faccc
 import warnings
 from dataclasses import dataclass, field, fields, replace
-from importlib.util import find_spec
 from pathlib import Path
 
 from sage_finetune.core.disk import (
@@ -26,7 +25,8 @@ from sage_finetune.core.settings import (
 from .core.cache import model_in_file, plain_model
 from sage_finetune.core.beforehand import (
     are_trackers, check_optimizer, check_schedule, fit_stored, is_of_bitsandbytes, known_trackers, OptionsSetting,
-    same_steps, stored_as, take_by_table, TokensSetting, tool_table, tracker_names, unknown_to_table
+    package_file, same_steps, stored_as, take_by_table, TokensSetting, tool_table, tracker_names,
+    unknown_to_table
 )
 from sage_finetune.core.machine import (
     Change, Changes, division, fit_bits, Machine, show_changes # show_changes: handed on
@@ -35,6 +35,13 @@ from .core.text_stream import count_rows
 from .core.run_folder import default_output_dir, read_meta, run_folder, RunFolder # run_folder: handed on
 
 # %% ../nbs/00_config.ipynb #9d8a2e8e
+def _at_least(low): return f'at least {low}', lambda v: v>=low
+
+def _one_of(*words): return ' or '.join(f'"{w}"' for w in words), words.__contains__
+_above_zero = 'above 0', lambda v: v>0
+_share = 'between 0 and 1', lambda v: 0<=v<=1
+_below_one = 'at least 0 and below 1', lambda v: 0<=v<1
+
 _ways_to_begin = 'gaussian', 'orthogonal', 'pissa', 'olora'
 
 @dataclass
@@ -72,13 +79,6 @@ class LoRAConfig(Settings):
         return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
 
 # %% ../nbs/00_config.ipynb #f87b779c
-def _at_least(low): return f'at least {low}', lambda v: v>=low
-
-def _one_of(*words): return ' or '.join(f'"{w}"' for w in words), words.__contains__
-_above_zero = 'above 0', lambda v: v>0
-_share = 'between 0 and 1', lambda v: 0<=v<=1
-_below_one = 'at least 0 and below 1', lambda v: 0<=v<1
-
 _reports = f'{_one_of(*known_trackers, "none")[0]}, or a list that names each once'
 
 _training_rules = dict(
@@ -114,7 +114,9 @@ _training_rules = dict(
     loraplus_lr_ratio=_at_least(1),
     neftune_noise_alpha=_above_zero,
     tokens_per_step=_at_least(8),
-    replay_share=_below_one)
+    replay_share=_below_one,
+    exam_tokens=_at_least(1),
+    best_by=_one_of('loss', 'exam'))
 
 # %% ../nbs/00_config.ipynb #7937675d
 @dataclass
@@ -187,6 +189,10 @@ class TrainingConfig(Settings):
     save_strategy: str = "steps" # When a checkpoint is written: every `save_steps` "steps", or after each "epoch"
     add_tokens: TokensSetting = None # New tokens, whose rows are trained: a list, or {token: words that describe it}
     embedding_learning_rate: float|None = None # Rate of embedding and head, where they are trained; None: of the rest
+    exam_path: OptionalPathSetting = None # Questions with answers or checks, asked at each evaluation
+    exam_general: bool = False # Ask general questions too, at each evaluation, to see what is forgotten
+    exam_tokens: int = 128 # Tokens of one answer in an exam, at most
+    best_by: str = "loss" # What decides which evaluation is the best: the held-out "loss" or the "exam"
 
     _rules = _training_rules
     _exclusive = ('load_in_8bit', 'load_in_4bit'), ('fp16', 'bf16')
@@ -196,7 +202,8 @@ class TrainingConfig(Settings):
               'eval_steps', 'early_stopping_patience', 'load_best_model_at_end', 'loraplus_lr_ratio',
               'neftune_noise_alpha', 'torch_compile', 'fused_lora', 'deterministic', 'tokens_per_step',
               'init_adapter', 'stack_adapter', 'replay_path', 'replay_share', 'lr_scheduler_kwargs', 'warmup_steps',
-              'adam_beta1', 'adam_beta2', 'adam_epsilon', 'save_strategy', 'add_tokens', 'embedding_learning_rate')
+              'adam_beta1', 'adam_beta2', 'adam_epsilon', 'save_strategy', 'add_tokens', 'embedding_learning_rate',
+              'exam_path', 'exam_general', 'exam_tokens', 'best_by')
 
     def __post_init__(self):
         super().__post_init__()
@@ -435,8 +442,7 @@ def resolve_model(
     "The folder of the embedded model for its name, that of plain weights for a GGUF file; any other name as it is"
     name = checked('name', name, str)
     if name==embedded_model:
-        package = find_spec('sage_finetune').submodule_search_locations[0]
-        return str(Path(package)/'models'/embedded_model)
+        return str(package_file('models', embedded_model))
     if file := model_in_file(name): return str(plain_model(file))
     folder = Path(name).expanduser() if name.startswith('~') else None
     return str(folder) if folder and folder.is_dir() else name

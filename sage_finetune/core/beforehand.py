@@ -7,8 +7,8 @@ Docs: https://sage-finetune.github.io/sage_finetune/core/beforehand.html.md"""
 # %% auto #0
 __all__ = ['known_trackers', 'is_of_bitsandbytes', 'check_optimizer', 'same_steps', 'check_betas', 'check_schedule',
            'try_optimizer', 'try_schedule', 'OptionsSetting', 'TokensSetting', 'StoredAs', 'config_file', 'stored_as',
-           'fit_stored', 'ToolTable', 'tool_table', 'number_in', 'names_in', 'take_by_table', 'unknown_to_table',
-           'tracker_names', 'are_trackers']
+           'fit_stored', 'ToolTable', 'package_file', 'tool_table', 'number_in', 'names_in', 'take_by_table',
+           'unknown_to_table', 'tracker_names', 'are_trackers']
 
 # %% ../../nbs/core/08_beforehand.ipynb #08be0005
 import json,os
@@ -311,13 +311,18 @@ class ToolTable:
         if {'to', 'values', 'hand'} & {*row}: return 'mapped'
         return 'without effect' if 'note' in row and 'off' not in row else 'refused' if row else 'unknown'
 
+def package_file(
+    *parts:str, # Such as "tables", "examples.txt"
+)->Path: # In the installed package
+    "A file or folder that comes with this package"
+    return Path(find_spec('sage_finetune').submodule_search_locations[0], *parts)
+
 @cache
 def tool_table(
     name:str, # Of a file in `sage_finetune/tables`, such as "trl-sft"
 )->ToolTable:
     "The table of a tool, on top of the one it begins with"
-    package = find_spec('sage_finetune').submodule_search_locations[0]
-    given = read_json(Path(package)/'tables'/f'{name}.json', unique=True)
+    given = read_json(package_file('tables', f'{name}.json'), unique=True)
     below = tool_table(given['begins_with']) if 'begins_with' in given else ToolTable('', {}, {})
     return ToolTable(given['tool'], below.settings | given['settings'], below.always | given.get('always', {}))
 
