@@ -430,8 +430,8 @@ def check_settings(
     lora,optim = config.lora,config.optim
     for name,needs_all in dict(init_lora_weights=changes_base(
             lora), load_best_model_at_end=config.load_best_model_at_end, stack_adapter=config.stack_adapter,
-            add_tokens=config.add_tokens, modules_to_save=lora.modules_to_save,
-            exam_path=config.exam_path, exam_general=config.exam_general).items():
+            add_tokens=config.add_tokens, modules_to_save=lora.modules_to_save, exam_path=config.exam_path,
+            exam_general=config.exam_general).items():
         if needs_all and division():
             raise ValueError(f'`{name}` needs the whole model in each process, and {division()} divides it: '
                              f'launch without it, or leave `{name}` at its default')
