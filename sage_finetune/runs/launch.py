@@ -19,6 +19,7 @@ from ..core.settings import checked, refuse_unknown
 from ..core.machine import goes_on, last_words, process, processes, stop_raises
 from .other_tools import read_settings
 from ..core.run_folder import find_run
+from ..core.text_stream import one_line
 from .tasks import trainer_of
 
 # %% ../../nbs/runs/06_launch.ipynb #5bdbafef
@@ -137,7 +138,7 @@ def _start(command):
         except SignalException as e: return 128+int(e.sigval),None # the first process has reported where it stopped
         except ChildFailedError as e: return _first_failure(e)
         except DistError as e:
-            raise SageError(f'the machines did not find each other: {" ".join(str(e).split())[:200]}; '
+            raise SageError(f'the machines did not find each other: {one_line(e, 200)}; '
                             f'check `main_process_ip` and `main_process_port`') from None
     return 0,None
 
