@@ -131,7 +131,7 @@ def came_of(make, vision):
             steps = run.train().steps
             return 'ran' if steps==2 else f'{steps} steps'
         except (SageError, ValueError) as e: return ' '.join(str(e).replace(folder, '.').split())
-        except Exception as e: return f'{type(e).__name__}: {" ".join(str(e).split())}'
+        except Exception as e: return f'ERROR {type(e).__name__}: {" ".join(str(e).split())}'
         finally: os.chdir(here)
 
 
@@ -169,8 +169,8 @@ def reason(what):
     kinds = {'use_peft=False': 'trains all weights', 'trl=': 'another method',
              'for several processes': 'for several processes', 'rl=': 'another method', 'stage=': 'another method',
              'dataset is missing (to train': 'talks to a model'}
-    refused = 'refused by name' if 'not here' in what else 'an error'
-    return next((k for part,k in kinds.items() if part in what), refused)
+    if what.startswith('ERROR') or what[0].isdigit() or what=='nothing was merged': return 'an error'
+    return next((k for part,k in kinds.items() if part in what), 'refused by name')
 
 
 def counted(kept):
