@@ -1,7 +1,8 @@
 """What fewer bits cost: a run is exported as GGUF in several types, and llama.cpp's answers and losses are compared
 with those of the merged model
 
-`python benchmarks/gguf_types.py` (needs `pip install "sage-finetune[gguf]"`; `--model sage-tiny smollm2-135m`, `--types f16
+`python benchmarks/gguf_types.py` (needs `pip install "sage-finetune[gguf]"`;
+`--model sage-tiny smollm2-135m`, `--types f16
 q8_0 q4_k_m`, `--rows 40`) prints a table in Markdown: the size of the file, nats a token on the rows (mean, and how far
 single tokens are off), how many greedy answers of 32 tokens are the same to the last token, and what share of the
 tokens is the same up to the first that differs.
@@ -17,7 +18,7 @@ sys.path[:0] = [str(ROOT)]
 from sage_finetune.base.llama_cpp import ask_llama_cpp  # noqa: E402
 from sage_finetune.config import LoRAConfig, TrainingConfig  # noqa: E402
 from sage_finetune.core.run_folder import write_meta  # noqa: E402
-from sage_finetune.inference import export  # noqa: E402
+from sage_finetune.serving import export  # noqa: E402
 from sage_finetune.rows.formats import create_sample_data  # noqa: E402
 
 

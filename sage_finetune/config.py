@@ -35,6 +35,13 @@ from .core.text_stream import count_rows
 from .core.run_folder import default_output_dir, read_meta, run_folder, RunFolder # run_folder: handed on
 
 # %% ../nbs/00_config.ipynb #9d8a2e8e
+def _at_least(low): return f'at least {low}', lambda v: v>=low
+
+def _one_of(*words): return ' or '.join(f'"{w}"' for w in words), words.__contains__
+_above_zero = 'above 0', lambda v: v>0
+_share = 'between 0 and 1', lambda v: 0<=v<=1
+_below_one = 'at least 0 and below 1', lambda v: 0<=v<1
+
 _ways_to_begin = 'gaussian', 'orthogonal', 'pissa', 'olora'
 
 @dataclass
@@ -72,13 +79,6 @@ class LoRAConfig(Settings):
         return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
 
 # %% ../nbs/00_config.ipynb #f87b779c
-def _at_least(low): return f'at least {low}', lambda v: v>=low
-
-def _one_of(*words): return ' or '.join(f'"{w}"' for w in words), words.__contains__
-_above_zero = 'above 0', lambda v: v>0
-_share = 'between 0 and 1', lambda v: 0<=v<=1
-_below_one = 'at least 0 and below 1', lambda v: 0<=v<1
-
 _reports = f'{_one_of(*known_trackers, "none")[0]}, or a list that names each once'
 
 _training_rules = dict(
@@ -114,7 +114,9 @@ _training_rules = dict(
     loraplus_lr_ratio=_at_least(1),
     neftune_noise_alpha=_above_zero,
     tokens_per_step=_at_least(8),
-    replay_share=_below_one)
+    replay_share=_below_one,
+    exam_tokens=_at_least(1),
+    best_by=_one_of('loss', 'exam'))
 
 # %% ../nbs/00_config.ipynb #7937675d
 @dataclass
@@ -187,6 +189,10 @@ class TrainingConfig(Settings):
     save_strategy: str = "steps" # When a checkpoint is written: every `save_steps` "steps", or after each "epoch"
     add_tokens: TokensSetting = None # New tokens, whose rows are trained: a list, or {token: words that describe it}
     embedding_learning_rate: float|None = None # Rate of embedding and head, where they are trained; None: of the rest
+    exam_path: OptionalPathSetting = None # Questions with answers or checks, asked at each evaluation
+    exam_general: bool = False # Ask general questions too, at each evaluation, to see what is forgotten
+    exam_tokens: int = 128 # Tokens of one answer in an exam, at most
+    best_by: str = "loss" # What decides which evaluation is the best: the held-out "loss" or the "exam"
 
     _rules = _training_rules
     _exclusive = ('load_in_8bit', 'load_in_4bit'), ('fp16', 'bf16')
@@ -196,7 +202,8 @@ class TrainingConfig(Settings):
               'eval_steps', 'early_stopping_patience', 'load_best_model_at_end', 'loraplus_lr_ratio',
               'neftune_noise_alpha', 'torch_compile', 'fused_lora', 'deterministic', 'tokens_per_step',
               'init_adapter', 'stack_adapter', 'replay_path', 'replay_share', 'lr_scheduler_kwargs', 'warmup_steps',
-              'adam_beta1', 'adam_beta2', 'adam_epsilon', 'save_strategy', 'add_tokens', 'embedding_learning_rate')
+              'adam_beta1', 'adam_beta2', 'adam_epsilon', 'save_strategy', 'add_tokens', 'embedding_learning_rate',
+              'exam_path', 'exam_general', 'exam_tokens', 'best_by')
 
     def __post_init__(self):
         super().__post_init__()

@@ -22,6 +22,7 @@ from sage_finetune.training.callbacks import Checkpoints
 from sage_finetune.training.incremental import add_replay_rows
 from sage_finetune.training.loop import same_bits, training_arguments
 from sage_finetune.training.split import read_data
+from sage_finetune.inference.exam import asked_exams, ExamCallback
 from sage_finetune.trainer import LoRATrainer
 
 tok = load_tokenizer('sage-tiny')
@@ -109,7 +110,8 @@ def built(config):
                 rates=[g['lr'] for g in optimizer.param_groups], names=sorted(type(c).__name__ for c in callbacks),
                 trained=len(optimizer.param_groups),
                 kept=[c.keep for c in callbacks if isinstance(c, Checkpoints)],
-                best=[(c.patience, c.keep) for c in callbacks if hasattr(c, 'patience')],
+                best=[(c.patience, c.keep, c.by) for c in callbacks if hasattr(c, 'patience')],
+                exam=[([*c.asked], c.tokens) for c in callbacks if isinstance(c, ExamCallback)],
                 batches=len(run.trainer.get_train_dataloader()), folder=run.trainer.args.output_dir,
                 below=[n for n,_ in run.model.named_parameters() if 'below' in n])
 
@@ -224,7 +226,12 @@ training = dict(
                 Refused(['façon'], 'cannot be a token of this tokenizer')],
     embedding_learning_rate=[Seen(1e-5, built, add_tokens=['<ask>']), Refused(1e-5, 'needs `add_tokens`')],
     replay_path=[Seen(rows('other.jsonl'), prepared, replay_share=.3)],
-    replay_share=[Seen(.5, prepared, replay_path=rows('other.jsonl')), Refused(.5, 'no rows to replay are known')])
+    replay_share=[Seen(.5, prepared, replay_path=rows('other.jsonl')), Refused(.5, 'no rows to replay are known')],
+    exam_path=[Seen(rows('plain.jsonl'), built), Refused(rows('plain.jsonl'), 'needs held-out rows', test_size=0),
+               Refused(rows('odd.jsonl'), 'odd.jsonl:5: ')],
+    exam_general=[Seen(True, built), Refused(True, 'needs held-out rows', test_size=0)],
+    exam_tokens=[Seen(8, built, exam_general=True)],
+    best_by=[Seen('exam', built, exam_path=rows('plain.jsonl')), Refused('exam', 'needs `exam_path`')])
 
 lora = dict(
     r=[Seen(2, adapter), Refused(65, 'needs `r` of at most 64', init_lora_weights='pissa')],
@@ -339,6 +346,7 @@ def begun(kind, place, machine, settings):
         run = PreferenceTrainer(made_one, quiet=True, machine=machine)
     else: run = LoRATrainer(made_one, quiet=True, machine=machine)
     check_run(run.fitted)
+    asked_exams(run.config)
 
 
 @pytest.mark.parametrize('kind, name, entry', each(Refused))

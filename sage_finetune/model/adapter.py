@@ -360,10 +360,13 @@ _plain_optimizer = 'take `optim="adamw_torch"`, or no `loraplus_lr_ratio`'
 # %% ../../nbs/model/00_adapter.ipynb #ba2b3f56
 def best_evaluation(
     log, # Dicts of a trainer state's `log_history` or of `metrics.jsonl`
+    by:str='loss', # "loss", or "exam": the highest score, of equal ones the one with the lower loss
 )->tuple: # Step and loss of the best; how many evaluations came after it
-    "The best held-out loss, the first where several are equal, without the one before training"
+    "The best evaluation, the first where several are equal, without the one before training"
     losses = [(m['step'], m['eval_loss']) for m in log if m.get('step') and 'eval_loss' in m]
-    step,loss = min((l for l in losses if not math.isnan(l[1])), key=lambda l: l[1], default=(0, math.inf))
+    scores = {m['step']: m['exam'] for m in log if 'exam' in m} if by=='exam' else {}
+    step,loss = min((l for l in losses if not math.isnan(l[1])), key=lambda l: (-scores.get(l[0], 0), l[1]),
+                    default=(0, math.inf))
     return step,loss,sum(s>step for s,_ in losses)
 
 # %% ../../nbs/model/00_adapter.ipynb #8124dea5
@@ -374,7 +377,8 @@ class BestAdapter(TrainerCallback):
     def __init__(self,
         patience:int|None=None, # Evaluations without a better loss after which to stop; None never stops
         keep:bool=False, # Whether checkpoints hold the best adapter
-    ): self.patience,self.keep,self.best = patience,keep,[]
+        by:str='loss', # "loss" or "exam", as in `best_evaluation`
+    ): self.patience,self.keep,self.by,self.best = patience,keep,by,[]
 
     def on_train_begin(self, args, state, control, **kwargs):
         file = _checkpoint(args, state)/best_adapter_file
@@ -384,7 +388,7 @@ class BestAdapter(TrainerCallback):
         if state.global_step>=state.max_steps: control.should_evaluate = True
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
-        step,_,since = best_evaluation(state.log_history)
+        step,_,since = best_evaluation(state.log_history, self.by)
         if self.keep and step and step==state.global_step:
             tensors = {k: v.detach().cpu().clone() for k,v in adapter_state(model).items()}
             self.best = [*self.best[-1:], (step, tensors)] # the one before too: a run may be put back by one step
@@ -415,7 +419,7 @@ def load_best_adapter(
     return step
 
 # %% ../../nbs/model/00_adapter.ipynb #d3b6f1e3
-_need_rows = 'eval_steps', 'early_stopping_patience', 'load_best_model_at_end'
+_need_rows = 'eval_steps', 'early_stopping_patience', 'load_best_model_at_end', 'exam_path', 'exam_general'
 _no_groups = 'muon', 'dion' # of newer versions of transformers
 
 def check_settings(
@@ -426,7 +430,8 @@ def check_settings(
     lora,optim = config.lora,config.optim
     for name,needs_all in dict(init_lora_weights=changes_base(
             lora), load_best_model_at_end=config.load_best_model_at_end, stack_adapter=config.stack_adapter,
-            add_tokens=config.add_tokens, modules_to_save=lora.modules_to_save).items():
+            add_tokens=config.add_tokens, modules_to_save=lora.modules_to_save, exam_path=config.exam_path,
+            exam_general=config.exam_general).items():
         if needs_all and division():
             raise ValueError(f'`{name}` needs the whole model in each process, and {division()} divides it: '
                              f'launch without it, or leave `{name}` at its default')
