@@ -279,7 +279,8 @@ def tool_command(
     tool,at = found
     before,action,behind = _options_of(words[:at])[0],words[at] if at<len(words) else '',words[at+1:]
     script = action.rpartition('/')[2].removesuffix('.py')
-    if tool=='trl' and (known := _trl_script.fullmatch(script)): script = known[1].replace('mpo', 'dpo') # with three losses
+    if tool=='trl' and (known := _trl_script.fullmatch(script)):
+        script = known[1].replace('mpo', 'dpo') # with three losses
     if action.endswith(('axolotl.cli.train', 'llamafactory.launcher', 'train_bash.py')): script = 'train'
     options,rest = _options_of(behind)
     below = _file_below(options, rest, tool)
