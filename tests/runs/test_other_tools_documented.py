@@ -281,7 +281,8 @@ def test_a_command_of_axolotl(place):
 def test_a_file_of_version_1_that_merges_merges(place):
     trained(factory_file(place, of_factory['v1 sft']))
     (place/'merge.yaml').write_text(yaml.safe_dump(dict(model='sage-tiny', peft_config=dict(
-        name='lora', adapter_name_or_path='outputs/lora', export_dir='saves/merged', export_size=5, infer_dtype='auto'))))
+        name='lora', adapter_name_or_path='outputs/lora', export_dir='saves/merged', export_size=5,
+        infer_dtype='auto'))))
     assert merge_asked(place/'merge.yaml', say=lambda text: None).path.endswith('saves/merged')
     assert (place/'saves'/'merged'/'config.json').is_file()
 
