@@ -11,7 +11,6 @@ __all__ = ['Exam', 'examine', 'general_questions', 'holds_words', 'GeneralExam',
 
 # %% ../../nbs/inference/01_exam.ipynb #e0a1d937
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
