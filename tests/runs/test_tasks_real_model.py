@@ -134,10 +134,10 @@ def test_resumed_to_the_same_bits(plain, folder):
 
 
 def test_merged_served_and_exported(plain, folder):
-    from sage_finetune.inference.client import stream_from
-    from sage_finetune.inference.export import export_folder
+    from sage_finetune.serving.client import stream_from
+    from sage_finetune.serving.export import export_folder
     from sage_finetune.inference.merging import merge_run
-    from sage_finetune.inference.serve import serving
+    from sage_finetune.serving.serve import serving
     run,_,said,n = plain
     merged = merge_run(run.folder.path)
     texts,m = right(run.folder.merged_model)
