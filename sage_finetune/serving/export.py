@@ -374,7 +374,7 @@ def export_folder(
 def _hub_error(repo, e):
     "What the Hub and the way to it may refuse, in one line; None for another error"
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-    text,status = ' '.join(str(e).split())[:200],getattr(getattr(e, 'response', None), 'status_code', None)
+    text,status = one_line(e, 200),getattr(getattr(e, 'response', None), 'status_code', None)
     if status in (401, 403):
         return f'the Hub does not let you write {repo}: log in (`hf auth login`) with a token that may write'
     if isinstance(e, OfflineModeIsEnabled):
