@@ -342,7 +342,9 @@ def _train(target, fresh, live=False, prompts=(), base=None):
     _show_result(result, trainer.folder.path)
 
 def _show_result(result, folder):
+    before,after = getattr(result, 'reward_before', None),getattr(result, 'reward_after', None)
     held = '' if result.loss_before is None else f', held-out loss {result.loss_before:.3f} → {result.loss_after:.3f}'
+    if before is not None: held = f', held-out reward {before:.3f} → {after:.3f}'
     echo(f'Trained {result.steps} steps{held}. Adapter: {folder}/lora_weights')
     if result.earlier_after is not None:
         echo(f'On rows of the parent run: held-out loss {result.earlier_before:.3f} → {result.earlier_after:.3f}')
@@ -463,7 +465,8 @@ def watch(
 def _config(
     file: Annotated[Optional[str], Argument(metavar='[FILE]', help='Settings to check, also of another tool')] = None,
     model: Annotated[Optional[str], _model] = None, data: Data = None, output: Output = None,
-    method: Annotated[Optional[str], Option('--method', help='dpo, orpo or kto: learn from judged answers')] = None,
+    method: Annotated[Optional[str], Option('--method', help='dpo, orpo or kto: learn from judged '
+                                          'answers; grpo: from rewards')] = None,
     set: Set = None, preset: Preset = None, lr: Rate = None, epochs: Epochs = None, max_steps: MaxSteps = None,
     batch_size: BatchSize = None, rank: Rank = None,
 ):
@@ -586,19 +589,28 @@ def compare(
 def look(
     name: RunName,
     rows: Annotated[int, Option('--rows', min=1, help='Rows to show')] = 3,
-    plot: Annotated[Optional[str], Option('--plot', metavar='FILE', help='Draw the sizes of the adapter into this '
-                                          'file: .png, .svg or .pdf')] = None,
+    plot: Annotated[Optional[str], Option('--plot', metavar='FILE', help='Draw the sizes of the adapter, or the curves '
+                                          'of rewards, into this file: .png, .svg or .pdf')] = None,
+    step: Annotated[Optional[int], Option('--step', metavar='N', help='Of a run that learns from rewards: the step '
+                                          'whose answers are shown (default: the last)')] = None,
 ):
     "What a run learned worst, what it forgot, and where its adapter is large"
     from sage_finetune.runs.run import Run
     from sage_finetune.core.display import figure_file, save_figure
+    from sage_finetune.rewards.seen import learned_from_rewards, look_at_rewards
     from sage_finetune.ui.adapter_sizes import adapter_sizes
     from sage_finetune.ui.token_losses import forgetting, worst_rows
     if plot: figure_file(plot)
+    if learned_from_rewards(name): return _look_at_rewards(look_at_rewards(name, step, rows), plot)
     run = Run(name) # which loads its model once
     sizes = adapter_sizes(run)
     if plot: save_figure(sizes.plot(), plot)
     _print(worst_rows(run, rows), forgetting(run), sizes)
+
+def _look_at_rewards(found, plot):
+    from sage_finetune.core.display import save_figure
+    if plot: save_figure(found.plot(), plot)
+    _print(found)
 
 @app.command()
 def repeat(

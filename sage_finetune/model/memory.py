@@ -14,7 +14,7 @@ from functools import cached_property, partial
 
 from ..core.disk import SageError
 from ..core.display import Panel, Shown, size_text, Table
-from ..config import fit_config, PreferenceConfig, resolve_model, TrainingConfig
+from ..config import fit_config, PreferenceConfig, resolve_model, RewardConfig, TrainingConfig
 from ..core.machine import Machine
 
 # %% ../../nbs/model/05_memory.ipynb #fb074ca7
@@ -47,7 +47,7 @@ class _Sums:
     @property
     def allocated(self)->int: # Bytes, to be compared with `torch.cuda.max_memory_allocated()`
         "All tensors at the worst moment of a step"
-        return sum(self.weights.values()) + self.adapter + self.optimizer + self.one_pass
+        return sum(self.weights.values()) + self.adapter + self.optimizer + max(self.one_pass, self.generation)
     @property
     def allowance(self)->int: # Bytes; a rule of thumb and no count
         "The runtime's own memory, and gaps between tensors"
@@ -71,6 +71,7 @@ class MemoryEstimate(_Sums, Shown):
     activations:int # Kept by the forward pass for the backward pass
     head:int # The most that the loss needs on top of that
     layer:int # The most that the backward pass through the layers needs on top of that
+    generation:int = 0 # While answers are sampled, which is before the backward pass; 0 where none are
     model_config:object = field(default=None, repr=False, compare=False) # Of the model
 
     @property
@@ -104,6 +105,9 @@ def memory_parts(
     yield 'optimizer',e.optimizer,e.config.optim+paged,'#b79a20'
     yield 'activations',e.activations,'kept by the forward pass for the backward pass','#f58518'
     yield 'working space',e.working,f'{worst}; {other} needs {size_text(min(e.head, e.layer))}','#e45756'
+    if e.generation:
+        most = f'keys, values and scores while answers are sampled: {size_text(e.generation)} before the step'
+        yield 'sampling',max(0, e.generation-e.one_pass),most,'#72b7b2'
     yield 'allowance',e.allowance,'runtime and gaps; a rule of thumb','#bab0ac'
 
 # %% ../../nbs/model/05_memory.ipynb #1a8b950d
@@ -173,10 +177,18 @@ _tile,_copies = (4096, 32_768),7.3
 
 def _head_of_trl(config, machine, shape):
     "The most that TRL's loss needs: a whole tile, and the gradient of the hidden states in 32 bits"
-    text,N = shape.get_text_config(),config.sequences_per_micro_batch*config.max_length
+    tokens = config.max_completion_length if isinstance(config, RewardConfig) else config.max_length
+    text,N = shape.get_text_config(),config.sequences_per_micro_batch*tokens
     n,size = min(N, _tile[0]),2 if config.fp16 or config.bf16 else 4
     loose = 0 if machine.device=='cuda' else int(_copies*n*min(text.vocab_size, _tile[1])*4)
     return n*_tile[1]*size + 4*N*text.hidden_size + loose
+
+def _sampling_bytes(config, shape):
+    "What answers that are sampled together need: keys and values of every token, and the scores of the last, in 64 bits"
+    text,n = shape.get_text_config(),config.answers_at_once or config.effective_batch_size
+    width = getattr(text, 'head_dim', None) or text.hidden_size//text.num_attention_heads
+    heads,size = getattr(text, 'num_key_value_heads', None) or text.num_attention_heads,2 if config.fp16 or config.bf16 else 4
+    return n*(2*text.num_hidden_layers*heads*width*size*config.max_length + 40*text.vocab_size)
 
 # %% ../../nbs/model/05_memory.ipynb #8100f78e
 def _model_config(name):
@@ -210,11 +222,12 @@ def estimate_memory(
     if not hasattr(shape, 'get_text_config'):
         raise ValueError(f'`model_config` must be a transformers config, got {type(shape).__name__}')
     model,weights,step = _counted(fitted, machine, shape)
-    if isinstance(fitted, PreferenceConfig): step = replace(step, head=_head_of_trl(fitted, machine, shape))
+    if isinstance(fitted, (PreferenceConfig, RewardConfig)): step = replace(step, head=_head_of_trl(fitted, machine, shape))
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
     state,paged = optimizer_bytes(fitted.optim, sizes)
     return MemoryEstimate(fitted, machine, weights, 4*sum(sizes), 4*sum(sizes), state, paged, step.activations,
-                          step.head, step.layer, shape)
+                          step.head, step.layer, _sampling_bytes(fitted, shape) if isinstance(fitted, RewardConfig) else 0,
+                          shape)
 
 # %% ../../nbs/model/05_memory.ipynb #b3478191
 @dataclass(frozen=True, repr=False)

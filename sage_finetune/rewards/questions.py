@@ -131,7 +131,8 @@ def _count(book, asked, ids, row):
 def _data_set(rows):
     from datasets import Dataset, Features, List, Value
     columns = dict(input_ids=List(Value('int32')), row=Value('string'), question=Value('string'), file=Value('string'),
-                   line=Value('int64'))
+                   line=Value('int64'), at=Value('int64'))
+    for i,r in enumerate(rows): r['at'] = i
     return Dataset.from_dict({k: [r[k] for r in rows] for k in columns}, features=Features(columns))
 
 def prepare_questions(
@@ -139,7 +140,7 @@ def prepare_questions(
     tokenizer, # A fast `transformers` tokenizer
     report:DataReport|None=None, # Where each row is accounted for, if given
     evaluation:bool=False, # Whether to read `eval_data_path`, and not `data_path`
-): # `datasets.Dataset` of `input_ids` up to where an answer begins, `row` as JSON, `question`, `file` and `line`
+): # `datasets.Dataset` of `input_ids` up to where an answer begins, `row` as JSON, `question`, its place, and its number `at`
     "The questions of a config, and an account of every row"
     report = DataReport() if report is None else report
     sources,parts,out = sources_of(config, evaluation),[],[]

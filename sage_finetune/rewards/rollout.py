@@ -6,7 +6,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/rewards/rollout.html.md"""
 
 # %% auto #0
 __all__ = ['draw_seed', 'SeededDraw', 'Sample', 'sample_answers', 'advantages', 'with_signal', 'Group', 'Rollout', 'roll_out',
-           'micro_batches', 'KeptAnswers', 'read_answers']
+           'micro_batches', 'group_dict', 'KeptAnswers', 'read_answers']
 
 # %% ../../nbs/rewards/03_rollout.ipynb #7d6216fa
 import gzip,hashlib,json,zlib
@@ -219,11 +219,15 @@ def micro_batches(
     return out
 
 # %% ../../nbs/rewards/03_rollout.ipynb #1ce3db68
-def _group_line(step, g):
+def group_dict(
+    step:int, # That learns from it first
+    g:Group, # Of a rollout
+)->dict: # {step, row, place, question, answers}
+    "A group as it is kept"
     answers = [dict(text=s.text, ids=s.ids, log_probs=[round(p, 4) for p in s.log_probs], ended=s.ended, reward=j.total,
                     parts=j.parts, advantage=round(a, 6), **(dict(failed=j.failed) if j.failed else {}))
                for s,j,a in zip(g.samples, g.judged, g.advantages)]
-    return json.dumps(dict(step=step, row=g.row, place=g.place, question=g.question, answers=answers), ensure_ascii=False)
+    return dict(step=step, row=g.row, place=g.place, question=g.question, answers=answers)
 
 def _members(data):
     "Where each whole member of a compressed file ends, and the text of its first line"
@@ -251,7 +255,7 @@ class KeptAnswers:
     def add(self, rollout:Rollout):
         "Write the groups of a step, unless they are left out"
         if not self.most or not self.keeps(rollout.step): return
-        text = ''.join(_group_line(rollout.step, g)+'\n' for g in rollout.groups)
+        text = ''.join(json.dumps(group_dict(rollout.step, g), ensure_ascii=False)+'\n' for g in rollout.groups)
         try:
             with self.path.open('ab') as f: f.write(gzip.compress(text.encode(), 6, mtime=0))
         except OSError as e:

@@ -39,7 +39,7 @@ def _filter(machine):
     arch,plain,special = _machines[machine]
     out = [(_load, 0, 0, 4), (_same, 1, 0, arch), (_give, 0, 0, _kill), (_load, 0, 0, 0)]
     if machine=='x86_64': out += [(_above, 0, 1, 0x40000000), (_give, 0, 0, _refuse(1))]
-    for n in filter(None.__ne__, plain): out += [(_same, 0, 1, n), (_give, 0, 0, _allow)]
+    for n in (n for n in plain if n is not None): out += [(_same, 0, 1, n), (_give, 0, 0, _allow)]
     for name,n in special.items():
         argument = 16+8*dict(open=1, openat=2, prlimit64=0).get(name, 1) # its place in what the kernel shows
         if name in ('open', 'openat'):
@@ -193,7 +193,7 @@ def run_python(
 # %% ../../nbs/rewards/00_sandbox.ipynb #b202cb58
 _attempts = dict(
     network='import socket\nsocket.socket()', process='import os\nif not os.fork(): os._exit(0)',
-    program='import os\nos.execv("/bin/true", ["true"])', signal='import os\nos.kill(os.getppid(), 0)',
+    program='import os\ntry: os.execv("/none", ["none"])\nexcept OSError as e:\n    if e.errno==1: raise', signal='import os\nos.kill(os.getppid(), 0)',
     thread='import _thread\n_thread.start_new_thread(int, ())', file='import os\nos.open("/tmp/sage_probe", 66)')
 
 def _attempt(lines): return 'try:\n    '+lines.replace('\n', '\n    ')+'\nexcept (OSError, RuntimeError): pass\nelse: raise SystemError'

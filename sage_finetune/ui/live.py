@@ -17,7 +17,7 @@ from pathlib import Path
 from ..training.loop import Stopped # before transformers: it quiets bitsandbytes
 from ..training.resume import finished_result, TrainingResult
 from ..trainer import LoRATrainer
-from ..preference import trainer_for
+from ..rewards.trainer import trainer_for
 from transformers import TrainerCallback
 
 from ..core.disk import SageError, write_text
@@ -390,7 +390,7 @@ def _hold(live):
 def _take_up(live, state):
     "Training begins, from a step that may not be the first"
     board,schedule,step = live.board,live.schedule,state.global_step
-    schedule.started,schedule.away,live._window = time.monotonic(),0.0,tuple(live.run.trainer.window.tolist())
+    schedule.started,schedule.away,live._window = time.monotonic(),0.0,tuple(live.run.trainer.window.tolist()[:2])
     for curve in (board.loss, board.held_out, board.rate): curve.trim(step)
     _fill_curves(live)
     if schedule.step is None or schedule.step>step:
@@ -416,7 +416,7 @@ def _fill_curves(live):
 def _take_loss(live, step):
     "The loss of one step: what the sums of the log have grown by"
     if live.run.trainer.args.world_size>1: return
-    total,learned = live.run.trainer.window.tolist()
+    total,learned,*_ = live.run.trainer.window.tolist() # of what the curve shows, before other figures
     before,live._window = live._window,(total, learned)
     if learned>before[1]: live.board.loss.add(step, (total-before[0])/(learned-before[1]))
 
