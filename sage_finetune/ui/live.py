@@ -17,7 +17,8 @@ from pathlib import Path
 from ..training.loop import Stopped # before transformers: it quiets bitsandbytes
 from ..training.resume import finished_result, TrainingResult
 from ..trainer import LoRATrainer
-from ..rewards.trainer import trainer_for
+from ..rewards.seen import group_table, most_telling
+from ..rewards.trainer import RewardTrainer, trainer_for
 from transformers import TrainerCallback
 
 from ..core.disk import SageError, write_text
@@ -26,7 +27,7 @@ from ..model.loss import evaluating
 from ..training.callbacks import Progress, read_metrics, series
 from ..inference.generate import encode_question, generate_answers
 from sage_finetune.ui.board import (
-    as_panel, Board, board_panes, CurveImage, headline, kept_line, prompt_text, SampledAnswer
+    as_panel, Board, board_panes, CurveImage, headline, kept_line, prompt_text, reward_figures, SampledAnswer
 )
 
 # %% ../../nbs/ui/02_live.ipynb #a13b1c66
@@ -110,7 +111,8 @@ def _checked_run(run, prompts, every):
 
 def _new_board(run, prompts):
     memory = run.machine.memory if run.machine.device=='cuda' else run.machine.ram
-    return Board(prompts, memory, **dict(unit='') if run.is_preference else {})
+    how = dict(unit='', figure='reward') if isinstance(run, RewardTrainer) else dict(unit='') if run.is_preference else {}
+    return Board(prompts, memory, **how)
 
 # %% ../../nbs/ui/02_live.ipynb #1a700008
 class _Controls:
@@ -402,15 +404,17 @@ def _take_up(live, state):
 def _answered(board, step): return any(said and said[-1].last==step for said in board.answers.values())
 
 # %% ../../nbs/ui/02_live.ipynb #1a70001f
-_numbers = 'tokens_per_second', 'memory'
+_numbers = 'tokens_per_second', 'memory', *reward_figures
+
+def _known_numbers(logs): return {k: v for k,v in logs.items() if v is not None and (k in _numbers or k.startswith('rewards/'))}
 
 def _fill_curves(live):
     "What a run that continues had written down before"
     known,board = read_metrics(live.run.folder.metrics),live.board
-    for curve,key in ((board.loss, 'loss'), (board.held_out, 'eval_loss'), (board.rate, 'learning_rate')):
+    for curve,key in ((board.loss, board.figure), (board.held_out, f'eval_{board.figure}'), (board.rate, 'learning_rate')):
         if curve.line: continue
         for step,value in series(known, key): curve.add(step, value)
-    for m in known: board.now |= {k: v for k,v in m.items() if k in _numbers}
+    for m in known: board.now |= _known_numbers(m)
 
 # %% ../../nbs/ui/02_live.ipynb #1a700013
 def _take_loss(live, step):
@@ -428,9 +432,10 @@ def _take_step(live, state, scheduler):
 def _take_numbers(live, step, logs):
     "What was logged; the sums begin anew with each loss"
     if 'loss' in logs: live._window = 0.0,0.0
-    if 'eval_loss' in logs and not any(s==step for s,_ in live.board.held_out.line[-1:]):
-        live.board.held_out.add(step, logs['eval_loss'])
-    live.board.now = live.board.now | {k: logs[k] for k in _numbers if logs.get(k) is not None}
+    held = f'eval_{live.board.figure}'
+    if held in logs and not any(s==step for s,_ in live.board.held_out.line[-1:]): live.board.held_out.add(step, logs[held])
+    live.board.now = live.board.now | _known_numbers(logs)
+    if groups := getattr(live.run, 'last_groups', None): live.board.group = group_table(most_telling(groups, 1)[0], 4)
     live.board.update()
 
 # %% ../../nbs/ui/02_live.ipynb #a4252125
