@@ -29,7 +29,8 @@ def rows(path, folder, most):
     "Questions of a file of GSM8K, with what is asked of the answer before them"
     found = [json.loads(line) for line in Path(path).read_text(encoding='utf-8').splitlines()[:most]]
     short = [r for r in found if len(r['question'])<260]
-    return save_rows(folder/'questions.jsonl', [dict(system=SYSTEM, question=r['question'], answer=r['answer']) for r in short])
+    made = [dict(system=SYSTEM, question=r['question'], answer=r['answer']) for r in short]
+    return save_rows(folder/'questions.jsonl', made)
 
 
 def config(args, data):
@@ -49,8 +50,8 @@ def table(folder):
     made = Table(['steps', *(k.removeprefix('rewards/') for k in keys)],
                  [[f"{p[0]['step']} to {p[-1]['step']}", *(f'{mean(p, k):.3g}' for k in keys)] for p in parts])
     seconds = [b['seconds']-a['seconds'] for a,b in zip(log, log[1:]) if b['seconds']>a['seconds']]
-    made.note = (f"{sum(seconds)/max(1, len(seconds)):.1f} s a step on average, {min(seconds, default=0):.1f} s the quickest; "
-                 f"{size_text(max(m.get('memory') or 0 for m in log))} of memory at most")
+    made.note = (f"{sum(seconds)/max(1, len(seconds)):.1f} s a step on average, {min(seconds, default=0):.1f} s the "
+                 f"quickest; {size_text(max(m.get('memory') or 0 for m in log))} of memory at most")
     return made
 
 

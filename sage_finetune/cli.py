@@ -601,16 +601,10 @@ def look(
     from sage_finetune.ui.adapter_sizes import adapter_sizes
     from sage_finetune.ui.token_losses import forgetting, worst_rows
     if plot: figure_file(plot)
-    if learned_from_rewards(name): return _look_at_rewards(look_at_rewards(name, step, rows), plot)
-    run = Run(name) # which loads its model once
-    sizes = adapter_sizes(run)
+    if learned_from_rewards(name): return _print(look_at_rewards(name, step, rows, plot))
+    sizes = adapter_sizes(run := Run(name)) # which loads its model once
     if plot: save_figure(sizes.plot(), plot)
     _print(worst_rows(run, rows), forgetting(run), sizes)
-
-def _look_at_rewards(found, plot):
-    from sage_finetune.core.display import save_figure
-    if plot: save_figure(found.plot(), plot)
-    _print(found)
 
 @app.command()
 def repeat(

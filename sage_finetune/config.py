@@ -246,12 +246,6 @@ def _check_sources(config):
         raise ValueError(f'`eval_data_split="{config.eval_data_split}"` needs `eval_data_path`: give the file or data '
                          f'set that has this split')
 
-def config_class(
-    method:str|None=None, # "dpo", "orpo", "kto" or "grpo"; None where answers are learned
-)->type: # `TrainingConfig`, `PreferenceConfig` or `RewardConfig`
-    "Which config a method has"
-    return TrainingConfig if method is None else RewardConfig if method=='grpo' else PreferenceConfig
-
 # %% ../nbs/00_config.ipynb #6c3f643a
 _preference_rules = _training_rules | dict(
     method=_one_of('dpo', 'orpo', 'kto'), beta=_above_zero, loss_type=_one_of('sigmoid', 'hinge', 'ipo', 'robust'),
@@ -286,6 +280,12 @@ def _config_like(cls, config, more):
     own = {f.name: getattr(config, f.name) for f in fields(TrainingConfig) if f.name in config.given
            or getattr(config, f.name)!=getattr(plain, f.name)}
     return cls(**own | more).adapted(**{n: v for n,v in own.items() if n not in config.given and n not in more})
+
+def config_class(
+    method:str|None=None, # "dpo", "orpo", "kto" or "grpo"; None where answers are learned
+)->type: # `TrainingConfig`, `PreferenceConfig` or `RewardConfig`
+    "Which config a method has"
+    return TrainingConfig if method is None else RewardConfig if method=='grpo' else PreferenceConfig
 
 # %% ../nbs/00_config.ipynb #9fcc0003
 @dataclass
@@ -327,8 +327,10 @@ def _one_reward(name, value):
     "A reward as {reward, weight, …}"
     found = dict(reward=value) if isinstance(value, str) else value
     if not isinstance(found, dict) or not isinstance(found.get('reward'), str) or not found['reward'].strip():
-        raise ValueError(f'`{name}` must name its rewards, as "number" or dict(reward="number", weight=1), got {value!r}')
-    return found | dict(reward=found['reward'].strip(), weight=checked(f'{name}: weight', found.get('weight', 1.0), float))
+        raise ValueError(f'`{name}` must name its rewards, as "number" or dict(reward="number", weight=1), '
+                         f'got {value!r}')
+    weight = checked(f'{name}: weight', found.get('weight', 1.0), float)
+    return found | dict(reward=found['reward'].strip(), weight=weight)
 
 class RewardsSetting:
     "Rewards by name, by dicts {reward, weight, …}, or by {name: weight}; as text, JSON or names between commas"
@@ -357,6 +359,7 @@ _reward_rules = _training_rules | dict(
     format_type=_one_of('alpaca', 'conversation', 'messages', 'qa', 'prompt_completion'),
     train_on=_one_of('assistant'), overflow=_one_of('drop'))
 
+# %% ../nbs/00_config.ipynb #4e3a0008
 _not_for_rewards = _not_for_pairs | dict(data_weights=None)
 
 def _check_rewards(config):
@@ -365,8 +368,8 @@ def _check_rewards(config):
         if getattr(config, n)!=value:
             raise ValueError(f'`{n}={getattr(config, n)}` does not go together with rewards: leave it out')
     if config.effective_batch_size%config.num_generations:
-        raise ValueError(f'`per_device_train_batch_size` × `gradient_accumulation_steps` are the answers behind a step, and '
-                         f'must be a multiple of `num_generations={config.num_generations}`, got '
+        raise ValueError(f'`per_device_train_batch_size` × `gradient_accumulation_steps` are the answers behind a '
+                         f'step, and must be a multiple of `num_generations={config.num_generations}`, got '
                          f'{config.effective_batch_size}')
     if config.max_completion_length>=config.max_length:
         raise ValueError(f'`max_completion_length={config.max_completion_length}` leaves no room for a question in '
@@ -390,7 +393,7 @@ class RewardConfig(TrainingConfig):
     top_p: float = 1.0 # Draw only from the likeliest tokens with this share together
     top_k: int|None = None # Draw only from so many of the likeliest tokens
     loss_type: str = "dapo" # How tokens are averaged: "dapo", "grpo", "dr_grpo", "bnpo" or "cispo"
-    scale_rewards: str = "group" # What advantages are divided by: the spread of their "group", of the "batch", or "none"
+    scale_rewards: str = "group" # Advantages are divided by the spread of their "group", of the "batch", or by "none"
     beta: float = 0.0 # How closely the model is held to its reference, the model without its adapter
     epsilon: float = 0.2 # How far a token may move away from how it was drawn, and still count
     epsilon_high: float|None = None # The same upwards; None: `epsilon`
@@ -539,6 +542,7 @@ def resolve_model(
     folder = Path(name).expanduser() if name.startswith('~') else None
     return str(folder) if folder and folder.is_dir() else name
 
+# %% ../nbs/00_config.ipynb #5a0e0021
 def _is_here(name):
     "Whether a model is on this machine, as a folder or a file"
     try: return bool(name) and Path(resolve_model(name)).is_dir()
@@ -612,6 +616,7 @@ def _fit_optimizer(config, machine):
         raise ValueError(f'`optim="{config.optim}"`: {why}, and no optimizer of torch takes the same steps; '
                          f'take another, such as "adamw_torch"')
 
+# %% ../nbs/00_config.ipynb #c2cfe78c
 def _fit_checkpointing(config, machine):
     if machine.device=='cpu' and config.gradient_checkpointing and 'gradient_checkpointing' not in config.given:
         yield Change('gradient_checkpointing', True, False,
@@ -644,6 +649,7 @@ def fit_config(
     changes = Changes(replace(c, by_hand=c.setting in config.given) for c in found)
     return config.adapted(**{c.setting: c.used for c in changes}), changes
 
+# %% ../nbs/00_config.ipynb #5a0e0008
 def show_config(
     config:TrainingConfig, # As asked
     machine:Machine|None=None, # What it is to run on; this machine if None

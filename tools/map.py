@@ -17,8 +17,8 @@ SECTIONS = {
     'training': 'batches and padding, the held-out split, the loop (loss, optimizer, out of memory), resuming, '
     'several processes',
     'inference': 'answers token by token, the exam, the proved merge, serving, export',
-    'rewards': 'answers that are checked instead of shown: rewards, a sandbox for code, groups of sampled answers, GRPO, '
-    'and all of it to look at',
+    'rewards': 'answers that are checked instead of shown: rewards, a sandbox for code, groups of sampled answers, '
+    'GRPO, and all of it to look at',
     'synthetic': 'rows that are made: facts of a codebase, questions and answers by a teacher',
     'runs': 'tasks, which kind of file a run was given (ours, TRL, LLaMA-Factory, axolotl), runs '
     'read back and compared, launching',

@@ -183,13 +183,6 @@ def _head_of_trl(config, machine, shape):
     loose = 0 if machine.device=='cuda' else int(_copies*n*min(text.vocab_size, _tile[1])*4)
     return n*_tile[1]*size + 4*N*text.hidden_size + loose
 
-def _sampling_bytes(config, shape):
-    "What answers that are sampled together need: keys and values of every token, and the scores of the last, in 64 bits"
-    text,n = shape.get_text_config(),config.answers_at_once or config.effective_batch_size
-    width = getattr(text, 'head_dim', None) or text.hidden_size//text.num_attention_heads
-    heads,size = getattr(text, 'num_key_value_heads', None) or text.num_attention_heads,2 if config.fp16 or config.bf16 else 4
-    return n*(2*text.num_hidden_layers*heads*width*size*config.max_length + 40*text.vocab_size)
-
 # %% ../../nbs/model/05_memory.ipynb #8100f78e
 def _model_config(name):
     from transformers import AutoConfig
@@ -201,8 +194,7 @@ def _counted(config, machine, model_config):
     "The model on `meta`, the bytes of its frozen weights, and those of a step; an error in one line"
     from sage_finetune.model.step_bytes import build_on_meta, step_bytes
     try:
-        model,weights = build_on_meta(config, model_config)
-        return model,weights,step_bytes(model, config, machine)
+        return *(made := build_on_meta(config, model_config)),step_bytes(made[0], config, machine)
     except SageError: raise
     except ValueError as e: raise ValueError(' '.join(str(e).split())[:300]) from None
     except Exception as e:
@@ -210,6 +202,15 @@ def _counted(config, machine, model_config):
                         f'({" ".join(str(e).split())[:150]}); train, and look at the probe') from None
 
 # %% ../../nbs/model/05_memory.ipynb #0c141f79
+def _sampling_bytes(config, shape):
+    "What sampling needs: keys and values of every token of the answers, and scores of the last, in 64 bits"
+    if not isinstance(config, RewardConfig): return 0
+    text,n = shape.get_text_config(),config.answers_at_once or config.effective_batch_size
+    width = getattr(text, 'head_dim', None) or text.hidden_size//text.num_attention_heads
+    heads = getattr(text, 'num_key_value_heads', None) or text.num_attention_heads
+    size = 2 if config.fp16 or config.bf16 else 4
+    return n*(2*text.num_hidden_layers*heads*width*size*config.max_length + 40*text.vocab_size)
+
 def estimate_memory(
     config:TrainingConfig, # As asked; it is fitted to the machine
     machine:Machine|None=None, # Where it is to run; this machine if None
@@ -222,12 +223,12 @@ def estimate_memory(
     if not hasattr(shape, 'get_text_config'):
         raise ValueError(f'`model_config` must be a transformers config, got {type(shape).__name__}')
     model,weights,step = _counted(fitted, machine, shape)
-    if isinstance(fitted, (PreferenceConfig, RewardConfig)): step = replace(step, head=_head_of_trl(fitted, machine, shape))
+    if isinstance(fitted, (PreferenceConfig, RewardConfig)):
+        step = replace(step, head=_head_of_trl(fitted, machine, shape))
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
     state,paged = optimizer_bytes(fitted.optim, sizes)
     return MemoryEstimate(fitted, machine, weights, 4*sum(sizes), 4*sum(sizes), state, paged, step.activations,
-                          step.head, step.layer, _sampling_bytes(fitted, shape) if isinstance(fitted, RewardConfig) else 0,
-                          shape)
+                          step.head, step.layer, _sampling_bytes(fitted, shape), shape)
 
 # %% ../../nbs/model/05_memory.ipynb #b3478191
 @dataclass(frozen=True, repr=False)

@@ -50,9 +50,10 @@ class RewardCheck(Shown):
         return list(_warnings(self))
     def shown(self): return _panel(self)
 
-# %% ../../nbs/rewards/05_check.ipynb #5469f5a0
+# %% ../../nbs/rewards/05_check.ipynb #a7fc3324
 def _parts(check, name): return [v for g in check.groups for j in g.judged if (v := j.parts.get(name)) is not None]
 
+# %% ../../nbs/rewards/05_check.ipynb #2cf9a775
 def _warnings(check):
     "What is wrong with rewards or answers, in words"
     for name in check.names:
@@ -63,14 +64,16 @@ def _warnings(check):
         elif len({*values})==1: yield f'`{name}` says {values[0]:g} of every answer: it teaches nothing here'
     known = check.rewards
     if known and not check.signal:
-        yield ('no group has answers that differ in reward, so nothing would be learned: take easier questions, a reward in '
-               'parts, more answers to each question (`num_generations`) or a higher `temperature`, or fine-tune on answers first')
+        yield ('no group has answers that differ in reward, so nothing would be learned: take easier questions, a '
+               'reward in parts, more answers to each question (`num_generations`) or a higher `temperature`, or '
+               'fine-tune on answers first')
     elif known and check.signal<.2: yield f'only {check.signal:.0%} of the groups have something to learn from'
     cut = [s.ended for g in check.groups for s in g.samples]
     if cut.count(False)>len(cut)/2:
         yield (f'{cut.count(False)/len(cut):.0%} of the answers are cut off at `max_completion_length='
                f'{check.config.max_completion_length}`')
 
+# %% ../../nbs/rewards/05_check.ipynb #a87e251c
 def _numbers(values):
     "Mean, standard deviation, least and most"
     if not values: return ['']*4
@@ -79,37 +82,42 @@ def _numbers(values):
 
 def _duration(s): return f'{s:.0f} s' if s<120 else f'{s/60:.0f} min' if s<7200 else f'{s/3600:.1f} h'
 
-# %% ../../nbs/rewards/05_check.ipynb #a7fc3324
+# %% ../../nbs/rewards/05_check.ipynb #72e07414
 def _costs(check):
     "[what, value] of what the run takes"
     c,lengths = check.config,[len(s.ids) for g in check.groups for s in g.samples]
     mean = sum(lengths)/len(lengths)
     yield ['steps', f'{check.steps:,}, of {c.questions_per_step} questions × {c.num_generations} answers']
-    yield ['tokens of an answer', f'{mean:.0f} on average, {max(lengths):,} at most (`max_completion_length` is {c.max_completion_length:,})']
+    yield ['tokens of an answer', f'{mean:.0f} on average, {max(lengths):,} at most '
+           f'(`max_completion_length` is {c.max_completion_length:,})']
     yield ['tokens to generate', f'{check.steps//c.num_iterations*c.effective_batch_size*mean:,.0f}']
-    yield ['time', f'about {_duration(check.seconds)}: {_duration(check.seconds/max(1, check.steps))} a step, of which sampling '
-           f'{check.sampling/(check.sampling+c.num_iterations*check.learning):.0%}']
-    if check.memory: yield ['memory', f'{size_text(check.memory.peak)} estimated, of which {size_text(check.memory.generation)} '
-                            f'while answers are sampled']
+    share = check.sampling/(check.sampling+c.num_iterations*check.learning)
+    yield ['time', f'about {_duration(check.seconds)}: {check.seconds/max(1, check.steps):.1f} s a step, '
+           f'{share:.0%} of it sampling']
+    if check.memory:
+        yield ['memory', f'{size_text(check.memory.peak)} estimated, '
+               f'{size_text(check.memory.generation)} while answers are sampled']
 
+# %% ../../nbs/rewards/05_check.ipynb #65e80585
 def _panel(check):
     "Signal, rewards, costs, warnings and examples"
     table = Table(['reward', 'mean', 'spread', 'least', 'most'], [
         *([n, *_numbers(_parts(check, n))] for n in check.names), ['all, weighted', *_numbers(check.rewards)]],
         marks=(len(check.names),))
     best = sorted(check.groups, key=lambda g: -len({*g.rewards}))[:3]
-    examples = Table(['question', 'reward', 'answer'], [
-        ['' if i else g.question, round(r, 3), s.text] for g in best for i,(r,s) in enumerate(_extremes(g))], 'Answers that differ')
+    shown = [['' if i else g.question, round(r, 3), s.text] for g in best for i,(r,s) in enumerate(_extremes(g))]
+    examples = Table(['question', 'reward', 'answer'], shown, 'Answers that differ')
     with_signal = round(check.signal*len(check.groups))
-    return Panel(f'{with_signal} of {len(check.groups)} groups have something to learn from ({check.signal:.0%})', [
-        table, Table(['', ''], [*_costs(check)], 'What it takes'), *check.warnings, *([examples] if examples.rows else [])])
+    parts = [table, Table(['', ''], [*_costs(check)], 'What it takes'), *check.warnings]
+    return Panel(f'{with_signal} of {len(check.groups)} groups have something to learn from ({check.signal:.0%})',
+                 [*parts, *([examples] if examples.rows else [])])
 
 def _extremes(g):
     "The best and the worst answer of a group, where they differ"
     order = sorted((p for p in zip(g.rewards, g.samples) if p[0]==p[0]), key=lambda p: p[0])
     return [order[-1], order[0]] if order and order[-1][0]>order[0][0] else []
 
-# %% ../../nbs/rewards/05_check.ipynb #2cf9a775
+# %% ../../nbs/rewards/05_check.ipynb #ea6bf903
 def _seconds_of(work):
     began = time.monotonic()
     found = work()
@@ -121,6 +129,7 @@ def _sampled(run, rows, rewards):
         lambda: roll_out(run.model, run.tokenizer, rows, rewards, run.fitted, step=0))
     return made,seconds/(len(rows)*run.config.num_generations)
 
+# %% ../../nbs/rewards/05_check.ipynb #2352b896
 def _learned(run, made):
     "Seconds for one answer, forward and backward"
     t,n = run.trainer,run.fitted.per_device_train_batch_size
@@ -135,6 +144,7 @@ def _steps(run):
     c,per_epoch = run.config,-(-len(run.dataset)//run.config.questions_per_step)*run.config.num_iterations
     return c.max_steps if c.max_steps>0 else -(-int(c.num_train_epochs*per_epoch*1000)//1000)
 
+# %% ../../nbs/rewards/05_check.ipynb #9cb622ff
 def check_rewards(
     data, # A `RewardConfig`, or rows as for `data_path`
     model:str|None=None, # Hub name, folder, GGUF file, "sage-tiny" or "smollm2-135m"; None where a config is given

@@ -40,6 +40,7 @@ def exact(
     a,b = _said(answer).split(),str(_known(row, key)).split()
     return float(a==b or not case and [w.casefold() for w in a]==[w.casefold() for w in b])
 
+# %% ../../nbs/rewards/01_functions.ipynb #eef739a8
 def regex(
     question:str, # That was asked
     answer:str, # Of the model, without the end of turn
@@ -51,6 +52,7 @@ def regex(
     if not pattern: raise ValueError('`regex` needs a `pattern`')
     return float(bool((re.fullmatch if whole else re.search)(pattern, answer, re.S)))
 
+# %% ../../nbs/rewards/01_functions.ipynb #cb8dec6a
 def length(
     question:str, # That was asked
     answer:str, # Of the model, without the end of turn
@@ -62,7 +64,7 @@ def length(
     n = len(answer.split())
     return 0.0 if n<least else max(0.0, min(1.0, 2-n/most))
 
-# %% ../../nbs/rewards/01_functions.ipynb #a26ae9d0
+# %% ../../nbs/rewards/01_functions.ipynb #2851648f
 _unit_sizes = {unit: (kind, Fraction(size)) for kind,units in dict(
     length=dict(mm='1/1000', cm='1/100', m=1, km=1000, inch='0.0254', ft='0.3048', mile='1609.344'),
     mass=dict(mg='1/1000', g=1, kg=1000, t=1_000_000), share={'%': '1/100', 'percent': '1/100'},
@@ -79,6 +81,7 @@ _number = re.compile(r'(?P<sign>[-−]\s*)?(?:[$€£]\s*)?(?:(?P<whole>\d+)\s+)
                      r'(?:\s*(?:[eE]|[x×*]\s*10\s*\^)\s*\{?(?P<power>[-+−]?\d{1,3})\}?)?')
 _behind = re.compile(r'[\s~]*(%|[A-Za-z]+)')
 
+# %% ../../nbs/rewards/01_functions.ipynb #534a3c09
 def _plain_math(text):
     "LaTeX of numbers as plain text"
     text = re.sub(r'\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}', r' \1/\2', text)
@@ -95,7 +98,7 @@ def _boxed(text):
         if not depth: return text[begin:i]
     return text[begin:]
 
-# %% ../../nbs/rewards/01_functions.ipynb #40e36856
+# %% ../../nbs/rewards/01_functions.ipynb #7e0ad9a0
 def _value(m):
     "The number of a match of `_number`; None where it divides by zero"
     minus = (m['sign'] or m['sign2']) and not re.search(r'[\d)\]}]\s*$', m.string[:m.start()]) # else it subtracts
@@ -105,6 +108,7 @@ def _value(m):
         return sign*(int(m['whole'] or 0)+Fraction(int(m['top']), int(m['below'])))
     return sign*Fraction(m['plain'].replace(',', ''))*Fraction(10)**int((m['power'] or '0').replace('−', '-'))
 
+# %% ../../nbs/rewards/01_functions.ipynb #15bb13dd
 def read_number(
     text:str, # An answer
 )->tuple|None: # The number as a fraction, and (kind, size) of its unit or None; None where there is none
@@ -119,7 +123,7 @@ def read_number(
     behind = _behind.match(inner, found[-1].end())
     return value,_unit(behind[1]) if behind else None
 
-# %% ../../nbs/rewards/01_functions.ipynb #bf61f4a4
+# %% ../../nbs/rewards/01_functions.ipynb #6c0062b6
 def number(
     question:str, # That was asked
     answer:str, # Of the model, without the end of turn
@@ -137,7 +141,7 @@ def number(
         a,b = a*unit_a[1],b*unit_b[1]
     return float(abs(a-b)<=abs(a)*Fraction(tolerance))
 
-# %% ../../nbs/rewards/01_functions.ipynb #7e0ad9a0
+# %% ../../nbs/rewards/01_functions.ipynb #180bbb45
 _types = dict(object=dict, array=list, string=str, boolean=bool, null=type(None))
 _bounds = dict(minimum=lambda v,n: v>=n, maximum=lambda v,n: v<=n, exclusiveMinimum=lambda v,n: v>n,
                exclusiveMaximum=lambda v,n: v<n)
@@ -152,6 +156,7 @@ def _has_type(value, name):
     if name not in _types: raise ValueError(f'`schema`: unknown type {name!r}')
     return isinstance(value, _types[name])
 
+# %% ../../nbs/rewards/01_functions.ipynb #2b45d014
 def _same_json(a, b):
     "Whether two values of JSON are the same; true is no 1"
     if isinstance(a, bool) or isinstance(b, bool): return a is b
@@ -166,7 +171,7 @@ def _fits(value, schema):
         raise ValueError(f'`schema`: {unknown[0]!r} is not checked here; known: {", ".join(sorted(_silent))}')
     return all(_rules(value, schema))
 
-# %% ../../nbs/rewards/01_functions.ipynb #15bb13dd
+# %% ../../nbs/rewards/01_functions.ipynb #85fff6c4
 def _rules(value, s):
     "Whether each rule of a schema holds"
     kinds = s.get('type')
@@ -184,12 +189,14 @@ def _rules(value, s):
     known,others = s.get('properties', {}),s.get('additionalProperties', True)
     yield from (_fits(v, known.get(k, others)) for k,v in value.items())
 
+# %% ../../nbs/rewards/01_functions.ipynb #ba88c098
 def _json_in(text):
     "The JSON of an answer; a `ValueError` where there is none"
     text = _said(text)
     fenced = re.findall(r'```(?:json)?\s*\n(.*?)```', text, re.S)
     return json.loads(fenced[-1] if fenced else text)
 
+# %% ../../nbs/rewards/01_functions.ipynb #232ec12b
 def json_schema(
     question:str, # That was asked
     answer:str, # Of the model, without the end of turn
@@ -206,7 +213,7 @@ def json_schema(
         return 0.0
     return float(_fits(said, wanted))
 
-# %% ../../nbs/rewards/01_functions.ipynb #6c0062b6
+# %% ../../nbs/rewards/01_functions.ipynb #7d07204f
 def _call(value):
     "(name, arguments) of a call in whatever form; a `ValueError` where it is none"
     inner = value.get('function', value) if isinstance(value, dict) else None
@@ -219,6 +226,7 @@ def _calls(value):
     value = json.loads(value) if isinstance(value, str) else value
     return [_call(v) for v in (value if isinstance(value, list) else [value])]
 
+# %% ../../nbs/rewards/01_functions.ipynb #1b10fdaa
 def tool_call(
     question:str, # That was asked
     answer:str, # Of the model, without the end of turn
@@ -234,7 +242,7 @@ def tool_call(
     if [n for n,_ in said]!=[n for n,_ in wanted]: return 0.0
     return 1.0 if all(_same_json(a, b) for (_,a),(_,b) in zip(said, wanted)) else .5
 
-# %% ../../nbs/rewards/01_functions.ipynb #180bbb45
+# %% ../../nbs/rewards/01_functions.ipynb #b134aa0d
 def _code_in(text):
     "The code of an answer: what stands between the last fences, else all of it"
     text = _said(text)
@@ -253,9 +261,9 @@ def python_tests(
     tests = _known(row, key)
     return run_python(_code_in(answer), [tests] if isinstance(tests, str) else [*tests], seconds, memory<<20).share
 
-# %% ../../nbs/rewards/01_functions.ipynb #ba88c098
-ready_rewards = dict(exact=exact, number=number, regex=regex, json_schema=json_schema, length=length, tool_call=tool_call,
-                     python_tests=python_tests)
+# %% ../../nbs/rewards/01_functions.ipynb #81af03f4
+ready_rewards = dict(exact=exact, number=number, regex=regex, json_schema=json_schema, length=length,
+                     tool_call=tool_call, python_tests=python_tests)
 
 @dataclass(frozen=True)
 class Reward:
@@ -273,6 +281,7 @@ def _source_digest(function):
         code = getattr(function, '__code__', None)
         return checksum(code.co_code.hex(), [str(c) for c in code.co_consts])[:12] if code else ''
 
+# %% ../../nbs/rewards/01_functions.ipynb #a5a81710
 def _of_file(name):
     "The function that `file.py:function` names"
     from importlib.util import module_from_spec, spec_from_file_location
@@ -285,7 +294,7 @@ def _of_file(name):
         raise ValueError(f'`rewards`: {path} has no function {function!r}')
     return found
 
-# %% ../../nbs/rewards/01_functions.ipynb #232ec12b
+# %% ../../nbs/rewards/01_functions.ipynb #77d00bc2
 def _found(name, own):
     "The function with a name, and the checksum of its source"
     if name in own: return own[name],_source_digest(own[name])
@@ -294,6 +303,7 @@ def _found(name, own):
     raise ValueError(f'`rewards`: {name!r} is no ready reward ({", ".join(ready_rewards)}); one of your own is named '
                      f'"file.py:function", or handed over in Python: `RewardTrainer(config, rewards=[{name}])`')
 
+# %% ../../nbs/rewards/01_functions.ipynb #fa236e6c
 def rewards_of(
     asked:list, # Of dicts {reward, weight, name, …}, the `rewards` of a config
     functions=(), # Functions that are no ready rewards, found by their names
@@ -311,10 +321,11 @@ def rewards_of(
     if twice := next((n for n in names if names.count(n)>1), None):
         raise ValueError(f'`rewards` has two with the name {twice!r}: give one of them another, `name="…"`')
     if any(r['reward']=='python_tests' for r in asked) and (fault := sandbox_fault()):
-        raise SageError(f'the reward "python_tests" runs what a model wrote, and this system cannot isolate it: {fault}')
+        raise SageError(f'the reward "python_tests" runs what a model wrote, and this system cannot isolate it: '
+                        f'{fault}')
     return found
 
-# %% ../../nbs/rewards/01_functions.ipynb #7d07204f
+# %% ../../nbs/rewards/01_functions.ipynb #3affb1b0
 @dataclass
 class Judged:
     "What the rewards say about one answer"
@@ -332,6 +343,7 @@ def _one(reward, question, answer, row):
         return None,f'it returned {value_words(value)}, which is no finite number'
     return float(value),''
 
+# %% ../../nbs/rewards/01_functions.ipynb #6d4deaa0
 def judge(
     rewards:list, # Of `Reward`
     question:str, # That was asked

@@ -43,10 +43,12 @@ class AskedRow:
 _columns = dict(messages='messages', conversations='conversation', prompt='prompt_completion', instruction='alpaca',
                 question='qa')
 
+# %% ../../nbs/rewards/02_questions.ipynb #cfa349dd
 def _format_of(row, format_type):
     if format_type: return format_type
     if found := next((f for c,f in _columns.items() if row.get(c) not in (None, '', [])), None): return found
-    raise ValueError(f'no question: a row needs one of {", ".join(_columns)}, and this one has {", ".join(map(str, row))[:200]} '
+    there = ', '.join(map(str, row))[:200]
+    raise ValueError(f'no question: a row needs one of {", ".join(_columns)}, and this one has {there} '
                      f'(`columns` maps other names to these)')
 
 def _waiting(row, format):
@@ -60,10 +62,10 @@ def _waiting(row, format):
     if last.get('role', last.get('from')) in ('assistant', 'gpt', 'model', 'bot'): return row,True
     return row | {key: [*turns, dict(role='assistant', content='.')]},False
 
-# %% ../../nbs/rewards/02_questions.ipynb #cfa349dd
+# %% ../../nbs/rewards/02_questions.ipynb #5d179ef6
 def to_question(
     row:dict, # One row
-    format_type:str|None=None, # "qa", "messages", "prompt_completion", "alpaca" or "conversation"; None looks at the keys
+    format_type:str|None=None, # "qa", "messages", "prompt_completion", "alpaca", "conversation"; None looks at the keys
 )->AskedRow: # Ending where an answer would begin
     "The question that a row holds"
     if not isinstance(row, dict): raise ValueError(f'a row must be an object {{…}}, got {type(row).__name__}')
@@ -82,7 +84,7 @@ def to_question(
     unused = tuple(u for u in talk.unused if '[' in u) # other columns are there for the rewards
     return AskedRow(talk.messages[:end], talk.tools, own, format, talk.notes, unused)
 
-# %% ../../nbs/rewards/02_questions.ipynb #ecec8339
+# %% ../../nbs/rewards/02_questions.ipynb #d1f93239
 def _encoded(row, source, columns, tokenizer, config):
     "(`AskedRow`, token ids) of a row"
     if row.error: raise ValueError(row.error)
@@ -90,9 +92,11 @@ def _encoded(row, source, columns, tokenizer, config):
     ids = encode_prompt(asked.messages, tokenizer, asked.tools)
     room = config.max_length-config.max_completion_length
     if len(ids)>room:
-        raise ValueError(f'too long: {len(ids):,} tokens in the question, and `max_length` − `max_completion_length` leaves {room:,}')
+        raise ValueError(f'too long: {len(ids):,} tokens in the question, and `max_length` − `max_completion_length` '
+                         f'leaves {room:,}')
     return asked,ids
 
+# %% ../../nbs/rewards/02_questions.ipynb #077d23de
 def _of_source(source, config, tokenizer, report):
     "The questions of one source, each row counted"
     columns = checked_columns(source.columns)
@@ -117,7 +121,7 @@ def _of_source(source, config, tokenizer, report):
     if not out: raise ValueError(f'no row of {source.path} can be used: {why_none(report)}')
     return out
 
-# %% ../../nbs/rewards/02_questions.ipynb #3d02d7c5
+# %% ../../nbs/rewards/02_questions.ipynb #3ba22f8d
 def _count(book, asked, ids, row):
     "Count a row that is used"
     r = book.report
@@ -135,12 +139,13 @@ def _data_set(rows):
     for i,r in enumerate(rows): r['at'] = i
     return Dataset.from_dict({k: [r[k] for r in rows] for k in columns}, features=Features(columns))
 
+# %% ../../nbs/rewards/02_questions.ipynb #2deab8b5
 def prepare_questions(
     config:RewardConfig, # What the rows are
     tokenizer, # A fast `transformers` tokenizer
     report:DataReport|None=None, # Where each row is accounted for, if given
     evaluation:bool=False, # Whether to read `eval_data_path`, and not `data_path`
-): # `datasets.Dataset` of `input_ids` up to where an answer begins, `row` as JSON, `question`, its place, and its number `at`
+): # `datasets.Dataset` of `input_ids` where an answer begins, `row` as JSON, `question`, its place and number `at`
     "The questions of a config, and an account of every row"
     report = DataReport() if report is None else report
     sources,parts,out = sources_of(config, evaluation),[],[]
@@ -152,7 +157,7 @@ def prepare_questions(
     finally: merge_reports(report, parts)
     return _data_set(out)
 
-# %% ../../nbs/rewards/02_questions.ipynb #077d23de
+# %% ../../nbs/rewards/02_questions.ipynb #b37ac7bc
 def questions_and_held_out(
     config:RewardConfig, # As asked
     tokenizer, # Of the model
@@ -166,6 +171,7 @@ def questions_and_held_out(
     report.overlap = overlap(data, held)
     return data,held
 
+# %% ../../nbs/rewards/02_questions.ipynb #a24918d7
 class QuestionsDigest(RowsDigest):
     "Checksum of the questions of a run and of the rows behind them, computed once for the same objects"
     def __call__(self, *data)->str: # Checksums joined by "-"

@@ -30,7 +30,8 @@ def draw_seed(
 
 def _numbers(seeds, tokens):
     "Numbers from 0 to 1, (answers, tokens), a stream for each seed"
-    return torch.stack([torch.rand(tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in seeds])
+    streams = [torch.Generator().manual_seed(s) for s in seeds]
+    return torch.stack([torch.rand(tokens, dtype=torch.float64, generator=g) for g in streams])
 
 def _cut(scores, top_k, top_p):
     "Scores of which only the likeliest are left"
@@ -40,6 +41,7 @@ def _cut(scores, top_k, top_p):
     before = ordered.softmax(-1).cumsum(-1)-ordered.softmax(-1)
     return scores.masked_fill(torch.zeros_like(before>=top_p).scatter(1, at, before>=top_p), -torch.inf)
 
+# %% ../../nbs/rewards/03_rollout.ipynb #d988802d
 class SeededDraw:
     "Chooses the next token of each answer by numbers that were drawn beforehand; `generate` calls it for each token"
     def __init__(self,
@@ -59,7 +61,7 @@ class SeededDraw:
         self.log_probs.append(scores.log_softmax(-1).gather(1, chosen)[:, 0].float())
         return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0).float()
 
-# %% ../../nbs/rewards/03_rollout.ipynb #d988802d
+# %% ../../nbs/rewards/03_rollout.ipynb #effd46eb
 @dataclass
 class Sample:
     "An answer as it was drawn"
@@ -74,12 +76,14 @@ def _sample(ids, log_probs, tokenizer, stops):
     text = tokenizer.decode(ids if n is None else ids[:n], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return Sample(kept, log_probs[:len(kept)], n is not None, text)
 
+# %% ../../nbs/rewards/03_rollout.ipynb #03cf9ee2
 def _padded_left(prompts, pad, device):
     T = max(map(len, prompts))
     ids = torch.tensor([[*[pad]*(T-len(p)), *p] for p in prompts], device=device)
     real = torch.tensor([[*[0]*(T-len(p)), *[1]*len(p)] for p in prompts], device=device)
     return dict(input_ids=ids, attention_mask=real)
 
+# %% ../../nbs/rewards/03_rollout.ipynb #d1193cb4
 @torch.no_grad()
 def sample_answers(
     model, # A causal language model, in evaluation mode
@@ -93,13 +97,13 @@ def sample_answers(
     pad = next(t for t in (tokenizer.pad_token_id, stops[0]) if t is not None)
     draw = SeededDraw(seeds, config.max_completion_length, config.temperature, config.top_p, config.top_k)
     out = model.generate(**(batch := _padded_left(prompts, pad, model.device)), logits_processor=[draw],
-                         **generate_settings(model) | dict(max_new_tokens=config.max_completion_length, eos_token_id=stops,
-                                                           pad_token_id=pad, do_sample=False))
+                         **generate_settings(model) | dict(max_new_tokens=config.max_completion_length, do_sample=False,
+                                                           eos_token_id=stops, pad_token_id=pad))
     drawn = out[:, batch['input_ids'].shape[1]:].tolist()
     probs = torch.stack(draw.log_probs, 1).tolist()
     return [_sample(ids, p, tokenizer, stops) for ids,p in zip(drawn, probs)]
 
-# %% ../../nbs/rewards/03_rollout.ipynb #6bb5af13
+# %% ../../nbs/rewards/03_rollout.ipynb #a6ce975d
 def _spread(rewards):
     "Standard deviation of what is no NaN, along the last dimension; 0 where there is at most one"
     there = ~rewards.isnan()
@@ -118,13 +122,14 @@ def advantages(
         centred = centred/(spread+1e-4)
     return centred.nan_to_num(0.0)
 
+# %% ../../nbs/rewards/03_rollout.ipynb #1f8a4ef6
 def with_signal(
     rewards, # (questions, answers); NaN for an answer without one
 ): # Bools, (questions,)
     "Which groups have something to learn from: their rewards differ"
     return rewards.nan_to_num(-torch.inf).amax(-1)-rewards.nan_to_num(torch.inf).amin(-1) > 1e-9
 
-# %% ../../nbs/rewards/03_rollout.ipynb #c0aebc3a
+# %% ../../nbs/rewards/03_rollout.ipynb #70443ada
 @dataclass
 class Group:
     "A question, its answers, and what they are worth"
@@ -141,6 +146,7 @@ class Group:
         "The reward of each answer"
         return [float('nan') if j.total is None else j.total for j in self.judged]
 
+# %% ../../nbs/rewards/03_rollout.ipynb #568b8326
 def _in_parts(size, items, work):
     "`work` of lists of at most `size` items, of half as many after memory ran out; and how many at a time it was"
     from sage_finetune.training.loop import free_memory, out_of_memory
@@ -156,7 +162,7 @@ def _in_parts(size, items, work):
         else: out += found
     return out,size
 
-# %% ../../nbs/rewards/03_rollout.ipynb #a6ce975d
+# %% ../../nbs/rewards/03_rollout.ipynb #8adccc02
 @dataclass
 class Rollout:
     "The groups of a step"
@@ -169,6 +175,7 @@ class Rollout:
         "All rewards"
         return torch.tensor([g.rewards for g in self.groups], dtype=torch.float64)
 
+# %% ../../nbs/rewards/03_rollout.ipynb #06238260
 def roll_out(
     model, # In evaluation mode
     tokenizer, # Of the model
@@ -180,7 +187,8 @@ def roll_out(
 )->Rollout: # Judged, with advantages
     "Answer each question several times, and compare the answers"
     G = config.num_generations
-    asked = [(q['input_ids'], draw_seed(config.seed, step, n, q['at'], k)) for n,q in enumerate(questions) for k in range(G)]
+    asked = [(q['input_ids'], draw_seed(config.seed, step, n, q['at'], k))
+             for n,q in enumerate(questions) for k in range(G)]
     drawn,size = _in_parts(at_once or config.answers_at_once, asked, lambda part: sample_answers(
         model, tokenizer, [ids for ids,_ in part], [s for _,s in part], config))
     groups = []
@@ -192,11 +200,12 @@ def roll_out(
     for g,found in zip(groups, advantages(made.rewards, config.scale_rewards).tolist()): g.advantages = found
     return made
 
-# %% ../../nbs/rewards/03_rollout.ipynb #8ef92f2d
+# %% ../../nbs/rewards/03_rollout.ipynb #8e0c7e32
 def _right(rows, value, dtype):
     T = max(map(len, rows))
     return torch.tensor([[*r, *[value]*(T-len(r))] for r in rows], dtype=dtype)
 
+# %% ../../nbs/rewards/03_rollout.ipynb #3d0e8d8c
 def micro_batches(
     rollout:Rollout, # Of a step
     rows:int, # Answers in one
@@ -218,7 +227,7 @@ def micro_batches(
     for b in out: b['num_items_in_batch'] = learned
     return out
 
-# %% ../../nbs/rewards/03_rollout.ipynb #1ce3db68
+# %% ../../nbs/rewards/03_rollout.ipynb #d073c6b6
 def group_dict(
     step:int, # That learns from it first
     g:Group, # Of a rollout
@@ -229,6 +238,7 @@ def group_dict(
                for s,j,a in zip(g.samples, g.judged, g.advantages)]
     return dict(step=step, row=g.row, place=g.place, question=g.question, answers=answers)
 
+# %% ../../nbs/rewards/03_rollout.ipynb #dd9671ff
 def _members(data):
     "Where each whole member of a compressed file ends, and the text of its first line"
     at = 0
@@ -240,6 +250,7 @@ def _members(data):
         at = len(data)-len(part.unused_data)
         yield at,text.partition(b'\n')[0]
 
+# %% ../../nbs/rewards/03_rollout.ipynb #637e32f2
 class KeptAnswers:
     "The file of the answers of a run"
     def __init__(self,
@@ -270,7 +281,7 @@ class KeptAnswers:
         if (end := max(ends, default=0))==len(data): return
         with self.path.open('rb+') as f: f.truncate(end)
 
-# %% ../../nbs/rewards/03_rollout.ipynb #8adccc02
+# %% ../../nbs/rewards/03_rollout.ipynb #68979e63
 def read_answers(
     path, # An `answers.jsonl.gz`
     step:int|None=None, # Of this step alone

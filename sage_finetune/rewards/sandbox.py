@@ -11,18 +11,20 @@ __all__ = ['Ran', 'run_python', 'sandbox_fault']
 import json,os,sys
 
 # %% ../../nbs/rewards/00_sandbox.ipynb #32e178fd
-_calls = '''read write close stat fstat lstat poll lseek mmap mprotect munmap brk rt_sigaction rt_sigprocmask rt_sigreturn
-pread64 readv writev access select sched_yield mremap mincore madvise dup dup2 nanosleep getitimer setitimer getpid exit uname
-getcwd readlink gettimeofday getrlimit getrusage sysinfo times getuid getgid geteuid getegid getppid sigaltstack arch_prctl
-gettid time futex sched_getaffinity getdents64 set_tid_address restart_syscall clock_gettime clock_getres clock_nanosleep
-exit_group newfstatat readlinkat faccessat pselect6 ppoll set_robust_list dup3 getrandom statx rseq faccessat2'''.split()
+_calls = '''read write close stat fstat lstat poll lseek mmap mprotect munmap brk rt_sigaction rt_sigprocmask
+rt_sigreturn pread64 readv writev access select sched_yield mremap mincore madvise dup dup2 nanosleep
+getitimer setitimer getpid exit uname getcwd readlink gettimeofday getrlimit getrusage sysinfo times
+getuid getgid geteuid getegid getppid sigaltstack arch_prctl gettid time futex sched_getaffinity
+getdents64 set_tid_address restart_syscall clock_gettime clock_getres clock_nanosleep exit_group
+newfstatat readlinkat faccessat pselect6 ppoll set_robust_list dup3 getrandom statx rseq faccessat2'''.split()
 
-_x86 = [0, 1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 17, 19, 20, 21, 23, 24, 25, 27, 28, 32, 33, 35, 36, 38, 39, 60, 63,
-        79, 89, 96, 97, 98, 99, 100, 102, 104, 107, 108, 110, 131, 158, 186, 201, 202, 204, 217, 218, 219, 228, 229, 230,
-        231, 262, 267, 269, 270, 271, 273, 292, 318, 332, 334, 439]
-_arm = [63, 64, 57, None, 80, None, None, 62, 222, 226, 215, 214, 134, 135, 139, 67, 65, 66, None, None, 124, 216, 232, 233,
-        23, None, 101, 102, 103, 172, 93, 160, 17, None, 169, 163, 165, 179, 153, 174, 176, 175, 177, 173, 132, None, 178,
-        None, 98, 123, 61, 96, 128, 113, 114, 115, 94, 79, 78, 48, 72, 73, 99, 24, 278, 291, 293, 439]
+_x86 = [0, 1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 17, 19, 20, 21, 23, 24, 25, 27, 28, 32, 33, 35, 36, 38,
+        39, 60, 63, 79, 89, 96, 97, 98, 99, 100, 102, 104, 107, 108, 110, 131, 158, 186, 201, 202, 204, 217, 218,
+        219, 228, 229, 230, 231, 262, 267, 269, 270, 271, 273, 292, 318, 332, 334, 439]
+_arm = [63, 64, 57, None, 80, None, None, 62, 222, 226, 215, 214, 134, 135, 139, 67, 65, 66, None, None, 124, 216,
+        232, 233, 23, None, 101, 102, 103, 172, 93, 160, 17, None, 169, 163, 165, 179, 153, 174, 176, 175, 177,
+        173, 132, None, 178, None, 98, 123, 61, 96, 128, 113, 114, 115, 94, 79, 78, 48, 72, 73, 99, 24, 278, 291,
+        293, 439]
 # those that are looked at more closely: opening a file, asking a device, changing a descriptor, asking for a limit
 _machines = dict(x86_64=(0xC000003E, _x86, dict(open=2, openat=257, ioctl=16, fcntl=72, prlimit64=302)),
                  aarch64=(0xC00000B7, _arm, dict(openat=56, ioctl=29, fcntl=25, prlimit64=261)))
@@ -34,6 +36,7 @@ _not_reading = 0o3 | 0o100 | 0o1000 | 0o20000000 # write or both, create, trunca
 _few = dict(ioctl=(0x5401, 0x5413, 0x5450, 0x5451), # is it a terminal, how wide; close it in a child
             fcntl=(0, 1, 2, 3, 4, 1030), prlimit64=(0,)) # descriptors and their flags; limits of this process alone
 
+# %% ../../nbs/rewards/00_sandbox.ipynb #1c2d4d15
 def _filter(machine):
     "The instructions (code, jump if so, jump if not, number) of the filter"
     arch,plain,special = _machines[machine]
@@ -52,15 +55,16 @@ def _filter(machine):
         out += [(_same, 0, len(block), n), *block]
     return [*out, (_give, 0, 0, _refuse(1))]
 
-# %% ../../nbs/rewards/00_sandbox.ipynb #eb3900d0
+# %% ../../nbs/rewards/00_sandbox.ipynb #9e940f3c
 def _limit(seconds, memory):
     "Bound processor time, memory, files and processes of this process"
     import resource as r
-    wanted = dict(CPU=(seconds, seconds+1), AS=(memory, memory), FSIZE=(0, 0), NOFILE=(32, 32), CORE=(0, 0), NPROC=(0, 0),
-                  MEMLOCK=(0, 0), MSGQUEUE=(0, 0))
+    wanted = dict(CPU=(seconds, seconds+1), AS=(memory, memory), FSIZE=(0, 0), NOFILE=(32, 32), CORE=(0, 0),
+                  NPROC=(0, 0), MEMLOCK=(0, 0), MSGQUEUE=(0, 0))
     for name,values in wanted.items():
         if (which := getattr(r, f'RLIMIT_{name}', None)) is not None: r.setrlimit(which, values)
 
+# %% ../../nbs/rewards/00_sandbox.ipynb #320ca895
 def _close_in():
     "Give up every system call that is not needed to compute"
     import ctypes,platform
@@ -74,7 +78,7 @@ def _close_in():
     for words in ((38, 1, 0, 0, 0), (22, 2, ctypes.byref(program), 0, 0)): # no new privileges, then the filter
         if libc.prctl(*words): raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
-# %% ../../nbs/rewards/00_sandbox.ipynb #9e940f3c
+# %% ../../nbs/rewards/00_sandbox.ipynb #a6195e3f
 class _Nowhere:
     "A stream that forgets"
     encoding,errors,closed = 'utf-8','strict',False
@@ -85,6 +89,7 @@ class _Nowhere:
 
 def _why(e): return f'{type(e).__name__}: {e}'[:300] if str(e) else type(e).__name__
 
+# %% ../../nbs/rewards/00_sandbox.ipynb #d7315462
 def _tried(code, tests):
     "[whether each test passed], and why the first that did not failed"
     space = {'__name__': 'answer'}
@@ -97,8 +102,9 @@ def _tried(code, tests):
         else: passed.append(i)
     return [i in passed for i in range(len(tests))],why
 
+# %% ../../nbs/rewards/00_sandbox.ipynb #3b842abd
 def _inside():
-    "What the process does: its program, from standard input, and what came of it, under a word that only the caller knows"
+    "What the process does: a program from standard input, and what came of it, under a word that the caller knows"
     asked = json.loads(sys.stdin.buffer.read())
     word,write = asked['word'],os.write
     _limit(asked['seconds'], asked['memory'])
@@ -108,7 +114,7 @@ def _inside():
     write(1, json.dumps(dict(word=word, passed=passed, why=why)).encode())
     os._exit(0)
 
-# %% ../../nbs/rewards/00_sandbox.ipynb #a6195e3f
+# %% ../../nbs/rewards/00_sandbox.ipynb #da0d4c1f
 class Ran:
     "What came of code and its tests"
     def __init__(self,
@@ -124,6 +130,7 @@ class Ran:
         told = f', {self.why}' if self.why else ''
         return f'{sum(self.passed)} of {len(self.passed)} tests passed{told}'
 
+# %% ../../nbs/rewards/00_sandbox.ipynb #28dc4c6c
 def _read(process, seconds, most=1<<16):
     "What a process writes, until it ends, has written too much, or the time is over; and whether that is so"
     import selectors,time
@@ -137,11 +144,12 @@ def _read(process, seconds, most=1<<16):
             out += piece
     return out,True
 
-# %% ../../nbs/rewards/00_sandbox.ipynb #bb817b4f
+# %% ../../nbs/rewards/00_sandbox.ipynb #39a9ec28
 def _this_file():
     from importlib.util import find_spec
     return find_spec('sage_finetune.rewards.sandbox').origin
 
+# %% ../../nbs/rewards/00_sandbox.ipynb #d6f308a3
 def _processed(program, seconds):
     "What the process wrote, whether it had to be ended, and its exit status"
     import signal,subprocess
@@ -160,7 +168,7 @@ def _processed(program, seconds):
         with suppress(BrokenPipeError): p.stdin.close()
     return out,late,p.returncode
 
-# %% ../../nbs/rewards/00_sandbox.ipynb #d7315462
+# %% ../../nbs/rewards/00_sandbox.ipynb #cbb1232f
 def _ran(code, tests, seconds, memory):
     "`Ran`, without asking whether the system can do it"
     import secrets,signal
@@ -177,6 +185,7 @@ def _ran(code, tests, seconds, memory):
         return Ran(none, f'it was ended after {seconds:g} s of processor time, or {2*seconds+3:g} s in all', 'time')
     return Ran(none, 'the process ended before its tests were done', 'early')
 
+# %% ../../nbs/rewards/00_sandbox.ipynb #11004c1d
 def run_python(
     code:str, # That a model wrote
     tests:list, # Lines such as "assert double(2)==4", each run by itself after the code
@@ -190,13 +199,16 @@ def run_python(
         raise SageError(f'code cannot be run here: {fault}')
     return _ran(code, list(tests), seconds, memory)
 
-# %% ../../nbs/rewards/00_sandbox.ipynb #b202cb58
+# %% ../../nbs/rewards/00_sandbox.ipynb #b698d7e8
 _attempts = dict(
     network='import socket\nsocket.socket()', process='import os\nif not os.fork(): os._exit(0)',
-    program='import os\ntry: os.execv("/none", ["none"])\nexcept OSError as e:\n    if e.errno==1: raise', signal='import os\nos.kill(os.getppid(), 0)',
+    program='import os\ntry: os.execv("/none", ["none"])\nexcept OSError as e:\n    if e.errno==1: raise',
+    signal='import os\nos.kill(os.getppid(), 0)',
     thread='import _thread\n_thread.start_new_thread(int, ())', file='import os\nos.open("/tmp/sage_probe", 66)')
 
-def _attempt(lines): return 'try:\n    '+lines.replace('\n', '\n    ')+'\nexcept (OSError, RuntimeError): pass\nelse: raise SystemError'
+def _attempt(lines):
+    inside = lines.replace('\n', '\n    ')
+    return f'try:\n    {inside}\nexcept (OSError, RuntimeError): pass\nelse: raise SystemError'
 
 def _leaks():
     "What a probe could do that it must not, or why it did not run"
@@ -211,10 +223,11 @@ def _leaks():
 
 _known = {}
 
+# %% ../../nbs/rewards/00_sandbox.ipynb #005eb97f
 def sandbox_fault()->str: # Empty where it can
     "Why this system cannot isolate a process; tried once in each process"
     if 'fault' not in _known: _known['fault'] = _leaks()
     return _known['fault']
 
-# %% ../../nbs/rewards/00_sandbox.ipynb #a9f52267
+# %% ../../nbs/rewards/00_sandbox.ipynb #5dd5ce36
 if __name__=='__main__': _inside()

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.disk import SageError
-from ..core.display import in_notebook, Panel, Shown, shown_figure, Table, visible
+from ..core.display import in_notebook, Panel, save_figure, Shown, shown_figure, Table, visible
 from ..core.run_folder import find_run, RunFolder
 from ..training.callbacks import draw_curves, loss_curves, read_metrics, series
 from .rollout import read_answers
 
 # %% ../../nbs/rewards/06_seen.ipynb #0ad92cb0
 def group_table(
-    group:dict, # From `read_answers`, or of `last_groups` of a trainer
+    group:dict, # From `read_answers`, or of `last_groups`
     most:int=8, # Different answers to show
 )->Table: # A row for each answer that differs
     "The answers of a group side by side, with what each was worth and whether it was made likelier"
@@ -34,12 +34,14 @@ def group_table(
              f"{same[0]['advantage']:+.2f}", same[0]['text']+('' if same[0]['ended'] else ' … (cut off)')]
             for same in order[:most]]
     left = sum(map(len, order[most:]))
-    return Table(['×', *shown, 'reward', 'advantage', 'answer'], rows, f"step {group['step']}, {group['place']}: {group['question']}",
+    return Table(['×', *shown, 'reward', 'advantage', 'answer'], rows,
+                 f"step {group['step']}, {group['place']}: {group['question']}",
                  f'and {left} more answers' if left else '')
 
+# %% ../../nbs/rewards/06_seen.ipynb #dc91af5f
 def _short(value): return '' if value is None else f'{value:.3g}'
 
-# %% ../../nbs/rewards/06_seen.ipynb #63f91112
+# %% ../../nbs/rewards/06_seen.ipynb #d7346f23
 @dataclass
 class PushedTokens:
     "The tokens of an answer, coloured by how they were pushed"
@@ -56,7 +58,11 @@ class PushedTokens:
                 f'{"".join(_coloured(t, p) for t,p in zip(self.tokens, self.pushes))}</p>')
 
 def _strength(push): return min(1.0, abs(push))
-def _terminal_style(push): return '' if _strength(push)<.05 else ('bold ' if _strength(push)>.5 else '')+('green' if push>0 else 'red')
+def _terminal_style(push):
+    if _strength(push)<.05: return ''
+    return ('bold ' if _strength(push)>.5 else '')+('green' if push>0 else 'red')
+
+# %% ../../nbs/rewards/06_seen.ipynb #c458a591
 def _in_letters(token, push):
     "A token with a sign behind it where it was pushed"
     return token if _strength(push)<.05 else f'{token}[{"+" if push>0 else "−"}{_strength(push):.1f}]'
@@ -74,7 +80,7 @@ def pushed_tokens(
     return PushedTokens([tokenizer.decode([t]) for t in answer['ids']],
                         [answer['advantage']*(1-math.exp(min(0.0, p))) for p in answer['log_probs']])
 
-# %% ../../nbs/rewards/06_seen.ipynb #c458a591
+# %% ../../nbs/rewards/06_seen.ipynb #eaec35fa
 @dataclass(repr=False)
 class Hacked(Shown):
     "Parts of a reward that fell while the sum rose, with answers that show it"
@@ -94,6 +100,7 @@ class Hacked(Shown):
         examples = Table(['part', 'question', 'answer', 'reward', 'of it'], self.examples, 'Late answers that show it')
         return Panel(title, [table, *([examples] if self.examples else [])])
 
+# %% ../../nbs/rewards/06_seen.ipynb #9301b5ee
 def _mean_and_error(values):
     n = len(values)
     if not n: return 0.0,0.0
@@ -105,9 +112,10 @@ def _rose(early, late):
     (a,ea),(b,eb) = _mean_and_error(early),_mean_and_error(late)
     return (b-a)/max((ea*ea+eb*eb)**.5, 1e-9) if early and late else 0.0
 
-# %% ../../nbs/rewards/06_seen.ipynb #22c12945
+# %% ../../nbs/rewards/06_seen.ipynb #94b8baed
 def _alike(answers): return 1-len({a['text'] for a in answers})/max(1, len(answers))
 
+# %% ../../nbs/rewards/06_seen.ipynb #c2c741d0
 def hacked(
     groups:list, # From `read_answers`
 )->Hacked: # Shows itself
@@ -115,12 +123,14 @@ def hacked(
     steps = sorted({g['step'] for g in groups})
     if len(steps)<4: return Hacked([], [])
     first,last = steps[max(0, len(steps)//4-1)],steps[-max(1, len(steps)//4)]
-    early,late = ([a|dict(question=g['question']) for g in groups if inside(g['step']) for a in g['answers'] if a['reward'] is not None]
-                  for inside in (lambda s: s<=first, lambda s: s>=last))
+    judged = [a | dict(question=g['question'], step=g['step']) for g in groups for a in g['answers']
+              if a['reward'] is not None]
+    early,late = [a for a in judged if a['step']<=first],[a for a in judged if a['step']>=last]
     values = lambda answers,key: [v for a in answers if (v := key(a)) is not None]
     what = {'reward, all parts': lambda a: a['reward']} | {
         n: lambda a,n=n: a['parts'].get(n) for n in dict.fromkeys(n for a in early+late for n in a['parts'])}
-    total,changes,examples = _rose(values(early, what['reward, all parts']), values(late, what['reward, all parts'])),[],[]
+    every = what['reward, all parts']
+    total,changes,examples = _rose(values(early, every), values(late, every)),[],[]
     for name,key in what.items():
         a,b = values(early, key),values(late, key)
         by = _rose(a, b)
@@ -129,10 +139,12 @@ def hacked(
                         'given up while the sum rose' if given_up else 'rose' if by>2 else 'fell' if by<-2 else ''])
         if given_up: examples += _shows(name, key, early, late)
     sizes = [_mean_and_error([len(x['ids']) for x in answers])[0] for answers in (early, late)]
-    changes.append(['tokens of an answer', *sizes, 'look at it: nobody rewarded that' if sizes[0] and not .5<sizes[1]/sizes[0]<2 else ''])
+    other = sizes[0] and not .5<sizes[1]/sizes[0]<2
+    changes.append(['tokens of an answer', *sizes, 'look at it: nobody rewarded that' if other else ''])
     changes.append(['share of answers that are copies', _alike(early), _alike(late), ''])
     return Hacked(changes, examples, (first, last))
 
+# %% ../../nbs/rewards/06_seen.ipynb #95e84b41
 def _shows(name, key, early, late, most=3):
     "Late answers that are worth more than the early mean, and less in one part"
     mean = _mean_and_error([a['reward'] for a in early])[0]
@@ -140,11 +152,12 @@ def _shows(name, key, early, late, most=3):
     some = [a for a in late if a['reward']>mean and (v := key(a)) is not None and v<part]
     return [[name, a['question'], a['text'], f"{a['reward']:.3g}", f'{key(a):.3g}'] for a in some[-most:]]
 
-# %% ../../nbs/rewards/06_seen.ipynb #05dc9308
+# %% ../../nbs/rewards/06_seen.ipynb #1e8a3561
 _panels = {'reward': 'reward', 'with_signal': 'share of groups with signal', 'kl': 'KL to the base (nats a token)',
            'entropy': 'entropy (nats a token)', 'length': 'tokens of an answer', 'cut_off': 'share of answers cut off',
            'clipped': 'share of tokens clipped'}
 
+# %% ../../nbs/rewards/06_seen.ipynb #e81d9cca
 def reward_curves(
     metrics:list, # From `read_metrics`
 ): # A matplotlib figure
@@ -162,7 +175,7 @@ def reward_curves(
     for ax in figure.axes[len(shown):]: ax.remove()
     return figure
 
-# %% ../../nbs/rewards/06_seen.ipynb #95e84b41
+# %% ../../nbs/rewards/06_seen.ipynb #d6300817
 @dataclass(repr=False)
 class RewardLook(Shown):
     "A run that learned from rewards, looked at"
@@ -173,12 +186,14 @@ class RewardLook(Shown):
     kept: tuple # Steps whose answers were kept, and steps in all
     tokenizer: object = None # Colours the tokens, where it can be loaded
 
-    def shown(self): return Panel(_headline(self), [_figures_table(self.metrics), *_opened(self), self.hacked.shown(), *(
-        [reward_curves(self.metrics)] if in_notebook() else [])])
+    def shown(self):
+        curves = [reward_curves(self.metrics)] if in_notebook() else []
+        return Panel(_headline(self), [_figures_table(self.metrics), *_opened(self), self.hacked.shown(), *curves])
     def plot(self): # A matplotlib figure
         "Its curves"
         return reward_curves(self.metrics)
 
+# %% ../../nbs/rewards/06_seen.ipynb #09d50ded
 def _headline(look):
     kept,steps = look.kept
     some = '' if kept==steps else f'; the answers of {kept:,} of {steps:,} steps are kept (`kept_answers`)'
@@ -189,9 +204,11 @@ def _figures_table(metrics):
     names = [*_panels, *dict.fromkeys(k for m in metrics for k in m if k.startswith('rewards/')), 'failed']
     found = {n: s for n in names if (s := series(metrics, n)) and (n!='failed' or any(v for _,v in s))}
     rows = [[_panels.get(n, n), f'{s[0][1]:.4g}', f'{s[-1][1]:.4g}'] for n,s in found.items()]
-    if held := series(metrics, 'eval_reward'): rows.insert(1, ['reward, held out', f'{held[0][1]:.4g}', f'{held[-1][1]:.4g}'])
+    if held := series(metrics, 'eval_reward'):
+        rows.insert(1, ['reward, held out', f'{held[0][1]:.4g}', f'{held[-1][1]:.4g}'])
     return Table(['', 'first', 'last'], rows)
 
+# %% ../../nbs/rewards/06_seen.ipynb #a1e69606
 def _opened(look):
     "Each group, and the tokens of the answers that were pushed most"
     for g in look.groups:
@@ -200,7 +217,7 @@ def _opened(look):
         if look.tokenizer is None or not pushed[-1]['advantage']: continue
         for a in (pushed[-1], pushed[0]): yield pushed_tokens(a, look.tokenizer)
 
-# %% ../../nbs/rewards/06_seen.ipynb #f0726b38
+# %% ../../nbs/rewards/06_seen.ipynb #239ce947
 def learned_from_rewards(
     name, # Name or folder of a run
 )->bool: # Whether answers were sampled in it
@@ -216,25 +233,31 @@ def most_telling(
     spread = lambda g: len({a['reward'] for a in g['answers']})
     return sorted(groups, key=lambda g: (-spread(g), g['row']))[:most]
 
+# %% ../../nbs/rewards/06_seen.ipynb #69d5847a
 def _tokenizer_of(folder):
     from sage_finetune.base.loading import load_tokenizer
     for place in (folder.lora_weights, *sorted(folder.checkpoints.glob('checkpoint-*'))[-1:]):
         if (place/'tokenizer_config.json').is_file(): return load_tokenizer(str(place))
 
+# %% ../../nbs/rewards/06_seen.ipynb #be10bf28
 def look_at_rewards(
     name, # Name or folder of a run that learns from rewards, finished or not
     step:int|None=None, # Whose groups are opened; None: the last
     groups:int=3, # To open
+    plot=None, # File for the curves, .png, .svg or .pdf
 )->RewardLook: # Shows itself
     "What a run that learns from rewards did"
     folder = name if isinstance(name, RunFolder) else find_run(name)
     answers,metrics = read_answers(folder.path/'answers.jsonl.gz'),read_metrics(folder.metrics)
-    if not answers: raise SageError(f'{folder.path} has no answers.jsonl.gz: it does not learn from rewards, has not begun, or '
-                                    f'`kept_answers` is 0')
+    if not answers:
+        raise SageError(f'{folder.path} has no answers.jsonl.gz: it does not learn from rewards, has not begun, or '
+                        f'`kept_answers` is 0')
     steps = sorted({g['step'] for g in answers})
     if step is not None and step not in steps:
         near = min(steps, key=lambda s: abs(s-step))
         raise ValueError(f'`step` {step} has no answers that were kept; the nearest is {near}')
     chosen = most_telling([g for g in answers if g['step']==(steps[-1] if step is None else step)], groups)
     done = max((m['step'] for m in metrics if 'reward' in m), default=steps[-1])
-    return RewardLook(folder.path, metrics, chosen, hacked(answers), (len(steps), int(done)), _tokenizer_of(folder))
+    found = RewardLook(folder.path, metrics, chosen, hacked(answers), (len(steps), int(done)), _tokenizer_of(folder))
+    if plot: save_figure(found.plot(), plot)
+    return found

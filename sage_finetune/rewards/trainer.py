@@ -6,7 +6,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/rewards/trainer.html.md"""
 
 # %% auto #0
 __all__ = ['QuestionBatches', 'GroupMetrics', 'RewardWatch', 'GRPOMixin', 'GRPOLoop', 'GRPOEvaluation', 'RewardResult',
-           'RewardTrainer', 'trainer_for']
+           'RewardTrainer', 'last_groups', 'trainer_for']
 
 # %% ../../nbs/rewards/04_trainer.ipynb #b36ec005
 import json,warnings
@@ -80,6 +80,7 @@ class GroupMetrics(TokenMetrics):
 
     def metrics(self, sums): return {name: s/n for name,s,n in zip(self.names, sums[::2], sums[1::2]) if n}
 
+# %% ../../nbs/rewards/04_trainer.ipynb #7a998d25
 def _judged_figures(groups, judged, names):
     "{figure: (sum, number)} of judged answers; `groups` of rewards, NaN where there is none"
     known = [j.total for j in judged if j.total is not None]
@@ -88,12 +89,13 @@ def _judged_figures(groups, judged, names):
     if groups is not None: found['with_signal'] = with_signal(groups).sum(),len(groups)
     return found | {f'rewards/{n}': (sum(v), len(v)) for n,v in parts.items()}
 
-# %% ../../nbs/rewards/04_trainer.ipynb #e1aae879
+# %% ../../nbs/rewards/04_trainer.ipynb #4d930c88
 def _log_probs(trainer, batch):
     "Log-probabilities of the tokens of the answers, (answers, time), without gradients"
     batch = Trainer._prepare_inputs(trainer, batch)
     ids,real = (torch.cat([batch[f'{p}_{k}'] for p in ('prompt', 'completion')], 1) for k in ('ids', 'mask'))
-    return trainer._get_per_token_logps_and_entropies(trainer.model, ids, real, batch['completion_ids'].shape[1])[0].cpu()
+    T = batch['completion_ids'].shape[1]
+    return trainer._get_per_token_logps_and_entropies(trainer.model, ids, real, T)[0].cpu()
 
 def _with_log_probs(trainer, batches):
     "Micro-batches with the log-probabilities the loss compares with; and (sum, tokens) of the KL to the reference"
@@ -107,13 +109,15 @@ def _with_log_probs(trainer, batches):
         tokens += mask.sum().item()
     return divergence,tokens
 
+# %% ../../nbs/rewards/04_trainer.ipynb #c9f3b0a7
 def _answered(trainer, rows, step):
     "The micro-batches of new answers to the questions of a step; they are kept, told and counted"
     c = trainer.config
     asked = [q for b in rows for q in b][::c.num_generations]
     with evaluating(trainer.model), trainer.accelerator.autocast():
         made = roll_out(trainer.model, trainer.processing_class, asked, trainer.rewards, c, step+1, trainer.at_once)
-        batches = micro_batches(made, trainer.args.per_device_train_batch_size, trainer.pad_id, c.mask_truncated_completions)
+        rows_at_once = trainer.args.per_device_train_batch_size
+        batches = micro_batches(made, rows_at_once, trainer.pad_id, c.mask_truncated_completions)
         divergence = _with_log_probs(trainer, batches)
     if made.at_once<len(asked)*c.num_generations and made.at_once!=(trainer.at_once or c.answers_at_once):
         trainer.at_once = made.at_once
@@ -124,7 +128,7 @@ def _answered(trainer, rows, step):
     trainer.count_rollout(made, divergence)
     return batches
 
-# %% ../../nbs/rewards/04_trainer.ipynb #4d930c88
+# %% ../../nbs/rewards/04_trainer.ipynb #9b082e3f
 class RewardWatch:
     "Tells what is odd about rewards: those that fail, and those that never vary"
     patience = 10 # Steps
@@ -135,10 +139,12 @@ class RewardWatch:
         "Look at the answers of a step"
         judged = [(g.place, j) for g in rollout.groups for j in g.judged]
         for place,j in judged:
-            for name,why in j.failed.items(): self._tell((name, why[:40]), f'reward `{name}` has failed for a row ({place}): {why}', say)
+            for name,why in j.failed.items():
+                self._tell((name, why[:40]), f'reward `{name}` has failed for a row ({place}): {why}', say)
         if all(j.total is None for _,j in judged):
             why = next((f'{n}: {w}' for _,j in judged for n,w in j.failed.items()), 'none applies to these rows')
-            raise SageError(f'no answer of step {rollout.step} has a reward ({why}): look at `rewards` with `check_rewards`')
+            raise SageError(f'no answer of step {rollout.step} has a reward ({why}): look at `rewards` with '
+                            f'`check_rewards`')
         for name in judged[0][1].parts: self._see_same(name, [j.parts[name] for _,j in judged], say)
 
     def _tell(self, key, line, say):
@@ -152,10 +158,10 @@ class RewardWatch:
         if len(known)!=1 or steps and known!={value}: return self.same.update({name: (None, -10**9, 0)})
         self.same[name] = *known,steps+1,answers+len(values)
         if steps+1==self.patience:
-            self._tell((name, 'same'), f'reward `{name}` has said {value or 0:g} of all {answers+len(values):,} answers in '
-                       f'{self.patience} steps: it teaches nothing', say)
+            self._tell((name, 'same'), f'reward `{name}` has said {value or 0:g} of all {answers+len(values):,} '
+                       f'answers in {self.patience} steps: it teaches nothing', say)
 
-# %% ../../nbs/rewards/04_trainer.ipynb #fd09d61a
+# %% ../../nbs/rewards/04_trainer.ipynb #0c57bd5d
 class GRPOMixin(ResumableTrainer):
     "A trainer that learns from rewards; TRL's GRPOTrainer comes after it among the bases"
     own_batches = True
@@ -165,9 +171,10 @@ class GRPOMixin(ResumableTrainer):
         self.iterations,self.rollouts,self.watch,self.last = config.num_iterations,{},RewardWatch(),None
         self.metrics_class = partial(GroupMetrics, rewards=[r.name for r in rewards])
         trained = {n: p.data for n,p in model.named_parameters() if p.requires_grad}
-        pads = processing_class.pad_token,model.config.get_text_config().pad_token_id,model.generation_config.pad_token_id
+        text,told = model.config.get_text_config(),model.generation_config
+        pads = processing_class.pad_token,text.pad_token_id,told.pad_token_id
         super().__init__(*args, model=model, processing_class=processing_class, reward_funcs=[_no_reward], **kwargs)
-        processing_class.pad_token,model.config.get_text_config().pad_token_id,model.generation_config.pad_token_id = pads
+        processing_class.pad_token,text.pad_token_id,told.pad_token_id = pads # as they were
         self.data_collator,self.beta = list,config.beta # without a beta of its arguments it makes no second reference
         self.accelerator.gather_for_metrics = self.accelerator.gather
         for n,p in model.named_parameters():
@@ -179,16 +186,18 @@ class GRPOMixin(ResumableTrainer):
 
     def micro_batches(self):
         a,c = self.args,self.config
-        return QuestionBatches(len(self.train_dataset), a.train_batch_size*a.gradient_accumulation_steps//c.num_generations,
-                               c.num_generations, a.train_batch_size, self.iterations, a.seed)
+        per_step = a.train_batch_size*a.gradient_accumulation_steps//c.num_generations
+        return QuestionBatches(len(self.train_dataset), per_step, c.num_generations, a.train_batch_size,
+                               self.iterations, a.seed)
 
     def log(self, logs, *args, **kwargs):
         for found in self._metrics.values(): found.clear() # it measures times, too
         super().log(logs, *args, **kwargs)
 
+# %% ../../nbs/rewards/04_trainer.ipynb #9ae005f7
 def _no_reward(prompts, **kwargs): return [0.0]*len(prompts)
 
-# %% ../../nbs/rewards/04_trainer.ipynb #9b082e3f
+# %% ../../nbs/rewards/04_trainer.ipynb #adddd207
 class GRPOLoop(GRPOMixin):
     "The steps of a trainer that learns from rewards"
     def get_batch_samples(self, epoch_iterator, num_batches, device=None):
@@ -231,7 +240,7 @@ class GRPOLoop(GRPOMixin):
         return (out.log_probs[:, -logits_to_keep:], out.entropy[:, -logits_to_keep:] if compute_entropy else None,
                 out.aux_loss if compute_aux_loss else None)
 
-# %% ../../nbs/rewards/04_trainer.ipynb #9e95b07e
+# %% ../../nbs/rewards/04_trainer.ipynb #fc8457fd
 class GRPOEvaluation(GRPOLoop):
     "Held-out questions, and what a checkpoint needs beside the weights"
     def held_out(self, batches):
@@ -242,7 +251,8 @@ class GRPOEvaluation(GRPOLoop):
                                         self.config.max_completion_length)
                 judged = [judge(self.rewards, q['question'], a.text, json.loads(q['row'])) for q,a in zip(rows, said)]
                 found = _judged_figures(None, judged, names) | dict(
-                    length=(sum(a.tokens for a in said), len(said)), cut_off=(sum(not a.stopped for a in said), len(said)))
+                    length=(sum(a.tokens for a in said), len(said)),
+                    cut_off=(sum(not a.stopped for a in said), len(said)))
                 for k,(total,n) in found.items(): sums[k] = sums.get(k, (0, 0))[0]+total,sums.get(k, (0, 0))[1]+n
         means = {k: total/n for k,(total,n) in sums.items() if n}
         if 'reward' not in means:
@@ -263,17 +273,19 @@ class GRPOEvaluation(GRPOLoop):
         kept = torch.load(file, weights_only=True)
         self.rollouts[step-step%self.iterations] = [part for b in kept for part in _split(b, rows)]
 
+# %% ../../nbs/rewards/04_trainer.ipynb #e18b0072
 def _split(batch, rows):
     "A micro-batch in parts of `rows` answers"
     n = len(batch['advantages'])
     return [{k: v[i:i+rows] if v.dim() else v for k,v in batch.items()} for i in range(0, n, rows)]
 
-# %% ../../nbs/rewards/04_trainer.ipynb #4198dcfe
+# %% ../../nbs/rewards/04_trainer.ipynb #3cddbb7e
 class _Trim(TrainerCallback):
     "Forget the answers that came after the checkpoint that a run goes on from"
     def __init__(self, kept): self.kept = kept
     def on_train_begin(self, args, state, control, **kwargs): self.kept.trim(state.global_step)
 
+# %% ../../nbs/rewards/04_trainer.ipynb #e7e023bb
 @cache
 def _trl_loop():
     "TRL's GRPO as it is used here, and the class of its arguments"
@@ -288,25 +300,38 @@ def _trl_loop():
                             'is deprecated', FutureWarning)
     return type('GrpoLoop', (GRPOEvaluation, trl.GRPOTrainer), {}),trl.GRPOConfig
 
+# %% ../../nbs/rewards/04_trainer.ipynb #76bc21d1
 def _loss_settings(c):
     "What TRL's loss is set to"
     same = ('num_generations', 'max_completion_length', 'temperature', 'loss_type', 'epsilon', 'epsilon_high',
             'importance_sampling_level', 'num_iterations')
-    return {n: getattr(c, n) for n in same} | dict(beta=0.0, num_generations_eval=1, disable_dropout=not c.lora.lora_dropout)
+    more = dict(beta=0.0, num_generations_eval=1, disable_dropout=not c.lora.lora_dropout)
+    return {n: getattr(c, n) for n in same} | more
 
-# %% ../../nbs/rewards/04_trainer.ipynb #adddd207
+# %% ../../nbs/rewards/04_trainer.ipynb #108396a5
+def _checked(config):
+    "A config of its kind, whose reference is the model without its adapter"
+    if isinstance(config, dict): config = TrainingConfig.from_dict(config)
+    if not isinstance(config, RewardConfig):
+        raise ValueError(f'`config` must be a RewardConfig, got {type(config).__name__}: '
+                         f'make one with `RewardConfig.like(config)`')
+    _check_reference(config)
+    return config
+
 def _check_reference(c):
     "Refuse what would make the model without its adapter another one than it was"
     if changes_base(c.lora):
-        raise ValueError(f'`lora.init_lora_weights="{c.lora.init_lora_weights}"` moves a part of the weights into the adapter, '
-                         f'and rewards need the model as it was without it: leave it out')
+        raise ValueError(f'`lora.init_lora_weights="{c.lora.init_lora_weights}"` moves a part of the weights into the '
+                         f'adapter, and rewards need the model as it was without it: leave it out')
     if c.lora.bias!='none':
         raise ValueError(f'`lora.bias="{c.lora.bias}"` trains biases of the base, and rewards need the model as it was '
                          f'without its adapter: leave it out')
     if c.init_adapter is not None and c.beta:
-        raise ValueError(f'`init_adapter` with `beta={c.beta}`: the reference is the model without an adapter; set `beta=0`, or '
-                         f'merge the earlier run (`sage-finetune merge`) and give the merged folder as `model_name`')
+        raise ValueError(f'`init_adapter` with `beta={c.beta}`: the reference is the model without an adapter; set '
+                         f'`beta=0`, or merge the earlier run (`sage-finetune merge`) and give the merged folder as '
+                         f'`model_name`')
 
+# %% ../../nbs/rewards/04_trainer.ipynb #b5dc64ab
 def _named(rewards):
     "Rewards as a config holds them, and the functions among them"
     asked,functions = [],[]
@@ -318,6 +343,7 @@ def _named(rewards):
         asked.append(each)
     return asked,functions
 
+# %% ../../nbs/rewards/04_trainer.ipynb #51dc9f03
 def _with_rewards(config, rewards):
     "A config that names its rewards with the checksums of their sources, and the rewards"
     asked,functions = _named(rewards) if rewards is not None else (config.rewards, [])
@@ -327,7 +353,7 @@ def _with_rewards(config, rewards):
              for r,f in zip(config.rewards, found)]
     return (config if coded==config.rewards else config.replace(rewards=coded)),found
 
-# %% ../../nbs/rewards/04_trainer.ipynb #6c48783a
+# %% ../../nbs/rewards/04_trainer.ipynb #8b3c9817
 @dataclass(repr=False)
 class RewardResult(TrainingResult):
     "What came of a run that learns from rewards"
@@ -342,6 +368,7 @@ class RewardResult(TrainingResult):
                 ['reward of the last answers', number(self.train_reward)]]
         return replace(table, rows=[*kept[:1], *(r for r in more if r[1].strip(' →')), *kept[1:]])
 
+# %% ../../nbs/rewards/04_trainer.ipynb #0eaf66c1
 def _with_figures(outcome, metrics):
     "The result of a run, with the rewards that its log has before the first step and at the step that was kept"
     at = outcome.steps if outcome.best_step is None else outcome.best_step
@@ -351,7 +378,7 @@ def _with_figures(outcome, metrics):
     last = next((m['reward'] for m in reversed(metrics) if 'reward' in m and m['step']<=at), None)
     return RewardResult(**vars(outcome), reward_before=before, reward_after=after, train_reward=last)
 
-# %% ../../nbs/rewards/04_trainer.ipynb #e18b0072
+# %% ../../nbs/rewards/04_trainer.ipynb #0d337cb9
 def _probe_longest(run):
     "The memory that the longest micro-batch of a run takes, measured and estimated"
     t,c = run.trainer,run.fitted
@@ -370,14 +397,18 @@ def _probe_longest(run):
     same = c.adapted(max_length=longest+c.max_completion_length)
     return Probe(n, longest+c.max_completion_length, predicted_pass(same, run.machine, run.model.config), held+measured)
 
-def _check_positions(run):
-    "Refuse answers that the model has no positions for"
+# %% ../../nbs/rewards/04_trainer.ipynb #e2f8dc10
+def _check_loop(run, processes):
+    "Refuse several processes, and answers that the model has no positions for"
+    if processes>1:
+        raise SageError('learning from rewards trains in one process: start it without torchrun or accelerate')
     most,longest = model_limits(run.model).positions,max(map(len, run.dataset['input_ids']))
     if most and longest+run.config.max_completion_length>most:
-        raise ValueError(f'a question has {longest:,} tokens and `max_completion_length` is {run.config.max_completion_length:,}, '
-                         f'and the model has {most:,} positions: set `max_completion_length={max(1, most-longest)}`')
+        raise ValueError(f'a question has {longest:,} tokens and `max_completion_length` is '
+                         f'{run.config.max_completion_length:,}, and the model has {most:,} positions: set '
+                         f'`max_completion_length={max(1, most-longest)}`')
 
-# %% ../../nbs/rewards/04_trainer.ipynb #f37d16ba
+# %% ../../nbs/rewards/04_trainer.ipynb #3d4e9034
 class RewardTrainer(LoRATrainer):
     "A run that learns from rewards, step by step"
     packaged,result_class,config_kind = True,RewardResult,RewardConfig
@@ -388,12 +419,7 @@ class RewardTrainer(LoRATrainer):
         machine:Machine|None=None, # What to fit to; this machine if None
         rewards=None, # Functions, names or dicts {reward, weight, …}; None: those of the config
     ):
-        if isinstance(config, dict): config = TrainingConfig.from_dict(config)
-        if not isinstance(config, RewardConfig):
-            raise ValueError(f'`config` must be a RewardConfig, got {type(config).__name__}: '
-                             f'make one with `RewardConfig.like(config)`')
-        _check_reference(config)
-        config,self.rewards = _with_rewards(config, rewards)
+        config,self.rewards = _with_rewards(_checked(config), rewards)
         super().__init__(config, quiet, machine)
         self.kept,self._digest = KeptAnswers(self.folder.path/'answers.jsonl.gz', config.kept_answers),QuestionsDigest()
 
@@ -416,28 +442,28 @@ class RewardTrainer(LoRATrainer):
 
     def loop(self, **how):
         "TRL's trainer, with the rollouts of this package"
-        if how['args'].world_size>1:
-            raise SageError('learning from rewards trains in one process: start it without torchrun or accelerate')
-        _check_positions(self)
+        _check_loop(self, how['args'].world_size)
         return _trl_loop()[0](**how, rewards=self.rewards, config=self.config, kept=self.kept,
                               pad_id=padding_of(self.tokenizer, self.model))
 
     def callbacks(self): return [_Trim(self.kept), *super().callbacks()]
     def try_longest(self)->Probe: return _probe_longest(self)
-    def result(self, outcome:TrainingResult)->RewardResult: return _with_figures(outcome, read_metrics(self.folder.metrics))
+    def result(self, outcome): return _with_figures(outcome, read_metrics(self.folder.metrics))
 
     @property
     def answers(self)->list: # Of dicts {step, row, place, question, answers}
         "Every group of answers that was sampled and kept"
         return read_answers(self.kept.path)
 
-    @property
-    def last_groups(self)->list: # The same, of the last rollout; empty before the first
-        "The groups that were sampled last"
-        made = self.trainer and self.trainer.last
-        return [group_dict(made.step, g) for g in made.groups] if made else []
+# %% ../../nbs/rewards/04_trainer.ipynb #b0728346
+def last_groups(
+    run, # Any trainer of this package
+)->list: # Of dicts {step, row, place, question, answers}; empty where nothing was sampled
+    "The groups of answers that a run sampled last"
+    made = getattr(run.trainer, 'last', None)
+    return [group_dict(made.step, g) for g in made.groups] if made else []
 
-# %% ../../nbs/rewards/04_trainer.ipynb #3cddbb7e
+# %% ../../nbs/rewards/04_trainer.ipynb #db170462
 def trainer_for(
     config, # A `TrainingConfig`, one of its kinds, or a dict of settings
     quiet:bool=False, # No messages and no progress bar

@@ -194,7 +194,8 @@ def with_settings(
         config = config.adapted(**chosen, **(dict(lora=config.lora.adapted(**lora)) if lora else {}))
     given = dict(given)
     if lora := given.pop('lora', None): given['lora'] = config.lora.replace(**lora)
-    if 'method' in given and not isinstance(config, kind := config_class(given['method'])): return kind.like(config, **given)
+    kind = config_class(given['method']) if 'method' in given else type(config)
+    if not isinstance(config, kind): return kind.like(config, **given)
     return config.replace(**given) if given else config
 
 # %% ../../nbs/runs/04_tasks.ipynb #7ee166cb

@@ -100,10 +100,9 @@ class Board(Shown):
         figure:str='loss', # What the curve shows; "reward" where rewards are learned from
     ):
         self.prompts,self.card,self.unit,self.figure,self.phase = list(prompts),card,unit,figure,'preparing'
-        self.group = None # Answers to one question side by side, where rewards are learned from
         self.loss,self.held_out,self.rate = Curve(most),Curve(most),Curve(most)
         self.step = self.steps = self.done = self.changes = 0
-        self.seconds,self.now = 0.0,{} # of training, without pauses; the last of each number that was logged
+        self.seconds,self.now,self.group = 0.0,{},None # of training; the last of each number; answers side by side
         self.answers = {prompt_text(p): [] for p in self.prompts}
         self.questions,self.notes = deque(maxlen=12),deque(maxlen=24) # `Question`s; messages of the run
 
@@ -144,14 +143,15 @@ def _duration(seconds):
     return f'{s//60} min {s%60:02} s' if s<3600 else f'{s//3600:,} h {s%3600//60:02} min'
 
 # %% ../../nbs/ui/01_board.ipynb #e0000005
-reward_figures = dict(with_signal='groups with signal', kl='KL to the base', entropy='entropy', length='tokens of an answer',
-                      cut_off='answers cut off', clipped='tokens clipped')
+reward_figures = dict(with_signal='groups with signal', kl='KL to the base', entropy='entropy',
+                      length='tokens of an answer', cut_off='answers cut off', clipped='tokens clipped')
+_shares = 'with_signal', 'cut_off', 'clipped'
 
 def _of_rewards(now):
     "(name, text) of what is known of answers and their rewards"
     for k,v in now.items():
         if k.startswith('rewards/'): yield f'reward {k[8:]}',f'{v:.3g}'
-        elif k in reward_figures: yield reward_figures[k],f'{v:.0%}' if k in ('with_signal', 'cut_off', 'clipped') else f'{v:.3g}'
+        elif k in reward_figures: yield reward_figures[k],f'{v:.0%}' if k in _shares else f'{v:.3g}'
 
 def _facts(board):
     "(name, text, share) of each figure"

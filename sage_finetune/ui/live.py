@@ -18,7 +18,7 @@ from ..training.loop import Stopped # before transformers: it quiets bitsandbyte
 from ..training.resume import finished_result, TrainingResult
 from ..trainer import LoRATrainer
 from ..rewards.seen import group_table, most_telling
-from ..rewards.trainer import RewardTrainer, trainer_for
+from ..rewards.trainer import last_groups, RewardTrainer, trainer_for
 from transformers import TrainerCallback
 
 from ..core.disk import SageError, write_text
@@ -111,8 +111,8 @@ def _checked_run(run, prompts, every):
 
 def _new_board(run, prompts):
     memory = run.machine.memory if run.machine.device=='cuda' else run.machine.ram
-    how = dict(unit='', figure='reward') if isinstance(run, RewardTrainer) else dict(unit='') if run.is_preference else {}
-    return Board(prompts, memory, **how)
+    if isinstance(run, RewardTrainer): return Board(prompts, memory, unit='', figure='reward')
+    return Board(prompts, memory, **dict(unit='') if run.is_preference else {})
 
 # %% ../../nbs/ui/02_live.ipynb #1a700008
 class _Controls:
@@ -406,12 +406,14 @@ def _answered(board, step): return any(said and said[-1].last==step for said in 
 # %% ../../nbs/ui/02_live.ipynb #1a70001f
 _numbers = 'tokens_per_second', 'memory', *reward_figures
 
-def _known_numbers(logs): return {k: v for k,v in logs.items() if v is not None and (k in _numbers or k.startswith('rewards/'))}
+def _known_numbers(logs):
+    return {k: v for k,v in logs.items() if v is not None and (k in _numbers or k.startswith('rewards/'))}
 
 def _fill_curves(live):
     "What a run that continues had written down before"
     known,board = read_metrics(live.run.folder.metrics),live.board
-    for curve,key in ((board.loss, board.figure), (board.held_out, f'eval_{board.figure}'), (board.rate, 'learning_rate')):
+    keys = (board.loss, board.figure),(board.held_out, f'eval_{board.figure}'),(board.rate, 'learning_rate')
+    for curve,key in keys:
         if curve.line: continue
         for step,value in series(known, key): curve.add(step, value)
     for m in known: board.now |= _known_numbers(m)
@@ -433,9 +435,10 @@ def _take_numbers(live, step, logs):
     "What was logged; the sums begin anew with each loss"
     if 'loss' in logs: live._window = 0.0,0.0
     held = f'eval_{live.board.figure}'
-    if held in logs and not any(s==step for s,_ in live.board.held_out.line[-1:]): live.board.held_out.add(step, logs[held])
+    if held in logs and not any(s==step for s,_ in live.board.held_out.line[-1:]):
+        live.board.held_out.add(step, logs[held])
     live.board.now = live.board.now | _known_numbers(logs)
-    if groups := getattr(live.run, 'last_groups', None): live.board.group = group_table(most_telling(groups, 1)[0], 4)
+    if groups := last_groups(live.run): live.board.group = group_table(most_telling(groups, 1)[0], 4)
     live.board.update()
 
 # %% ../../nbs/ui/02_live.ipynb #a4252125

@@ -29,9 +29,11 @@ def test_numbers_are_exact_and_may_be_near():
 
 
 @pytest.mark.parametrize('value,schema,fits', [
-    (1, dict(type='integer'), 1), (1.0, dict(type='integer'), 1), (1.5, dict(type='integer'), 0), (True, dict(type='integer'), 0),
+    (1, dict(type='integer'), 1), (1.0, dict(type='integer'), 1), (1.5, dict(type='integer'), 0),
+    (True, dict(type='integer'), 0),
     (None, dict(type=['string', 'null']), 1), ([1, 'a'], dict(type='array', items=dict(type='integer')), 0),
-    ([1], dict(minItems=2), 0), ('abc', dict(pattern='^a.c$', maxLength=3), 1), (5, dict(minimum=5, exclusiveMaximum=6), 1),
+    ([1], dict(minItems=2), 0), ('abc', dict(pattern='^a.c$', maxLength=3), 1),
+    (5, dict(minimum=5, exclusiveMaximum=6), 1),
     (6, dict(exclusiveMaximum=6), 0), (dict(a=1, b=2), dict(properties=dict(a={}), additionalProperties=False), 0),
     (dict(a=1), dict(required=['b']), 0), (True, dict(enum=[1]), 0), (dict(x=[1.0]), dict(const=dict(x=[1])), 1),
     (3, dict(anyOf=[dict(type='string'), dict(minimum=2)]), 1)])
@@ -48,7 +50,8 @@ def test_a_schema_that_cannot_be_checked_is_refused_also_where_no_answer_is_json
 
 @pytest.mark.parametrize('said,worth', [
     ('<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>', 1),
-    ('<tool_call>{"name": "add", "arguments": {"b": 2.0, "a": 1}}', 1), ('{"name": "add", "arguments": "{\\"a\\": 1, \\"b\\": 2}"}', 1),
+    ('<tool_call>{"name": "add", "arguments": {"b": 2.0, "a": 1}}', 1),
+    ('{"name": "add", "arguments": "{\\"a\\": 1, \\"b\\": 2}"}', 1),
     ('{"function": {"name": "add", "arguments": {"a": 1, "b": 3}}}', .5), ('{"name": "sub", "arguments": {}}', 0),
     ('<tool_call>{"name": "add"</tool_call>', 0), ('3', 0), ('[]', 0), ('', 0)])
 def test_calls_are_compared_by_name_and_arguments(said, worth):
@@ -64,7 +67,8 @@ def test_words_forms_and_lengths():
 
 
 @pytest.mark.parametrize('value,why', [
-    (float('nan'), 'no finite number'), (float('inf'), 'no finite number'), ('1', 'no finite number'), ([1], 'no finite number')])
+    (float('nan'), 'no finite number'), (float('inf'), 'no finite number'), ('1', 'no finite number'),
+    ([1], 'no finite number')])
 def test_what_is_no_number_is_told_and_not_learned(value, why):
     found = judge([Reward('odd', lambda q,a,r: value), Reward('good', lambda q,a,r: 1)], '', '', {})
     assert found.total is None and why in found.failed['odd'] and found.parts['good']==1
@@ -84,6 +88,7 @@ def test_own_rewards_come_from_a_file_and_its_source_is_part_of_them(tmp_path):
     import linecache
     linecache.clearcache()
     assert rewards_of([dict(reward=f'{file}:kind')])[0].code!=first.code
-    for name,why in ((f'{file}:cruel', 'has no function'), (f'{tmp_path}/none.py:kind', 'names no file'), ('kind', 'no ready reward')):
+    wrong = {f'{file}:cruel': 'has no function', f'{tmp_path}/none.py:kind': 'names no file', 'kind': 'no ready reward'}
+    for name,why in wrong.items():
         with pytest.raises(ValueError, match=why): rewards_of([dict(reward=name)])
     with pytest.raises(ValueError, match='option of the reward'): rewards_of([dict(reward='number', tolerence=1)])

@@ -18,7 +18,8 @@ MEMORY = 256<<20
 # Name → code that mean harm; `PLACE` is a folder that the test looks at afterwards
 HOSTILE = dict(
     fork_bomb='import os\nwhile True: os.fork()',
-    clone_bomb='import ctypes\nlibc = ctypes.CDLL(None)\nwhile True:\n    if libc.syscall(56, 17, 0, 0, 0, 0)<0: raise OSError',
+    clone_bomb='import ctypes\nlibc = ctypes.CDLL(None)\nwhile True:\n'
+               '    if libc.syscall(56, 17, 0, 0, 0, 0)<0: raise OSError',
     process='import subprocess\nsubprocess.run(["/bin/touch", "PLACE/process"])',
     shell='import os\nif os.system("touch PLACE/shell"): raise OSError',
     program='import os\nos.execv("/bin/touch", ["touch", "PLACE/program"])',
@@ -91,14 +92,16 @@ def test_plain_code_runs(code, tests, share):
 
 
 def test_files_of_this_user_are_read_only_and_the_environment_is_empty():
-    assert run_python('import os', ['assert not [k for k in os.environ if k!="LC_CTYPE"]', 'assert os.getcwd()=="/"']).share==1
+    tests = ['assert not [k for k in os.environ if k!="LC_CTYPE"]', 'assert os.getcwd()=="/"']
+    assert run_python('import os', tests).share==1
 
 
 def test_a_system_that_cannot_isolate_is_refused():
     with patch.object(sandbox, '_known', {}), patch.object(platform, 'machine', lambda: 'riscv64'):
         assert 'riscv64 has no filter' in sandbox_fault()
         with pytest.raises(SageError, match='code cannot be run here'): run_python('', ['pass'])
-        with pytest.raises(SageError, match='"python_tests" runs what a model wrote'): rewards_of([dict(reward='python_tests')])
+        with pytest.raises(SageError, match='"python_tests" runs what a model wrote'):
+            rewards_of([dict(reward='python_tests')])
 
 
 def test_a_filter_that_does_not_hold_is_found():
