@@ -18,7 +18,7 @@ from sage_finetune.rewards.seen import look_at_rewards
 from sage_finetune.rows.sources import save_rows
 from sage_finetune.training.callbacks import read_metrics
 
-DATA = Path(__file__).resolve().parents[1]/'shared'/'data'/'gsm8k_train.jsonl'
+DATA = Path(__file__).resolve().parents[2]/'shared'/'data'/'gsm8k_train.jsonl'
 SYSTEM = ('Solve the problem in one short sentence. Then write #### and the number, and nothing else. '
           'Example: Tom has 2 boxes with 3 pens each, which are 2 * 3 = 6 pens. #### 6')
 REWARDS = [dict(reward='number', weight=1.0),
