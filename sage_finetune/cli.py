@@ -14,7 +14,7 @@ __all__ = ['app', 'Model', 'RunName', 'Runs', 'Output', 'Data', 'Shares', 'Stopp
 # %% ../nbs/05_cli.ipynb #b5095066
 import json,os,sys,threading
 from contextlib import suppress
-from importlib.util import find_spec
+from functools import wraps
 from pathlib import Path
 from shlex import quote
 from tempfile import TemporaryDirectory
@@ -24,12 +24,15 @@ from typer import Argument, Exit, Option, Typer, confirm, echo as typer_echo, pr
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from .core.beforehand import package_file
 from .core.disk import SageError
 from .core.display import size_text, visible
 from sage_finetune.core.machine import (
     goes_on, last_words, program_name, refuse_other_encodings, stop_raises, use_utf8, versions_text
 )
 from .base.llama_cpp import with_gguf_type
+from .runs.rate_finder import find_rate_command
+from .study import commands
 
 # %% ../nbs/05_cli.ipynb #7c48b3da
 class _Ended(Exception): "A command was stopped: the signal is its cause, which typer would take for itself"
@@ -43,9 +46,8 @@ class _Commands(TyperGroup):
         try: return work(*args, **how)
         except KeyboardInterrupt as e: raise _Ended from e
 
-app = Typer(cls=_Commands, name='sage-finetune',
-            help='Fine-tune language models with LoRA: data, training, merging, chatting.', no_args_is_help=True,
-            pretty_exceptions_enable=False, rich_markup_mode=None)
+app = Typer(cls=_Commands, name='sage-finetune', no_args_is_help=True, pretty_exceptions_enable=False,
+            help='Fine-tune language models with LoRA: data, training, merging, chatting.', rich_markup_mode=None)
 
 def _show_version(asked):
     if asked: raise Exit(echo(versions_text()) or 0)
@@ -89,7 +91,8 @@ def _fail(text, status):
     return status
 
 _after_a_stop = dict(
-    run=goes_on, start=goes_on, quickstart=goes_on, repeat='the same command, with a new folder, begins again',
+    run=goes_on, start=goes_on, sweep=goes_on, quickstart=goes_on,
+    repeat='the same command, with a new folder, begins again',
     merge='no merged model was written, and the same command begins again',
     export='nothing was exported, and the same command begins again', serve='the same command serves again')
 
@@ -342,9 +345,9 @@ def _train(target, fresh, live=False, prompts=(), base=None):
     _show_result(result, trainer.folder.path)
 
 def _show_result(result, folder):
-    before,after = getattr(result, 'reward_before', None),getattr(result, 'reward_after', None)
-    held = '' if result.loss_before is None else f', held-out loss {result.loss_before:.3f} → {result.loss_after:.3f}'
-    if before is not None: held = f', held-out reward {before:.3f} → {after:.3f}'
+    what,sign = ('reward', -1) if hasattr(result, 'reward_before') else ('loss', 1)
+    before,after = result.loss_before,result.loss_after
+    held = '' if before is None else f', held-out {what} {sign*before:.3f} → {sign*after:.3f}'
     echo(f'Trained {result.steps} steps{held}. Adapter: {folder}/lora_weights')
     if result.earlier_after is not None:
         echo(f'On rows of the parent run: held-out loss {result.earlier_before:.3f} → {result.earlier_after:.3f}')
@@ -682,7 +685,7 @@ def export(
     else: echo(f'Written: {export_folder(name, output, kind, **card)}')
 
 # %% ../nbs/05_cli.ipynb #db7520ec
-EXAMPLES = (Path(find_spec('sage_finetune').submodule_search_locations[0])/'tables'/'examples.txt').read_text('utf-8')
+EXAMPLES = package_file('tables', 'examples.txt').read_text('utf-8')
 
 @app.command()
 def examples():
@@ -704,3 +707,12 @@ def generate(
     "Let a model behind a server write questions and answers about documents or code; what does not hold is dropped"
     from sage_finetune.synthetic.teacher import generate_rows
     _print(generate_rows(source, url, output, model, questions, exam=exam, most=most, api_key=api_key, say=echo))
+
+def _printed(command):
+    "A command of a wing, which gives back what is printed"
+    @wraps(command)
+    def go(*args, **how): _print(*command(*args, **how))
+    return app.command()(go)
+
+app.command('find-rate')(find_rate_command)
+for command in (commands.exam, commands.sweep, commands.report, commands.script): _printed(command)

@@ -22,6 +22,7 @@ SECTIONS = {
     'synthetic': 'rows that are made: facts of a codebase, questions and answers by a teacher',
     'runs': 'tasks, which kind of file a run was given (ours, TRL, LLaMA-Factory, axolotl), runs '
     'read back and compared, launching',
+    'study': 'many runs on one base, exams with their uncertainty, reports, what taught a model that',
     'ui': 'looking at rows and tokens, the dashboard, the form, what was learned, all runs at a glance',
 }
 OTHER = {'tutorials': 'Tutorials', 'recipes': 'Recipes'}

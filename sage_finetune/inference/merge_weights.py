@@ -137,10 +137,11 @@ class WeightChanges:
     "What adapters change, by the names of weights in the plain model"
     replaced: dict = field(default_factory=dict) # Name → `Stored`: trained whole
     added: dict = field(default_factory=dict) # Name → function of the base's weight: what it becomes
+    tokens: dict = field(default_factory=dict) # Name → (ids, `Stored`): rows of single tokens, trained whole
     rows: int = 0 # Tokens of the vocabulary, where it has grown
     unties: bool = False # Whether head and embedding are no longer the same
 
-    def touches(self, name): return name in self.replaced or name in self.added
+    def touches(self, name): return any(name in d for d in (self.replaced, self.added, self.tokens))
 
 # %% ../../nbs/inference/02_merge_weights.ipynb #a2000011
 def layer_tensors(
@@ -176,6 +177,30 @@ def _unties(changes, base):
     if head and embedding: return not torch.equal(head.read(), embedding.read())
     return bool(head or embedding)
 
+_of_tokens = '.trainable_tokens_delta'
+
+def _brings_both(tensors):
+    "Whether an adapter holds rows of single tokens, and other weights of the base as they were"
+    plain = [k for k in tensors if '.lora_' not in k]
+    return any(k.endswith(_of_tokens) for k in plain) and any('.base_layer.' in k or '.original_' in k for k in plain)
+
+def _token_rows(key, tensor, settings, base):
+    "{name of a matrix: (ids, `Stored`)} for the rows of single tokens"
+    layer,ids = key.removesuffix(_of_tokens),settings.trainable_token_indices
+    if isinstance(ids, dict): ids = next(v for n,v in ids.items() if f'.{layer}'.endswith(f'.{n}'))
+    if f'{layer}.weight'==base.head: raise _NotByName('other rows of the head are trained than of the embedding')
+    grows = max(ids)>=base.stored[base.key(f'{layer}.weight')].shape[0]
+    if grows and f'{layer}.bias' in base.key_of: raise _NotByName(f'{layer} has a bias, which gets longer')
+    return {f'{layer}.weight': ([*ids], tensor)}
+
+def _with_token_rows(weight, ids, rows):
+    "A matrix with one row for each token in which some are others, or new"
+    dtype = torch.promote_types(weight.dtype, rows.dtype)
+    new = weight.new_zeros(max(len(weight), max(ids)+1), weight.shape[1], dtype=dtype)
+    new[:len(weight)] = weight
+    new[torch.tensor(ids)] = rows.to(dtype)
+    return new
+
 # %% ../../nbs/inference/02_merge_weights.ipynb #a2000014
 def weight_changes(
     model, # The base with the adapters on it, perhaps without numbers
@@ -186,15 +211,20 @@ def weight_changes(
     from peft.tuners.lora import LoraLayer
     plain = {bare_name(n) for n,_ in model.named_parameters(remove_duplicate=False) if 'lora_' not in n}
     changes = WeightChanges()
-    for tensors in adapters.values():
+    for which,tensors in adapters.items():
         for key,t in tensors.items():
             if '.lora_' in key: continue
+            if key.endswith(_of_tokens):
+                changes.tokens |= _token_rows(bare_name(key), t, model.peft_config[which], base)
+                continue
             if bare_name(key) not in plain: raise _NotByName(f'{key} is no weight of the base')
             changes.replaced[bare_name(key)] = t
             if bare_name(key)==base.embedding and key.endswith('.base_layer.weight') and base.head:
                 changes.replaced.setdefault(base.head, t) # peft leaves the head tied to what is below the adapter
     for path,layer in model.named_modules():
         if isinstance(layer, LoraLayer): changes.added.update(_layer_changes(path, layer, adapters))
+    if twice := [n for n in changes.tokens if n in changes.replaced or n in changes.added]:
+        raise _NotByName(f'{twice[0]} is changed in two ways')
     if base.head: changes.unties = _unties(changes, base)
     return changes
 
@@ -306,10 +336,15 @@ def put_adapters(
 # %% ../../nbs/inference/02_merge_weights.ipynb #a2000021
 def _check_names(base, changes):
     "Every weight that is changed is one tensor of the base"
-    for name in (*changes.replaced, *changes.added):
+    for name in (*changes.replaced, *changes.added, *changes.tokens):
         if name in base.key_of or name==base.head: continue
         if name in base.converted: raise _NotByName(f'{name} is made of several tensors when the base is loaded')
         raise _NotByName(f'{name} has no tensor of its own on disk')
+
+def _shape_of(name, base, changes):
+    "Shape of a weight of the merged model"
+    shape = tuple((changes.replaced.get(name) or base.stored[base.key(name)]).shape)
+    return (max(shape[0], max(changes.tokens[name][0])+1), *shape[1:]) if name in changes.tokens else shape
 
 def _check_shapes(model, base, changes):
     "Every weight that is not replaced has the shape that the model with the adapter expects"
@@ -317,7 +352,7 @@ def _check_shapes(model, base, changes):
                 if 'lora_' not in n}
     for name,key in base.key_of.items():
         if name not in expected or name==base.head and not changes.unties: continue
-        shape = tuple((changes.replaced.get(name) or base.stored[key]).shape)
+        shape = _shape_of(name, base, changes)
         if shape!=expected[name]:
             raise SageError(f'{name} has the shape {shape} in the base, and the adapter was trained with '
                             f'{expected[name]}: it is the adapter of another base')
@@ -333,8 +368,8 @@ def find_weights(
         plan.why,plan.dtype = 'the weights of the base are not in the safetensors format',plan.dtype or torch.float32
         return plan
     plan.dtype = plan.dtype or _main_format(stored)
-    if any('trainable_tokens_delta' in k for f,_ in plan.adapters.values() for k in adapter_tensors(f)):
-        plan.why = 'the adapter trains the rows of single tokens'
+    if any(_brings_both(adapter_tensors(f)) for f,_ in plan.adapters.values()):
+        plan.why = 'the adapter trains the rows of single tokens, and brings the whole matrix too'
         return plan
     model = empty_model(place)
     base,vocabulary = base_weights(model, stored),model.get_input_embeddings().weight.shape[0]
@@ -359,7 +394,7 @@ def _layout(base, changes, dtype):
     for key,t in base.stored.items():
         name = name_of.get(key, key)
         if name==base.head and not changes.unties: continue # the embedding stands for both
-        shape = changes.replaced[name].shape if name in changes.replaced else t.shape
+        shape = _shape_of(name, base, changes) if changes.touches(name) else t.shape
         layout[key] = name,dtype if changes.touches(name) or t.dtype==main else t.dtype,shape
     if changes.unties and base.key_of.get(base.head) not in layout:
         like = changes.replaced.get(base.head) or base.stored[base.key_of[base.embedding]]
@@ -371,6 +406,7 @@ def _weight(name, base, changes, quantised):
     "A weight of the merged model; `quantised` is None, or (names, bits, format in training)"
     t = (changes.replaced.get(name) or base.stored[base.key(name)]).read()
     if quantised and name in quantised[0]: t = dequantised_weight(t, *quantised[1:])
+    if name in changes.tokens: return _with_token_rows(t, changes.tokens[name][0], changes.tokens[name][1].read())
     return changes.added[name](t) if name in changes.added else t
 
 def _write_weights(folder, plan, quantised):

@@ -192,6 +192,7 @@ def _model_bytes(tensors, dtype): return sum(t.size/t.dtype.itemsize for t in te
 def _streamed(plan, dtype):
     "Whether the proof is to read weights as they are needed"
     if plan.weights is None or plan.weights.converted or torch.cuda.is_available(): return False
+    if plan.changes.tokens: return False # peft computes with a matrix that it makes of base and rows
     return _model_bytes(plan.weights.stored, dtype)>stream_above
 
 def _next_tokens(logits): return [t for l in logits for t in l.argmax(-1).tolist()]

@@ -27,6 +27,7 @@ from . import adapter, lora_path
 from .adapter import add_lora, ready_for_quantised_training
 from .lora_path import shared_inputs
 from ..base.loading import dtype_of, model_class
+from ..base.new_tokens import add_token_rows, tokenizer_for
 from .loss import FrozenHead, head_bytes, LogitTransform
 
 # %% ../../nbs/model/04_step_bytes.ipynb #c3403b39
@@ -130,10 +131,11 @@ def build_on_meta(
     with torch.device('meta'):
         model = model_class(model_config).from_config(
             deepcopy(model_config), dtype=dtype, trust_remote_code=False) # it writes into the config
+        rows = add_token_rows(model, tokenizer_for(config), config.add_tokens) if config.add_tokens else None
         bits = 8 if config.load_in_8bit else 4 if config.load_in_4bit else None
         if bits: model = ready_for_quantised_training(_pack(model, bits, torch.float16 if bits==8 else dtype))
         weights = _weight_bytes(model)
-        return add_lora(model, lora).train(),weights
+        return add_lora(model, lora, rows).train(),weights
 
 # %% ../../nbs/model/04_step_bytes.ipynb #56a4e6d1
 def attention_kernel(

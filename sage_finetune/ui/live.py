@@ -404,7 +404,8 @@ def _take_up(live, state):
 def _answered(board, step): return any(said and said[-1].last==step for said in board.answers.values())
 
 # %% ../../nbs/ui/02_live.ipynb #1a70001f
-_numbers = 'tokens_per_second', 'memory', *reward_figures
+_numbers = ('tokens_per_second', 'memory', 'exam', 'exam_low', 'exam_high', 'general', 'general_low', 'general_high',
+            *reward_figures)
 
 def _known_numbers(logs):
     return {k: v for k,v in logs.items() if v is not None and (k in _numbers or k.startswith('rewards/'))}
