@@ -381,6 +381,8 @@ def _check_rewards(config):
     for n,value in _not_for_rewards.items():
         if getattr(config, n)!=value:
             raise ValueError(f'`{n}={getattr(config, n)}` does not go together with rewards: leave it out')
+    if config.lora.modules_to_save:
+        raise ValueError('`lora.modules_to_save` does not go together with rewards: leave it out')
     if config.effective_batch_size%config.num_generations:
         raise ValueError(f'`per_device_train_batch_size` × `gradient_accumulation_steps` are the answers behind a '
                          f'step, and must be a multiple of `num_generations={config.num_generations}`, got '
