@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT)]
 from sage_finetune.base.llama_cpp import ask_llama_cpp  # noqa: E402
 from sage_finetune.config import LoRAConfig, TrainingConfig  # noqa: E402
 from sage_finetune.core.run_folder import write_meta  # noqa: E402
-from sage_finetune.inference import export  # noqa: E402
+from sage_finetune.serving import export  # noqa: E402
 from sage_finetune.rows.formats import create_sample_data  # noqa: E402
 
 

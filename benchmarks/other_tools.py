@@ -2,9 +2,11 @@
 their documented commands and examples, each really trained for two steps on the embedded model
 
 `python benchmarks/other_tools.py` prints the tables in Markdown and keeps what came of each command and example in
-other_tools.json (`--settings` prints the table of settings alone, `--anew` forgets what is kept). With the sources of
-LLaMA-Factory and axolotl, as `pip download --no-deps --no-binary :all: llamafactory==0.9.5 axolotl==0.19.0` brings
-them, `--sources FOLDER` writes the lists of examples anew, and names each setting of theirs that has no row here.
+other_tools.json (`--settings` prints the table of settings alone, `--anew` forgets what is kept). Examples of axolotl
+that differ in numbers alone (rates, ranks, lengths, batches, epochs) are trained once; `--every` trains each. With the
+sources of LLaMA-Factory and axolotl (`pip download --no-deps --no-binary :all: llamafactory==0.9.5 axolotl==0.19.0`,
+unpacked), `--sources FOLDER` writes the lists of examples anew, and names each setting of theirs that has no row here.
+Trackers that files name must be installed (`pip install wandb`), as for the tool itself.
 """
 import argparse
 import ast
@@ -117,6 +119,30 @@ def asked():
             yield tool, name, lambda place,g=given,m=make: m(g, place)
 
 
+NUMBERS = {
+    'learning_rate', 'max_length', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'num_train_epochs',
+    'warmup_ratio', 'warmup_steps', 'logging_steps', 'save_steps', 'save_total_limit', 'seed', 'weight_decay',
+    'adam_beta1', 'adam_beta2', 'adam_epsilon', 'max_grad_norm', 'output_dir', 'dataloader_num_workers', 'r',
+    'lora_alpha', 'lora_dropout'}
+
+
+def kind_of(make, vision):
+    "What an example asks for, its numbers apart; None where it is refused"
+    from sage_finetune.runs.other_tools import translated
+    here = os.getcwd()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            os.chdir(folder)
+            t = translated(make(documented.Place(folder, vision)))
+        except SageError: return None
+        finally: os.chdir(here)
+    plain = {k: v for k,v in (t.settings | t.settings.get('lora', {})).items() if k not in NUMBERS and k!='lora'}
+    layers = plain['target_modules']
+    plain['target_modules'] = 'names' if isinstance(layers, list) else 'all' if layers=='all-linear' else 'a pattern'
+    reads = [sorted(map(str, (d.read.keywords if d.read else {}).items())) for d in t.data]
+    return json.dumps([plain, reads, bool(t.share), [d.split for d in t.data]], sort_keys=True, default=str)
+
+
 def came_of(make, vision):
     "\"ran\", or why not"
     from sage_finetune.runs.pipeline import merge_asked
@@ -131,7 +157,7 @@ def came_of(make, vision):
             steps = run.train().steps
             return 'ran' if steps==2 else f'{steps} steps'
         except (SageError, ValueError) as e: return ' '.join(str(e).replace(folder, '.').split())
-        except Exception as e: return f'{type(e).__name__}: {" ".join(str(e).split())}'
+        except Exception as e: return f'ERROR {type(e).__name__}: {" ".join(str(e).split())}'
         finally: os.chdir(here)
 
 
@@ -149,28 +175,33 @@ def merged(file, folder, vision, merge_asked, trainer_of):
     return 'ran' if report is not None and (Path(report.path)/'config.json').is_file() else 'nothing was merged'
 
 
-def runs(anew=False):
+def runs(anew=False, every=False):
     "{tool: {name: \"ran\" or why not}}; what is kept is not tried again"
     from sage_finetune.base.tiny_vision import tiny_vision_model
     kept = {} if anew or not KEPT.is_file() else json.loads(KEPT.read_text(encoding='utf-8'))
     with tempfile.TemporaryDirectory() as folder:
         vision = tiny_vision_model(Path(folder)/'vision')
+        alike = {}
         for tool,name,make in asked():
-            if name in kept.get(tool, {}): continue
-            kept.setdefault(tool, {})[name] = what = came_of(make, vision)
-            print(f'{tool} {name}: {what[:200]}', file=sys.stderr, flush=True)
+            known = kept.setdefault(tool, {}).get(name)
+            kind = kind_of(make, vision) if tool=='axolotl' and not every else None
+            if known is None: known = f'ran: as {alike[kind]}' if kind in alike else came_of(make, vision)
+            if known=='ran' and kind: alike.setdefault(kind, name)
+            if name in kept[tool]: continue
+            kept[tool][name] = known
+            print(f'{tool} {name}: {known[:200]}', file=sys.stderr, flush=True)
             write_json(KEPT, kept)
     return kept
 
 
 def reason(what):
     "A refusal as one word to count by"
-    if what=='ran': return what
+    if what.startswith('ran'): return 'ran'
     kinds = {'use_peft=False': 'trains all weights', 'trl=': 'another method',
              'for several processes': 'for several processes', 'rl=': 'another method', 'stage=': 'another method',
              'dataset is missing (to train': 'talks to a model'}
-    refused = 'refused by name' if 'not here' in what else 'an error'
-    return next((k for part,k in kinds.items() if part in what), refused)
+    if what.startswith('ERROR') or what[0].isdigit() or what=='nothing was merged': return 'an error'
+    return next((k for part,k in kinds.items() if part in what), 'refused by name')
 
 
 def counted(kept):
@@ -188,13 +219,14 @@ if __name__=='__main__':
     parser = argparse.ArgumentParser()
     parser.add_argument('--settings', action='store_true')
     parser.add_argument('--anew', action='store_true')
+    parser.add_argument('--every', action='store_true')
     parser.add_argument('--sources')
     given = parser.parse_args()
     if given.sources: read_sources(given.sources)
     head = ['settings of', 'there are', 'mapped', 'without effect', 'refused unless off', 'unknown']
     print(markdown(head, settings()))
     if given.settings or given.sources: raise SystemExit
-    kept = runs(given.anew)
+    kept = runs(given.anew, given.every)
     print('\n'+markdown(['documented', 'there are', *KINDS], counted(kept)))
     for tool,found in kept.items():
         for name,what in found.items():

@@ -144,7 +144,7 @@ def key(c): return c['model'], c['kind'], c['rate'], c['rank'], c.get('use_dora'
 def cells(model):
     "Kind, rate, rank and more of each cell; the nearest to the advice first within a rank"
     rates = RATES.get(model, OTHER_RATES)
-    order = sorted(rates, key=lambda r: abs(rates.index(r)-3))
+    order = sorted(rates, key=lambda r: (abs(rates.index(r)-3), -r)) # of two, the higher first
     plain = [(k, rate, rank, {}) for rank in RANKS for rate in order for k in KINDS]
     return plain + [(k, rates[3], rank, dict(use_dora=True)) for rank in (4, 16) for k in KINDS]
 
@@ -168,7 +168,9 @@ def found():
     return {k: sorted(v, key=lambda c: c['rate']) for k,v in sorted(cells.items())}
 
 
-def advised(model, rows): return suggest(TrainingConfig(model_name=model), rows).settings['learning_rate']
+def advised(model, rows):
+    steps = SIZES.get(model, OTHER_SIZES)[0]
+    return suggest(TrainingConfig(model_name=model, max_steps=steps), rows).settings['learning_rate']
 
 
 def table():

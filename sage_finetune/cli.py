@@ -540,7 +540,7 @@ def chat(
     "Talk to a run: its merged model, else its adapter, or to a server"
     if url:
         if image: raise ValueError('`--image` is for a model that is loaded here, and `--url` names a server')
-        from sage_finetune.inference.client import speaker_at
+        from sage_finetune.serving.client import speaker_at
         say,below = speaker_at(url, name, max_new_tokens, api_key),None
     else: say,below = _loaded(name, adapter, max_new_tokens, ignore_contract, base)
     if prompt is None:
@@ -651,7 +651,7 @@ def serve(
                                                      'or transformers, as they are')] = None,
 ):
     "Serve a run to programs that speak the API of OpenAI"
-    from sage_finetune.inference.serve import serve as go
+    from sage_finetune.serving.serve import serve as go
     stopped_by = go(name, host, port, api_key, say=echo, engine=engine, adapter=adapter, max_new_tokens=max_new_tokens,
        ignore_contract=ignore_contract, base=base, allow_host=tuple(allow_host or ()),
        options=tuple(options or ()))
@@ -674,7 +674,7 @@ def export(
     license: Annotated[Optional[str], Option('--license', help='As the Hub knows it, such as apache-2.0')] = None,
 ):
     "Write a model for others, with a card: a folder, GGUF, or on the Hub"
-    from sage_finetune.inference.export import export_folder, export_gguf, gguf_report, push_to_hub
+    from sage_finetune.serving.export import export_folder, export_gguf, gguf_report, push_to_hub
     kind,card = 'adapter' if adapter else 'merged',dict(license=license, base=base)
     if gguf and (adapter or push): raise ValueError('`--gguf` goes with neither `--adapter` nor `--push`')
     if push and output: raise ValueError('`--output` and `--push` exclude each other')

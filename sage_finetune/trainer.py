@@ -37,8 +37,7 @@ from sage_finetune.training.loop import (
 from sage_finetune.training.resume import (
     check_same_run, checkpoint_step, clear_run, data_digest, finished_result, fit_of_run, is_last_step, keep_best,
     keep_last_step, library_versions, load_finished, load_last_step, losses_before, remembered_changes, result_of,
-    RowsDigest, run_record, save_run, smaller_micro_batches, StopSignal, TrainingResult, with_place,
-    without_traceback
+    RowsDigest, run_record, save_run, smaller_micro_batches, StopSignal, TrainingResult, with_place, without_traceback
 )
 from sage_finetune.training.processes import (
     agreed, joined_processes, one_after_another, processes_line, refuse_smaller_micro_batches, tell, wait_for_all

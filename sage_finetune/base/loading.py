@@ -32,6 +32,7 @@ from ..core.cache import gguf_words
 from ..core.disk import read_json, SageError
 from ..config import resolve_model, TrainingConfig
 from ..core.machine import division, missing_package
+from ..core.text_stream import one_line
 from ..rows.images import need_pillow, processor_files, processor_names, processor_of, with_processor
 from ..rows.template import ensure_template
 from .attention import repeat_heads
@@ -259,7 +260,7 @@ def check_stored(
     what = f'`model_name`: {name} is stored in {stored}'
     try: trainable = _quantiser(name, stored).is_trainable
     except (*_load_errors, RuntimeError, TypeError, AttributeError, NotImplementedError) as e:
-        raise SageError(f'{what}, and cannot be used here: {" ".join(str(e).split())[:300]}') from None
+        raise SageError(f'{what}, and cannot be used here: {one_line(e)}') from None
     if not trainable:
         raise SageError(f'{what}, and transformers trains no adapter on that: give the model it was made from')
     return str(stored)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from .disk import read_json
 from .machine import Change
 from .settings import checked, refuse_unknown, value_words
+from .text_stream import one_line
 
 # %% ../../nbs/core/08_beforehand.ipynb #08be0008
 _of_torch = 'adamw_torch', 'adamw_torch_fused', 'adafactor', 'sgd', 'adagrad', 'rmsprop'
@@ -150,7 +151,7 @@ def try_optimizer(
     "Refuse an optimizer that cannot take a step on this machine"
     check_optimizer(name)
     try: moved = _one_step(name, device)
-    except Exception as e: why = ' '.join(str(e).split())[:300] or type(e).__name__
+    except Exception as e: why = one_line(e) or type(e).__name__
     else: why = None if ((moved<1) & moved.isfinite()).all() else 'its first step is none'
     if why: raise ValueError(f'`optim="{name}"` cannot be used here: {why}; take "adamw_torch", or mend that')
 
@@ -184,7 +185,7 @@ def try_schedule(
     steps = steps or max(100, 10*int(own))
     what,warm = f'`lr_scheduler_type="{name}"` with `lr_scheduler_kwargs={options}`',-int(-steps*warmup//1)
     try: rates = _rates(name, options, learning_rate, warm, steps)
-    except Exception as e: raise ValueError(f'{what}: {" ".join(str(e).split())[:200]}') from None
+    except Exception as e: raise ValueError(f'{what}: {one_line(e, 200)}') from None
     if not all(0<=r<=learning_rate*(1+1e-6) for r in rates):
         raise ValueError(f'{what} leads to a rate of {max(rates, key=abs):.3g}, and `learning_rate={learning_rate:g}` '
                          f'is the highest: lower `min_lr` or `lr_end`, or raise `learning_rate`')

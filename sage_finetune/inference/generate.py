@@ -22,6 +22,7 @@ from transformers import AutoConfig
 from ..core.disk import read_json, SageError
 from ..core.machine import Machine
 from ..core.run_folder import RunFolder
+from ..core.text_stream import one_line
 from ..config import base_place, fit_config, resolve_model, TrainingConfig
 from ..rows.formats import to_messages
 from ..rows.images import image_inputs
@@ -162,7 +163,7 @@ def put_adapter(
                 on = PeftModel.from_pretrained(base, str(folder), adapter_name=name, **how)
             else: on.load_adapter(str(folder), adapter_name=name, **how)
     except (ValueError, RuntimeError, KeyError, TypeError) as e:
-        raise SageError(f'the adapter {folder} does not fit the base: {" ".join(str(e).split())[:300]}') from None
+        raise SageError(f'the adapter {folder} does not fit the base: {one_line(e)}') from None
     _refuse_strangers(folder, _places(on, name), {k.removesuffix('.weight') for k in tensors if '.lora_' in k})
     known = getattr(on, 'base_values', {}) # the first numbers are the base's
     on.base_values = ({} if empty else _shorter(on, size)) | _of_the_base(on, before) | known

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ..core.disk import manifest_fault, manifest_file, places_note, read_json, SageError, write_json
+from ..core.text_stream import one_line
 from ..rows.images import copy_processor, processor_digest
 from ..rows.template import render
 from ..rows.tokens import encode, end_of_turn_ids
@@ -245,7 +246,7 @@ def save_witness(
     "Write what the model in memory answers beside what was saved of it"
     try: found = witness_of(model, tokenizer)
     except Exception as e: # what was trained is saved, whatever happens here
-        found = dict(version=1, missing=f'{type(e).__name__}: {" ".join(str(e).split())[:200]}')
+        found = dict(version=1, missing=f'{type(e).__name__}: {one_line(e, 200)}')
     write_json(Path(folder)/witness_file, found)
 
 # %% ../../nbs/model/03_contract.ipynb #c0b5e00f

@@ -16,6 +16,7 @@ from ..core.disk import SageError
 from ..core.display import Panel, Shown, size_text, Table
 from ..config import fit_config, PreferenceConfig, resolve_model, RewardConfig, TrainingConfig
 from ..core.machine import Machine
+from ..core.text_stream import one_line
 
 # %% ../../nbs/model/05_memory.ipynb #fb074ca7
 def optimizer_bytes(
@@ -196,10 +197,10 @@ def _counted(config, machine, model_config):
     try:
         return *(made := build_on_meta(config, model_config)),step_bytes(made[0], config, machine)
     except SageError: raise
-    except ValueError as e: raise ValueError(' '.join(str(e).split())[:300]) from None
+    except ValueError as e: raise ValueError(one_line(e)) from None
     except Exception as e:
         raise SageError(f'{type(model_config).__name__} cannot be counted without its weights '
-                        f'({" ".join(str(e).split())[:150]}); train, and look at the probe') from None
+                        f'({one_line(e, 150)}); train, and look at the probe') from None
 
 # %% ../../nbs/model/05_memory.ipynb #0c141f79
 def _sampling_bytes(config, shape):

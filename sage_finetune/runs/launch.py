@@ -22,6 +22,7 @@ from ..core.settings import checked, refuse_unknown
 from ..core.machine import goes_on, last_words, process, processes, stop_raises
 from .other_tools import read_settings
 from ..core.run_folder import find_run
+from ..core.text_stream import one_line
 from .tasks import trainer_of
 
 # %% ../../nbs/runs/06_launch.ipynb #5bdbafef
@@ -140,7 +141,7 @@ def _start(command):
         except SignalException as e: return 128+int(e.sigval),None # the first process has reported where it stopped
         except ChildFailedError as e: return _first_failure(e)
         except DistError as e:
-            raise SageError(f'the machines did not find each other: {" ".join(str(e).split())[:200]}; '
+            raise SageError(f'the machines did not find each other: {one_line(e, 200)}; '
                             f'check `main_process_ip` and `main_process_port`') from None
     return 0,None
 
@@ -237,8 +238,8 @@ def _launched_by(options):
     how = dict(nproc=number if isinstance(number, int) and number>1 else None, config=way)
     return {k: v for k,v in how.items() if v is not None}
 
-_kinds = 'sft|dpo|mpo|kto|orpo|cpo|bco|grpo|rloo|reward|distillation'
-_script = re.compile(rf'(?:trl\.scripts\.)?({_kinds})(?:_\w+)?(?:\.py)?') # of TRL, such as `sft_vlm.py`
+_trl_methods = 'sft|dpo|mpo|kto|orpo|cpo|bco|grpo|rloo|reward|distillation'
+_trl_script = re.compile(rf'(?:trl\.scripts\.)?({_trl_methods})(?:_\w+)?(?:\.py)?') # of TRL, such as `sft_vlm.py`
 
 def _without_host(words):
     "A command without what `hf jobs` reads of it, to run it elsewhere"
@@ -251,7 +252,7 @@ def _start_of(words):
     for i,word in enumerate(words):
         base = word.rstrip('/').rpartition('/')[2]
         if base in ('trl', 'llamafactory-cli', 'lmf', 'axolotl'): return base.replace('lmf', 'llamafactory-cli'),i+1
-        if base.endswith('.py') and _script.fullmatch(base) or base.startswith('trl.scripts.'): return 'trl',i
+        if base.endswith('.py') and _trl_script.fullmatch(base) or base.startswith('trl.scripts.'): return 'trl',i
         if base in ('axolotl.cli.train', 'llamafactory.launcher', 'train_bash.py'):
             return ('axolotl' if base.startswith('axolotl') else 'llamafactory-cli'),i
 
@@ -278,7 +279,8 @@ def tool_command(
     tool,at = found
     before,action,behind = _options_of(words[:at])[0],words[at] if at<len(words) else '',words[at+1:]
     script = action.rpartition('/')[2].removesuffix('.py')
-    if tool=='trl' and (known := _script.fullmatch(script)): script = known[1].replace('mpo', 'dpo') # with three losses
+    if tool=='trl' and (known := _trl_script.fullmatch(script)):
+        script = known[1].replace('mpo', 'dpo') # with three losses
     if action.endswith(('axolotl.cli.train', 'llamafactory.launcher', 'train_bash.py')): script = 'train'
     options,rest = _options_of(behind)
     below = _file_below(options, rest, tool)

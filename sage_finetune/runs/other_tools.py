@@ -156,11 +156,12 @@ def _blocks(given, out):
     lora = _part(given, out, 'peft_config', ('name', 'adapter_name_or_path', *names, 'task_type', *_of_export))
     if (kind := lora.get('name'))!='lora':
         raise RefusedSetting(f'peft_config.name={kind!r} (only adapters are trained here)')
-    s['lora'] = dict(r=8, lora_alpha=16, lora_dropout=0.0, target_modules='all-linear') | {
-        k: layers_in(v) if k=='target_modules' else v for k,v in lora.items() if k in names}
-    parent = lora.get('adapter_name_or_path')
     if not (given.get('train_dataset') or given.get('dataset')): out.merge_into = lora.get('export_dir')
-    if parent and not out.merge_into: s['init_adapter'] = parent if isinstance(parent, str) else ','.join(parent)
+    parent = names_in(lora.get('adapter_name_or_path') or []) if not out.merge_into else []
+    if len(parent)>1: raise RefusedSetting(f'peft_config.adapter_name_or_path={parent!r} (a run continues from one)')
+    if parent: s['init_adapter'] = parent[0]
+    own = {} if parent else dict(r=8, lora_alpha=16, lora_dropout=0.0, target_modules='all-linear')
+    s['lora'] = own | {k: layers_in(v) if k=='target_modules' else v for k,v in lora.items() if k in names}
     bits = _part(given, out, 'quant_config', ('name', 'quantization_bit')).get('quantization_bit')
     if bits not in (None, 4, 8): raise RefusedSetting(f'quant_config.quantization_bit={bits!r} (it may be 4 or 8)')
     s |= dict(load_in_4bit=bits==4, load_in_8bit=bits==8)

@@ -109,7 +109,7 @@ def weight_sums(
     bits = lambda p: p.detach().contiguous().view(whole[p.element_size()])
     return [int(bits(p).sum(dtype=torch.int64)) for p in model.parameters()]
 
-# %% ../../nbs/study/02_sweep.ipynb #fb89e4eb
+# %% ../../nbs/study/02_sweep.ipynb #9e75a581
 class SharedBase:
     "One frozen base in memory, lent to one run after the other"
     def __init__(self): self.asked = self.model = self.sums = None
@@ -129,7 +129,8 @@ class SharedBase:
     def lend(self, run):
         "Let a run take its base from here, where its settings leave the base as it is"
         c = run.config
-        if c.lora.bias=='none' and not changes_base(c.lora) and not c.stack_adapter: run.load_model = self.load
+        own = changes_base(c.lora), c.stack_adapter, c.add_tokens, c.lora.modules_to_save, c.lora.bias!='none'
+        if not any(own): run.load_model = self.load
         return run
 
 # %% ../../nbs/study/02_sweep.ipynb #f066792f
@@ -469,14 +470,16 @@ def _train_point(sweep, point, share=1.0):
 # %% ../../nbs/study/02_sweep.ipynb #d36abe33
 def _open(sweep): return [p for p in sweep.points if p.state not in _over]
 
-# %% ../../nbs/study/02_sweep.ipynb #eba90d96
+# %% ../../nbs/study/02_sweep.ipynb #2e2420a8
 def _halve(sweep, share, rest):
     "End the runs that are not among the better ones"
     sweep.decided.append(share)
     ranked = sorted((p for p in rest if str(share) in p.scores), key=lambda p: p.scores[str(share)])
     most = max(1, len(ranked)//sweep.halving)
     for place,p in enumerate(ranked[most:], most+1):
-        p.state,p.why = 'ended early',f'place {place} of {len(ranked)} after {share:.0%} of the steps'
+        loss = p.scores[str(share)][sweep.by=='exam']
+        p.state = 'ended early'
+        p.why = f'place {place} of {len(ranked)} after {share:.0%} of the steps (held-out loss {loss:.4f})'
     _keep(sweep)
 
 # %% ../../nbs/study/02_sweep.ipynb #1c29f63f

@@ -105,6 +105,7 @@ def test_a_run_with_new_tokens_resumes_to_the_same_bits(first, tmp_path):
     assert again.trainer.state.global_step==3
 
 
+@pytest.mark.slow
 def test_a_run_with_new_tokens_is_continued(first, tmp_path):
     run,_ = first
     more,result = trained(tmp_path, init_adapter=run.folder.path, lora={})
@@ -126,7 +127,8 @@ def test_an_untied_head_learns_its_rows_too(tmp_path):
     assert not merged.config.tie_word_embeddings and len(merged.get_output_embeddings().weight)==4099
 
 
-@pytest.mark.parametrize('bits', [8, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('bits', [8, 4])
 def test_on_a_quantised_base(bits, tmp_path):
     run,_ = trained(tmp_path, add_tokens=TOKENS, **{'load_in_8bit': bits==8, 'load_in_4bit': bits==4})
     merge_adapters(run.folder.lora_weights, tmp_path/'merged') # proved against the trained one, or refused
@@ -134,6 +136,7 @@ def test_on_a_quantised_base(bits, tmp_path):
     assert off.pow(2).mean().sqrt()<.1
 
 
+@pytest.mark.slow
 def test_layers_are_trained_whole(tmp_path):
     run,_ = trained(tmp_path, dict(modules_to_save=['embed_tokens', 'norm']), add_tokens=['<ask>'],
                     embedding_learning_rate=1e-4)

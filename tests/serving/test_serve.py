@@ -18,12 +18,12 @@ import torch
 openai = pytest.importorskip('openai')
 
 from quick import fork_servers, Forked, forked
-from sage_finetune.inference import chat_api, serve as module
-from sage_finetune.inference.client import models_at, stream_from
+from sage_finetune.serving import chat_api, serve as module
+from sage_finetune.serving.client import models_at, stream_from
 from sage_finetune.core.disk import write_json
 from sage_finetune.config import LoRAConfig, resolve_model, SageError, TrainingConfig
 from sage_finetune.inference.generate import answers, load_for_chat, stream_answer
-from sage_finetune.inference.serve import Served, serving, start_server
+from sage_finetune.serving.serve import Served, serving, start_server
 from sage_finetune.merge_chat import merge_run
 from sage_finetune.trainer import LoRATrainer
 
@@ -281,7 +281,7 @@ def test_killed_and_started_again_on_the_same_port_with_a_key_that_is_shown_nowh
 script = '''
 import sys
 from quick import fork_servers
-from sage_finetune.inference import serve as module
+from sage_finetune.serving import serve as module
 fork_servers(module)
 module.serve(sys.argv[1], port=0, log=sys.argv[2], say=lambda line: print(line, flush=True))
 '''

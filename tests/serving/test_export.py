@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sage_finetune.base.ollama import ollama_template
 from sage_finetune.config import LoRAConfig, resolve_model, SageError, TrainingConfig
-from sage_finetune.inference.export import (
+from sage_finetune.serving.export import (
     export_files, export_folder, export_gguf, gguf_report, push_to_hub)
 from sage_finetune.core.run_folder import write_meta
 from sage_finetune.inference.generate import load_for_chat

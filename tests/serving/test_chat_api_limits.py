@@ -19,10 +19,10 @@ from starlette.testclient import TestClient
 
 from quick import fork_servers, forked
 from sage_finetune.config import resolve_model
-from sage_finetune.inference import chat_api, serve
+from sage_finetune.serving import chat_api, serve
 from sage_finetune.inference.generate import load_for_chat
-from sage_finetune.inference.request import BadRequest, read_body, read_request
-from sage_finetune.inference.serve import free_port, start_server
+from sage_finetune.serving.request import BadRequest, read_body, read_request
+from sage_finetune.serving.serve import free_port, start_server
 
 HI = dict(messages=[dict(role='user', content='hi')], max_tokens=2)
 needs_proc = pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='needs /proc')

@@ -8,8 +8,8 @@ import pytest
 from sage_finetune.base.llama_cpp import ask_llama_cpp, gguf_types, llama_cpp_missing, stored_types, tensor_type
 from sage_finetune.config import LoRAConfig, SageError, TrainingConfig
 from sage_finetune.core.run_folder import write_meta
-from sage_finetune.inference import export
-from sage_finetune.inference.export import export_gguf, gguf_report
+from sage_finetune.serving import export
+from sage_finetune.serving.export import export_gguf, gguf_report
 from sage_finetune.merge_chat import merge_run
 from sage_finetune.rows.formats import create_sample_data
 from sage_finetune.trainer import LoRATrainer

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from sage_finetune.core.disk import SageError
-from sage_finetune.model.checks import (
+from sage_finetune.inference.checks import (
     check_schema, exact_interval, ExamQuestion, fits_schema, json_answer, last_number, load_exam, score_answer
 )
 
