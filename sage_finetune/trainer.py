@@ -22,7 +22,7 @@ from sage_finetune.core.machine import (
     division, goes_on, last_words, Machine, opening, process, processes, show_changes, stop_raises
 )
 from .core.run_folder import last_checkpoint, only_run, RunFolder, write_record
-from .config import config_from_meta, PreferenceConfig, TrainingConfig
+from .config import config_from_meta, TrainingConfig
 from .rows.images import processor_of
 from .rows.report import DataReport
 from .model.adapter import adapter_line, add_lora, BestAdapter, check_run, ready_for_quantised_training
@@ -48,13 +48,12 @@ from .inference.exam import asked_exams, exam_callbacks, exam_digest
 _all_ = ['CausalLMTrainer', 'data_digest', 'library_versions', 'Stopped', 'training_arguments', 'TrainingResult']
 
 # %% ../nbs/02_trainer.ipynb #2f01f0d1
-def _checked_config(config, is_preference):
+def _checked_config(config, kind):
     if isinstance(config, dict): config = TrainingConfig.from_dict(config)
     if not isinstance(config, TrainingConfig):
         raise ValueError(f'`config` must be a TrainingConfig, got {type(config).__name__}')
-    if isinstance(config, PreferenceConfig) and not is_preference:
-        raise ValueError('`config` is a PreferenceConfig: '
-                         'train it with `sage_finetune.preference.PreferenceTrainer`, or with `sage-finetune run`')
+    if config.trained_by!=kind.trained_by:
+        raise ValueError(f'`config` is a {type(config).__name__}: train it with `sage_finetune.{config.trained_by}`')
     return config
 
 def _is_packaged(run, step): # a step of a user's subclass may need what came before it
@@ -63,14 +62,14 @@ def _is_packaged(run, step): # a step of a user's subclass may need what came be
 # %% ../nbs/02_trainer.ipynb #2f01f0d0
 class RunState:
     "The state of a run: its config as asked and as fitted, what its steps have made, and who sees its messages"
-    is_preference = False # Whether it learns from preferences
+    is_preference,config_kind = False,TrainingConfig # Whether it learns from preferences; what it is told to do
 
     def __init__(self,
         config:TrainingConfig, # As asked; it is fitted to the machine when it is used
         quiet:bool=False, # Print nothing and show no progress
         machine:Machine|None=None, # What to fit to; this machine if None
     ):
-        self.config = with_adapter(_checked_config(config, self.is_preference))
+        self.config = with_adapter(_checked_config(config, self.config_kind))
         self.quiet,self.machine,self.folder = quiet,machine or Machine.here(),RunFolder(self.config.output_dir)
         self.model = self.tokenizer = self.dataset = self.eval_dataset = self.replay_eval_dataset = None
         self.trainer = self.data_report = self.probe = self._before = self._base = None # `probe`: of the longest batch

@@ -55,7 +55,7 @@ def round_rate(
 
 # %% ../../nbs/model/06_advice.ipynb #ad7c0032
 _regret = 'LoRA Without Regret, 2025'
-_share_of = dict(dpo=1/20, kto=1/20, orpo=1/5)
+_share_of = dict(dpo=1/20, kto=1/20, orpo=1/5, grpo=1/5)
 _few = 40 # steps
 
 def _rate(name, width, judged, method, steps=None):
@@ -99,7 +99,7 @@ def _micro_batch(whole, parameters, tokens, machine, pairs):
 # %% ../../nbs/model/06_advice.ipynb #ad7c0034
 def _batches(name, rows, tokens, method, machine):
     "Rows in a micro-batch and micro-batches, each with reason and source"
-    whole = 16 if name==embedded_model else _batch(rows)
+    whole = 32 if method=='grpo' else 16 if name==embedded_model else _batch(rows) # of answers in groups, or of rows
     pairs,parameters = method in ('dpo', 'orpo'),model_parameters(resolve_model(name))
     each,why = _micro_batch(whole, parameters, tokens, machine, pairs)
     return (each, f'at once: {why}', 'count of parameters'), (whole//each, f'{whole} rows behind a step', _regret)
