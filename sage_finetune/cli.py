@@ -9,12 +9,12 @@ __all__ = ['app', 'Model', 'RunName', 'Runs', 'Output', 'Data', 'Shares', 'Stopp
            'Base', 'Key', 'Format', 'Split', 'Subset', 'Revision', 'TrainOn', 'Overflow', 'Columns', 'OnceAsJson',
            'Set', 'Preset', 'Rate', 'Epochs', 'MaxSteps', 'BatchSize', 'Rank', 'Nproc', 'Share', 'Nodes', 'MachineRank',
            'MainIp', 'MainPort', 'DryRun', 'EXAMPLES', 'main', 'echo', 'quickstart', 'inspect', 'start', 'run', 'watch',
-           'merge', 'clean', 'chat', 'compare', 'look', 'verify', 'serve', 'export', 'examples', 'repeat', 'generate']
+           'merge', 'clean', 'chat', 'compare', 'look', 'serve', 'repeat', 'export', 'verify', 'examples', 'generate']
 
 # %% ../nbs/05_cli.ipynb #b5095066
 import json,os,sys,threading
 from contextlib import suppress
-from importlib.util import find_spec
+from functools import wraps
 from pathlib import Path
 from shlex import quote
 from tempfile import TemporaryDirectory
@@ -24,12 +24,15 @@ from typer import Argument, Exit, Option, Typer, confirm, echo as typer_echo, pr
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from .core.beforehand import package_file
 from .core.disk import SageError
 from .core.display import size_text, visible
 from sage_finetune.core.machine import (
     goes_on, last_words, program_name, refuse_other_encodings, stop_raises, use_utf8, versions_text
 )
 from .base.llama_cpp import with_gguf_type
+from .runs.rate_finder import find_rate_command
+from .study import commands
 
 # %% ../nbs/05_cli.ipynb #7c48b3da
 class _Ended(Exception): "A command was stopped: the signal is its cause, which typer would take for itself"
@@ -43,9 +46,8 @@ class _Commands(TyperGroup):
         try: return work(*args, **how)
         except KeyboardInterrupt as e: raise _Ended from e
 
-app = Typer(cls=_Commands, name='sage-finetune',
-            help='Fine-tune language models with LoRA: data, training, merging, chatting.', no_args_is_help=True,
-            pretty_exceptions_enable=False, rich_markup_mode=None)
+app = Typer(cls=_Commands, name='sage-finetune', no_args_is_help=True, pretty_exceptions_enable=False,
+            help='Fine-tune language models with LoRA: data, training, merging, chatting.', rich_markup_mode=None)
 
 def _show_version(asked):
     if asked: raise Exit(echo(versions_text()) or 0)
@@ -89,7 +91,8 @@ def _fail(text, status):
     return status
 
 _after_a_stop = dict(
-    run=goes_on, start=goes_on, quickstart=goes_on, repeat='the same command, with a new folder, begins again',
+    run=goes_on, start=goes_on, sweep=goes_on, quickstart=goes_on,
+    repeat='the same command, with a new folder, begins again',
     merge='no merged model was written, and the same command begins again',
     export='nothing was exported, and the same command begins again', serve='the same command serves again')
 
@@ -342,7 +345,9 @@ def _train(target, fresh, live=False, prompts=(), base=None):
     _show_result(result, trainer.folder.path)
 
 def _show_result(result, folder):
-    held = '' if result.loss_before is None else f', held-out loss {result.loss_before:.3f} → {result.loss_after:.3f}'
+    what,sign = ('reward', -1) if hasattr(result, 'reward_before') else ('loss', 1)
+    before,after = result.loss_before,result.loss_after
+    held = '' if before is None else f', held-out {what} {sign*before:.3f} → {sign*after:.3f}'
     echo(f'Trained {result.steps} steps{held}. Adapter: {folder}/lora_weights')
     if result.earlier_after is not None:
         echo(f'On rows of the parent run: held-out loss {result.earlier_before:.3f} → {result.earlier_after:.3f}')
@@ -463,7 +468,8 @@ def watch(
 def _config(
     file: Annotated[Optional[str], Argument(metavar='[FILE]', help='Settings to check, also of another tool')] = None,
     model: Annotated[Optional[str], _model] = None, data: Data = None, output: Output = None,
-    method: Annotated[Optional[str], Option('--method', help='dpo, orpo or kto: learn from judged answers')] = None,
+    method: Annotated[Optional[str], Option('--method', help='dpo, orpo or kto: learn from judged '
+                                          'answers; grpo: from rewards')] = None,
     set: Set = None, preset: Preset = None, lr: Rate = None, epochs: Epochs = None, max_steps: MaxSteps = None,
     batch_size: BatchSize = None, rank: Rank = None,
 ):
@@ -534,7 +540,7 @@ def chat(
     "Talk to a run: its merged model, else its adapter, or to a server"
     if url:
         if image: raise ValueError('`--image` is for a model that is loaded here, and `--url` names a server')
-        from sage_finetune.inference.client import speaker_at
+        from sage_finetune.serving.client import speaker_at
         say,below = speaker_at(url, name, max_new_tokens, api_key),None
     else: say,below = _loaded(name, adapter, max_new_tokens, ignore_contract, base)
     if prompt is None:
@@ -588,8 +594,10 @@ def compare(
 def look(
     name: RunName,
     rows: Annotated[int, Option('--rows', min=1, help='Rows to show')] = 3,
-    plot: Annotated[Optional[str], Option('--plot', metavar='FILE', help='Draw the sizes of the adapter into this '
-                                          'file: .png, .svg or .pdf')] = None,
+    plot: Annotated[Optional[str], Option('--plot', metavar='FILE', help='Draw the sizes of the adapter, or the curves '
+                                          'of rewards, into this file: .png, .svg or .pdf')] = None,
+    step: Annotated[Optional[int], Option('--step', metavar='N', help='Of a run that learns from rewards: the step '
+                                          'whose answers are shown (default: the last)')] = None,
     why: Annotated[Optional[str], Option('--why', metavar='QUESTION', help='Show the training rows that taught it the '
                                          'answer')] = None,
     lens: Annotated[Optional[str], Option('--lens', metavar='QUESTION', help='Show what the answer would be after '
@@ -604,25 +612,14 @@ def look(
         return _print(*looked_into(name, why, lens, answer, part, lambda line: echo(line, err=True)))
     from sage_finetune.runs.run import Run
     from sage_finetune.core.display import figure_file, save_figure
+    from sage_finetune.rewards.seen import learned_from_rewards, look_at_rewards
     from sage_finetune.ui.adapter_sizes import adapter_sizes
     from sage_finetune.ui.token_losses import forgetting, worst_rows
     if plot: figure_file(plot)
-    run = Run(name) # which loads its model once
-    sizes = adapter_sizes(run)
+    if learned_from_rewards(name): return _print(look_at_rewards(name, step, rows, plot))
+    sizes = adapter_sizes(run := Run(name)) # which loads its model once
     if plot: save_figure(sizes.plot(), plot)
     _print(worst_rows(run, rows), forgetting(run), sizes)
-
-@app.command()
-def verify(
-    name: RunName,
-    output: Annotated[Optional[str], Option('--output', metavar='FILE', help='Write the report as JSON')] = None,
-    from_start: Annotated[bool, Option('--from-start', help='From the first step too, which trains it anew')] = False,
-    base: Base = None,
-):
-    "Go on from each checkpoint of a run in a scratch folder, and compare with the run; status 1 where it differs"
-    from sage_finetune.runs.verify import verify_resume
-    _print(found := verify_resume(name, output, from_start or None, base))
-    if not found.ok: raise Exit(1)
 
 # %% ../nbs/05_cli.ipynb #b29149f7
 @app.command()
@@ -644,11 +641,21 @@ def serve(
                                                      'or transformers, as they are')] = None,
 ):
     "Serve a run to programs that speak the API of OpenAI"
-    from sage_finetune.inference.serve import serve as go
+    from sage_finetune.serving.serve import serve as go
     stopped_by = go(name, host, port, api_key, say=echo, engine=engine, adapter=adapter, max_new_tokens=max_new_tokens,
        ignore_contract=ignore_contract, base=base, allow_host=tuple(allow_host or ()),
        options=tuple(options or ()))
     if stopped_by: raise Exit(128+stopped_by)
+
+@app.command()
+def repeat(
+    name: RunName,
+    output: Annotated[str, Argument(help='A new folder')],
+    anyway: Annotated[bool, Option('--anyway', help='Continue even if the last digits may differ')] = False,
+):
+    "Train a run once more, from its folder, and tell whether every number came out the same"
+    from sage_finetune.runs.run import repeat_run
+    echo(str(repeat_run(name, output, anyway, quiet=False)))
 
 # %% ../nbs/05_cli.ipynb #3e4b1e62
 @app.command()
@@ -667,7 +674,7 @@ def export(
     license: Annotated[Optional[str], Option('--license', help='As the Hub knows it, such as apache-2.0')] = None,
 ):
     "Write a model for others, with a card: a folder, GGUF, or on the Hub"
-    from sage_finetune.inference.export import export_folder, export_gguf, gguf_report, push_to_hub
+    from sage_finetune.serving.export import export_folder, export_gguf, gguf_report, push_to_hub
     kind,card = 'adapter' if adapter else 'merged',dict(license=license, base=base)
     if gguf and (adapter or push): raise ValueError('`--gguf` goes with neither `--adapter` nor `--push`')
     if push and output: raise ValueError('`--output` and `--push` exclude each other')
@@ -677,23 +684,25 @@ def export(
         echo(f'{gguf_report(written)}\nWritten: {written}')
     else: echo(f'Written: {export_folder(name, output, kind, **card)}')
 
+@app.command()
+def verify(
+    name: RunName,
+    output: Annotated[Optional[str], Option('--output', metavar='FILE', help='Write the report as JSON')] = None,
+    from_start: Annotated[bool, Option('--from-start', help='From the first step too, which trains it anew')] = False,
+    base: Base = None,
+):
+    "Go on from each checkpoint of a run in a scratch folder, and compare with the run; status 1 where it differs"
+    from sage_finetune.runs.verify import verify_resume
+    _print(found := verify_resume(name, output, from_start or None, base))
+    if not found.ok: raise Exit(1)
+
 # %% ../nbs/05_cli.ipynb #db7520ec
-EXAMPLES = (Path(find_spec('sage_finetune').submodule_search_locations[0])/'tables'/'examples.txt').read_text('utf-8')
+EXAMPLES = package_file('tables', 'examples.txt').read_text('utf-8')
 
 @app.command()
 def examples():
     "Commands to copy"
     echo(EXAMPLES, nl=False)
-
-@app.command()
-def repeat(
-    name: RunName,
-    output: Annotated[str, Argument(help='A new folder')],
-    anyway: Annotated[bool, Option('--anyway', help='Continue even if the last digits may differ')] = False,
-):
-    "Train a run once more, from its folder, and tell whether every number came out the same"
-    from sage_finetune.runs.run import repeat_run
-    echo(str(repeat_run(name, output, anyway, quiet=False)))
 
 # %% ../nbs/05_cli.ipynb #0a5c0210
 @app.command()
@@ -710,3 +719,12 @@ def generate(
     "Let a model behind a server write questions and answers about documents or code; what does not hold is dropped"
     from sage_finetune.synthetic.teacher import generate_rows
     _print(generate_rows(source, url, output, model, questions, exam=exam, most=most, api_key=api_key, say=echo))
+
+def _printed(command):
+    "A command of a wing, which gives back what is printed"
+    @wraps(command)
+    def go(*args, **how): _print(*command(*args, **how))
+    return app.command()(go)
+
+app.command('find-rate')(find_rate_command)
+for command in (commands.exam, commands.sweep, commands.report, commands.script): _printed(command)

@@ -6,9 +6,9 @@ Docs: https://sage-finetune.github.io/sage_finetune/base/loading.html.md"""
 
 # %% auto #0
 __all__ = ['ending_settings', 'drawing_settings', 'dtype_of', 'quantisation_of', 'quiet_libraries', 'takes_images', 'model_class',
-           'no_model', 'load_tokenizer', 'tokenizer_for', 'load_model', 'check_stored', 'generate_settings',
-           'put_aside', 'put_aside_notes', 'harmless_settings', 'ModelLimits', 'model_limits', 'embedding_rows',
-           'empty_model', 'limits_of', 'check_model']
+           'no_model', 'load_tokenizer', 'load_model', 'check_stored', 'generate_settings', 'put_aside',
+           'put_aside_notes', 'harmless_settings', 'ModelLimits', 'model_limits', 'embedding_rows', 'empty_model',
+           'limits_of', 'check_model']
 
 # %% ../../nbs/base/01_loading.ipynb #5d328e9d
 import logging
@@ -32,6 +32,7 @@ from ..core.cache import gguf_words
 from ..core.disk import read_json, SageError
 from ..config import resolve_model, TrainingConfig
 from ..core.machine import division, missing_package
+from ..core.text_stream import one_line
 from ..rows.images import need_pillow, processor_files, processor_names, processor_of, with_processor
 from ..rows.template import ensure_template
 from .attention import repeat_heads
@@ -197,17 +198,6 @@ def load_tokenizer(
         raise SageError(f'model {name!r} has no tokenizer files (tokenizer.json): add those of its base')
     return ensure_template(tokenizer)
 
-# %% ../../nbs/base/01_loading.ipynb #8e1d0c07
-def tokenizer_for(
-    config:TrainingConfig, # Of a run
-): # As from `load_tokenizer`
-    "The tokenizer of a run's model, or why the run cannot be as its config asks"
-    tokenizer = load_tokenizer(config.model_name)
-    if config.packing and processor_of(tokenizer):
-        raise ValueError(f'`packing=True` is not supported for {config.model_name}: its position ids depend on images; '
-                         f'set `packing=False`')
-    return tokenizer
-
 # %% ../../nbs/base/01_loading.ipynb #ba5e0011
 # Of transformers' `GenerationConfig`: where an answer ends, and which tokens it is drawn from
 ending_settings = 'eos_token_id', 'pad_token_id', 'bos_token_id', 'decoder_start_token_id'
@@ -270,7 +260,7 @@ def check_stored(
     what = f'`model_name`: {name} is stored in {stored}'
     try: trainable = _quantiser(name, stored).is_trainable
     except (*_load_errors, RuntimeError, TypeError, AttributeError, NotImplementedError) as e:
-        raise SageError(f'{what}, and cannot be used here: {" ".join(str(e).split())[:300]}') from None
+        raise SageError(f'{what}, and cannot be used here: {one_line(e)}') from None
     if not trainable:
         raise SageError(f'{what}, and transformers trains no adapter on that: give the model it was made from')
     return str(stored)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..core.disk import SageError, write_json
+from ..core.text_stream import one_line
 
 # %% ../../nbs/rows/04_images.ipynb #91d230cc
 def _image_digest(data): return hashlib.blake2b(data, digest_size=12).hexdigest()
@@ -56,7 +57,7 @@ def _decoded(data, name):
         return load_image(image)
     except Exception as e: # decoders raise anything
         raise ValueError(f'image {name} cannot be opened: '
-                         f'{type(e).__name__}, {" ".join(str(e).split())[:100]}') from None
+                         f'{type(e).__name__}, {one_line(e, 100)}') from None
 
 # %% ../../nbs/rows/04_images.ipynb #a6d2d019
 class _MissingImage(ValueError):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from datetime import date
 from weakref import WeakValueDictionary
 
+from ..core.text_stream import one_line
 from .formats import content_parts
 from .images import as_image, insert_image_tokens, processor_of
 
@@ -121,7 +122,7 @@ def apply_template(
     try: text = _applied(_in_form(messages, form), tokenizer, tools=tools, add_generation_prompt=add_generation_prompt)
     except Exception as e: # a template may raise anything
         raise ValueError(f'the chat template refuses this conversation: '
-                         f'{" ".join(str(e).split())[:300] or type(e).__name__}') from None
+                         f'{one_line(e) or type(e).__name__}') from None
     return _with_bos(text, tokenizer) if processor_of(tokenizer) else text
 
 def _applied(talk, tokenizer, **asked):

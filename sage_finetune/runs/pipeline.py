@@ -35,6 +35,12 @@ class RunResult(Shown):
     earlier_after: float|None = None # The same at the end
     train_steps: list|None = None # First and last step of the window that `train_loss` is of
     loss_after_step: int|None = None # Step at which `loss_after` was measured
+    reward_before: float|None = None # On held-out questions, where rewards are learned from
+    reward_after: float|None = None # The same at the end
+    exam_before: float|None = None # Share of the exam that was right before the first step; None where none was asked
+    exam_after: float|None = None # The same of the adapter that was kept
+    general_before: float|None = None # Share of the general questions that was right before the first step
+    general_after: float|None = None # The same of the adapter that was kept
     seconds: float = 0.0 # Spent training, by this call; of a run that was finished before, by that one
     rows: dict = field(default_factory=dict) # Rows read, used, dropped and held out, examples and tokens
     changes: list = field(default_factory=list) # {setting, asked, used, reason} for what was changed for the machine
@@ -241,11 +247,16 @@ def merge_asked(
     "Merge where a file of LLaMA-Factory asks for that"
     if Path(file).suffix not in ('.yaml', '.yml', '.json') or not Path(file).is_file(): return None
     given = read_settings(file)
-    if kind_of_config(given)!='LLaMA-Factory' or not given.get('export_dir'): return None
+    if not isinstance(given, dict): return None
+    block = {'LLaMA-Factory': given, 'LLaMA-Factory v1': given.get('peft_config')}.get(kind_of_config(given))
+    if not isinstance(block, dict) or not block.get('export_dir'): return None
     from sage_finetune.core.run_folder import find_run, is_run
     from sage_finetune.inference.merging import merge_adapters, merge_run # imports torch
-    say(str(asked := translated(file)))
-    adapter,base = given.get('adapter_name_or_path'),asked.settings['model_name']
-    if not isinstance(adapter, str): raise ValueError(f'`adapter_name_or_path` must name one or several, in {file}')
-    if is_run(adapter): return merge_run(find_run(adapter).path, asked.merge_into, base=base)
-    return merge_adapters([a.strip() for a in adapter.split(',')], asked.merge_into, base=base)
+    if not (asked := translated(file)).merge_into: return None # version 1 names the folder while it trains, too
+    say(str(asked))
+    named,base = block.get('adapter_name_or_path'),asked.settings['model_name']
+    adapters = [a.strip() for a in named.split(',')] if isinstance(named, str) else named
+    if not isinstance(adapters, list) or not adapters:
+        raise ValueError(f'`adapter_name_or_path` must name one or several, in {file}')
+    if len(adapters)>1 or not is_run(adapters[0]): return merge_adapters(adapters, asked.merge_into, base=base)
+    return merge_run(find_run(adapters[0]).path, asked.merge_into, base=base)

@@ -21,6 +21,7 @@ from sage_finetune.core.cache import (
     changed_values, checkpoint_values, read_receipt, same_value, value_difference, value_name
 )
 from ..core.run_folder import checkpoint_fault, complete_marker, holder_of, record_fault, RunFolder
+from ..core.text_stream import one_line
 from .run import not_exact, Run
 
 # %% ../../nbs/runs/08_verify.ipynb #d08e0011
@@ -305,7 +306,7 @@ def _go_each_way(run, found, ways, make, base):
             try: lines = _compare_way(run, way, scratch, make, base, device)
             except Exception as e: # whatever stops it is what the report is about
                 kind = '' if isinstance(e, (SageError, ValueError, OSError)) else f'{type(e).__name__}: '
-                said = ' '.join(str(e).split()).replace(str(scratch/f'{way[0]}'), str(run.folder.path))
+                said = one_line(e, 10_000).replace(str(scratch/f'{way[0]}'), str(run.folder.path))
                 if other := re.search(r'holds another run \((.*)\): give another', said):
                     said = f'it would be another run now ({other[1]})'
                 found.faults.append(f'from step {way[0]} it does not go on: {kind}{said}')
@@ -341,7 +342,7 @@ def verify_resume(
     make=None, # Makes a trainer from a config, for a run of a trainer of your own; None: `trainer_for`
 )->Verification: # Shows itself; `ok` is the verdict
     "Go on from each checkpoint of a run in a scratch folder, and compare with what the run itself left"
-    from sage_finetune.preference import trainer_for
+    from sage_finetune.rewards.trainer import trainer_for
     run = run if isinstance(run, Run) else Run(run)
     _refuse_unverifiable(run, make)
     found = Verification(str(run.folder.path), machine=str(Machine.here()))

@@ -342,9 +342,10 @@ def plot_losses(
     metrics:list, # From `read_metrics`
     path=None, # PNG file to write, or None
 ): # A matplotlib figure
-    "Training and held-out loss over the optimizer steps; with preferences, the reward margin below it"
-    rewards = any('rewards/margins' in m for m in metrics)
-    parts = ({'loss': 'loss', 'rewards/margins': 'reward margin'} if rewards
+    "Training and held-out loss over the steps; the margin below it with preferences, reward and KL with rewards"
+    logged = {k for m in metrics for k in m}
+    parts = ({'loss': 'loss', 'rewards/margins': 'reward margin'} if 'rewards/margins' in logged
+             else {'reward': 'reward', 'kl': 'KL to the base (nats a token)'} if 'reward' in logged
              else {'loss': 'loss (nats per learned token)'})
     figure = shown_figure(figsize=(6.4, 3.6*len(parts)), layout='constrained')
     for ax,(key,name) in zip(figure.subplots(len(parts), squeeze=False)[:, 0], parts.items()):

@@ -17,6 +17,7 @@ from pathlib import Path
 from ..core.disk import cannot_write
 from ..core.display import Shown, Table
 from ..core.machine import division, process
+from ..core.text_stream import one_line
 from ..rows.tokens import ignored
 from ..base.attention import documents, use_documents
 from .batches import Collator
@@ -326,7 +327,7 @@ def prove_packing(
         if use_documents(model):
             try: return check_packing(model, rows) or ''
             except (ValueError, RuntimeError, TypeError) as e:
-                why = ' '.join(str(e).split())[:150]
+                why = one_line(e, 150)
                 use_documents(model, on=False)
         check_packing(model, rows)
     say(f'Packed documents are kept apart by a mask: {why}')

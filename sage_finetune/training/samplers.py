@@ -111,7 +111,7 @@ def _shared_loader(trainer):
 # %% ../../nbs/training/02_samplers.ipynb #4a01f0a1
 class SeededOrder:
     "Which rows make a micro-batch, and in which order: a function of seed and epoch alone"
-    by_length,tokens_per_step = False,None
+    by_length,tokens_per_step,own_batches = False,None,False # the last: `micro_batches` knows them
 
     def lengths(self, rows): return example_lengths(rows)
 
@@ -133,5 +133,5 @@ class SeededOrder:
 
     def get_train_dataloader(self):
         a = self.args
-        one_process = a.world_size==1 and not self.tokens_per_step
+        one_process = a.world_size==1 and not (self.tokens_per_step or self.own_batches)
         return super().get_train_dataloader() if one_process else _shared_loader(self)

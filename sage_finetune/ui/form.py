@@ -17,6 +17,7 @@ from ..core.display import Clickable, Panel, show_widgets, Shown, size_text
 from ..core.settings import config_table, DataSource, refuse_unknown
 from ..config import fit_config, LoRAConfig, precision_of, preset_for, PresetConfigs, TrainingConfig
 from ..core.machine import Machine
+from ..core.text_stream import one_line
 from ..model.advice import suggest
 from ..model.memory import estimate_memory, memory_parts, MemoryEstimate
 from ..runs.tasks import preset_settings
@@ -202,7 +203,7 @@ def _memory_of(config, machine):
     with _counting:
         if key not in _counted:
             try: _counted[key] = estimate_memory(config, machine)
-            except (SageError, ValueError, OSError) as e: return ' '.join(str(e).split())
+            except (SageError, ValueError, OSError) as e: return one_line(e, 10_000)
             while len(_counted)>64: _counted.pop(next(iter(_counted)))
     return replace(_counted[key], config=fitted)
 

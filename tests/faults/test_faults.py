@@ -97,7 +97,7 @@ def _try(log, known, operation, mode, points, one):
 @pytest.mark.parametrize('mode', modes)
 def test_every_fault_is_survived(suite, name, mode):
     log = faults.log_file()
-    points = suite.points(name, mode, most if name!='quickstart' else max(1, most//2))
+    points = steady(suite.points, name, mode, most if name!='quickstart' else max(1, most//2))
     one = lambda at: steady(suite.one, name, mode, at)
     assert _try(log, faults.tried(log, faults.code()), name, mode, points, one)==[]
 
@@ -107,7 +107,7 @@ def test_every_fault_is_survived(suite, name, mode):
 def test_every_two_at_once_are_survived(suite, name):
     log = faults.log_file()
     for n in faults.pairs[name][1:]:
-        if n in faults.operations: suite.usual(n)
+        if n in faults.operations: steady(suite.usual, n)
     points = [(name, at) for at in suite.pair_points(name, 3*most)]
     both = lambda at: steady(suite.two, name, at)
     assert _try(log, faults.tried(log, faults.code()), name, 'two at once', points, both)==[]

@@ -233,7 +233,7 @@ def test_what_cannot_be_is_refused_by_name_and_nothing_is_written(table, more, w
 
 def test_a_launch_that_divides_the_model_takes_the_file_that_asks_for_it(tmp_path, monkeypatch):
     file = file_of(tmp_path, base_of('trl-sft', tmp_path) | dict(deepspeed='ds_z3_config.json'))
-    monkeypatch.setattr('sage_finetune.runs.other_tools.division', lambda: 'DeepSpeed')
+    monkeypatch.setattr('sage_finetune.runs.other_settings.division', lambda: 'DeepSpeed')
     assert translated(file).went['deepspeed']=='DeepSpeed divides the model, as launched'
 
 
@@ -249,11 +249,11 @@ def test_a_value_of_another_kind_never_reaches_errors_of_python(table, tmp_path)
 
 @pytest.mark.parametrize('there', [True, False])
 def test_a_tracker_that_is_not_installed_is_noted_where_a_file_of_others_names_it(monkeypatch, there):
-    from sage_finetune.runs import other_tools
-    monkeypatch.setattr(other_tools, 'find_spec', lambda name: there)
+    from sage_finetune.runs import other_settings
+    monkeypatch.setattr(other_settings, 'find_spec', lambda name: there)
     for given in dict(report_to=['trackio']), dict(report_to='mlflow'), dict(report_to=['all', 'trackio']):
-        found = other_tools.Translation('TRL', 'a.yaml', {})
-        other_tools._loggers(dict(given), found)
+        found = other_settings.Translation('TRL', 'a.yaml', {})
+        other_settings.take_loggers(dict(given), found)
         name, = [n for n in ('trackio', 'mlflow') if n in given['report_to']]
         assert found.settings['report_to']==(name if there else 'none')
         assert there or name in found.went['report_to']

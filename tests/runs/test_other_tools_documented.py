@@ -275,3 +275,20 @@ def test_a_command_of_axolotl(place):
     assert (asked.settings['learning_rate'], asked.settings['micro_batch_size'])==(1e-3, 1)
     old = tool_command(shlex.split('accelerate launch --num_processes 2 -m axolotl.cli.train asked.yaml'))
     assert (old.settings['base_model'], old.how)==('sage-tiny', dict(nproc=2))
+
+
+@pytest.mark.slow
+def test_a_file_of_version_1_that_merges_merges(place):
+    trained(factory_file(place, of_factory['v1 sft']))
+    (place/'merge.yaml').write_text(yaml.safe_dump(dict(model='sage-tiny', peft_config=dict(
+        name='lora', adapter_name_or_path='outputs/lora', export_dir='saves/merged', export_size=5,
+        infer_dtype='auto'))))
+    assert merge_asked(place/'merge.yaml', say=lambda text: None).path.endswith('saves/merged')
+    assert (place/'saves'/'merged'/'config.json').is_file()
+
+
+def test_a_file_of_version_1_goes_on_from_an_adapter(place):
+    t = translated(factory_file(place, v1 | dict(peft_config=dict(
+        name='lora', adapter_name_or_path='outputs/before', export_dir='unused', target_modules='all'))))
+    assert (t.settings['init_adapter'], t.merge_into)==('outputs/before', None)
+    assert merge_asked(place/'asked.yaml', say=lambda text: None) is None
