@@ -99,9 +99,7 @@ def products(taught, adam):
     return found.tolist()
 
 
-def asked(taught, part=False):
-    return [taught.why(q['question'], q['answer'], q['answer'][7:-1] if part else None).pushes.sum(0).tolist()
-            for q in questions()]
+def asked(taught): return [taught.why(q['question'], q['answer']) for q in questions()]
 
 
 def pushes(known):
@@ -113,13 +111,15 @@ def pushes(known):
     taught = Influence(trainer.folder.path, cache=False)
     known['seconds for the gradients of 60 rows at 8 checkpoints'] = round(time.monotonic()-begin, 1)
     begin = time.monotonic()
-    found = dict(what_taught=asked(taught))
+    why = asked(taught)
     known['seconds for a question'] = round((time.monotonic()-begin)/len(questions()), 2)
-    known['place'] = asked(taught, part=True)
+    known['place'] = [w.of(p).pushes.sum(0).tolist() for w, p in zip(why, PLACES)]
+    found = {'what_taught': [w.pushes.sum(0).tolist() for w in why]}
     found |= {"with Adam's moments": products(taught, True), 'products alone': products(taught, False)}
     taught.snapshots = taught.snapshots[-1:]
     draw = random.Random(0)
-    return found | {'the last checkpoint': asked(taught), 'nearest text': nearest(),
+    last = [w.pushes.sum(0).tolist() for w in asked(taught)]
+    return found | {'the last checkpoint': last, 'nearest text': nearest(),
                     'random': [[draw.random() for _ in rows()] for _ in questions()]}
 
 
