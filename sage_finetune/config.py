@@ -112,6 +112,7 @@ _training_rules = dict(
     loraplus_lr_ratio=_at_least(1),
     neftune_noise_alpha=_above_zero,
     tokens_per_step=_at_least(8),
+    packing=('true, false or "auto"', lambda v: isinstance(v, bool) or v=='auto'),
     replay_share=_below_one)
 
 # %% ../nbs/00_config.ipynb #7937675d
@@ -158,7 +159,8 @@ class TrainingConfig(Settings):
     cut_answers: bool = False # Whether "truncate" may cut the end of an answer
     duplicates: str = "keep" # What to do with copies of a row: "keep" or "drop"
     strict: bool = False # Stop at the first row that cannot be used
-    packing: bool = False # Fill rows of `max_length` tokens with several examples
+    # Fill rows of `max_length` tokens with several examples; "auto" where rows are short and it is proved to be exact
+    packing: bool|str = False
     max_steps: int = -1 # Optimizer steps, whatever the epochs; -1 for as many as they need
     weight_decay: float = 0.0 # Weight decay of the trained weights
     max_grad_norm: float = 1.0 # Gradient norm above which gradients are clipped; 0 never clips
@@ -299,6 +301,7 @@ class PreferenceConfig(TrainingConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.packing=='auto': vars(self)['packing'] = False # pairs are never packed
         _check_preference(self)
 
     @property
@@ -330,7 +333,7 @@ _presets = dict(
 
 def _preset(name, changes):
     "A preset of which only `changes` count as given"
-    return TrainingConfig().adapted(**_presets[name]()).replace(**changes)
+    return TrainingConfig().adapted(packing='auto', **_presets[name]()).replace(**changes)
 
 # %% ../nbs/00_config.ipynb #2bf1814a
 class PresetConfigs:

@@ -43,7 +43,7 @@ from sage_finetune.training.resume import (
 from sage_finetune.training.processes import (
     agreed, joined_processes, one_after_another, processes_line, refuse_smaller_micro_batches, tell, wait_for_all
 )
-from .training.packing import pack_dataset, PackingReport, prove_packing
+from .training.micro_batches import fit_rows
 from .training.incremental import add_replay_rows, begin_with_parent, parent_adapter, with_adapter
 _all_ = ['CausalLMTrainer', 'data_digest', 'library_versions', 'Stopped', 'training_arguments', 'TrainingResult']
 
@@ -77,12 +77,14 @@ class RunState:
         self.while_running,self.evaluation_rows = [],None # Changes after memory ran out, of training and evaluation
         self.stop_signal,self.unfinished = StopSignal(),None # `unfinished`: noted beside the adapter of a stopped run
         self.watcher = None # Gets the messages instead: has `heard(what)`, and `callbacks()` for the loop
-        self._packed,self._digest,self._announced = (None, None),RowsDigest(),False
+        self.row_changes,self._fitted_rows = [],(None, None) # how the rows go through the model
+        self._digest,self._announced = RowsDigest(),False
 
     @property
     def changes(self)->list: # Of `Change`
         "What was changed for this machine, and why"
-        return fit_of_run(self.folder, self.config, self.machine) + self.while_running
+        known,mine = fit_of_run(self.folder, self.config, self.machine),{c.setting for c in self.row_changes}
+        return [*(c for c in known if c.setting not in mine), *self.row_changes, *self.while_running]
     @property
     def fitted(self)->TrainingConfig:
         "The config as it can run"
@@ -111,7 +113,7 @@ class LoopParts(RunState):
     def collator(self)->Collator:
         "What makes a batch from rows"
         return Collator(padding_of(self.tokenizer, self.model),
-                        tokenizer=self.tokenizer if processor_of(self.tokenizer) else None)
+                        tokenizer=self.tokenizer if processor_of(self.tokenizer) else None, counted=True)
 
     def callbacks(self)->list: # Of `TrainerCallback`
         "The hooks of the loop"
@@ -162,7 +164,7 @@ class LoRATrainer(LoopParts):
         "Build transformers' `Trainer`"
         _check_fit(self)
         if processes()>1: self.say(processes_line(self.fitted))
-        self.trainer = _build_loop(self, _packed_rows(self) if self.config.packing else self.dataset)
+        self.trainer = _build_loop(self, self.dataset if self.is_preference else _rows_of_passes(self))
 
     def train(self,
         fresh:bool=False, # Start from scratch, and remove what an earlier run left in the folder
@@ -208,18 +210,13 @@ def _with_lora(model, config):
     return add_lora(ready_for_quantised_training(model), config.lora)
 
 # %% ../nbs/02_trainer.ipynb #2f01f0b2
-def _packed_rows(run):
-    "The training rows, packed; first it is proved that this model keeps documents apart"
-    if run._packed[0] is run.dataset: return run._packed[1]
-    c,report = run.fitted,PackingReport()
-    prove_packing(run.model, c.rows_per_micro_batch, dtype_of(c), run.say)
-    rows = one_after_another(lambda: pack_dataset(run.dataset, c.max_length, report))
-    if run.data_report: run.data_report.packing = report.to_dict()
-    n = c.effective_batch_size*(1 if c.tokens_per_step else processes())
-    run.say(f'{report}\nA row is a packed one from here on: '
-            f'{n:,} of them, about {n*report.documents/report.rows:,.0f} documents, behind each optimizer step')
-    run._packed = run.dataset,rows
-    return rows
+def _rows_of_passes(run):
+    "The training rows as they go through the model: packed or not, and so many at once; chosen once for the same rows"
+    if run._fitted_rows[0] is not run.dataset:
+        found = fit_rows(run.config, run.fitted, run.machine, run.model, run.tokenizer, run.dataset, run.say)
+        if run.data_report and found.packing: run.data_report.packing = found.packing.to_dict()
+        run._fitted_rows,run.row_changes = (run.dataset, found.rows),found.changes
+    return run._fitted_rows[1]
 
 # %% ../nbs/02_trainer.ipynb #2b3aca66
 def _losses_before(run, resumed):
@@ -248,6 +245,7 @@ def _build_loop(run, rows):
         eval_dataset=run.eval_dataset, processing_class=run.tokenizer, callbacks=run.callbacks(),
         by_length=run.config.per_device_train_batch_size>1)
     trainer.loraplus_lr_ratio,trainer.say = run.config.loraplus_lr_ratio,run.say
+    trainer.sorted_steps = bool(run.row_changes) and not trainer.by_length and args.per_device_train_batch_size>1
     drop_printers(trainer)
     return trainer
 

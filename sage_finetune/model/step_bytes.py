@@ -309,7 +309,7 @@ def _full_rows(config):
     "A micro-batch of rows that are all `max_length` long"
     tokens = -(-config.max_length//8)*8 # as `Collator` pads
     ids = partial(torch.empty, config.sequences_per_micro_batch, tokens, dtype=torch.long, device='meta')
-    return dict(input_ids=ids(), **(dict(position_ids=ids()) if config.packing else {}))
+    return dict(input_ids=ids(), **(dict(position_ids=ids()) if config.packing is True else {}))
 
 # %% ../../nbs/model/04_step_bytes.ipynb #cf29061c
 def _adapters_as_computed(model, config):
@@ -332,7 +332,7 @@ def step_bytes(
     autocast = torch.autocast
     def real_only(device_type, *args, **kw):
         return nullcontext() if device_type=='meta' else autocast(device_type, *args, **kw)
-    with (_AsOn(machine, half, config.packing), patch.dict(head_bytes, meta=room),
+    with (_AsOn(machine, half, config.packing is True), patch.dict(head_bytes, meta=room),
           patch.object(torch, 'autocast', real_only), patch.object(adapter, 'autocast_dtype', lambda device: half),
           patch.object(lora_path, 'autocast_dtype', lambda device: half), _adapters_as_computed(model, config)):
         loss = partial(_loss_on_meta, half=half, learned=learned)

@@ -7,7 +7,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/training/loop.html.md"""
 # %% auto #0
 __all__ = ['stacked_below', 'backend_arguments', 'same_bits', 'training_arguments', 'settings_as_text', 'trackers',
            'drop_printers', 'Stopped', 'StepGuard', 'StepChecks', 'TokenMetrics', 'only_top_adapter',
-           'WholeCheckpoints', 'ResumableTrainer', 'CausalLMTrainer', 'out_of_memory', 'free_memory',
+           'WholeCheckpoints', 'training_once', 'ResumableTrainer', 'CausalLMTrainer', 'out_of_memory', 'free_memory',
            'evaluate_held_out', 'BeforeFirstStep']
 
 # %% ../../nbs/training/04_loop.ipynb #4a01f0c2
@@ -35,12 +35,12 @@ from sage_finetune.model.adapter import (
     check_settings, full_tensor, load_lora_init, lora_plus, save_lora_init, trained_tensors
 )
 from ..model.contract import check_witness, save_witness
-from ..model.lora_path import lora_path, LoraPath, prove_lora_path
+from ..model.lora_path import known_lora_path, lora_path, LoraPath
 from ..model.loss import evaluating, loss_sum, mean_loss
 from .samplers import SeededOrder
 from sage_finetune.training.callbacks import (
     EvaluateFirst, kept_before, LastSteps, matmul_peak, NotFinite, only_numbers, peak_memory, random_state,
-    remove_checkpoint, SkippedSteps, training_flops
+    remove_checkpoint, SkippedSteps, too_large_to_keep, training_flops
 )
 
 # %% ../../nbs/training/04_loop.ipynb #4a01f0d1
@@ -250,14 +250,15 @@ class StepGuard(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if not self.trainer.loss_and_gradient_finite(): raise NotFinite(state.global_step+1)
         self.trainer.notes.before_step(self.trainer.optimizer)
+        if self.trainer.steps: self.trainer.steps.copied() # before the optimizer changes what is copied
         self.scale = self.trainer.loss_scale()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.rng = random_state()
         self.trainer.notes.done(state.global_step, self.trainer.window)
         self.trainer.skipped.count(self.trainer.was_skipped(self.scale), state.global_step)
-        if args.world_size>1 and self.trainer.gather_stop_requests():
-            control.should_save = True # all of them, at the same step; the next one does not begin
+        if not self.trainer.steps and self.trainer.gather_stop_requests():
+            control.should_save = True # all processes, at the same step; the next one does not begin
 
     def on_train_end(self, args, state, control, **kwargs):
         self.trainer.skipped.check_end(state.global_step-self.first, state.global_step)
@@ -268,6 +269,7 @@ class StepChecks:
     stop_requested = staticmethod(lambda: None) # The number of a signal, where the run was asked to stop
     agreed_stop = 0 # The same, once several processes have told each other
     parameters = None # Of the model, without its embeddings; counted in the first step
+    norm = None # Of the gradient of this step, where the library has told it
 
     def get_batch_samples(self, *args, **kwargs):
         batches,learned = super().get_batch_samples(*args, **kwargs)
@@ -281,8 +283,12 @@ class StepChecks:
         if self.parameters is None: self.parameters = self.model.num_parameters(exclude_embeddings=True)
         return 6*inputs[main].numel()*self.parameters
 
-    def raise_if_stopped(self, agreed=0):
-        number = self.stop_requested() if self.args.world_size==1 else agreed
+    def _get_grad_norm(self, *args, **kwargs):
+        self.norm = super()._get_grad_norm(*args, **kwargs)
+        return self.norm
+
+    def raise_if_stopped(self, agreed=0): # a step that no memory keeps is done to its end
+        number = self.stop_requested() if self.steps else agreed
         if number: raise Stopped(number)
 
     def gather_stop_requests(self)->int: # 0 where none was asked
@@ -306,10 +312,11 @@ class StepChecks:
 
     def loss_and_gradient_finite(self)->bool: # Waits for the device
         "Whether the loss so far and the gradient are finite; with loss scaling the scaler looks after the gradient"
-        checked = self.meter.window.sum()
+        checked,(norm,self.norm) = self.meter.window.sum(),(self.norm, None)
         if getattr(self.accelerator, 'scaler', None) is None:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-            checked = checked+full_tensor(norm).to(checked)
+            if norm is None: # transformers 4 keeps it to itself
+                norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            checked = checked+full_tensor(torch.as_tensor(norm)).to(checked)
         return bool(self.accelerator.gather(checked[None]).isfinite().all()) # of every process: all continue or none
 
 # %% ../../nbs/training/04_loop.ipynb #c13dc90e
@@ -322,9 +329,15 @@ class TokenMetrics:
         exact = torch.float32 if device.type=='mps' else torch.float64
         self.window = torch.zeros(self.places, dtype=exact, device=device) # part of a checkpoint
         self.local = torch.zeros(2, dtype=exact, device=device) # learned and all tokens of this process
+        self.known = [0, 0] # The same, of batches that were counted before they came to the device
 
     def add(self, total, learned, inputs, pad_id):
-        ids,labels = inputs['input_ids'],inputs['labels']
+        if counted := inputs.get('counted'):
+            self.window[0] += total.detach()
+            self.window[1] += len(counted.at)
+            self.known = [self.known[0]+len(counted.at), self.known[1]+counted.tokens]
+            return
+        ids,labels,learned = inputs['input_ids'],inputs['labels'],learned.to(self.device)
         real_BT = (ids!=pad_id)|(labels!=ignored) # after the last of these a row is padding
         every = (real_BT*torch.arange(1, ids.shape[1]+1, device=ids.device)).amax(1).sum()
         self.window += torch.stack([total.detach(), learned]).to(self.window)
@@ -335,6 +348,7 @@ class TokenMetrics:
     def restart(self):
         self.began,self.paused = time.monotonic(),0.0
         self.local.zero_()
+        self.known = [0, 0]
 
     @contextmanager
     def pause(self):
@@ -344,7 +358,7 @@ class TokenMetrics:
 
     def line(self, gather, count, peak):
         "The figures of the window; `count(all, learned)` gives operations, `peak` is what one device does in a second"
-        sums = gather(torch.cat([self.window, self.local])[None])
+        sums = gather(torch.cat([self.window, self.local+self.local.new_tensor(self.known)])[None])
         *window,learned,every = sums.sum(0).tolist()
         seconds = max(time.monotonic()-self.began-self.paused, 1e-9)
         self.window.zero_()
@@ -440,15 +454,31 @@ def _proved_groups(trainer):
     if why: path = LoraPath(kept={why: 0})
     elif path := _paths.get(model): return path.groups
     else:
-        with evaluating(model, training=True): path = prove_lora_path(model, trainer.accelerator.autocast)
+        with evaluating(model, training=True): path = known_lora_path(model, trainer.accelerator.autocast)
         _paths[model] = path
     trainer.say(path)
     return path.groups
 
 @contextmanager
+def training_once(
+    model, # Whose modes are looked at in each pass
+): # While the block runs
+    "`model.train()` goes through all modules only where one of them is not in training"
+    modules = [*model.modules()]
+    def train(mode=True):
+        return model if mode and all(m.training for m in modules) else type(model).train(model, mode)
+    model.train = train
+    try: yield
+    finally: del model.train
+
+@contextmanager
 def _as_proved(trainer):
     "What a run computes with while it trains"
-    with same_bits(getattr(trainer.args, 'deterministic', False)), lora_path(_proved_groups(trainer)): yield
+    if trainer.args.world_size==1 and not trainer.steps:
+        trainer.say('The last steps are not kept in memory, which is too small for them: what goes wrong resumes from '
+                    'the last checkpoint')
+    with (same_bits(getattr(trainer.args, 'deterministic', False)), lora_path(_proved_groups(trainer)),
+          training_once(trainer.model)): yield
 
 # %% ../../nbs/training/04_loop.ipynb #9f125347
 class ResumableTrainer(StepChecks, SeededOrder, WholeCheckpoints):
@@ -460,7 +490,8 @@ class ResumableTrainer(StepChecks, SeededOrder, WholeCheckpoints):
         self.by_length,self.stop_requested,self.on_smaller_evaluation = by_length,stop_requested,on_smaller_evaluation
         super().__init__(*args, **kwargs)
         self.first_logs = {} # what was measured before the first step
-        self.steps,self.notes = None if self.args.world_size>1 else LastSteps(),StepNotes()
+        few = self.args.world_size>1 or too_large_to_keep(self.model)
+        self.steps,self.notes = None if few else LastSteps(),StepNotes()
         self.meter,self.peak,self.skipped = self.metrics_class(self.args.device),1.0,SkippedSteps()
         self.callback_handler.callbacks[1:1] = [StepGuard(self), EvaluateFirst()] # right after what decides what is due
 
@@ -512,8 +543,9 @@ class CausalLMTrainer(ResumableTrainer, Trainer):
         return (loss, None) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        n = sum((b['labels'][:, 1:]!=ignored).sum() for b in batch_samples).to(device) if batch_samples else None
-        return self.accelerator.gather(n).sum() if n is not None and self.args.world_size>1 else n
+        if not batch_samples: return None
+        n = sum(len(b['counted'].at) if 'counted' in b else (b['labels'][:, 1:]!=ignored).sum() for b in batch_samples)
+        return n if self.args.world_size==1 else self.accelerator.gather(torch.as_tensor(n, device=device)).sum()
 
     def held_out(self, batches):
         "The figures of held-out batches"
@@ -548,6 +580,7 @@ def _held_out_batches(trainer, data):
     parts = [order[i:i+size] for i in range(0, len(order), size)]
     for i in range(a.process_index, -(-len(parts)//a.world_size)*a.world_size, a.world_size):
         batch = collate([data[j] for j in parts[i if i<len(parts) else 0]])
+        batch.pop('counted', None) # an evaluation has one loss to wait for
         if i>=len(parts): batch['labels'].fill_(ignored)
         trainer.raise_if_stopped()
         yield batch
