@@ -40,10 +40,18 @@ def _masked(x_NI, how, masks, i):
 # %% ../../nbs/model/01_lora_path.ipynb #4a8a2539
 def _stacked(A, dtype): return (A[0] if len(A)==1 else torch.cat([*A])).to(dtype)
 
-def _low(x_NI, A, how, masks):
+def _low(x_NI, A, how):
     "A·x of each layer, (N, R)"
-    if masks: return [_masked(x_NI, how, masks, i)@a.to(how.dtype).t() for i,a in enumerate(A)]
     return (x_NI@_stacked(A, how.dtype).t()).split([len(a) for a in A], 1)
+
+def _low_dropped(x, A, how):
+    "The same with dropout, and the mask of each layer"
+    low,masks = [],[]
+    for a in A:
+        dropped,mask = torch.native_dropout(x, how.dropout, True)
+        low.append(dropped.flatten(0, -2).to(how.dtype)@a.to(how.dtype).t())
+        masks.append(mask.flatten(0, -2))
+    return low,masks
 
 def _add_product(y_NO, low_NR, b_OR, scale):
     "y += scale·B·(A·x), in place"
@@ -53,13 +61,18 @@ def _add_product(y_NO, low_NR, b_OR, scale):
 # %% ../../nbs/model/01_lora_path.ipynb #e345ce15
 def _adapter_gradients(x_NI, g_NO, A, B, how, masks):
     "Gradients of each A, of each B, and of each A·x"
-    low,ranks = _low(x_NI, A, how, masks),[len(a) for a in A]
+    ranks = [len(a) for a in A]
     whole = x_NI.new_empty(len(x_NI), sum(ranks))
     parts = whole.split(ranks, 1)
     for g,b,d,s in zip(g_NO, B, parts, how.scales): torch.mm(g, b.to(how.dtype), out=d).mul_(s)
+    if masks:
+        low,dA = [],[]
+        for i,(a,d) in enumerate(zip(A, parts)): # the input under a mask is made once, and let go
+            dropped = _masked(x_NI, how, masks, i)
+            low.append(dropped@a.to(how.dtype).t())
+            dA.append(d.t()@dropped)
+    else: low,dA = _low(x_NI, A, how),(whole.t()@x_NI).split(ranks)
     dB = [(g.t()@h).mul_(s).to(b.dtype) for g,h,b,s in zip(g_NO, low, B, how.scales)]
-    dA = ([d.t()@_masked(x_NI, how, masks, i) for i,d in enumerate(parts)] if masks
-          else (whole.t()@x_NI).split(ranks))
     return [d.to(a.dtype) for d,a in zip(dA, A)],dB,(parts if masks else whole)
 
 # %% ../../nbs/model/01_lora_path.ipynb #7a3b88f4
@@ -78,11 +91,10 @@ class LoraProduct(torch.autograd.Function):
         n = len(how.scales)
         frozen,A,B = tensors[:n],tensors[n:2*n],tensors[2*n:]
         x_NI = x.flatten(0, -2).to(how.dtype)
-        masks = [torch.native_dropout(x, how.dropout, True)[1].flatten(0, -2) for _ in A] if how.dropout else []
         with torch.autocast(x.device.type, enabled=False):
+            low,masks = _low_dropped(x, A, how) if how.dropout else (_low(x_NI, A, how), [])
             made = [F.linear(x_NI, W, b) for W,b in zip(frozen, how.biases)] if how.dense else frozen
-            for y,low,b,s in zip(made, _low(x_NI, A, how, masks), B, how.scales):
-                _add_product(y.view(len(x_NI), -1), low, b, s)
+            for y,h,b,s in zip(made, low, B, how.scales): _add_product(y.view(len(x_NI), -1), h, b, s)
         if not how.dense: ctx.mark_dirty(*made)
         ctx.save_for_backward(x_NI, *(frozen if how.dense else ()), *A, *B, *masks)
         ctx.how,ctx.shape,ctx.dtype = how,x.shape,x.dtype

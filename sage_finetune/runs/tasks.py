@@ -103,9 +103,9 @@ def quick_settings(
     data=None, # Sources, a number of rows, or a `DataSize`
     given:dict|None=None, # Settings by hand, which stand
 )->dict: # Settings that differ from the defaults
-    "Settings for a first run: the advice, and checkpoints as often as a short run wants them"
+    "Settings for a first run: the advice, checkpoints as often as a short run wants them, short rows packed"
     more = dict(max_length=256) if model==embedded_model else {}
-    return more | dict(logging_steps=10, save_steps=50) | advice_for(model, data, given).settings
+    return more | dict(logging_steps=10, save_steps=50, packing='auto') | advice_for(model, data, given).settings
 
 # %% ../../nbs/runs/04_tasks.ipynb #0a5c0001
 def with_quick(
