@@ -79,6 +79,8 @@ _below_one = 'at least 0 and below 1', lambda v: 0<=v<1
 
 _reports = f'{_one_of(*known_trackers, "none")[0]}, or a list that names each once'
 
+_or_auto = 'true, false or "auto"', lambda v: isinstance(v, bool) or v=='auto'
+
 _training_rules = dict(
     max_length=_at_least(8),
     num_train_epochs=_above_zero,
@@ -112,7 +114,8 @@ _training_rules = dict(
     loraplus_lr_ratio=_at_least(1),
     neftune_noise_alpha=_above_zero,
     tokens_per_step=_at_least(8),
-    packing=('true, false or "auto"', lambda v: isinstance(v, bool) or v=='auto'),
+    packing=_or_auto,
+    torch_compile=_or_auto,
     replay_share=_below_one)
 
 # %% ../nbs/00_config.ipynb #7937675d
@@ -170,7 +173,7 @@ class TrainingConfig(Settings):
     load_best_model_at_end: bool = False # Keep the adapter of the best evaluation instead of the last
     loraplus_lr_ratio: float|None = None # Ratio of the learning rate of B to that of A (LoRA+); None uses one rate
     neftune_noise_alpha: float|None = None # Noise added to the embeddings in training (NEFTune); None adds none
-    torch_compile: bool = False # Compile the model, which pays on long runs
+    torch_compile: bool|str = False # Compile the layers; "auto" where a run is long enough to earn it back
     fused_lora: bool = True # Compute adapters that share an input together, where it is proved to be exact
     deterministic: bool = False # Use only those operations of torch that give the same bits each time; slower on a card
     # Tokens behind one optimizer step, padding included; None counts rows instead
@@ -301,7 +304,8 @@ class PreferenceConfig(TrainingConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.packing=='auto': vars(self)['packing'] = False # pairs are never packed
+        # pairs are neither packed nor compiled
+        vars(self).update({n: False for n in ('packing', 'torch_compile') if getattr(self, n)=='auto'})
         _check_preference(self)
 
     @property
@@ -333,7 +337,7 @@ _presets = dict(
 
 def _preset(name, changes):
     "A preset of which only `changes` count as given"
-    return TrainingConfig().adapted(packing='auto', **_presets[name]()).replace(**changes)
+    return TrainingConfig().adapted(packing='auto', torch_compile='auto', **_presets[name]()).replace(**changes)
 
 # %% ../nbs/00_config.ipynb #2bf1814a
 class PresetConfigs:

@@ -44,6 +44,7 @@ from sage_finetune.training.processes import (
     agreed, joined_processes, one_after_another, processes_line, refuse_smaller_micro_batches, tell, wait_for_all
 )
 from .training.micro_batches import fit_rows
+from .training.compiled import compile_if_it_pays
 from .training.incremental import add_replay_rows, begin_with_parent, parent_adapter, with_adapter
 _all_ = ['CausalLMTrainer', 'data_digest', 'library_versions', 'Stopped', 'training_arguments', 'TrainingResult']
 
@@ -77,14 +78,14 @@ class RunState:
         self.while_running,self.evaluation_rows = [],None # Changes after memory ran out, of training and evaluation
         self.stop_signal,self.unfinished = StopSignal(),None # `unfinished`: noted beside the adapter of a stopped run
         self.watcher = None # Gets the messages instead: has `heard(what)`, and `callbacks()` for the loop
-        self.row_changes,self._fitted_rows = [],(None, None) # how the rows go through the model
+        self.choices,self._fitted_rows = [],(None, None) # `choices`: what was not given by hand
         self._digest,self._announced = RowsDigest(),False
 
     @property
     def changes(self)->list: # Of `Change`
         "What was changed for this machine, and why"
-        known,mine = fit_of_run(self.folder, self.config, self.machine),{c.setting for c in self.row_changes}
-        return [*(c for c in known if c.setting not in mine), *self.row_changes, *self.while_running]
+        known,mine = fit_of_run(self.folder, self.config, self.machine),{c.setting for c in self.choices}
+        return [*(c for c in known if c.setting not in mine), *self.choices, *self.while_running]
     @property
     def fitted(self)->TrainingConfig:
         "The config as it can run"
@@ -215,7 +216,7 @@ def _rows_of_passes(run):
     if run._fitted_rows[0] is not run.dataset:
         found = fit_rows(run.config, run.fitted, run.machine, run.model, run.tokenizer, run.dataset, run.say)
         if run.data_report and found.packing: run.data_report.packing = found.packing.to_dict()
-        run._fitted_rows,run.row_changes = (run.dataset, found.rows),found.changes
+        run._fitted_rows,run.choices = (run.dataset, found.rows),found.changes
     return run._fitted_rows[1]
 
 # %% ../nbs/02_trainer.ipynb #2b3aca66
@@ -229,7 +230,8 @@ def _before_first_step(run):
         run.say(run.probe)
     def measure(step): run._before = _losses_before(run, step) # only now can a divided model compute
     if division(): return [BeforeFirstStep(measure)]
-    return [BeforeFirstStep(longest_batch_fits)] if not run.quiet or run.machine.device=='cuda' else []
+    tried = [BeforeFirstStep(longest_batch_fits)] if not run.quiet or run.machine.device=='cuda' else []
+    return tried+compile_if_it_pays(run, lambda: write_json(run.folder.config, _record(run)))
 
 def _build_loop(run, rows):
     "The loop over `rows`, from the settings and parts of a run"
@@ -245,7 +247,7 @@ def _build_loop(run, rows):
         eval_dataset=run.eval_dataset, processing_class=run.tokenizer, callbacks=run.callbacks(),
         by_length=run.config.per_device_train_batch_size>1)
     trainer.loraplus_lr_ratio,trainer.say = run.config.loraplus_lr_ratio,run.say
-    trainer.sorted_steps = bool(run.row_changes) and not trainer.by_length and args.per_device_train_batch_size>1
+    trainer.sorted_steps = bool(run.choices) and not trainer.by_length and args.per_device_train_batch_size>1
     drop_printers(trainer)
     return trainer
 

@@ -10,7 +10,7 @@ __all__ = ['head_bytes', 'head_rows', 'vocabulary_of', 'LogitTransform', 'Frozen
 
 # %% ../../nbs/model/02_loss.ipynb #0c8b3399
 import math,warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from weakref import WeakKeyDictionary
@@ -217,6 +217,11 @@ def _same_random_numbers(model):
         np.random.set_state(numpy)
 
 # %% ../../nbs/model/02_loss.ipynb #454a92e5
+def _as_they_are(model, training):
+    "Layers that are compiled for training are not compiled once more for everything else"
+    compiled = not training and any(getattr(m, '_compiled_call_impl', None) for m in model.modules())
+    return torch.compiler.set_stance('force_eager') if compiled else nullcontext()
+
 @contextmanager
 def evaluating(
     model, # Any module
@@ -232,7 +237,7 @@ def evaluating(
             m.training = True
     for p,_ in grads: p.grad = torch.zeros_like(p)
     try:
-        with _same_random_numbers(model), torch.set_grad_enabled(training): yield model
+        with _same_random_numbers(model), torch.set_grad_enabled(training), _as_they_are(model, training): yield model
     finally:
         for m,mode in modes: m.training = mode
         for p,grad in grads: p.grad = grad

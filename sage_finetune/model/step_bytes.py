@@ -314,7 +314,7 @@ def _full_rows(config):
 # %% ../../nbs/model/04_step_bytes.ipynb #cf29061c
 def _adapters_as_computed(model, config):
     "The context of a run, in which adapters that share an input are computed together"
-    if not config.fused_lora or config.torch_compile or division(): return nullcontext()
+    if not config.fused_lora or config.torch_compile is True or division(): return nullcontext()
     ids = torch.empty(1, 8, dtype=torch.long, device='meta')
     with torch.no_grad(): found = shared_inputs(model, lambda: _decoder(model)(input_ids=ids, use_cache=False))
     return lora_path.lora_path([layers for layers,_ in found])

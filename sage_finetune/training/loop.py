@@ -12,7 +12,7 @@ __all__ = ['stacked_below', 'backend_arguments', 'same_bits', 'training_argument
 
 # %% ../../nbs/training/04_loop.ipynb #4a01f0c2
 import gc,io,math,os,re,signal,time
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, ExitStack, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -46,7 +46,7 @@ from sage_finetune.training.callbacks import (
 # %% ../../nbs/training/04_loop.ipynb #4a01f0d1
 _same_name = ('num_train_epochs', 'max_steps', 'per_device_train_batch_size', 'gradient_accumulation_steps',
               'learning_rate', 'lr_scheduler_type', 'fp16', 'bf16', 'optim', 'logging_steps', 'save_steps', 'seed',
-              'dataloader_num_workers', 'weight_decay', 'max_grad_norm', 'torch_compile', 'lr_scheduler_kwargs',
+              'dataloader_num_workers', 'weight_decay', 'max_grad_norm', 'lr_scheduler_kwargs',
               'adam_beta1', 'adam_beta2', 'adam_epsilon', 'save_strategy')
 
 def _version_arguments(config, known):
@@ -110,7 +110,7 @@ def training_arguments(
     _reset_environment(config)
     kind = kind or TrainingArguments
     args = kind(
-        **more, **{n: getattr(config, n) for n in _same_name},
+        **more, **{n: getattr(config, n) for n in _same_name}, torch_compile=config.torch_compile is True,
         **_version_arguments(config, {f.name for f in fields(kind)}), **_evaluation_arguments(config, evaluate),
         **backend_arguments(device), output_dir=str(config.checkpoint_dir), run_name=config.output_dir.name,
         neftune_noise_alpha=config.neftune_noise_alpha, logging_first_step=True, disable_tqdm=True,
@@ -122,7 +122,7 @@ def training_arguments(
     if division()=='FSDP' and device=='cpu':
         # accelerate has FSDP for GPUs only, torch for a CPU too
         PartialState().distributed_type = DistributedType.MULTI_GPU
-    if config.torch_compile: os.environ.update(_one_layer_for_all) # where accelerate looks for it
+    if config.torch_compile is True: os.environ.update(_one_layer_for_all) # where accelerate looks for it
     return args
 
 # %% ../../nbs/training/04_loop.ipynb #8e01f0f2
@@ -478,7 +478,7 @@ def _as_proved(trainer):
         trainer.say('The last steps are not kept in memory, which is too small for them: what goes wrong resumes from '
                     'the last checkpoint')
     with (same_bits(getattr(trainer.args, 'deterministic', False)), lora_path(_proved_groups(trainer)),
-          training_once(trainer.model)): yield
+          training_once(trainer.model), ExitStack() as trainer.meanwhile): yield
 
 # %% ../../nbs/training/04_loop.ipynb #9f125347
 class ResumableTrainer(StepChecks, SeededOrder, WholeCheckpoints):
