@@ -61,8 +61,8 @@ class Trial:
     def __str__(self):
         if self.fault: return f'layers are not compiled: {self.fault}'
         both = f'a pass takes {self.compiled:.2g} s compiled and {self.plain:.2g} s as it is'
-        return (f'compiled: {both}; it took {self.cost:.0f} s, and saves about {self.saves/60:,.0f} minutes' if self.pays
-                else f'layers are not compiled: {both}, found out in {self.cost:.0f} s')
+        if not self.pays: return f'layers are not compiled: {both}, found out in {self.cost:.0f} s'
+        return f'compiled: {both}; it took {self.cost:.0f} s, and saves about {self.saves/60:,.0f} minutes'
 
 # %% ../../nbs/training/10_compiled.ipynb #c0a1f012
 def _timed(model, batch, autocast, times=1):
@@ -137,7 +137,7 @@ def choose_compiled(
 # %% ../../nbs/training/10_compiled.ipynb #c0a1f016
 def compile_if_it_pays(
     run, # A `LoRATrainer` whose config says `torch_compile="auto"`
-    note, # Called with the `Change` that was decided
+    save, # Called when the decision stands in `run.choices`
 )->list: # Of callbacks; empty where the config says yes or no
     "A callback that decides before the first step, or does what was decided when the run began"
     if run.config.torch_compile!='auto': return []
@@ -145,7 +145,8 @@ def compile_if_it_pays(
         trainer,wanted = run.trainer,run.fitted.torch_compile
         if wanted=='auto':
             wanted,why = choose_compiled(trainer)
-            note(Change('torch_compile', 'auto', wanted, why, by_hand=False))
+            run.choices.append(Change('torch_compile', 'auto', wanted, why, by_hand=False))
+            save()
             if 'a pass takes' in why: run.say(why)
         if wanted: trainer.meanwhile.enter_context(compiled_layers(trainer.model))
     return [BeforeFirstStep(decide)]
