@@ -27,11 +27,12 @@ from .rows.report import DataReport
 from .model.adapter import adapter_line, add_lora, BestAdapter, check_run, ready_for_quantised_training
 from .base.shards import base_digest
 from .model.memory import estimate_memory, probe_step
-from .training.batches import check_fit, check_rows, Collator, longest_batch, padding_of
+from .model.micro_batches import fit_rows, packed_by_hand
+from .training.batches import check_fit, check_rows, Collator, example_lengths, longest_batch, padding_of
 from .training.split import check_data_path, read_data
 from .training.callbacks import Checkpoints, Metrics, NotFinite, plot_losses, Progress, read_metrics
 from sage_finetune.training.loop import (
-    BeforeFirstStep, CausalLMTrainer, drop_printers, free_memory, out_of_memory, Stopped, trackers,
+    BeforeFirstStep, CausalLMTrainer, compile_if_it_pays, drop_printers, free_memory, out_of_memory, Stopped, trackers,
     training_arguments
 )
 from sage_finetune.training.resume import (
@@ -43,8 +44,7 @@ from sage_finetune.training.resume import (
 from sage_finetune.training.processes import (
     agreed, joined_processes, one_after_another, processes_line, refuse_smaller_micro_batches, tell, wait_for_all
 )
-from .training.micro_batches import fit_rows
-from .training.compiled import compile_if_it_pays
+from .training.packing import Packing
 from .training.incremental import add_replay_rows, begin_with_parent, parent_adapter, with_adapter
 _all_ = ['CausalLMTrainer', 'data_digest', 'library_versions', 'Stopped', 'training_arguments', 'TrainingResult']
 
@@ -75,11 +75,11 @@ class RunState:
         self.quiet,self.machine,self.folder = quiet,machine or Machine.here(),RunFolder(self.config.output_dir)
         self.model = self.tokenizer = self.dataset = self.eval_dataset = self.replay_eval_dataset = None
         self.trainer = self.data_report = self.probe = self._before = self._base = None # `probe`: of the longest batch
-        self.while_running,self.evaluation_rows = [],None # Changes after memory ran out, of training and evaluation
+        # changes that nobody gave by hand: of the way through the model, and after memory ran out
+        self.choices,self.while_running,self.evaluation_rows = [],[],None
         self.stop_signal,self.unfinished = StopSignal(),None # `unfinished`: noted beside the adapter of a stopped run
         self.watcher = None # Gets the messages instead: has `heard(what)`, and `callbacks()` for the loop
-        self.choices,self._fitted_rows = [],(None, None) # `choices`: what was not given by hand
-        self._digest,self._announced = RowsDigest(),False
+        self._fitted_rows,self._digest,self._announced = (None, None),RowsDigest(),False
 
     @property
     def changes(self)->list: # Of `Change`
@@ -214,7 +214,9 @@ def _with_lora(model, config):
 def _rows_of_passes(run):
     "The training rows as they go through the model: packed or not, and so many at once; chosen once for the same rows"
     if run._fitted_rows[0] is not run.dataset:
-        found = fit_rows(run.config, run.fitted, run.machine, run.model, run.tokenizer, run.dataset, run.say)
+        c,rows = run.fitted,Packing(run.dataset, run.model, run.say)
+        found = (packed_by_hand(c, rows) if run.config.packing is True else
+                 fit_rows(run.config, c, run.machine, run.model, run.tokenizer, example_lengths(run.dataset), rows))
         if run.data_report and found.packing: run.data_report.packing = found.packing.to_dict()
         run._fitted_rows,run.choices = (run.dataset, found.rows),found.changes
     return run._fitted_rows[1]

@@ -6,9 +6,9 @@ Docs: https://sage-finetune.github.io/sage_finetune/training/loop.html.md"""
 
 # %% auto #0
 __all__ = ['stacked_below', 'backend_arguments', 'same_bits', 'training_arguments', 'settings_as_text', 'trackers',
-           'drop_printers', 'Stopped', 'StepGuard', 'StepChecks', 'TokenMetrics', 'only_top_adapter',
-           'WholeCheckpoints', 'training_once', 'ResumableTrainer', 'CausalLMTrainer', 'out_of_memory', 'free_memory',
-           'evaluate_held_out', 'BeforeFirstStep']
+           'drop_printers', 'gradient_norm', 'KnownNorm', 'Stopped', 'StepGuard', 'StepChecks', 'TokenMetrics',
+           'only_top_adapter', 'WholeCheckpoints', 'training_once', 'ResumableTrainer', 'CausalLMTrainer',
+           'out_of_memory', 'free_memory', 'evaluate_held_out', 'BeforeFirstStep', 'compile_if_it_pays']
 
 # %% ../../nbs/training/04_loop.ipynb #4a01f0c2
 import gc,io,math,os,re,signal,time
@@ -28,7 +28,7 @@ from transformers.integrations.integration_utils import rewrite_logs
 from ..core.beforehand import tracker_names
 from ..core.cache import parameter_names, StepNotes, write_receipt
 from ..core.disk import cannot_write, disk_error, read_json, SageError, write_json
-from ..core.machine import division, process, processes
+from ..core.machine import Change, division, process, processes
 from ..config import TrainingConfig
 from ..rows.tokens import ignored
 from sage_finetune.model.adapter import (
@@ -37,6 +37,8 @@ from sage_finetune.model.adapter import (
 from ..model.contract import check_witness, save_witness
 from ..model.lora_path import known_lora_path, lora_path, LoraPath
 from ..model.loss import evaluating, loss_sum, mean_loss
+from ..model.compiled import choose_compiled, compiled_layers
+from .batches import example_lengths, longest_batch
 from .samplers import SeededOrder
 from sage_finetune.training.callbacks import (
     EvaluateFirst, kept_before, LastSteps, matmul_peak, NotFinite, only_numbers, peak_memory, random_state,
@@ -218,6 +220,24 @@ def drop_printers(
     for callback in (PrinterCallback, ProgressCallback): trainer.remove_callback(callback)
 
 # %% ../../nbs/training/04_loop.ipynb #4a01f0e1
+def gradient_norm(
+    model, # After a backward pass
+): # A tensor
+    "Norm of all gradients of a model"
+    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+class KnownNorm:
+    "Keeps the norm that the library computes to clip the gradient; nobody computes it twice"
+    norm = None # Of this step; transformers 4 does not tell it
+
+    def _get_grad_norm(self, *args, **kwargs):
+        self.norm = super()._get_grad_norm(*args, **kwargs)
+        return self.norm
+
+    def norm_of_step(self): # A tensor; forgotten when it is asked for
+        known,self.norm = self.norm,None
+        return gradient_norm(self.model) if known is None else torch.as_tensor(known)
+
 class Stopped(KeyboardInterrupt):
     "A run was asked to stop, by Ctrl-C or by the system, and did so"
     def __init__(self, number=signal.SIGINT, message='stopped'):
@@ -264,12 +284,11 @@ class StepGuard(TrainerCallback):
         self.trainer.skipped.check_end(state.global_step-self.first, state.global_step)
 
 # %% ../../nbs/training/04_loop.ipynb #4a01f0e4
-class StepChecks:
+class StepChecks(KnownNorm):
     "What `StepGuard` asks a trainer between two steps"
     stop_requested = staticmethod(lambda: None) # The number of a signal, where the run was asked to stop
     agreed_stop = 0 # The same, once several processes have told each other
     parameters = None # Of the model, without its embeddings; counted in the first step
-    norm = None # Of the gradient of this step, where the library has told it
 
     def get_batch_samples(self, *args, **kwargs):
         batches,learned = super().get_batch_samples(*args, **kwargs)
@@ -283,10 +302,6 @@ class StepChecks:
         if self.parameters is None: self.parameters = self.model.num_parameters(exclude_embeddings=True)
         return 6*inputs[main].numel()*self.parameters
 
-    def _get_grad_norm(self, *args, **kwargs):
-        self.norm = super()._get_grad_norm(*args, **kwargs)
-        return self.norm
-
     def raise_if_stopped(self, agreed=0): # a step that no memory keeps is done to its end
         number = self.stop_requested() if self.steps else agreed
         if number: raise Stopped(number)
@@ -298,7 +313,6 @@ class StepChecks:
         return self.agreed_stop
 
     def loss_scale(self)->float|None: # Waits for the device; None where nothing is scaled here
-        "What the loss is multiplied by at the moment"
         scaler = getattr(self.accelerator, 'scaler', None)
         return None if scaler is None else scaler.get_scale()
 
@@ -312,11 +326,8 @@ class StepChecks:
 
     def loss_and_gradient_finite(self)->bool: # Waits for the device
         "Whether the loss so far and the gradient are finite; with loss scaling the scaler looks after the gradient"
-        checked,(norm,self.norm) = self.meter.window.sum(),(self.norm, None)
-        if getattr(self.accelerator, 'scaler', None) is None:
-            if norm is None: # transformers 4 keeps it to itself
-                norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-            checked = checked+full_tensor(torch.as_tensor(norm)).to(checked)
+        checked,norm = self.meter.window.sum(),self.norm_of_step()
+        if getattr(self.accelerator, 'scaler', None) is None: checked = checked+full_tensor(norm).to(checked)
         return bool(self.accelerator.gather(checked[None]).isfinite().all()) # of every process: all continue or none
 
 # %% ../../nbs/training/04_loop.ipynb #c13dc90e
@@ -616,3 +627,28 @@ class BeforeFirstStep(TrainerCallback):
     "Call a function once, when the loop is ready and no step was taken"
     def __init__(self, work): self.work = work
     def on_train_begin(self, args, state, control, **kwargs): self.work(state.global_step)
+
+def _longest(trainer):
+    "The longest batch, and how many passes of its size are to come"
+    a,s,rows = trainer.args,trainer.state,trainer.train_dataset
+    tokens = trainer.tokens_per_step and trainer.tokens_per_step//(a.gradient_accumulation_steps*a.world_size)
+    batch = longest_batch(rows, a.per_device_train_batch_size, trainer.data_collator, tokens)
+    share = example_lengths(rows).mean()*len(batch['input_ids'])/batch['input_ids'].numel()
+    passes = (s.max_steps-s.global_step)*a.gradient_accumulation_steps*float(share)
+    return {k: v.to(a.device) for k,v in batch.items() if k!='counted'},passes
+
+def compile_if_it_pays(
+    run, # A `LoRATrainer` whose config may say `torch_compile="auto"`
+    save, # Called when the decision stands in `run.choices`
+)->list: # Of callbacks; empty where the config says yes or no
+    "Decide before the first step whether layers are compiled, or do what was decided when the run began"
+    def decide(step):
+        trainer,wanted = run.trainer,run.fitted.torch_compile
+        if wanted=='auto':
+            wanted,why,tried = choose_compiled(trainer.model, *_longest(trainer), trainer.accelerator.autocast)
+            run.choices.append(Change('torch_compile', 'auto', wanted, why, by_hand=False))
+            save()
+            if tried: run.say(why)
+        if wanted: trainer.meanwhile.enter_context(compiled_layers(trainer.model))
+    alone = not division() and processes()==1 # else each would decide for itself
+    return [BeforeFirstStep(decide)] if run.config.torch_compile=='auto' and alone else []
