@@ -35,6 +35,14 @@ from .core.text_stream import count_rows
 from .core.run_folder import default_output_dir, read_meta, run_folder, RunFolder # run_folder: handed on
 
 # %% ../nbs/00_config.ipynb #9d8a2e8e
+def _at_least(low): return f'at least {low}', lambda v: v>=low
+
+def _one_of(*words): return ' or '.join(f'"{w}"' for w in words), words.__contains__
+_above_zero = 'above 0', lambda v: v>0
+_share = 'between 0 and 1', lambda v: 0<=v<=1
+_below_one = 'at least 0 and below 1', lambda v: 0<=v<1
+_or_auto = 'true, false or "auto"', lambda v: isinstance(v, bool) or v=='auto'
+
 _ways_to_begin = 'gaussian', 'orthogonal', 'pissa', 'olora'
 
 @dataclass
@@ -70,16 +78,7 @@ class LoRAConfig(Settings):
         return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
 
 # %% ../nbs/00_config.ipynb #f87b779c
-def _at_least(low): return f'at least {low}', lambda v: v>=low
-
-def _one_of(*words): return ' or '.join(f'"{w}"' for w in words), words.__contains__
-_above_zero = 'above 0', lambda v: v>0
-_share = 'between 0 and 1', lambda v: 0<=v<=1
-_below_one = 'at least 0 and below 1', lambda v: 0<=v<1
-
 _reports = f'{_one_of(*known_trackers, "none")[0]}, or a list that names each once'
-
-_or_auto = 'true, false or "auto"', lambda v: isinstance(v, bool) or v=='auto'
 
 _training_rules = dict(
     max_length=_at_least(8),

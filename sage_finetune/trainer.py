@@ -28,11 +28,14 @@ from .model.adapter import adapter_line, add_lora, BestAdapter, check_run, ready
 from .base.shards import base_digest
 from .model.memory import estimate_memory, probe_step
 from .model.micro_batches import fit_rows, packed_by_hand
-from .training.batches import check_fit, check_rows, Collator, example_lengths, longest_batch, padding_of
+from .model.compiled import compile_if_it_pays
+from sage_finetune.training.batches import (
+    check_fit, check_rows, Collator, example_lengths, longest_to_come, padding_of
+)
 from .training.split import check_data_path, read_data
 from .training.callbacks import Checkpoints, Metrics, NotFinite, plot_losses, Progress, read_metrics
 from sage_finetune.training.loop import (
-    BeforeFirstStep, CausalLMTrainer, compile_if_it_pays, drop_printers, free_memory, out_of_memory, Stopped, trackers,
+    BeforeFirstStep, CausalLMTrainer, drop_printers, free_memory, out_of_memory, Stopped, trackers,
     training_arguments
 )
 from sage_finetune.training.resume import (
@@ -75,8 +78,7 @@ class RunState:
         self.quiet,self.machine,self.folder = quiet,machine or Machine.here(),RunFolder(self.config.output_dir)
         self.model = self.tokenizer = self.dataset = self.eval_dataset = self.replay_eval_dataset = None
         self.trainer = self.data_report = self.probe = self._before = self._base = None # `probe`: of the longest batch
-        # changes that nobody gave by hand: of the way through the model, and after memory ran out
-        self.choices,self.while_running,self.evaluation_rows = [],[],None
+        self.choices,self.while_running,self.evaluation_rows = [],[],None # Changes that nobody gave by hand, or memory
         self.stop_signal,self.unfinished = StopSignal(),None # `unfinished`: noted beside the adapter of a stopped run
         self.watcher = None # Gets the messages instead: has `heard(what)`, and `callbacks()` for the loop
         self._fitted_rows,self._digest,self._announced = (None, None),RowsDigest(),False
@@ -128,11 +130,7 @@ class LoopParts(RunState):
 
     def try_longest(self):
         "Memory that the longest batch takes in one forward and backward pass"
-        t,c = self.trainer,self.config
-        micro_batches = t.args.gradient_accumulation_steps*t.args.world_size
-        batch = longest_batch(t.train_dataset, t.args.per_device_train_batch_size, t.data_collator,
-                              c.tokens_per_step and c.tokens_per_step//micro_batches)
-        return probe_step(self.model, batch, self.fitted, self.machine)
+        return probe_step(self.model, longest_to_come(self.trainer)[0], self.fitted, self.machine)
 
     def result(self, result:TrainingResult)->TrainingResult:
         "The results to save; a subclass adds its own"
@@ -233,7 +231,7 @@ def _before_first_step(run):
     def measure(step): run._before = _losses_before(run, step) # only now can a divided model compute
     if division(): return [BeforeFirstStep(measure)]
     tried = [BeforeFirstStep(longest_batch_fits)] if not run.quiet or run.machine.device=='cuda' else []
-    return tried+compile_if_it_pays(run, lambda: write_json(run.folder.config, _record(run)))
+    return tried+compile_if_it_pays(run, lambda: write_json(run.folder.config, _record(run)), longest_to_come)
 
 def _build_loop(run, rows):
     "The loop over `rows`, from the settings and parts of a run"

@@ -6,7 +6,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/training/batches.html.md"""
 
 # %% auto #0
 __all__ = ['flat_chunks', 'example_lengths', 'pad_token_id', 'padding_of', 'Counted', 'count_batch', 'Collator', 'check_rows',
-           'check_fit', 'longest_batch', 'show_batch']
+           'check_fit', 'longest_batch', 'longest_to_come', 'show_batch']
 
 # %% ../../nbs/training/00_batches.ipynb #c25a8af9
 import math
@@ -223,6 +223,18 @@ def longest_batch(
     lengths = example_lengths(dataset)
     if tokens: rows = max(1, tokens//(-(-int(max(lengths))//8)*8))
     return collate([dataset[i] for i in sorted(range(len(lengths)), key=lambda i: -lengths[i])[:rows]])
+
+# %% ../../nbs/training/00_batches.ipynb #c0a17e41
+def longest_to_come(
+    trainer, # transformers' `Trainer`, ready for its first step
+)->tuple: # The longest batch on its device, and how many passes of its size are to come
+    "What the rest of a run is, counted in its longest batch"
+    a,s,rows = trainer.args,trainer.state,trainer.train_dataset
+    tokens = trainer.tokens_per_step and trainer.tokens_per_step//(a.gradient_accumulation_steps*a.world_size)
+    batch = longest_batch(rows, a.per_device_train_batch_size, trainer.data_collator, tokens)
+    share = example_lengths(rows).mean()*len(batch['input_ids'])/batch['input_ids'].numel()
+    passes = (s.max_steps-s.global_step)*a.gradient_accumulation_steps*float(share)
+    return {k: v.to(a.device) for k,v in batch.items() if k!='counted'},passes
 
 # %% ../../nbs/training/00_batches.ipynb #eedb4a2d
 def _batch_row(i, ids, labels, positions, length, tokenizer):

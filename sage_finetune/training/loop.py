@@ -6,9 +6,9 @@ Docs: https://sage-finetune.github.io/sage_finetune/training/loop.html.md"""
 
 # %% auto #0
 __all__ = ['stacked_below', 'backend_arguments', 'same_bits', 'training_arguments', 'settings_as_text', 'trackers',
-           'drop_printers', 'gradient_norm', 'KnownNorm', 'Stopped', 'StepGuard', 'StepChecks', 'TokenMetrics',
-           'only_top_adapter', 'WholeCheckpoints', 'training_once', 'ResumableTrainer', 'CausalLMTrainer',
-           'out_of_memory', 'free_memory', 'evaluate_held_out', 'BeforeFirstStep', 'compile_if_it_pays']
+           'drop_printers', 'Stopped', 'StepGuard', 'StepChecks', 'TokenMetrics', 'only_top_adapter',
+           'WholeCheckpoints', 'training_once', 'ResumableTrainer', 'CausalLMTrainer', 'out_of_memory', 'free_memory',
+           'evaluate_held_out', 'BeforeFirstStep']
 
 # %% ../../nbs/training/04_loop.ipynb #4a01f0c2
 import gc,io,math,os,re,signal,time
@@ -18,6 +18,7 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
+from torch.nn.utils import get_total_norm
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 import sage_finetune.base.loading # before transformers: it quiets bitsandbytes
@@ -28,7 +29,7 @@ from transformers.integrations.integration_utils import rewrite_logs
 from ..core.beforehand import tracker_names
 from ..core.cache import parameter_names, StepNotes, write_receipt
 from ..core.disk import cannot_write, disk_error, read_json, SageError, write_json
-from ..core.machine import Change, division, process, processes
+from ..core.machine import division, process, processes
 from ..config import TrainingConfig
 from ..rows.tokens import ignored
 from sage_finetune.model.adapter import (
@@ -37,8 +38,6 @@ from sage_finetune.model.adapter import (
 from ..model.contract import check_witness, save_witness
 from ..model.lora_path import known_lora_path, lora_path, LoraPath
 from ..model.loss import evaluating, loss_sum, mean_loss
-from ..model.compiled import choose_compiled, compiled_layers
-from .batches import example_lengths, longest_batch
 from .samplers import SeededOrder
 from sage_finetune.training.callbacks import (
     EvaluateFirst, kept_before, LastSteps, matmul_peak, NotFinite, only_numbers, peak_memory, random_state,
@@ -220,24 +219,6 @@ def drop_printers(
     for callback in (PrinterCallback, ProgressCallback): trainer.remove_callback(callback)
 
 # %% ../../nbs/training/04_loop.ipynb #4a01f0e1
-def gradient_norm(
-    model, # After a backward pass
-): # A tensor
-    "Norm of all gradients of a model"
-    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-
-class KnownNorm:
-    "Keeps the norm that the library computes to clip the gradient; nobody computes it twice"
-    norm = None # Of this step; transformers 4 does not tell it
-
-    def _get_grad_norm(self, *args, **kwargs):
-        self.norm = super()._get_grad_norm(*args, **kwargs)
-        return self.norm
-
-    def norm_of_step(self): # A tensor; forgotten when it is asked for
-        known,self.norm = self.norm,None
-        return gradient_norm(self.model) if known is None else torch.as_tensor(known)
-
 class Stopped(KeyboardInterrupt):
     "A run was asked to stop, by Ctrl-C or by the system, and did so"
     def __init__(self, number=signal.SIGINT, message='stopped'):
@@ -284,11 +265,11 @@ class StepGuard(TrainerCallback):
         self.trainer.skipped.check_end(state.global_step-self.first, state.global_step)
 
 # %% ../../nbs/training/04_loop.ipynb #4a01f0e4
-class StepChecks(KnownNorm):
+class StepChecks:
     "What `StepGuard` asks a trainer between two steps"
     stop_requested = staticmethod(lambda: None) # The number of a signal, where the run was asked to stop
     agreed_stop = 0 # The same, once several processes have told each other
-    parameters = None # Of the model, without its embeddings; counted in the first step
+    parameters = norm = None # Of the model without embeddings, counted once; of this gradient, where transformers tells
 
     def get_batch_samples(self, *args, **kwargs):
         batches,learned = super().get_batch_samples(*args, **kwargs)
@@ -296,11 +277,14 @@ class StepChecks(KnownNorm):
         return batches,learned
 
     def floating_point_ops(self, inputs):
-        "As the library's, which counts the parameters in every step"
         main = getattr(self.model, 'main_input_name', 'input_ids')
         if main not in inputs or not hasattr(self.model, 'num_parameters'): return 0
         if self.parameters is None: self.parameters = self.model.num_parameters(exclude_embeddings=True)
         return 6*inputs[main].numel()*self.parameters
+
+    def _get_grad_norm(self, *args, **kwargs):
+        self.norm = super()._get_grad_norm(*args, **kwargs)
+        return self.norm
 
     def raise_if_stopped(self, agreed=0): # a step that no memory keeps is done to its end
         number = self.stop_requested() if self.steps else agreed
@@ -317,7 +301,7 @@ class StepChecks(KnownNorm):
         return None if scaler is None else scaler.get_scale()
 
     def was_skipped(self, scale)->bool: # `scale` was that of the step
-        "Whether the optimizer step was skipped: only then the scale falls (a fused optimizer skips by itself, unseen)"
+        # only then the scale falls; a fused optimizer skips by itself, unseen
         return self.accelerator.optimizer_step_was_skipped if scale is None else self.loss_scale()<scale
 
     def skipped_steps(self)->int: # Since the run began, which may have been resumed
@@ -326,8 +310,10 @@ class StepChecks(KnownNorm):
 
     def loss_and_gradient_finite(self)->bool: # Waits for the device
         "Whether the loss so far and the gradient are finite; with loss scaling the scaler looks after the gradient"
-        checked,norm = self.meter.window.sum(),self.norm_of_step()
-        if getattr(self.accelerator, 'scaler', None) is None: checked = checked+full_tensor(norm).to(checked)
+        checked,(norm,self.norm) = self.meter.window.sum(),(self.norm, None)
+        if getattr(self.accelerator, 'scaler', None) is None:
+            if norm is None: norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            checked = checked+full_tensor(torch.as_tensor(norm)).to(checked)
         return bool(self.accelerator.gather(checked[None]).isfinite().all()) # of every process: all continue or none
 
 # %% ../../nbs/training/04_loop.ipynb #c13dc90e
@@ -627,28 +613,3 @@ class BeforeFirstStep(TrainerCallback):
     "Call a function once, when the loop is ready and no step was taken"
     def __init__(self, work): self.work = work
     def on_train_begin(self, args, state, control, **kwargs): self.work(state.global_step)
-
-def _longest(trainer):
-    "The longest batch, and how many passes of its size are to come"
-    a,s,rows = trainer.args,trainer.state,trainer.train_dataset
-    tokens = trainer.tokens_per_step and trainer.tokens_per_step//(a.gradient_accumulation_steps*a.world_size)
-    batch = longest_batch(rows, a.per_device_train_batch_size, trainer.data_collator, tokens)
-    share = example_lengths(rows).mean()*len(batch['input_ids'])/batch['input_ids'].numel()
-    passes = (s.max_steps-s.global_step)*a.gradient_accumulation_steps*float(share)
-    return {k: v.to(a.device) for k,v in batch.items() if k!='counted'},passes
-
-def compile_if_it_pays(
-    run, # A `LoRATrainer` whose config may say `torch_compile="auto"`
-    save, # Called when the decision stands in `run.choices`
-)->list: # Of callbacks; empty where the config says yes or no
-    "Decide before the first step whether layers are compiled, or do what was decided when the run began"
-    def decide(step):
-        trainer,wanted = run.trainer,run.fitted.torch_compile
-        if wanted=='auto':
-            wanted,why,tried = choose_compiled(trainer.model, *_longest(trainer), trainer.accelerator.autocast)
-            run.choices.append(Change('torch_compile', 'auto', wanted, why, by_hand=False))
-            save()
-            if tried: run.say(why)
-        if wanted: trainer.meanwhile.enter_context(compiled_layers(trainer.model))
-    alone = not division() and processes()==1 # else each would decide for itself
-    return [BeforeFirstStep(decide)] if run.config.torch_compile=='auto' and alone else []
