@@ -305,7 +305,6 @@ class StepChecks:
         return self.accelerator.optimizer_step_was_skipped if scale is None else self.loss_scale()<scale
 
     def skipped_steps(self)->int: # Since the run began, which may have been resumed
-        "Optimizer steps that loss scaling skipped"
         return sum(m.get('skipped_steps', 0) for m in self.state.log_history)+self.skipped.unlogged
 
     def loss_and_gradient_finite(self)->bool: # Waits for the device
