@@ -21,7 +21,15 @@ import types
 from multiprocessing import reduction
 from pathlib import Path
 
+import pytest
+
 from sage_finetune.config import resolve_model
+
+def few(values, quick=1):
+    "Members of a kind for `parametrize`: the first ones in every run, the others in `make test-slow`"
+    several = lambda v: v if isinstance(v, tuple) else (v,)
+    return [v if i<quick else pytest.param(*several(v), marks=pytest.mark.slow) for i,v in enumerate(values)]
+
 
 forked = multiprocessing.get_context('forkserver') if os.name=='posix' else None
 if forked:

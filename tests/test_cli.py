@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from quick import Forked, forked
+from quick import few, Forked, forked
 from sage_finetune.cli import echo, main
 from sage_finetune.data import create_sample_data
 
@@ -211,7 +211,7 @@ def small_run(folder, **more):
     return folder/'run.json'
 
 
-@pytest.mark.parametrize('name,status', [('SIGINT', 130), ('SIGTERM', 143), ('SIGHUP', 129)])
+@pytest.mark.parametrize('name,status', few([('SIGINT', 130), ('SIGTERM', 143), ('SIGHUP', 129)]))
 def test_a_run_that_is_stopped_says_where_and_goes_on(home_of, tmp_path, name, status):
     file,give_up = small_run(tmp_path), time.monotonic()+120
     command = [Path(sys.executable).with_name('sage-finetune'), 'run', file]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from quick import two_layers
+from quick import few, two_layers
 from sage_finetune.training.callbacks import read_metrics
 from sage_finetune.runs.run import Run
 from sage_finetune.core.disk import write_json
@@ -205,7 +205,7 @@ def test_settings_reach_the_loss(tmp_path):
 
 # Runs
 
-@pytest.mark.parametrize('method', ['orpo', 'kto']) # the notebook has DPO
+@pytest.mark.parametrize('method', few(['kto', 'orpo'])) # the notebook has DPO
 def test_a_stopped_run_resumes_to_the_same_bits_and_the_same_log(method, tmp_path):
     class Stops(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):

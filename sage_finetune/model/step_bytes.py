@@ -281,18 +281,22 @@ def _layer_list(model):
     return lists[0],len(set(kinds))<=1 and all(shape(l)==first for l in lists[0][2])
 
 # %% ../../nbs/model/04_step_bytes.ipynb #f35217dc
-def _count_step(model, batch, loss, exact=False):
-    "`StepBytes` of a model on `meta`"
+def _count_step(model, batch, loss, path, exact=False):
+    "`StepBytes` of a model on `meta`; `path` makes the context in which its adapters are computed"
+    def all_layers():
+        with path(): return measured_bytes(model, batch, loss)
     found,alike = _layer_list(model)
-    if exact or not alike or len(found[2])<6: return measured_bytes(model, batch, loss)
+    if exact or not alike or len(found[2])<6: return all_layers()
     owner,name,layers = found
     few = []
+    setattr(owner, name, torch.nn.ModuleList(layers[:4])) # the path looks at these alone
     try:
-        for n in (2, 3, 4):
-            setattr(owner, name, torch.nn.ModuleList(layers[:n]))
-            few.append(astuple(measured_bytes(model, batch, loss)))
+        with path():
+            for n in (2, 3, 4):
+                setattr(owner, name, torch.nn.ModuleList(layers[:n]))
+                few.append(astuple(measured_bytes(model, batch, loss)))
     finally: setattr(owner, name, layers)
-    if any(a+c!=2*b for a,b,c in zip(*few)): return measured_bytes(model, batch, loss)
+    if any(a+c!=2*b for a,b,c in zip(*few)): return all_layers()
     return StepBytes(*(c + (len(layers)-4)*(c-b) for _,b,c in zip(*few)))
 
 # %% ../../nbs/model/04_step_bytes.ipynb #d78c14b6
@@ -334,6 +338,6 @@ def step_bytes(
         return nullcontext() if device_type=='meta' else autocast(device_type, *args, **kw)
     with (_AsOn(machine, half, config.packing is True), patch.dict(head_bytes, meta=room),
           patch.object(torch, 'autocast', real_only), patch.object(adapter, 'autocast_dtype', lambda device: half),
-          patch.object(lora_path, 'autocast_dtype', lambda device: half), _adapters_as_computed(model, config)):
-        loss = partial(_loss_on_meta, half=half, learned=learned)
-        return _count_step(_prepared(model, config), _full_rows(config), loss, exact)
+          patch.object(lora_path, 'autocast_dtype', lambda device: half)):
+        loss,path = partial(_loss_on_meta, half=half, learned=learned),partial(_adapters_as_computed, model, config)
+        return _count_step(_prepared(model, config), _full_rows(config), loss, path, exact)

@@ -7,6 +7,7 @@ from datasets import Dataset
 from PIL import Image
 from transformers import AutoTokenizer
 
+from quick import few
 from sage_finetune.inference import merging
 from sage_finetune.model.adapter import adapter_line, add_lora
 from sage_finetune.training.batches import Collator
@@ -383,7 +384,7 @@ def test_the_server_opens_no_picture():
     with pytest.raises(BadRequest, match='answers text only, and a turn holds an image'): read_request(body, 'm')
 
 
-@pytest.mark.parametrize('kind', ['llava', 'qwen2_vl'])
+@pytest.mark.parametrize('kind', few(['llava', 'qwen2_vl']))
 def test_resuming_is_exact_to_the_bit(kind, models, tmp_path):
     rows = [row(shows(saved(tmp_path, f'{i}.png', list(colours)[i%4], (28+14*(i%3), 28))), 'Which?', answer=f'{i}')
             for i in range(12)]
@@ -402,7 +403,7 @@ def test_resuming_is_exact_to_the_bit(kind, models, tmp_path):
         LoRATrainer(config_of(models(kind), tmp_path, **how), quiet=True).train()
 
 
-@pytest.mark.parametrize('kind', ['qwen2_vl', 'gemma3', 'idefics3'])
+@pytest.mark.parametrize('kind', few(['qwen2_vl', 'gemma3', 'idefics3']))
 def test_other_models_train_and_merge(kind, models, tmp_path, monkeypatch):
     mixed_rows(tmp_path)
     written(tmp_path, mixed_rows(tmp_path)*2)

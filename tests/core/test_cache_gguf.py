@@ -213,6 +213,7 @@ def test_a_wheel_that_is_not_whole_is_named(tmp_path, name, cut_at):
     assert made()==[wheel.name]
 
 
+@pytest.mark.slow
 def test_two_processes_read_one_file_at_once(tmp_path):
     file = write_gguf(tmp_path/'tiny.gguf')
     code = f'from sage_finetune.config import resolve_model; print(resolve_model({str(file)!r}))'

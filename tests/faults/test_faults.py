@@ -10,7 +10,7 @@ import pytest
 
 import suite as faults
 from inject import modes
-from quick import forked
+from quick import few, forked
 from rooms import alike, Wanted
 
 pytestmark = pytest.mark.skipif(forked is None, reason='needs processes as POSIX has them')
@@ -37,14 +37,14 @@ def steady(work, *args):
     raise RuntimeError('no process of four had a pool of threads')
 
 
-few = [(name, mode, share) for name in ('train', 'merge', 'clean', 'export', 'export_adapter')
-       for mode,share in (('full', .3), ('half', .6), ('dies', .8), ('denied', .95), ('SIGTERM', .5))]
-in_train = 'half', 'denied' # of these modes `make test` has what befalls training, `make test-faults` each of them
-few = [pytest.param(*f, marks=[pytest.mark.slow]*(f[0]!='train' and f[1] in in_train)) for f in few]
-few += [('serve', 'denied', 1.), ('compare', 'full', .5), ('inspect', 'dies', .9), ('clean', 'dies', .6)]
+# each mode and each part of a command once; `make test-faults` has them all with each other
+modes_in_parts = [
+    ('train', 'half', .6), ('train', 'SIGTERM', .5), ('train', 'denied', .95), ('merge', 'dies', .8),
+    ('merge', 'full', .3), ('clean', 'SIGTERM', .5), ('clean', 'dies', .6), ('export', 'full', .3),
+    ('export_adapter', 'half', .6), ('serve', 'denied', 1.), ('compare', 'full', .5), ('inspect', 'dies', .9)]
 
 
-@pytest.mark.parametrize('name,mode,share', few)
+@pytest.mark.parametrize('name,mode,share', modes_in_parts)
 def test_a_fault_is_survived(suite, name, mode, share):
     steady(suite.usual, name)
     n = len(suite.moments[name])
@@ -53,8 +53,8 @@ def test_a_fault_is_survived(suite, name, mode, share):
     assert outcome=='survived', words
 
 
-@pytest.mark.parametrize('name,share', [('same_cache', .4), ('train_train', .5), ('clean_train', .9),
-                                        ('export_export', .8), ('same_damaged_cache', .3)])
+@pytest.mark.parametrize('name,share', few([('same_cache', .4), ('clean_train', .9), ('train_train', .5),
+                                            ('export_export', .8), ('same_damaged_cache', .3)], 3))
 def test_two_at_once_are_survived(suite, name, share):
     for n in faults.pairs[name][1:]:
         if n in faults.operations: steady(suite.usual, n)
@@ -97,7 +97,7 @@ def _try(log, known, operation, mode, points, one):
 @pytest.mark.parametrize('mode', modes)
 def test_every_fault_is_survived(suite, name, mode):
     log = faults.log_file()
-    points = suite.points(name, mode, most if name!='quickstart' else max(1, most//2))
+    points = steady(suite.points, name, mode, most if name!='quickstart' else max(1, most//2))
     one = lambda at: steady(suite.one, name, mode, at)
     assert _try(log, faults.tried(log, faults.code()), name, mode, points, one)==[]
 
@@ -107,7 +107,7 @@ def test_every_fault_is_survived(suite, name, mode):
 def test_every_two_at_once_are_survived(suite, name):
     log = faults.log_file()
     for n in faults.pairs[name][1:]:
-        if n in faults.operations: suite.usual(n)
+        if n in faults.operations: steady(suite.usual, n)
     points = [(name, at) for at in suite.pair_points(name, 3*most)]
     both = lambda at: steady(suite.two, name, at)
     assert _try(log, faults.tried(log, faults.code()), name, 'two at once', points, both)==[]

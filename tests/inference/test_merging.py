@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from quick import few
 from sage_finetune.inference import merge_weights, merging
 from sage_finetune.model.adapter import ready_for_quantised_training
 from sage_finetune.core.disk import write_json, write_manifest
@@ -106,9 +107,10 @@ def proved(table, name, *args, **kwargs):
 cases = ([(kind, kind in ('gemma', 'gemma3_text', 'gpt2'), 'fp32') for kind in kinds]
          + [('qwen2', True, 'fp32'), ('llama', True, 'fp32'), ('gemma', False, 'fp32')])
 cases += [(kind, kind in ('gemma', 'qwen2'), 'bf16') for kind in ('qwen2', 'qwen3', 'llama', 'gemma', 'phi', 'mistral')]
-further = pytest.mark.slow # `make test` has each of them once more, in another number format or with other ends
-cases = [pytest.param(k, t, d, id='-'.join([k, 'tied' if t else 'untied', d]), marks=[further]*(
-         d=='bf16' and k not in ('qwen2', 'gemma'))) for k,t,d in cases]
+further = pytest.mark.slow
+often = 'qwen2-untied-fp32', 'gemma-tied-fp32', 'gpt2-tied-fp32', 'mixtral-untied-fp32', 'qwen2-tied-bf16'
+named = {'-'.join([k, 'tied' if t else 'untied', d]): (k, t, d) for k,t,d in cases}
+cases = [pytest.param(*case, id=name, marks=[further]*(name not in often)) for name,case in named.items()]
 
 
 @pytest.mark.parametrize('kind,tied,dtype', cases)
@@ -148,7 +150,8 @@ of_the_ends = [n for n in variants if any(w in str(variants[n]) for w in ('lm_he
 
 
 @pytest.mark.parametrize('name,tied',
-                         [*((n, False) for n in variants if n!='kept_tie'), *((n, True) for n in of_the_ends)])
+                         [*few([(n, False) for n in variants if n!='kept_tie' and n not in of_the_ends], 4),
+                          *few([(n, True) for n in of_the_ends], 7), *few([(n, False) for n in of_the_ends], 2)])
 def test_every_kind_of_adapter(tmp_path, table, monkeypatch, name, tied):
     where = base(tmp_path/'base', 'qwen2', tied)
     report = proved(table, f'{name.replace("_", " ")} {"tied" if tied else "untied"}',
@@ -169,8 +172,8 @@ def test_every_kind_of_adapter(tmp_path, table, monkeypatch, name, tied):
 
 rounded = [(kind, kind in ('qwen2', 'gemma'), kind=='mistral', bits) for bits in (8, 4)
            for kind in ('qwen2', 'llama', 'mistral', 'gemma', 'phi', 'qwen3')]
-alternately = [pytest.param(*case, marks=[further]*((case[0], case[3]) in (('llama', 4), ('gemma', 8), ('phi', 4),
-                                                                          ('qwen3', 8)))) for case in rounded]
+often = ('qwen2', 8), ('mistral', 4), ('gemma', 4), ('llama', 8)
+alternately = [pytest.param(*case, marks=[further]*((case[0], case[3]) not in often)) for case in rounded]
 
 @pytest.mark.parametrize('kind,tied,dora,bits', alternately)
 def test_a_rounded_base(tmp_path, table, kind, tied, dora, bits):
@@ -366,7 +369,7 @@ def one_row(tensors): tensors['base_model.model.model.layers.0.mlp.down_proj.lor
 @pytest.mark.parametrize('fault', [changed_tensors(zero), changed_tensors(exchanged), changed_tensors(one_row),
                                    changed_settings(lora_alpha=10), changed_settings(use_rslora=True)],
                          ids=['a matrix is lost', 'two are exchanged', 'a row is turned', 'alpha', 'scaling'])
-@pytest.mark.parametrize('dtype', ['fp32', 'bf16'])
+@pytest.mark.parametrize('dtype', few(['fp32', 'bf16']))
 def test_files_that_agree_are_not_what_was_trained(tmp_path, monkeypatch, fault, dtype):
     where = base(tmp_path/'base', 'qwen2', dtype=dtype)
     a = adapter(tmp_path/'a', where, dtype=dtype, by=.3)
@@ -529,6 +532,7 @@ _merge_alone = '''
 
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='/proc says how much memory was held')
+@pytest.mark.slow
 def test_memory_for_a_few_copies_of_one_weight(tmp_path, capsys):
     "A model of twelve files: what a merge needs is a small part of it"
     wide = dict(vocab_size=4096, hidden_size=256, intermediate_size=1024, num_hidden_layers=28,

@@ -255,6 +255,7 @@ def read(path):
 
 @needs_posix
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='needs /proc')
+@pytest.mark.slow
 def test_killed_and_started_again_on_the_same_port_with_a_key_that_is_shown_nowhere_and_the_adapter(
         run, expected, tmp_path, monkeypatch):
     first,key = start_server(run, port=0, log=tmp_path/'log'),'key-4711-secret'
@@ -370,6 +371,7 @@ def test_a_server_that_cannot_start_says_why_in_one_line(run, tmp_path):
         start_server(run, port=0, log=tmp_path/'log', timeout=0.01)
 
 
+@pytest.mark.slow
 def test_transformers_serve_can_be_asked_for(run, tmp_path):
     pytest.importorskip('fastapi')
     with pytest.raises(SageError, match='takes no adapter'):

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from cards import CARDS, T4
-from quick import two_layers
+from quick import few, two_layers
 from sage_finetune.config import fit_config, LoRAConfig, precision_of, PresetConfigs, TrainingConfig
 from sage_finetune.core.machine import Machine, model_parameters, step_room
 from sage_finetune.base import attention
@@ -286,9 +286,7 @@ def counted(config, card, shape=CODER):
     if key not in _counts: _counts[key] = estimate_memory(config, card, shape)
     return replace(_counts[key], config=fitted, machine=card)
 
-few = ['Qwen2.5-0.5B', 'Qwen2.5-7B']
-
-@pytest.mark.parametrize('name', [n if n in few else pytest.param(n, marks=pytest.mark.slow) for n in SHAPES])
+@pytest.mark.parametrize('name', few(sorted(SHAPES, key=lambda n: n!='Qwen2.5-7B')))
 def test_the_rule_of_thumb_is_above_the_count(name):
     shape,billions = SHAPES[name]
     all_linear = dict(lora=LoRAConfig(r=64, target_modules='all-linear'))

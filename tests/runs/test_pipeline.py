@@ -3,8 +3,10 @@ import json, multiprocessing, os, signal, subprocess, sys, threading
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
-from quick import Forked, forked, two_layers
+
+from quick import few, Forked, forked, two_layers
 from sage_finetune.core.run_folder import RunFolder
 
 def settings(folder, name, seed=0, **more):
@@ -21,8 +23,11 @@ def in_a_process(asked):
     from sage_finetune import finetune
     return finetune(asked).to_dict()
 
-def test_twenty_runs_leave_twenty_sound_folders(tmp_path):
-    "Ten in this process, six of them from three threads, and ten in two others at once; the same seed, the same bits"
+@pytest.mark.parametrize('seeds', few([2, 5]))
+def test_many_runs_leave_as_many_sound_folders(tmp_path, seeds):
+    """Half of them in this process, six from three threads, and half in two others at once; the same seed, the same
+    bits
+    """
     from sage_finetune import finetune
     done,faults = {},[]
     def some(names):
@@ -31,14 +36,15 @@ def test_twenty_runs_leave_twenty_sound_folders(tmp_path):
         except BaseException as e: faults.append(e)
     settings(tmp_path, 'first')
     with ProcessPoolExecutor(2, mp_context=forked or multiprocessing.get_context('spawn')) as pool:
-        others = {f'other-{i}': pool.submit(in_a_process, settings(tmp_path, f'other-{i}', i%5)) for i in range(10)}
-        threads = [threading.Thread(target=some, args=([(f'thread-{t}-{i}', (2*t+i)%5) for i in range(2)],))
+        others = {name: pool.submit(in_a_process, settings(tmp_path, name, i%seeds))
+                  for i,name in enumerate(f'other-{i}' for i in range(2*seeds))}
+        threads = [threading.Thread(target=some, args=([(f'thread-{t}-{i}', (2*t+i)%seeds) for i in range(2)],))
                    for t in range(3)]
         for t in threads: t.start()
         for t in threads: t.join()
-        some([(f'here-{i}', i) for i in range(4)])
+        some([(f'here-{i}', i) for i in range(seeds-1)])
         done |= {n: f.result() for n,f in others.items()}
-    assert not faults and len(done)==20
+    assert not faults and len(done)==3*seeds+5
     by_seed = {}
     for name,result in done.items():
         folder = RunFolder(tmp_path/name)
@@ -49,7 +55,7 @@ def test_twenty_runs_leave_twenty_sound_folders(tmp_path):
         record = json.loads(folder.config.read_text())
         by_seed.setdefault(record['seed'], []).append(b''.join(
             v.numpy().tobytes() for _,v in sorted(load_file(folder.lora_weights/'adapter_model.safetensors').items())))
-    assert sorted(by_seed)==list(range(5))
+    assert sorted(by_seed)==list(range(seeds))
     for found in by_seed.values(): assert len(found)>=3 and len(set(found))==1
     assert len({found[0] for found in by_seed.values()})==len(by_seed)
 

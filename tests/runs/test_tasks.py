@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from quick import few
 from sage_finetune.config import TrainingConfig
 from sage_finetune.core.disk import read_json, SageError, write_json
 from sage_finetune.core.run_folder import find_run, list_runs, record_fault, RunFolder, write_meta
@@ -68,7 +69,7 @@ calls = dict(folder=lambda p: p/'moved', file=lambda p: p/'moved'/'training_conf
              link=lambda p: p/'link', string=lambda p: f'{p}/moved/')
 
 
-@pytest.mark.parametrize('call', calls)
+@pytest.mark.parametrize('call', few(calls, 2))
 def test_a_moved_run_goes_on_where_it_is(place, monkeypatch, call):
     (place/'run').rename(place/'moved')
     (place/'link').symlink_to(place/'moved')
@@ -146,7 +147,7 @@ damages = dict(zeros=b'\0'*200+b'\n', half=b'{"step": 3, "lo', other=b'[1, 2]\n5
                deep=b'['*50_000+b'\n', no_step=b'{"loss": 2}\n{"step": "a"}\n{"step": true}\n')
 
 
-@pytest.mark.parametrize('damage', damages)
+@pytest.mark.parametrize('damage', few(damages, 2))
 def test_damaged_metrics_stop_no_run(place, damage):
     metrics = place/'run'/'metrics.jsonl'
     whole = metrics.read_bytes()
@@ -169,8 +170,8 @@ def test_a_changed_first_line_does_not_become_a_result(place):
     assert result.loss_before==before==json.loads(metrics.read_text().splitlines()[0])['eval_loss']
 
 
-@pytest.mark.parametrize('name', ['results.json', 'data_report.json', 'metrics.jsonl', 'loss.png',
-                                  'training_config.json'])
+@pytest.mark.parametrize('name', few(['results.json', 'metrics.jsonl', 'data_report.json', 'loss.png',
+                                      'training_config.json'], 2))
 def test_figures_that_changed_afterwards_are_told(place, name):
     resumed(place/'run', base=str(place/'base'))
     assert record_fault(place/'run') is None and list_runs(place)[0].loss is not None

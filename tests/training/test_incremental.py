@@ -40,6 +40,7 @@ def first(tmp_path_factory):
 
 def weights(folder): return load_file(folder/'lora_weights'/'adapter_model.safetensors')
 
+@pytest.mark.slow
 def test_replay_keeps_what_a_second_task_would_have_overwritten(first, tmp_path):
     folder,learned = first
     assert learned.loss_after<.5*learned.loss_before and learned.earlier_before is None

@@ -244,6 +244,7 @@ def compiled(run):
     return sum(type(m).__name__=='OptimizedModule' and 'Layer' in type(m._orig_mod).__name__
                for m in run.trainer.model_wrapped.modules())
 
+@pytest.mark.slow
 def test_a_compiled_run_is_the_same_but_for_rounding(tmp_path, monkeypatch):
     from sage_finetune.training import loop
     plain,w = after(tmp_path/'plain', 2, 2, max_steps=3)

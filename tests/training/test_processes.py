@@ -451,6 +451,7 @@ def until(happened, within=60):
     while not happened() and time.monotonic()<end: time.sleep(.05)
     return happened()
 
+@pytest.mark.slow
 def test_ctrl_c_of_the_command(base, data, tmp_path):
     folder = tmp_path/'run'
     config(folder, data, num_train_epochs=60, save_steps=1000).save(tmp_path/'run.json')

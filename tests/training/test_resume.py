@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from quick import forked, two_layers
+from quick import few, forked, two_layers
 from sage_finetune.training import callbacks, loop, resume
 from sage_finetune.config import LoRAConfig, read_json, SageError, TrainingConfig
 from sage_finetune.core.run_folder import checkpoint_fault, complete_marker, last_checkpoint, only_run, RunFolder
@@ -240,9 +240,8 @@ def test_verified_after_forty_crash_points(base, data, told):
 
 
 @needs_posix
-@pytest.mark.parametrize('place,step,goes_on',
-                         [('optimizer.pt', 6, 3), pytest.param('rng_state.pth', 9, 6, marks=pytest.mark.slow),
-                          pytest.param('marker', 6, 3, marks=pytest.mark.slow), ('removing', 3, 9)])
+@pytest.mark.parametrize('place,step,goes_on', few([
+    ('optimizer.pt', 6, 3), ('removing', 3, 9), ('rng_state.pth', 9, 6), ('marker', 6, 3)], 2))
 def test_killed_while_a_checkpoint_is_written(place, step, goes_on, base, data, undisturbed, told):
     folder = base/f'write_{place}'
     assert finished(start(killed_while_writing, folder, data, place, step))[0]==-signal.SIGKILL
@@ -292,8 +291,8 @@ def interrupted(folder, data, place, step, number=signal.SIGINT, **more):
 
 @needs_posix
 @pytest.mark.parametrize('place,step,kept', [
-    ('begin', 1, 0), ('pass', 8, 8), ('end', 6, 5), ('save', 9, 9), ('end', 13, 13),
-    pytest.param('begin', 5, 4, marks=pytest.mark.slow), pytest.param('end', 7, 7, marks=pytest.mark.slow)])
+    ('begin', 1, 0), ('pass', 8, 8), ('end', 6, 5), *few([('save', 9, 9), ('end', 13, 13), ('begin', 5, 4),
+                                                          ('end', 7, 7)], 0)])
 def test_interrupted_anywhere(place, step, kept, base, data, undisturbed, told):
     folder = base/f'interrupted_{place}_{step}'
     run,stop = interrupted(folder, data, place, step)
@@ -402,7 +401,7 @@ def _mounted(folder, kilobytes):
     return (shutil.which('mount') and subprocess.run(
         ['mount', '-t', 'tmpfs', '-o', f'size={kilobytes}k', 'tmpfs', folder], capture_output=True).returncode==0)
 
-@pytest.mark.parametrize('tracker', ['none', 'tensorboard'])
+@pytest.mark.parametrize('tracker', few(['tensorboard', 'none']))
 def test_the_disk_is_full(tracker, base, data, undisturbed, told):
     small = base/f'small_{tracker}'
     size = sum(p.stat().st_size for p in RunFolder(undisturbed).checkpoints.glob('checkpoint-12/*'))//1024
@@ -537,7 +536,7 @@ def near(folder, other):
     assert max((x[2]-y[2])/y[2] for x,y in zip(losses(folder), losses(other)))<1e-5
     return max((a[k]-b[k]).abs().max().item() for k in a)
 
-@pytest.mark.parametrize('step,what', [(1, 'compute_loss'), (5, 'compute_loss'), (8, 'optimizer')])
+@pytest.mark.parametrize('step,what', few([(5, 'compute_loss'), (8, 'optimizer'), (1, 'compute_loss')], 2))
 def test_memory_runs_out(step, what, base, data, plain, told):
     folder = base/f'memory_{step}'
     run = Troubled(config(folder, data, **exact), quiet=True, trouble=out_of_memory_at(step, 2, what=what))

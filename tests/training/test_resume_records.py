@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file
 
-from quick import command_in_fork, two_layers
+from quick import command_in_fork, few, two_layers
 from sage_finetune.config import LoRAConfig, PreferenceConfig, TrainingConfig
 from sage_finetune.core.disk import read_json, SageError, write_json
 from sage_finetune.core.display import training_loss_name
@@ -120,9 +120,9 @@ def ways(config):
                 json=lambda: command_in_fork(['run', settings, '--json'], config.output_dir.parent))
 
 
-@pytest.mark.parametrize('more', [
-    dict(), dict(eval_steps=2, load_best_model_at_end=True), dict(report_to='tensorboard'),
-    dict(lora=LoRAConfig(r=4, init_lora_weights='pissa')), dict(packing=True, max_length=64)])
+@pytest.mark.parametrize('more', few([
+    dict(eval_steps=2, load_best_model_at_end=True), dict(lora=LoRAConfig(r=4, init_lora_weights='pissa')), dict(),
+    dict(report_to='tensorboard'), dict(packing=True, max_length=64)], 2))
 def test_running_a_finished_run_again_changes_no_file(config, more):
     config = config.replace(**more)
     first = LoRATrainer(config, quiet=True)
@@ -174,7 +174,7 @@ def test_a_finished_run_is_not_trained_anew_where_its_checkpoints_are_gone(confi
     assert load_finished(None, config, RunFolder(config.output_dir), said.append) is False
 
 
-@pytest.mark.parametrize('name', ['adapter_model.safetensors', 'adapter_config.json', 'tokenizer.json'])
+@pytest.mark.parametrize('name', few(['adapter_model.safetensors', 'adapter_config.json', 'tokenizer.json']))
 def test_a_changed_adapter_is_told_and_written_again_from_the_last_checkpoint(config, name):
     result = train(config)
     adapter = config.output_dir/'lora_weights'
@@ -207,7 +207,8 @@ def test_it_can_still_be_begun_anew(config):
 
 # --- other settings for a finished run
 
-@pytest.mark.parametrize('more', [dict(max_steps=9), dict(max_steps=-1, num_train_epochs=4), dict(learning_rate=1e-3)])
+@pytest.mark.parametrize('more', few([dict(max_steps=-1, num_train_epochs=4), dict(max_steps=9),
+                                      dict(learning_rate=1e-3)]))
 def test_more_for_a_finished_run_names_the_way_which_is_one(config, more):
     train(config)
     before = files(config.output_dir)

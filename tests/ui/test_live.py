@@ -88,6 +88,7 @@ if __name__=='__main__':
 '''
 
 
+@pytest.mark.slow
 def test_a_script_that_ends_without_waiting_saves_what_was_done(tmp_path, data):
     asked = config(tmp_path/'left', data, max_steps=5000, report_to='none')
     asked.save(tmp_path/'asked.json')
