@@ -116,7 +116,7 @@ class LoopParts(RunState):
     def collator(self)->Collator:
         "What makes a batch from rows"
         return Collator(padding_of(self.tokenizer, self.model),
-                        tokenizer=self.tokenizer if processor_of(self.tokenizer) else None, counted=True)
+                        tokenizer=self.tokenizer if processor_of(self.tokenizer) else None)
 
     def callbacks(self)->list: # Of `TrainerCallback`
         "The hooks of the loop"

@@ -88,12 +88,18 @@ class Counted:
     targets: object # These tokens, (learned,)
     tokens: int # Of all rows, without padding
     ends: object = None # Where documents of packed rows begin, and the end of the last, (documents+1,)
+    sizes: list|None = None # Tokens of each document
+
+    def __post_init__(self):
+        if self.ends is not None: self.ends.sizes = self.sizes
+    def __setstate__(self, state): # from a process that prepares batches, whose tensors lose what was added to them
+        vars(self).update(state)
+        self.__post_init__()
 
     def each(self, move): # Applied to each tensor
         "The same with other tensors"
         ends = self.ends if self.ends is None else move(self.ends)
-        if ends is not None: ends.sizes = self.ends.sizes
-        return Counted(move(self.at), move(self.targets), self.tokens, ends)
+        return Counted(move(self.at), move(self.targets), self.tokens, ends, self.sizes)
 
     # as accelerate and torch call them
     def to(self, device, non_blocking=False): return self.each(lambda t: t.to(device, non_blocking=non_blocking))
@@ -105,7 +111,7 @@ def count_batch(
 )->Counted: # Where something is learned, and where documents begin
     "Count a batch"
     ends = document_ends(batch['position_ids']) if 'position_ids' in batch else None
-    return Counted(*learned_places(batch['labels']), tokens, ends)
+    return Counted(*learned_places(batch['labels']), tokens, ends, None if ends is None else ends.sizes)
 
 # %% ../../nbs/training/00_batches.ipynb #ce08ed0b
 @dataclass

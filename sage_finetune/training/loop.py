@@ -59,7 +59,9 @@ def _version_arguments(config, known):
             checkpointing: config.gradient_checkpointing, f'{checkpointing}_kwargs': dict(use_reentrant=False)}
 
 def _evaluation_arguments(config, evaluate):
-    return dict(per_device_eval_batch_size=config.per_device_train_batch_size, eval_steps=config.eval_steps,
+    rows = config.per_device_train_batch_size
+    if config.packing is True: rows = max(rows, 8) # held-out rows are not packed, and shorter
+    return dict(per_device_eval_batch_size=rows, eval_steps=config.eval_steps,
                 eval_strategy=('steps' if config.eval_steps else 'epoch') if evaluate else 'no')
 
 # %% ../../nbs/training/04_loop.ipynb #4a01f0d4
@@ -531,6 +533,9 @@ class CausalLMTrainer(ResumableTrainer, Trainer):
         self.tokens_per_step = tokens_per_step
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True # `compute_loss` divides by all tokens of the step; no second division
+        # a loss of somebody else's may give a model all that is in a batch
+        if type(self).compute_loss is CausalLMTrainer.compute_loss and hasattr(self.data_collator, 'counted'):
+            self.data_collator.counted = True
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         total,n = loss_sum(model, **inputs)
