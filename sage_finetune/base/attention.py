@@ -61,13 +61,37 @@ def _window(mask_function, ends, T):
     if width is None or any(n!=min(p+1, width) for p,n in found): return None
     return 0 if width==found[0][0]+1 else width
 
+# %% ../../nbs/base/00_attention.ipynb #c0a17e52
+_apart = 'packed_sequence_mask_function', 'remap_positions_for_packed_sequence' # they look at positions, nothing else
+_known = {} # Functions and numbers of a mask → the longest document without a window, and the window
+
+def _made_of(f):
+    "The functions and numbers of a mask, as a key; raises `TypeError` where it looks at anything else"
+    if isinstance(f, tuple): return tuple(map(_made_of, f))
+    if f is None or isinstance(f, (int, float, str)): return f
+    if isinstance(f, torch.Tensor): return 'tensor'
+    inside = [c.cell_contents for c in f.__closure__ or ()]
+    if not f.__qualname__.startswith(_apart) and any(isinstance(x, torch.Tensor) for x in inside): raise TypeError
+    return f.__code__,*map(_made_of, inside),_made_of(f.__defaults__ or ())
+
+def _window_of(mask_function, ends, T):
+    "As `_window`, asked once for each kind of mask"
+    try: key = _made_of(mask_function)
+    except (TypeError, AttributeError, ValueError): return _window(mask_function, ends, T)
+    longest,(free,width) = max(ends.sizes),_known.get(key, (0, 0))
+    if longest<=free: return 0
+    if not width:
+        if (width := _window(mask_function, ends, T)) is None: return None
+        _known[key] = (free, width) if width else (longest, 0)
+    return width
+
 # %% ../../nbs/base/00_attention.ipynb #5d038fbc
 def _mask(batch_size, kv_length, mask_function, attention_mask=None, use_vmap=False, **kwargs):
     "The boundaries in place of a mask, where rows are packed and the layer allows it"
     from transformers.masking_utils import sdpa_mask
     ends = _here.get()
     if ends is not None and attention_mask is None and not use_vmap and batch_size*kv_length==sum(ends.sizes):
-        width = _window(mask_function, ends, kv_length)
+        width = _window_of(mask_function, ends, kv_length)
         if width is not None: return _with(ends, width)
     if use_vmap: kwargs['use_vmap'] = True
     return sdpa_mask(batch_size=batch_size, kv_length=kv_length, mask_function=mask_function,

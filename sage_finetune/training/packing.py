@@ -343,7 +343,9 @@ class Packing:
 
     def against(self, config, rows):
         "Why `rows` packed rows in a micro-batch cannot be had; None where it is proved that documents stay apart"
-        try: self.prove(config, rows)
+        try:
+            _check_packable(self.rows, config.max_length)
+            self.prove(config, rows)
         except ValueError as e: return ' '.join(str(e).split()).replace('; set `packing=False`', '')
 
     def pack(self, tokens, behind):

