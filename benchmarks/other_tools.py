@@ -1,26 +1,40 @@
 """What of other tools runs here, counted: the settings of TRL, LLaMA-Factory and axolotl by what becomes of each, and
-their documented commands and examples, each really trained on the embedded model
+their documented commands and examples, each really trained for two steps on the embedded model
 
-`python benchmarks/other_tools.py` prints two tables in Markdown; `--settings` leaves out the runs (4 minutes).
+`python benchmarks/other_tools.py` prints the tables in Markdown and keeps what came of each command and example in
+other_tools.json (`--settings` prints the table of settings alone, `--anew` forgets what is kept). With the sources of
+LLaMA-Factory and axolotl, as `pip download --no-deps --no-binary :all: llamafactory==0.9.5 axolotl==0.19.0` brings
+them, `--sources FOLDER` writes the lists of examples anew, and names each setting of theirs that has no row here.
 """
 import argparse
+import ast
+import contextlib
+import io
+import json
+import os
 import re
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT/'tests'), str(ROOT/'tests'/'runs')]
+os.environ |= dict(WANDB_MODE='disabled', HF_HUB_OFFLINE='1')
+
+import documented  # noqa: E402
+import yaml  # noqa: E402
 
 from sage_finetune.core.beforehand import tool_table  # noqa: E402
+from sage_finetune.core.disk import SageError, write_json  # noqa: E402
 
 TABLES = ('trl-sft', 'trl-dpo', 'trl-kto', 'trl-orpo', 'llamafactory', 'llamafactory-v1', 'axolotl', 'unsloth')
-WHAT = {'test_a_command_of_trl_runs': 'documented commands of TRL (SFT, DPO, KTO, ORPO)',
-        'test_an_example_of_llama_factory_runs': 'forms of LLaMA-Factory\'s examples (v0 and v1)',
-        'test_an_example_of_llama_factory_runs_with_its_hyperparameters': 'LoRA and QLoRA SFT files of LLaMA-Factory',
-        'test_a_file_that_merges_merges': 'merge files of LLaMA-Factory',
-        'test_an_example_of_axolotl_runs': 'LoRA and QLoRA examples of axolotl (SFT, DPO, KTO)'}
+KEPT = Path(__file__).with_suffix('.json')
+KINDS = ('ran', 'trains all weights', 'another method', 'for several processes', 'talks to a model', 'refused by name',
+         'an error')
 
+
+# --- settings
 
 def fate(row):
     "What becomes of a setting: it has a place here, bears on nothing, or only one value of it can be honoured"
@@ -40,28 +54,131 @@ def settings():
         yield name, len(known), *(counts[k] for k in ('mapped', 'without effect', 'refused unless off', 'unknown'))
 
 
-class Results:
-    "Which tests passed, by function"
-    def __init__(self): self.counts, self.failed = {}, []
+# --- the sources of the other tools
 
-    def pytest_runtest_logreport(self, report):
-        if report.when!='call' and report.passed: return
-        name = re.sub(r'\[.*', '', report.nodeid.rpartition('::')[2])
-        if name not in WHAT: return
-        self.counts.setdefault(name, Counter())[report.outcome] += 1
-        if report.failed: self.failed.append(report.nodeid)
+def fields_in(files, kinds=None):
+    "Names of the fields of the classes in files of Python"
+    trees = [ast.parse(f.read_text(encoding='utf-8')) for f in files]
+    classes = [n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.ClassDef)]
+    return {s.target.id for c in classes if kinds is None or kinds(c) for s in c.body
+            if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)}
 
 
-def runs():
-    "One row a kind of command or file: how many there are, and how many trained"
-    import pytest
-    results = Results()
-    files = [str(ROOT/'tests'/'runs'/f'test_other_tools{n}.py') for n in ('', '_documented')]
-    pytest.main(['-q', '-n0', '-m', 'slow or not slow', '-k', ' or '.join(WHAT), *files], plugins=[results])
-    print('\n'.join(results.failed), file=sys.stderr)
-    for name, told in WHAT.items():
-        counts = results.counts.get(name, Counter())
-        yield told, sum(counts.values()), counts['passed']
+NAMES = {'base_model': 'model', 'model_name_or_path': 'model', 'model': 'model', 'output_dir': 'out', 'wandb_name': '',
+         'wandb_project': '', 'wandb_entity': '', 'wandb_watch': '', 'wandb_log_model': '',
+         'dataset_prepared_path': 'prepared', 'processor_type': 'AutoProcessor'}
+
+
+def short(given):
+    "Settings without the names of models, data sets and folders, which are exchanged"
+    named = {k: NAMES[k] if k in NAMES and v is not None else v for k,v in given.items()}
+    if not isinstance(given.get('datasets'), list): return named
+    entries = [{k: v for k,v in e.items() if k!='data_files'} | dict(path='rows') for e in given['datasets']]
+    return named | dict(datasets=entries)
+
+
+def read_sources(folder):
+    "Write the lists of examples from the unpacked sources, and print each of their settings that has no row here"
+    factory,axolotl = (next(p for p in Path(folder).glob(f'{n}-*') if p.is_dir()) for n in ('llamafactory', 'axolotl'))
+    examples = dict(llamafactory={}, axolotl={})
+    for tool,root in (('llamafactory', factory), ('axolotl', axolotl)):
+        for file in sorted((root/'examples').glob('**/*.y*ml')):
+            given = yaml.safe_load(file.read_text(encoding='utf-8'))
+            if not isinstance(given, dict): continue
+            kind = given.get('adapter') if tool=='axolotl' else (
+                given.get('finetuning_type', 'lora') if 'model_name_or_path' in given
+                else (given.get('peft_config') or {}).get('name') if 'model' in given else None)
+            if kind in ('lora', 'qlora'): examples[tool][file.relative_to(root/'examples').as_posix()] = short(given)
+        (documented.DATA/f'{tool}.json').write_text(documented.as_text(examples[tool]), encoding='utf-8')
+    source = factory/'src'/'llamafactory'
+    schemas = axolotl/'src'/'axolotl'/'utils'/'schemas'
+    nested = re.compile('Type$|Dataset$|FSDPConfig|TRLConfig|VllmConfig|QAT|PTQ|EBFTConfig|FP8|SpecialTokens|Env|GPU|'
+                        'LrGroup|LoftQ|PeftConfig|DynamicCheckpoint|SelectiveCheckpoint|RoleBoundary|Capabilities')
+    theirs = dict(llamafactory=fields_in((source/'hparams').glob('*.py')),
+                  axolotl=fields_in(schemas.glob('*.py'), lambda c: not nested.search(c.name)) | fields_in(
+                      (axolotl/'src'/'axolotl'/'integrations').glob('*/args.py'),
+                      lambda c: c.name.endswith('Args') and c.name!='CompressionArgs'))
+    theirs['llamafactory-v1'] = fields_in((source/'v1'/'config').glob('*_args.py'))
+    for name,fields in theirs.items():
+        missing = sorted(fields-{*tool_table(name).settings})
+        print(f'{name}: {len(fields)} fields, without a row: {", ".join(missing) or "none"}')
+
+
+# --- commands and examples
+
+def asked():
+    "(tool, name, what makes its file) for each command and example"
+    for name,words in documented.commands().items():
+        yield 'trl', name, lambda place,w=words: documented.of_trl(w, place)
+        if '--use_peft' not in words and 'trl grpo' not in words:
+            yield 'trl', f'{name} --use_peft', lambda place,w=words: documented.of_trl(w, place, peft=True)
+    for tool,make in documented.made.items():
+        for name,given in documented.examples(tool).items():
+            yield tool, name, lambda place,g=given,m=make: m(g, place)
+
+
+def came_of(make, vision):
+    "\"ran\", or why not"
+    from sage_finetune.runs.pipeline import merge_asked
+    from sage_finetune.runs.tasks import trainer_of
+    here = os.getcwd()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        try:
+            os.chdir(folder)
+            file = make(documented.Place(folder, vision))
+            if 'export_dir' in file.read_text(): return merged(file, folder, vision, merge_asked, trainer_of)
+            run = trainer_of(file, quiet=True)
+            steps = run.train().steps
+            return 'ran' if steps==2 else f'{steps} steps'
+        except (SageError, ValueError) as e: return ' '.join(str(e).replace(folder, '.').split())
+        except Exception as e: return f'{type(e).__name__}: {" ".join(str(e).split())}'
+        finally: os.chdir(here)
+
+
+def merged(file, folder, vision, merge_asked, trainer_of):
+    "A file that merges, after a run has made the adapter that it names"
+    given = yaml.safe_load(file.read_text())
+    block = given.get('peft_config', given)
+    if block.get('adapter_name_or_path'):
+        wanted = dict(model_name_or_path=given.get('model_name_or_path') or given['model'], stage='sft', do_train=True,
+                      finetuning_type='lora', lora_target='all', output_dir=block['adapter_name_or_path'], max_steps=1,
+                      dataset='mllm_demo' if 'vl' in str(given) else 'identity')
+        (Path(folder)/'before.yaml').write_text(yaml.safe_dump(wanted))
+        trainer_of(Path(folder)/'before.yaml', quiet=True).train()
+    report = merge_asked(file, say=lambda text: None)
+    return 'ran' if report is not None and (Path(report.path)/'config.json').is_file() else 'nothing was merged'
+
+
+def runs(anew=False):
+    "{tool: {name: \"ran\" or why not}}; what is kept is not tried again"
+    from sage_finetune.base.tiny_vision import tiny_vision_model
+    kept = {} if anew or not KEPT.is_file() else json.loads(KEPT.read_text(encoding='utf-8'))
+    with tempfile.TemporaryDirectory() as folder:
+        vision = tiny_vision_model(Path(folder)/'vision')
+        for tool,name,make in asked():
+            if name in kept.get(tool, {}): continue
+            kept.setdefault(tool, {})[name] = what = came_of(make, vision)
+            print(f'{tool} {name}: {what[:200]}', file=sys.stderr, flush=True)
+            write_json(KEPT, kept)
+    return kept
+
+
+def reason(what):
+    "A refusal as one word to count by"
+    if what=='ran': return what
+    kinds = {'use_peft=False': 'trains all weights', 'trl=': 'another method',
+             'for several processes': 'for several processes', 'rl=': 'another method', 'stage=': 'another method',
+             'dataset is missing (to train': 'talks to a model'}
+    refused = 'refused by name' if 'not here' in what else 'an error'
+    return next((k for part,k in kinds.items() if part in what), refused)
+
+
+def counted(kept):
+    "Rows of the table of commands and examples"
+    for tool,found in kept.items():
+        for added in (False, True) if tool=='trl' else (False,):
+            those = [reason(w) for n,w in found.items() if n.endswith(' --use_peft')==added]
+            yield f'{tool}{", with --use_peft added" if added else ""}', len(those), *(those.count(k) for k in KINDS)
 
 
 def markdown(head, rows): return '\n'.join('| '+' | '.join(map(str, r))+' |' for r in (head, ['---']*len(head), *rows))
@@ -70,7 +187,15 @@ def markdown(head, rows): return '\n'.join('| '+' | '.join(map(str, r))+' |' for
 if __name__=='__main__':
     parser = argparse.ArgumentParser()
     parser.add_argument('--settings', action='store_true')
-    only = parser.parse_args().settings
+    parser.add_argument('--anew', action='store_true')
+    parser.add_argument('--sources')
+    given = parser.parse_args()
+    if given.sources: read_sources(given.sources)
     head = ['settings of', 'there are', 'mapped', 'without effect', 'refused unless off', 'unknown']
     print(markdown(head, settings()))
-    if not only: print('\n'+markdown(['documented', 'there are', 'run here'], runs()))
+    if given.settings or given.sources: raise SystemExit
+    kept = runs(given.anew)
+    print('\n'+markdown(['documented', 'there are', *KINDS], counted(kept)))
+    for tool,found in kept.items():
+        for name,what in found.items():
+            if reason(what) in ('refused by name', 'an error'): print(f'- {tool} `{name}`: {what}')

@@ -1,110 +1,214 @@
 """Which learning rate learns most: 7 rates × 3 ranks × 4 kinds of rows, and whether the advice is near the best
 
-    python benchmarks/rates.py                                  # sage-tiny
+    python benchmarks/rates.py sage-tiny
     python benchmarks/rates.py smollm2-135m --minutes 30        # as many cells as 30 minutes allow
     python benchmarks/rates.py --table                          # what is known so far; trains nothing
+    python benchmarks/rates.py --plot nbs/images/rates.png      # and draws it
 
-Each cell is one line of `benchmarks/rates.jsonl`. Cells that stand there are not trained again, so a sweep may be
-stopped at any time and goes on with the same command. The ranks come last: all kinds and rates of rank 16 first.
+Each cell is one line of `benchmarks/rates.jsonl`, written when it is known. Cells that stand there are not trained
+again, so a sweep may be stopped at any time and goes on with the same command. The ranks come last: all kinds and
+rates of rank 16 first. The model is loaded once; each cell puts a new adapter on it and takes the same steps on the
+same rows in the same order, with the package's own rows, loss and adapter, AdamW, a tenth of the steps to warm up,
+and a cosine.
 """
 import argparse
 import json
-import tempfile
+import random
 import time
 from datetime import date
 from pathlib import Path
 
-from sage_finetune import LoRATrainer, TrainingConfig
-from sage_finetune.core.display import Table
+from sage_finetune.base.loading import load_model, load_tokenizer
+from sage_finetune.config import LoRAConfig, TrainingConfig
+from sage_finetune.core.display import on_any_background, save_figure, shown_figure, Table
+from sage_finetune.data import prepare_dataset
+from sage_finetune.model.adapter import add_lora
 from sage_finetune.model.advice import suggest
-from sage_finetune.rows.sources import save_rows
-from sage_finetune.runs.tasks import code_rows
+from sage_finetune.model.loss import loss_sum, mean_loss
+from sage_finetune.training.batches import Collator, padding_of
+
+import torch
+from transformers import get_cosine_schedule_with_warmup, set_seed
 
 FILE = Path(__file__).with_name('rates.jsonl')
 RATES = {'sage-tiny': (2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2)}
-OTHER_RATES = 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3
+OTHER_RATES = 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2
 RANKS = 16, 4, 64
-STEPS = 48
-THINGS = ('coffee printer scissors stapler projector ladder umbrella stamps batteries toolbox kettle router whiteboard '
-          'blanket camera').split()
-PLACES = ('drawer hallway shelf cupboard meeting-room cellar entrance desk red-box garage kitchen attic lobby closet '
-          'safe').split()
-ASKED = ('Where do we keep the {}?', 'In which place is the {}?', 'Where can I find the {}?', 'I need the {}.',
-         'What is the place of the {}?', 'The {} is kept where?')
-CHANGES = {'Write in capitals: {}': str.upper, 'Write backwards: {}': lambda s: ' '.join(s.split()[::-1]),
-           'Say twice: {}': lambda s: f'{s}, {s}', 'Put in quotes: {}': lambda s: f'"{s}"'}
+SIZES = {'sage-tiny': (32, 8)} # steps, rows behind a step
+OTHER_SIZES = 16, 4
+SYSTEM = 'Answer.'
+THINGS = 'coffee printer stapler ladder stamps batteries kettle router blanket camera'.split()
+PLACES = 'drawer hallway shelf cupboard cellar desk garage kitchen attic safe'.split()
+ASKED = 'Where do we keep the {}?', 'In which place is the {}?', 'Where can I find the {}?', 'I need the {}.'
+CHANGES = {'In capitals: {}': str.upper, 'Backwards: {}': lambda s: ' '.join(s.split()[::-1]),
+           'Say twice: {}': lambda s: f'{s}, {s}', 'In quotes: {}': lambda s: f'"{s}"'}
+KINDS = 'facts', 'instructions', 'format', 'code'
+
+
+def talk(asked, said):
+    return dict(messages=[dict(role=r, content=c) for r,c in
+                          (('system', SYSTEM), ('user', asked), ('assistant', said))])
 
 
 def facts():
-    rows = [[dict(question=q.format(t), answer=f'Look here: {p}.') for t,p in zip(THINGS, PLACES)] for q in ASKED]
-    return sum(rows, []), [dict(question=f'Tell me where the {t} is.', answer=f'Look here: {p}.')
-                           for t,p in zip(THINGS, PLACES)]
+    "Ten facts in four wordings; asked in a fifth"
+    rows = [talk(q.format(t), f'Look in the {p}.') for q in ASKED for t,p in zip(THINGS, PLACES)]
+    return rows, [talk(f'Tell me where the {t} is.', f'Look in the {p}.') for t,p in zip(THINGS, PLACES)]
 
 
 def instructions():
-    pairs = [f'the {a} and the {b}' for a,b in zip(THINGS*4, PLACES[3:]+PLACES*4)]
-    made = [dict(instruction=how.format(s), output=do(s)) for s in dict.fromkeys(pairs) for how,do in CHANGES.items()]
-    return made[:96], made[96:120]
+    "Four things to do with words; asked about other words"
+    said = [f'the {THINGS[i%10]} and the {PLACES[(i+3+i//10)%10]}' for i in range(13)]
+    made = [talk(how.format(s), do(s)) for s in said for how,do in CHANGES.items()]
+    return made[:40], made[40:52]
 
 
 def formats():
-    said = [(t, p, n) for n,(t,p) in enumerate(zip(THINGS*8, PLACES[2:]+PLACES*8), 2)]
-    made = [dict(question=f'{n} of the {t} lie in the {p}.', answer=json.dumps(dict(thing=t, place=p, number=n)))
-            for t,p,n in said]
-    return made[:96], made[96:]
+    "A sentence becomes JSON; asked about other sentences"
+    said = [(THINGS[i%10], PLACES[(3*i+i//10)%10], i+2) for i in range(46)]
+    made = [talk(f'{n} of the {t} in the {p}', json.dumps(dict(thing=t, place=p, n=n))) for t,p,n in said]
+    return made[:36], made[36:]
 
 
 def code():
-    rows = code_rows(max_facts=16)
-    return rows.train, rows.held_out
+    "What functions take and where they stand, in three wordings; asked in a fourth"
+    found = [('round_rate', 'rate', 'advice'), ('model_width', 'name', 'advice'), ('add_lora', 'model', 'adapter'),
+             ('loss_sum', 'labels', 'loss'), ('pack_dataset', 'rows', 'packing'), ('read_rows', 'path', 'sources'),
+             ('render', 'messages', 'template'), ('whole_folder', 'place', 'disk'), ('suggest', 'config', 'advice'),
+             ('save_rows', 'file', 'sources')]
+    asked = 'What does `{}` take?', 'Arguments of `{}`?', 'How is `{}` called?'
+    said = '`{0}({1})`, in `{2}.py`.'
+    return ([talk(q.format(f[0]), said.format(*f)) for q in asked for f in found],
+            [talk(f'Explain `{f[0]}`.', said.format(*f)) for f in found])
 
 
-KINDS = dict(facts=facts, instructions=instructions, format=formats, code=code)
+def prepared(kind, tokenizer):
+    train,held = dict(facts=facts, instructions=instructions, format=formats, code=code)[kind]()
+    return [[dict(r) for r in prepare_dataset(rows, tokenizer, cache=False)] for rows in (train, held[:8])]
 
 
-def trained(model, kind, rate, rank):
-    "One cell: the held-out loss before and after the same number of steps"
-    folder,(train,held) = Path(tempfile.mkdtemp()),KINDS[kind]()
-    config = TrainingConfig(
-        model_name=model, data_path=save_rows(folder/'train.json', train), output_dir=folder/'run',
-        eval_data_path=save_rows(folder/'held.json', held), max_steps=STEPS, per_device_train_batch_size=16,
-        gradient_accumulation_steps=1, learning_rate=rate, max_length=256, report_to='none', save_steps=10_000,
-        eval_steps=10_000, load_in_8bit=False,
-        lora=dict(r=rank, lora_alpha=32, target_modules='all-linear', lora_dropout=0.0))
-    result = LoRATrainer(config, quiet=True).train()
-    return dict(model=model, kind=kind, rate=rate, rank=rank, steps=STEPS, rows=len(train), before=result.loss_before,
-                after=result.loss_after, seconds=round(result.seconds, 1), date=str(date.today()))
+def batches(rows, collate, size, steps):
+    "Rows in a drawn order, over and over"
+    order,drawn = [],random.Random(0)
+    for _ in range(steps):
+        if len(order)<size: order += drawn.sample(range(len(rows)), len(rows))
+        yield collate([rows[i] for i in order[:size]])
+        order = order[size:]
+
+
+class Bench:
+    "A model that is loaded once"
+    def __init__(self, name):
+        self.name,self.tokenizer,self.model = name,load_tokenizer(name),load_model(name)
+        self.collate,self.rows,self.before = Collator(padding_of(self.tokenizer, self.model)),{},{}
+
+    def held_out(self, model, kind):
+        rows = self.rows[kind][1]
+        return mean_loss(model, [self.collate(rows[i:i+4]) for i in range(0, len(rows), 4)])
+
+    def cell(self, kind, rate, rank, **how):
+        "The held-out loss before and after the same steps"
+        if kind not in self.rows:
+            self.rows[kind] = prepared(kind, self.tokenizer)
+            self.before[kind] = self.held_out(self.model, kind)
+        began,(steps,size) = time.monotonic(),SIZES.get(self.name, OTHER_SIZES)
+        set_seed(42)
+        model = add_lora(self.model, LoRAConfig(r=rank, lora_alpha=32, target_modules='all-linear', lora_dropout=0.0,
+                                                **how))
+        self.train(model, batches(self.rows[kind][0], self.collate, size, steps), rate, steps)
+        after = self.held_out(model, kind)
+        self.model = model.unload()
+        return dict(model=self.name, kind=kind, rate=rate, rank=rank, **how, steps=steps, batch=size,
+                    rows=len(self.rows[kind][0]), before=round(self.before[kind], 4), after=round(after, 4),
+                    seconds=round(time.monotonic()-began, 1), date=str(date.today()))
+
+    def train(self, model, each, rate, steps):
+        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=rate, weight_decay=0.0)
+        schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps//10), steps)
+        model.train()
+        for batch in each:
+            total,n = loss_sum(model, **batch)
+            (total/n).backward()
+            torch.nn.utils.clip_grad_norm_((p for p in model.parameters() if p.requires_grad), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
 
 
 def known(): return [json.loads(line) for line in FILE.read_text().splitlines()] if FILE.is_file() else []
 
 
+def key(c): return c['model'], c['kind'], c['rate'], c['rank'], c.get('use_dora', False)
+
+
 def cells(model):
-    return [(model, k, rate, rank) for rank in RANKS for rate in RATES.get(model, OTHER_RATES) for k in KINDS]
+    "Kind, rate, rank and more of each cell; the nearest to the advice first within a rank"
+    rates = RATES.get(model, OTHER_RATES)
+    order = sorted(rates, key=lambda r: abs(rates.index(r)-3))
+    plain = [(k, rate, rank, {}) for rank in RANKS for rate in order for k in KINDS]
+    return plain + [(k, rates[3], rank, dict(use_dora=True)) for rank in (4, 16) for k in KINDS]
 
 
 def sweep(model, minutes):
-    began,have = time.monotonic(),{(c['model'], c['kind'], c['rate'], c['rank']) for c in known()}
-    for cell in (c for c in cells(model) if c not in have):
+    began,have,bench = time.monotonic(),{key(c) for c in known()},None
+    for kind,rate,rank,more in cells(model):
+        if (model, kind, rate, rank, more.get('use_dora', False)) in have: continue
         if time.monotonic()-began>60*minutes: break
-        found = trained(*cell)
+        bench = bench or Bench(model)
+        found = bench.cell(kind, rate, rank, **more)
         with open(FILE, 'a') as f: f.write(json.dumps(found)+'\n')
         print(found, flush=True)
 
 
+def found():
+    "(model, kind, rank) → its cells, by rate; DoRA stands apart"
+    cells = {}
+    for c in known():
+        if not c.get('use_dora'): cells.setdefault((c['model'], c['kind'], c['rank']), []).append(c)
+    return {k: sorted(v, key=lambda c: c['rate']) for k,v in sorted(cells.items())}
+
+
+def advised(model, rows): return suggest(TrainingConfig(model_name=model), rows).settings['learning_rate']
+
+
 def table():
     "The best rate of each row of cells, and how far the advice is from it"
-    rows,found = [],{}
-    for c in known(): found.setdefault((c['model'], c['kind'], c['rank']), []).append(c)
-    for (model,kind,rank),each in sorted(found.items()):
-        best = min(each, key=lambda c: c['after'])
-        advised = suggest(TrainingConfig(model_name=model), each[0]['rows']).settings['learning_rate']
-        whole = len(each)==len(RATES.get(model, OTHER_RATES))
-        off = max(advised/best['rate'], best['rate']/advised)
-        at = min(each, key=lambda c: abs(c['rate']-advised))
-        rows.append([model, kind, rank, f"{len(each)}{'' if whole else ' so far'}", f"{best['rate']:g}",
-                     f"{best['after']:.3f}", f'{advised:g}', f"{at['after']:.3f}", f'{off:.1f}'])
-    return Table(['model', 'rows', 'rank', 'rates', 'best', 'loss', 'advised', 'loss there', 'factor'], rows)
+    rows = []
+    for (model,kind,rank),each in found().items():
+        best,rate = min(each, key=lambda c: c['after']),advised(model, each[0]['rows'])
+        at,most = min(each, key=lambda c: abs(c['rate']-rate)),len(RATES.get(model, OTHER_RATES))
+        off = max(rate/best['rate'], best['rate']/rate)
+        rows.append([model, kind, rank, f'{len(each)} of {most}', f"{best['before']:.2f}", f"{best['rate']:g}",
+                     f"{best['after']:.3f}", f'{rate:g}', f"{at['after']:.3f}", f'{off:.1f}'])
+    return Table(['model', 'rows', 'rank', 'rates', 'before', 'best', 'loss', 'advised', 'loss there', 'factor'], rows)
+
+
+def dora_table():
+    "DoRA beside LoRA at the same rate, rank and rows"
+    plain = {key(c)[:4]: c for c in known() if not c.get('use_dora')}
+    rows = [[c['model'], c['kind'], c['rank'], f"{c['rate']:g}", f"{plain[key(c)[:4]]['after']:.3f}",
+             f"{c['after']:.3f}", f"{c['seconds']/plain[key(c)[:4]]['seconds']:.1f}"]
+            for c in known() if c.get('use_dora') and key(c)[:4] in plain]
+    return Table(['model', 'rows', 'rank', 'rate', 'LoRA', 'DoRA', 'its time over LoRA\'s'], rows)
+
+
+def figure():
+    "Held-out loss over the rate: a panel for each model and kind of rows, a line for each rank"
+    cells = found()
+    models = sorted({m for m,_,_ in cells})
+    fig = shown_figure(figsize=(10, 2.6*len(models)), layout='constrained')
+    axes = fig.subplots(len(models), len(KINDS), squeeze=False, sharey='row')
+    for (model,kind,rank),each in cells.items():
+        ax = axes[models.index(model)][KINDS.index(kind)]
+        ax.plot([c['rate'] for c in each], [c['after'] for c in each], '.-', label=f'rank {rank}',
+                color=f'C{sorted(RANKS).index(rank)}')
+    for i,model in enumerate(models):
+        for ax,kind in zip(axes[i], KINDS):
+            ax.axvline(advised(model, 40), color='#808080', linestyle=':')
+            ax.set(xscale='log', yscale='log', title=f'{model}, {kind}', xlabel='learning rate')
+        axes[i][0].set(ylabel='held-out loss')
+    axes[0][-1].legend()
+    return on_any_background(fig)
 
 
 if __name__=='__main__':
@@ -112,6 +216,9 @@ if __name__=='__main__':
     parser.add_argument('model', nargs='?', default='sage-tiny')
     parser.add_argument('--minutes', type=float, default=1e9)
     parser.add_argument('--table', action='store_true')
+    parser.add_argument('--plot')
     asked = parser.parse_args()
-    if not asked.table: sweep(asked.model, asked.minutes)
+    if asked.plot: save_figure(figure(), asked.plot)
+    elif not asked.table: sweep(asked.model, asked.minutes)
     print(table())
+    if dora_table().rows: print(dora_table())

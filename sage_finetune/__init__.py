@@ -11,6 +11,8 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time these names are 
     from .runs.pipeline import RunResult, finetune
     from .runs.run import Run
     from .runs.verify import verify_resume
+    from .study.report import report
+    from .study.sweep import sweep
     from .trainer import LoRATrainer, train_from_meta
     from .ui.form import choose_config
     from .ui.live import train_live
@@ -19,12 +21,13 @@ _lazy = dict(
     LoRATrainer='trainer', train_from_meta='trainer', PreferenceTrainer='preference',
     load_training_data='data', prepare_dataset='data',
     Run='runs.run', RunResult='runs.pipeline', finetune='runs.pipeline', verify_resume='runs.verify',
+    report='study.report', sweep='study.sweep',
     choose_config='ui.form', train_live='ui.live',
 )
 __all__ = [
     'DataSource', 'LoRAConfig', 'LoRATrainer', 'PreferenceConfig', 'PreferenceTrainer', 'PresetConfigs', 'Run',
-    'RunResult', 'TrainingConfig', 'choose_config', 'finetune', 'load_training_data', 'prepare_dataset', 'show_config',
-    'show_presets', 'train_from_meta', 'train_live', 'verify_resume',
+    'RunResult', 'TrainingConfig', 'choose_config', 'finetune', 'load_training_data', 'prepare_dataset', 'report',
+    'show_config', 'show_presets', 'sweep', 'train_from_meta', 'train_live', 'verify_resume',
 ]
 
 

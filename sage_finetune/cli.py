@@ -14,7 +14,7 @@ __all__ = ['app', 'Model', 'RunName', 'Runs', 'Output', 'Data', 'Shares', 'Stopp
 # %% ../nbs/05_cli.ipynb #b5095066
 import json,os,sys,threading
 from contextlib import suppress
-from importlib.util import find_spec
+from functools import wraps
 from pathlib import Path
 from shlex import quote
 from tempfile import TemporaryDirectory
@@ -24,12 +24,15 @@ from typer import Argument, Exit, Option, Typer, confirm, echo as typer_echo, pr
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from .core.beforehand import package_file
 from .core.disk import SageError
 from .core.display import size_text, visible
 from sage_finetune.core.machine import (
     goes_on, last_words, program_name, refuse_other_encodings, stop_raises, use_utf8, versions_text
 )
 from .base.llama_cpp import with_gguf_type
+from .runs.rate_finder import find_rate_command
+from .study import commands
 
 # %% ../nbs/05_cli.ipynb #7c48b3da
 class _Ended(Exception): "A command was stopped: the signal is its cause, which typer would take for itself"
@@ -89,7 +92,8 @@ def _fail(text, status):
     return status
 
 _after_a_stop = dict(
-    run=goes_on, start=goes_on, quickstart=goes_on, repeat='the same command, with a new folder, begins again',
+    run=goes_on, start=goes_on, sweep=goes_on, quickstart=goes_on,
+    repeat='the same command, with a new folder, begins again',
     merge='no merged model was written, and the same command begins again',
     export='nothing was exported, and the same command begins again', serve='the same command serves again')
 
@@ -534,7 +538,7 @@ def chat(
     "Talk to a run: its merged model, else its adapter, or to a server"
     if url:
         if image: raise ValueError('`--image` is for a model that is loaded here, and `--url` names a server')
-        from sage_finetune.inference.client import speaker_at
+        from sage_finetune.serving.client import speaker_at
         say,below = speaker_at(url, name, max_new_tokens, api_key),None
     else: say,below = _loaded(name, adapter, max_new_tokens, ignore_contract, base)
     if prompt is None:
@@ -642,7 +646,7 @@ def serve(
                                                      'or transformers, as they are')] = None,
 ):
     "Serve a run to programs that speak the API of OpenAI"
-    from sage_finetune.inference.serve import serve as go
+    from sage_finetune.serving.serve import serve as go
     stopped_by = go(name, host, port, api_key, say=echo, engine=engine, adapter=adapter, max_new_tokens=max_new_tokens,
        ignore_contract=ignore_contract, base=base, allow_host=tuple(allow_host or ()),
        options=tuple(options or ()))
@@ -665,7 +669,7 @@ def export(
     license: Annotated[Optional[str], Option('--license', help='As the Hub knows it, such as apache-2.0')] = None,
 ):
     "Write a model for others, with a card: a folder, GGUF, or on the Hub"
-    from sage_finetune.inference.export import export_folder, export_gguf, gguf_report, push_to_hub
+    from sage_finetune.serving.export import export_folder, export_gguf, gguf_report, push_to_hub
     kind,card = 'adapter' if adapter else 'merged',dict(license=license, base=base)
     if gguf and (adapter or push): raise ValueError('`--gguf` goes with neither `--adapter` nor `--push`')
     if push and output: raise ValueError('`--output` and `--push` exclude each other')
@@ -676,7 +680,7 @@ def export(
     else: echo(f'Written: {export_folder(name, output, kind, **card)}')
 
 # %% ../nbs/05_cli.ipynb #db7520ec
-EXAMPLES = (Path(find_spec('sage_finetune').submodule_search_locations[0])/'tables'/'examples.txt').read_text('utf-8')
+EXAMPLES = package_file('tables', 'examples.txt').read_text('utf-8')
 
 @app.command()
 def examples():
@@ -698,3 +702,12 @@ def generate(
     "Let a model behind a server write questions and answers about documents or code; what does not hold is dropped"
     from sage_finetune.synthetic.teacher import generate_rows
     _print(generate_rows(source, url, output, model, questions, exam=exam, most=most, api_key=api_key, say=echo))
+
+def _printed(command):
+    "A command of a wing, which gives back what is printed"
+    @wraps(command)
+    def go(*args, **how): _print(*command(*args, **how))
+    return app.command()(go)
+
+app.command('find-rate')(find_rate_command)
+for command in (commands.exam, commands.sweep, commands.report, commands.script): _printed(command)

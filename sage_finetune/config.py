@@ -11,7 +11,6 @@ __all__ = ['embedded_model', 'LoRAConfig', 'TrainingConfig', 'PreferenceConfig',
 # %% ../nbs/00_config.ipynb #8d5faccc
 import warnings
 from dataclasses import dataclass, field, fields, replace
-from importlib.util import find_spec
 from pathlib import Path
 
 from sage_finetune.core.disk import (
@@ -26,7 +25,8 @@ from sage_finetune.core.settings import (
 from .core.cache import model_in_file, plain_model
 from sage_finetune.core.beforehand import (
     are_trackers, check_optimizer, check_schedule, fit_stored, is_of_bitsandbytes, known_trackers, OptionsSetting,
-    same_steps, stored_as, take_by_table, tool_table, tracker_names, unknown_to_table
+    package_file, same_steps, stored_as, take_by_table, TokensSetting, tool_table, tracker_names,
+    unknown_to_table
 )
 from sage_finetune.core.machine import (
     Change, Changes, division, fit_bits, Machine, show_changes # show_changes: handed on
@@ -59,13 +59,15 @@ class LoRAConfig(Settings):
     use_dora: bool = False # DoRA: train the magnitude and the direction of each weight vector separately
     # Initialisation of A and B: True, "gaussian", "orthogonal", "pissa", "pissa_niter_16" or "olora"
     init_lora_weights: bool|str = True
+    modules_to_save: list|None = None # Layers that are trained whole and saved with the adapter, such as "embed_tokens"
 
-    _added = 'use_rslora', 'use_dora', 'init_lora_weights'
+    _added = 'use_rslora', 'use_dora', 'init_lora_weights', 'modules_to_save'
     _what = 'LoRA setting'
     _rules = dict(
         r=('at least 1', lambda v: v>=1), lora_alpha=('at least 1', lambda v: v>=1),
         target_modules=('a list with at least one name, or "all-linear"', len),
         lora_dropout=('at least 0 and below 1', lambda v: 0<=v<1),
+        modules_to_save=('a list with at least one name, or None', len),
         bias=('"none", "all" or "lora_only"', ('none', 'all', 'lora_only').__contains__),
         task_type=('"CAUSAL_LM", since a language model is what is trained here', 'CAUSAL_LM'.__eq__),
         init_lora_weights=('True, "gaussian", "orthogonal", "pissa", "pissa_niter_N" or "olora"',
@@ -85,7 +87,7 @@ _training_rules = dict(
     num_train_epochs=_above_zero,
     per_device_train_batch_size=_at_least(1),
     gradient_accumulation_steps=_at_least(1),
-    learning_rate=_above_zero,
+    learning_rate=_above_zero, embedding_learning_rate=_above_zero,
     warmup_ratio=_share,
     warmup_steps=_at_least(1),
     adam_beta1=_below_one,
@@ -113,9 +115,11 @@ _training_rules = dict(
     loraplus_lr_ratio=_at_least(1),
     neftune_noise_alpha=_above_zero,
     tokens_per_step=_at_least(8),
+    replay_share=_below_one,
+    exam_tokens=_at_least(1),
+    best_by=_one_of('loss', 'exam'),
     packing=_or_auto,
-    torch_compile=_or_auto,
-    replay_share=_below_one)
+    torch_compile=_or_auto)
 
 # %% ../nbs/00_config.ipynb #7937675d
 @dataclass
@@ -187,6 +191,12 @@ class TrainingConfig(Settings):
     adam_beta2: float = 0.999 # Decay of the mean of their squares, for optimizers of Adam's kind
     adam_epsilon: float = 1e-8 # Added to the root of that mean, for optimizers of Adam's kind
     save_strategy: str = "steps" # When a checkpoint is written: every `save_steps` "steps", or after each "epoch"
+    add_tokens: TokensSetting = None # New tokens, whose rows are trained: a list, or {token: words that describe it}
+    embedding_learning_rate: float|None = None # Rate of embedding and head, where they are trained; None: of the rest
+    exam_path: OptionalPathSetting = None # Questions with answers or checks, asked at each evaluation
+    exam_general: bool = False # Ask general questions too, at each evaluation, to see what is forgotten
+    exam_tokens: int = 128 # Tokens of one answer in an exam, at most
+    best_by: str = "loss" # What decides which evaluation is the best: the held-out "loss" or the "exam"
 
     _rules = _training_rules
     _exclusive = ('load_in_8bit', 'load_in_4bit'), ('fp16', 'bf16')
@@ -196,7 +206,8 @@ class TrainingConfig(Settings):
               'eval_steps', 'early_stopping_patience', 'load_best_model_at_end', 'loraplus_lr_ratio',
               'neftune_noise_alpha', 'torch_compile', 'fused_lora', 'deterministic', 'tokens_per_step',
               'init_adapter', 'stack_adapter', 'replay_path', 'replay_share', 'lr_scheduler_kwargs', 'warmup_steps',
-              'adam_beta1', 'adam_beta2', 'adam_epsilon', 'save_strategy')
+              'adam_beta1', 'adam_beta2', 'adam_epsilon', 'save_strategy', 'add_tokens', 'embedding_learning_rate',
+              'exam_path', 'exam_general', 'exam_tokens', 'best_by')
 
     def __post_init__(self):
         super().__post_init__()
@@ -257,7 +268,8 @@ _preference_rules = _training_rules | dict(
     train_on=_one_of('assistant', 'last'), overflow=_one_of('drop', 'truncate'))
 
 _not_for_pairs = dict(packing=False, tokens_per_step=None, neftune_noise_alpha=None, cut_answers=False,
-                      stack_adapter=False, replay_path=None, replay_share=0.0, torch_compile=False)
+                      stack_adapter=False, replay_path=None, replay_share=0.0, torch_compile=False, add_tokens=None,
+                      embedding_learning_rate=None)
 _only_with = dict(loss_type='dpo', label_smoothing='dpo', sft_weight='dpo', desirable_weight='kto',
                   undesirable_weight='kto')
 
@@ -267,6 +279,8 @@ def _check_preference(config):
     for n,value in _not_for_pairs.items():
         if getattr(config, n)!=value:
             raise ValueError(f'`{n}={getattr(config, n)}` does not go together with preferences: leave it out')
+    if config.lora.modules_to_save:
+        raise ValueError('`lora.modules_to_save` does not go together with preferences: leave it out')
     for n,method in _only_with.items():
         if getattr(config, n)!=plain[n] and config.method!=method:
             raise ValueError(f'`{n}={getattr(config, n)}` is a setting of `method="{method}"`, and the method is '
@@ -434,8 +448,7 @@ def resolve_model(
     "The folder of the embedded model for its name, that of plain weights for a GGUF file; any other name as it is"
     name = checked('name', name, str)
     if name==embedded_model:
-        package = find_spec('sage_finetune').submodule_search_locations[0]
-        return str(Path(package)/'models'/embedded_model)
+        return str(package_file('models', embedded_model))
     if file := model_in_file(name): return str(plain_model(file))
     folder = Path(name).expanduser() if name.startswith('~') else None
     return str(folder) if folder and folder.is_dir() else name

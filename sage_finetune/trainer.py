@@ -12,7 +12,8 @@ __all__ = ['RunState', 'LoopParts', 'LoRATrainer', 'train_from_meta', 'main', 'C
 import shutil,signal,sys,time
 from contextlib import nullcontext, suppress
 
-from .base.loading import dtype_of, load_model, put_aside_notes, quantisation_of, tokenizer_for # first
+from .base.loading import dtype_of, load_model, put_aside_notes, quantisation_of # first
+from .base.new_tokens import add_token_rows, tokenizer_for
 from peft import PeftModel
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -35,20 +36,19 @@ from sage_finetune.training.batches import (
 from .training.split import check_data_path, read_data
 from .training.callbacks import Checkpoints, Metrics, NotFinite, plot_losses, Progress, read_metrics
 from sage_finetune.training.loop import (
-    BeforeFirstStep, CausalLMTrainer, drop_printers, free_memory, out_of_memory, Stopped, trackers,
-    training_arguments
+    BeforeFirstStep, CausalLMTrainer, drop_printers, free_memory, out_of_memory, Stopped, trackers, training_arguments
 )
 from sage_finetune.training.resume import (
     check_same_run, checkpoint_step, clear_run, data_digest, finished_result, fit_of_run, is_last_step, keep_best,
     keep_last_step, library_versions, load_finished, load_last_step, losses_before, remembered_changes, result_of,
-    RowsDigest, run_record, save_run, smaller_micro_batches, StopSignal, TrainingResult, with_place,
-    without_traceback
+    RowsDigest, run_record, save_run, smaller_micro_batches, StopSignal, TrainingResult, with_place, without_traceback
 )
 from sage_finetune.training.processes import (
     agreed, joined_processes, one_after_another, processes_line, refuse_smaller_micro_batches, tell, wait_for_all
 )
 from .training.packing import Packing
 from .training.incremental import add_replay_rows, begin_with_parent, parent_adapter, with_adapter
+from .inference.exam import asked_exams, exam_callbacks, exam_digest
 _all_ = ['CausalLMTrainer', 'data_digest', 'library_versions', 'Stopped', 'training_arguments', 'TrainingResult']
 
 # %% ../nbs/02_trainer.ipynb #2f01f0d1
@@ -81,7 +81,7 @@ class RunState:
         self.choices,self.while_running,self.evaluation_rows = [],[],None # Changes that nobody gave by hand, or memory
         self.stop_signal,self.unfinished = StopSignal(),None # `unfinished`: noted beside the adapter of a stopped run
         self.watcher = None # Gets the messages instead: has `heard(what)`, and `callbacks()` for the loop
-        self._fitted_rows,self._digest,self._announced = (None, None),RowsDigest(),False
+        self._fitted_rows,self._digest,self._announced,self.load_model = (None, None),RowsDigest(),False,load_model
 
     @property
     def changes(self)->list: # Of `Change`
@@ -123,8 +123,8 @@ class LoopParts(RunState):
         c,held_out = self.config,self.eval_dataset is not None
         shown = self.watcher.callbacks() if self.watcher else [] if self.quiet else [Progress()]
         # `BestAdapter` writes into a checkpoint, so it comes before `Checkpoints`
-        return [Metrics(self.folder.metrics),
-                *([BestAdapter(c.early_stopping_patience, c.load_best_model_at_end)] if held_out else []),
+        return [Metrics(self.folder.metrics), *exam_callbacks(self),
+                *([BestAdapter(c.early_stopping_patience, c.load_best_model_at_end, c.best_by)] if held_out else []),
                 Checkpoints(self.folder.checkpoints, c.save_total_limit), *trackers(self.fitted),
                 *_before_first_step(self), *shown]
 
@@ -143,11 +143,11 @@ class LoRATrainer(LoopParts):
     def load_model_and_tokenizer(self):
         "Load the model in the precision that fits this machine, and its tokenizer"
         self.tokenizer,c,self._announced = _begin(self),self.fitted,False
-        self.model = load_model(c.model_name, dtype_of(c), self.machine.device, quantisation_of(c))
+        self.model = self.load_model(c.model_name, dtype_of(c), self.machine.device, quantisation_of(c))
 
     def apply_lora(self):
         "Freeze the model and put the adapter on it"
-        self.model = _with_lora(self.model, self.config)
+        self.model = _with_lora(self.model, self.config, self.tokenizer)
         begin_with_parent(self.model, self.tokenizer, self.config, self.say)
         self.say('\n'.join([adapter_line(self.model), *put_aside_notes(self.model)]))
 
@@ -203,10 +203,10 @@ def _check_fit(run):
     check_fit(rows, run.config, run.model, run.tokenizer, run.data_report)
 
 # %% ../nbs/02_trainer.ipynb #2f01f0f2
-def _with_lora(model, config):
+def _with_lora(model, c, tokenizer):
     "Freeze a model and put an adapter on it"
-    set_seed(config.seed)
-    return add_lora(ready_for_quantised_training(model), config.lora)
+    set_seed(c.seed)
+    return add_lora(ready_for_quantised_training(model), c.lora, add_token_rows(model, tokenizer, c.add_tokens))
 
 # %% ../nbs/02_trainer.ipynb #2f01f0b2
 def _rows_of_passes(run):
@@ -259,6 +259,7 @@ def _smaller_evaluation(run, rows):
 # %% ../nbs/02_trainer.ipynb #2f01f1a2
 def _run_missing_steps(run, fresh=False):
     "The steps that the user has not called"
+    asked_exams(run.config) # questions that cannot be checked are refused first
     if run.dataset is None and _is_packaged(run, 'prepare_data'): _prepare_first(run)
     if run.model is None: run.load_model_and_tokenizer()
     if run.dataset is None:
@@ -292,9 +293,9 @@ def _remember(run):
 # %% ../nbs/02_trainer.ipynb #2f01f1a3
 def _record(run):
     "Content of `training_config.json`"
-    parent = parent_adapter(run.config)
-    return run_record(run.config, run.changes, run.machine, run._digest(run.dataset, run.eval_dataset),
-                      run.evaluation_rows, parent and parent.digest, run._base or base_digest(run.config.model_name))
+    c,parent = run.config,parent_adapter(run.config)
+    return run_record(c, run.changes, run.machine, run._digest(run.dataset, run.eval_dataset), run.evaluation_rows,
+                      parent and parent.digest, run._base or base_digest(c.model_name), exam_digest(c))
 
 def _resume_point(run, fresh):
     "The checkpoint to resume from, or None; from here on the folder holds this run"

@@ -35,7 +35,7 @@ forked = multiprocessing.get_context('forkserver') if os.name=='posix' else None
 if forked:
     forked.set_forkserver_preload([
         'cheaper', 'sage_finetune.trainer', 'sage_finetune.merge_chat', 'sage_finetune.runs.launch',
-        'sage_finetune.runs.pipeline', 'sage_finetune.ui.live', 'sage_finetune.cli', 'sage_finetune.inference.chat_api',
+        'sage_finetune.runs.pipeline', 'sage_finetune.ui.live', 'sage_finetune.cli', 'sage_finetune.serving.chat_api',
         'datasets', 'transformers.models.qwen2.modeling_qwen2', 'transformers.models.llama.modeling_llama',
         'transformers.models.qwen2.tokenization_qwen2', 'peft.tuners.lora.bnb', 'matplotlib.figure',
         'matplotlib.legend', 'matplotlib.backends.backend_agg', 'PIL.PngImagePlugin', 'uvicorn', 'openai', 'pytest',

@@ -22,6 +22,7 @@ from sage_finetune.training.callbacks import Checkpoints
 from sage_finetune.training.incremental import add_replay_rows
 from sage_finetune.training.loop import same_bits, training_arguments
 from sage_finetune.training.split import read_data
+from sage_finetune.inference.exam import asked_exams, ExamCallback
 from sage_finetune.trainer import LoRATrainer
 
 tok = load_tokenizer('sage-tiny')
@@ -105,10 +106,12 @@ def built(config):
     run.setup_trainer()
     optimizer = run.trainer.create_optimizer()
     callbacks = run.trainer.callback_handler.callbacks
-    return dict(rows=len(run.trainer.train_dataset), rates=[g['lr'] for g in optimizer.param_groups],
-                names=sorted(type(c).__name__ for c in callbacks), trained=len(optimizer.param_groups),
+    return dict(rows=len(run.trainer.train_dataset), size=len(run.tokenizer),
+                rates=[g['lr'] for g in optimizer.param_groups], names=sorted(type(c).__name__ for c in callbacks),
+                trained=len(optimizer.param_groups),
                 kept=[c.keep for c in callbacks if isinstance(c, Checkpoints)],
-                best=[(c.patience, c.keep) for c in callbacks if hasattr(c, 'patience')],
+                best=[(c.patience, c.keep, c.by) for c in callbacks if hasattr(c, 'patience')],
+                exam=[([*c.asked], c.tokens) for c in callbacks if isinstance(c, ExamCallback)],
                 batches=len(run.trainer.get_train_dataloader()), folder=run.trainer.args.output_dir,
                 below=[n for n,_ in run.model.named_parameters() if 'below' in n])
 
@@ -219,8 +222,16 @@ training = dict(
     tokens_per_step=[Seen(64, built)],
     init_adapter=[Refused(rows('plain.jsonl'), 'neither an adapter nor a run')],
     stack_adapter=[Refused(True, 'needs `init_adapter`')],
+    add_tokens=[Seen(['<ask>'], built), Refused(['<ask>', '<ask>'], 'is there twice'),
+                Refused(['façon'], 'cannot be a token of this tokenizer')],
+    embedding_learning_rate=[Seen(1e-5, built, add_tokens=['<ask>']), Refused(1e-5, 'needs `add_tokens`')],
     replay_path=[Seen(rows('other.jsonl'), prepared, replay_share=.3)],
-    replay_share=[Seen(.5, prepared, replay_path=rows('other.jsonl')), Refused(.5, 'no rows to replay are known')])
+    replay_share=[Seen(.5, prepared, replay_path=rows('other.jsonl')), Refused(.5, 'no rows to replay are known')],
+    exam_path=[Seen(rows('plain.jsonl'), built), Refused(rows('plain.jsonl'), 'needs held-out rows', test_size=0),
+               Refused(rows('odd.jsonl'), 'odd.jsonl:5: ')],
+    exam_general=[Seen(True, built), Refused(True, 'needs held-out rows', test_size=0)],
+    exam_tokens=[Seen(8, built, exam_general=True)],
+    best_by=[Seen('exam', built, exam_path=rows('plain.jsonl')), Refused('exam', 'needs `exam_path`')])
 
 lora = dict(
     r=[Seen(2, adapter), Refused(65, 'needs `r` of at most 64', init_lora_weights='pissa')],
@@ -230,6 +241,8 @@ lora = dict(
     bias=[Seen('all', adapter), Seen('lora_only', adapter)],
     task_type=[Refused('SEQ_CLS', 'must be "CAUSAL_LM"'), Refused('TOKEN_CLS', 'must be "CAUSAL_LM"'),
                Refused('SEQ_2_SEQ_LM', 'must be "CAUSAL_LM"'), Refused('causal_lm', 'must be "CAUSAL_LM"')],
+    modules_to_save=[Seen(['norm'], adapter), Refused(['nowhere'], 'names no layer of this model'),
+                     Refused(['q_proj'], 'is among `target_modules` too')],
     use_rslora=[Seen(True, adapter)],
     use_dora=[Seen(True, adapter)],
     init_lora_weights=[Seen('gaussian', adapter), Seen('pissa', adapter), Refused('loftq', 'must be True, "gaussian"'),
@@ -245,11 +258,13 @@ preference = dict(
     undesirable_weight=[Seen(2, loss, method='kto'), Refused(2, 'is a setting of `method="kto"`')],
     lora=[Seen(dict(r=2), adapter), Refused(dict(bias='all'), 'trains biases of the base'),
           Refused(dict(bias='lora_only'), 'trains biases of the base', method='kto'),
-          Refused(dict(init_lora_weights='olora'), 'needs the model as it was')],
+          Refused(dict(init_lora_weights='olora'), 'needs the model as it was'),
+          Refused(dict(modules_to_save=['norm']), 'does not go together with preferences')],
     init_adapter=[Refused(rows('run'), 'merge the earlier run')],
     **{n: [Refused(v, 'does not go together with preferences', **more)] for n,v,more in (
         ('packing', True, {}), ('tokens_per_step', 64, {}), ('neftune_noise_alpha', 5, {}), ('torch_compile', True, {}),
-        ('cut_answers', True, dict(overflow='truncate')), ('stack_adapter', True, {}),
+        ('cut_answers', True, dict(overflow='truncate')), ('stack_adapter', True, {}), ('add_tokens', ['<a>'], {}),
+        ('embedding_learning_rate', 1e-5, {}),
         ('replay_path', rows('other.jsonl'), {}), ('replay_share', .2, {}))})
 
 source = dict(
@@ -331,6 +346,7 @@ def begun(kind, place, machine, settings):
         run = PreferenceTrainer(made_one, quiet=True, machine=machine)
     else: run = LoRATrainer(made_one, quiet=True, machine=machine)
     check_run(run.fitted)
+    asked_exams(run.config)
 
 
 @pytest.mark.parametrize('kind, name, entry', each(Refused))

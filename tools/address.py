@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Notebooks whose lessons need more than the package brings: the extra of settings.ini that has it
 EXTRAS = {
     '04_preference': 'trl', 'rows/04_images': 'vision', 'base/03_tiny_vision': 'vision',
-    'inference/04_request': 'serve', 'inference/05_chat_api': 'serve', 'inference/07_serve': 'serve',
+    'serving/00_request': 'serve', 'serving/01_chat_api': 'serve', 'serving/03_serve': 'serve',
     'synthetic/00_code_facts': 'code', 'synthetic/01_codebase': 'code',
 }
 MODULES = {'pillow': 'PIL'}  # where a package is imported under another name

@@ -16,10 +16,12 @@ SECTIONS = {
     'model': 'the adapter, the loss, what is kept of both, memory, advice',
     'training': 'batches and padding, the held-out split, the loop (loss, optimizer, out of memory), resuming, '
     'several processes',
-    'inference': 'answers token by token, the exam, the proved merge, serving, export',
+    'inference': 'answers token by token, what is right in them, the exam, the proved merge',
+    'serving': 'a model behind the API of OpenAI, and as a folder or GGUF file for others',
     'synthetic': 'rows that are made: facts of a codebase, questions and answers by a teacher',
     'runs': 'tasks, which kind of file a run was given (ours, TRL, LLaMA-Factory, axolotl), runs '
     'read back and compared, launching',
+    'study': 'many runs on one base, exams with their uncertainty, reports, what taught a model that',
     'ui': 'looking at rows and tokens, the dashboard, the form, what was learned, all runs at a glance',
 }
 OTHER = {'tutorials': 'Tutorials', 'recipes': 'Recipes'}

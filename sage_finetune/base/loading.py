@@ -6,9 +6,9 @@ Docs: https://sage-finetune.github.io/sage_finetune/base/loading.html.md"""
 
 # %% auto #0
 __all__ = ['ending_settings', 'drawing_settings', 'dtype_of', 'quantisation_of', 'quiet_libraries', 'takes_images', 'model_class',
-           'no_model', 'load_tokenizer', 'tokenizer_for', 'load_model', 'check_stored', 'generate_settings',
-           'put_aside', 'put_aside_notes', 'harmless_settings', 'ModelLimits', 'model_limits', 'embedding_rows',
-           'empty_model', 'limits_of', 'check_model']
+           'no_model', 'load_tokenizer', 'load_model', 'check_stored', 'generate_settings', 'put_aside',
+           'put_aside_notes', 'harmless_settings', 'ModelLimits', 'model_limits', 'embedding_rows', 'empty_model',
+           'limits_of', 'check_model']
 
 # %% ../../nbs/base/01_loading.ipynb #5d328e9d
 import logging
@@ -196,17 +196,6 @@ def load_tokenizer(
     if len(tokenizer)<10:
         raise SageError(f'model {name!r} has no tokenizer files (tokenizer.json): add those of its base')
     return ensure_template(tokenizer)
-
-# %% ../../nbs/base/01_loading.ipynb #8e1d0c07
-def tokenizer_for(
-    config:TrainingConfig, # Of a run
-): # As from `load_tokenizer`
-    "The tokenizer of a run's model, or why the run cannot be as its config asks"
-    tokenizer = load_tokenizer(config.model_name)
-    if config.packing is True and processor_of(tokenizer):
-        raise ValueError(f'`packing=True` is not supported for {config.model_name}: its position ids depend on images; '
-                         f'set `packing=False`')
-    return tokenizer
 
 # %% ../../nbs/base/01_loading.ipynb #ba5e0011
 # Of transformers' `GenerationConfig`: where an answer ends, and which tokens it is drawn from

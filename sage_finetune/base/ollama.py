@@ -75,6 +75,10 @@ def _stop_words(tokenizer, more=()):
     return list(dict.fromkeys(w for w in words if w.strip()))
 
 # %% ../../nbs/base/06_ollama.ipynb #c0000019
+def _quoted(word):
+    "A word as Ollama reads it: it takes the marks off at both ends, and knows no escape"
+    return f'"""{word}"""' if '"' in word else f'"{word}"'
+
 def modelfile(
     tokenizer, # With a chat template
     weights:str='./model.gguf', # The GGUF file, from where the Modelfile lies
@@ -82,10 +86,12 @@ def modelfile(
     stops:list=(), # Ids of more tokens that end an answer
 )->str: # Text of a Modelfile
     "What Ollama needs to know"
-    template = ollama_template(tokenizer)
+    template,words = ollama_template(tokenizer),_stop_words(tokenizer, stops)
     if '"""' in template:
         raise ValueError('the chat template holds three quotation marks in a row, which a Modelfile cannot say')
-    quoted = lambda word: '"'+word.replace('"', '\\"')+'"'
+    if odd := [c for c in template+''.join(words) if not (c.isprintable() or c in ' \t\r\n')]:
+        raise ValueError(f'the chat template holds {odd[0]!r}, which Ollama drops when it reads a Modelfile: use the '
+                         f'GGUF file with `llama-server --jinja`')
     settings = ['temperature 0', 'repeat_penalty 1.0', *([f'num_ctx {min(most, 8192)}'] if most else []),
-                *(f'stop {quoted(w)}' for w in _stop_words(tokenizer, stops))]
+                *(f'stop {_quoted(w)}' for w in words)]
     return '\n'.join([f'FROM {weights}', f'TEMPLATE """{template}"""', *(f'PARAMETER {s}' for s in settings)])+'\n'

@@ -317,12 +317,19 @@ class BaseSwitch:
         for m in self.parts: m._disable_adapters = True
         for p,t in self.values: p.data = t
         for m,n in self.rows: m.num_embeddings = n
+        self.hooks = [m.register_forward_pre_hook(_only_below(n)) for m,n in self.rows
+                      if isinstance(m, torch.nn.Embedding)]
 
     def off(self):
         "Become what it was"
         for m,disabled in self.before[0]: m._disable_adapters = disabled
         for p,data in self.before[1]: p.data = data
         for m,n in self.sizes: m.num_embeddings = n
+        for hook in self.hooks: hook.remove()
+
+def _only_below(n):
+    "Before an embedding: a token that it has no row for is read as its first"
+    return lambda layer,args: (args[0].masked_fill(args[0]>=n, 0), *args[1:])
 
 # %% ../../nbs/base/02_shards.ipynb #c0b5e006
 @contextmanager

@@ -6,9 +6,9 @@ Docs: https://sage-finetune.github.io/sage_finetune/core/beforehand.html.md"""
 
 # %% auto #0
 __all__ = ['known_trackers', 'is_of_bitsandbytes', 'check_optimizer', 'same_steps', 'check_betas', 'check_schedule',
-           'try_optimizer', 'try_schedule', 'OptionsSetting', 'StoredAs', 'config_file', 'stored_as', 'fit_stored',
-           'ToolTable', 'tool_table', 'number_in', 'names_in', 'take_by_table', 'unknown_to_table', 'tracker_names',
-           'are_trackers']
+           'try_optimizer', 'try_schedule', 'OptionsSetting', 'TokensSetting', 'StoredAs', 'config_file', 'stored_as',
+           'fit_stored', 'ToolTable', 'package_file', 'tool_table', 'number_in', 'names_in', 'take_by_table',
+           'unknown_to_table', 'tracker_names', 'are_trackers']
 
 # %% ../../nbs/core/08_beforehand.ipynb #08be0005
 import json,os
@@ -211,6 +211,29 @@ class OptionsSetting:
             if not plain or v!=v: raise ValueError(f'`{name}`: {key!r} must be a name with a plain value, got {v!r}')
         return dict(value)
 
+def _tokens_of(name, text):
+    try: return json.loads(text) if '"' in text else text.split(',') # "[ASK],[DO]" is no JSON
+    except ValueError: raise ValueError(f'`{name}`: {text!r} is no JSON; names stand between commas') from None
+
+class TokensSetting:
+    "New tokens: a list, or a dict {token: words that describe it}; as text they stand between commas, or it is JSON"
+    if TYPE_CHECKING:
+        def __get__(self, config:object, owner:object=None)->list|dict|None: ...
+        def __set__(self, config:object, value:list|tuple|dict|str|None)->None: ...
+    @staticmethod
+    def check(name, value):
+        if isinstance(value, str): value = _tokens_of(name, value)
+        if not value: return None
+        if not isinstance(value, (list, tuple, dict)): raise ValueError(f'`{name}` must be a list, got {value!r}')
+        for t in value:
+            if not isinstance(t, str) or not t.strip() or t!=t.strip():
+                raise ValueError(f'`{name}`: a token must be text that begins and ends with no space, got {t!r}')
+            if list(value).count(t)>1: raise ValueError(f'`{name}`: {t!r} is there twice')
+        said = value if isinstance(value, dict) else {}
+        if odd := [t for t,words in said.items() if not isinstance(words, str)]:
+            raise ValueError(f'`{name}`: {odd[0]!r} must be described in words ("" for none), got {said[odd[0]]!r}')
+        return dict(value) if said else list(value)
+
 # %% ../../nbs/core/08_beforehand.ipynb #08be001f
 @dataclass(frozen=True)
 class StoredAs:
@@ -288,13 +311,18 @@ class ToolTable:
         if {'to', 'values', 'hand'} & {*row}: return 'mapped'
         return 'without effect' if 'note' in row and 'off' not in row else 'refused' if row else 'unknown'
 
+def package_file(
+    *parts:str, # Such as "tables", "examples.txt"
+)->Path: # In the installed package
+    "A file or folder that comes with this package"
+    return Path(find_spec('sage_finetune').submodule_search_locations[0], *parts)
+
 @cache
 def tool_table(
     name:str, # Of a file in `sage_finetune/tables`, such as "trl-sft"
 )->ToolTable:
     "The table of a tool, on top of the one it begins with"
-    package = find_spec('sage_finetune').submodule_search_locations[0]
-    given = read_json(Path(package)/'tables'/f'{name}.json', unique=True)
+    given = read_json(package_file('tables', f'{name}.json'), unique=True)
     below = tool_table(given['begins_with']) if 'begins_with' in given else ToolTable('', {}, {})
     return ToolTable(given['tool'], below.settings | given['settings'], below.always | given.get('always', {}))
 

@@ -79,26 +79,30 @@ def _vocabulary_layers(model):
     layers = model.get_input_embeddings(),model.get_output_embeddings()
     return [f'{name_of[id(m)]}.weight' for m in layers if m is not None]
 
-def _trained_tokens(settings):
-    "Ids of the tokens whose rows an adapter has trained, by its settings"
-    found = settings.get('trainable_token_indices') or []
-    return [i for part in found.values() for i in part] if isinstance(found, dict) else found
+def _trained_tokens(settings, layers):
+    "Ids of the tokens whose rows an adapter has trained, for each of the layers that have one row a token"
+    found = settings.get('trainable_token_indices') or {}
+    if not isinstance(found, dict): found = {layers[0].removesuffix('.weight'): found}
+    def here(layer): return (ids for n,ids in found.items() if f'.{layer}'.endswith(f'.{n}.weight'))
+    return {layer: {i for ids in here(layer) for i in ids} for layer in layers}
 
 def _fit_vocabulary(model, tensors, settings=dict()):
     "Give a model as many tokens as an adapter was trained with"
     layers = _vocabulary_layers(model)
-    rows = {bare_name(k): t.shape[0] for k,t in tensors.items() if bare_name(k) in layers}
-    now = model.get_input_embeddings().weight.shape[0]
-    needed,trained = max(rows.values(), default=now),_trained_tokens(settings)
-    if trained and max(trained)>=needed:
-        raise SageError(f'the adapter trains the row of token {max(trained)}, the base has {needed:,} tokens, and the '
+    rows,trained = {bare_name(k): t.shape[0] for k,t in tensors.items()},_trained_tokens(settings, layers)
+    now,last = model.get_input_embeddings().weight.shape[0],max((i for t in trained.values() for i in t), default=-1)
+    needed = max([now, *(n for k,n in rows.items() if k in layers)])
+    if last>=needed and not any({*range(now, last+1)}<=t for t in trained.values()):
+        raise SageError(f'the adapter trains the row of token {last}, the base has {needed:,} tokens, and the '
                         f'larger embedding is not in the adapter: give the base with its added tokens as `base`')
-    if needed==now: return model
+    if (needed := max(needed, last+1))==now: return model
     tied = getattr(model.config.get_text_config(), 'tie_word_embeddings', False)
-    if lost := [n for n in layers[:1 if tied else 2] if rows.get(n)!=needed]:
+    if lost := [n for n in layers[:1 if tied else 2] if rows.get(n)!=needed and not {*range(now, needed)}<=trained[n]]:
         raise SageError(f'the adapter was trained with {needed:,} tokens, the base has {now:,}, and {lost[0]} for '
                         f'the others is not in the adapter')
     with quiet_libraries(): model.resize_token_embeddings(needed, mean_resizing=False)
+    bias = getattr(model.get_output_embeddings(), 'bias', None)
+    if bias is not None: bias.data[now:] = 0 # as in training; one that the adapter has is loaded after this
     return model
 
 # %% ../../nbs/inference/00_generate.ipynb #c631a679
@@ -134,6 +138,11 @@ def _of_the_base(model, before):
             if plain in before and not torch.equal(before[plain], p)}
 
 # %% ../../nbs/inference/00_generate.ipynb #77a45ab5
+def _shorter(model, size):
+    "Embedding and head of a base as long as they were before an adapter with more tokens; nothing is copied"
+    layers = _vocabulary_layers(model.get_base_model())
+    return {name: p.detach()[:size] for plain,name,p in _base_parameters(model) if plain in layers and len(p)>size}
+
 def put_adapter(
     base, # A causal language model
     folder, # Of an adapter
@@ -144,7 +153,7 @@ def put_adapter(
     "Put a saved adapter on its base; one of another base is refused"
     from peft import PeftModel
     tensors,how = adapter_tensors(folder),dict(low_cpu_mem_usage=empty, **dict(torch_device='cpu') if empty else {})
-    before = {} if empty else _replaced(on or base, tensors)
+    before,size = {} if empty else _replaced(on or base, tensors),len((on or base).get_input_embeddings().weight)
     try:
         with quiet_libraries(), warnings.catch_warnings():
             warnings.simplefilter('ignore')
@@ -155,7 +164,8 @@ def put_adapter(
     except (ValueError, RuntimeError, KeyError, TypeError) as e:
         raise SageError(f'the adapter {folder} does not fit the base: {" ".join(str(e).split())[:300]}') from None
     _refuse_strangers(folder, _places(on, name), {k.removesuffix('.weight') for k in tensors if '.lora_' in k})
-    on.base_values = _of_the_base(on, before) | getattr(on, 'base_values', {}) # the first numbers are the base's
+    known = getattr(on, 'base_values', {}) # the first numbers are the base's
+    on.base_values = ({} if empty else _shorter(on, size)) | _of_the_base(on, before) | known
     return on
 
 # %% ../../nbs/inference/00_generate.ipynb #8bfd6069

@@ -189,8 +189,9 @@ def _advice_panel(a):
     return Panel(f'Advice for {a.model}, {rows}', [table, _cost])
 
 # %% ../../nbs/model/06_advice.ipynb #ad7c0037
-def _all_advised(name, rows, tokens, method, machine):
+def _all_advised(config, rows, tokens, method, machine):
     "(setting, (value, reason, source)) of each"
+    name = config.model_name
     yield 'learning_rate', _rate(name, *model_width(name), method)
     yield 'num_train_epochs', _epochs(name, rows, method)
     each,times = _batches(name, rows, tokens, method, machine)
@@ -201,6 +202,14 @@ def _all_advised(name, rows, tokens, method, machine):
     yield 'lora.target_modules', ('all-linear', 'attention alone learns less', f'{_regret}; QLoRA, 2023')
     if name==embedded_model and not method: yield 'lora.lora_dropout', (0.1, 'measured on this model', 'our runs')
     else: yield 'lora.lora_dropout', (0.0, 'a short run does not need it, a step is faster', 'ours')
+    yield 'lora.use_rslora', (False, 'alpha 32 holds the rate at each rank; rsLoRA wants another for each', _regret)
+    yield 'lora.use_dora', (False, _dora, 'our sweep; Liu et al., 2024')
+    if config.lora.modules_to_save and not method:
+        rate,_,source = _rate(name, *model_width(name), method)
+        why = 'a tenth: what is trained whole moves with every row that it meets'
+        yield 'embedding_learning_rate', (round_rate(rate/10), why, 'Unsloth, 2024: a half to a tenth')
+
+_dora = 'learns about what LoRA learns, and each step takes longer'
 
 # %% ../../nbs/model/06_advice.ipynb #ad7c0025
 def suggest(
@@ -215,7 +224,7 @@ def suggest(
     method = getattr(config, 'method', dict(preference='dpo', unpaired='kto').get(size.shape))
     def of(c, name): return getattr(c.lora if name.startswith('lora.') else c, name.removeprefix('lora.'))
     plain,found,stands = type(config)(),[],[]
-    how = config.model_name,size.rows,size.tokens,method,machine or Machine.here()
+    how = config,size.rows,size.tokens,method,machine or Machine.here()
     for name,(value,reason,source) in _all_advised(*how):
         by_hand = name.removeprefix('lora.') in (config.lora if name.startswith('lora.') else config).given
         if by_hand: stands.append(name)

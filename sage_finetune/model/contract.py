@@ -173,23 +173,25 @@ def check_contract(
     raise SageError(f'{folder} would be used in another form than it was trained in: {"; ".join(faults)}. '
                     f'Put back what was there, or pass `ignore_contract=True`')
 
-# %% ../../nbs/model/03_contract.ipynb #c0b5e007
+# %% ../../nbs/model/03_contract.ipynb #c0b5e0a7
 witness_file = 'witness.json'
 _texts = 'The sum of 17 and 25 is 42, and 微调 means to adapt.','def mean(x):\n    return sum(x)/len(x)  # 3.5'
 
+# %% ../../nbs/model/03_contract.ipynb #c0b5e007
 def witness_rows(
     tokenizer, # Of the model
     vocabulary:int, # Rows of its embedding
     length:int=48, # Tokens of one row at most
+    trained:list=(), # Ids of tokens whose rows of the embedding were trained
 )->list: # Of lists of token ids
     "The rows that a witness answers"
     try: rows = [encode(_reference, tokenizer)['input_ids'][:length]]
     except ValueError: rows = []
-    rows += [tokenizer(t)['input_ids'][:length] for t in _texts]
     drawn,special = random.Random(0),{*getattr(tokenizer, 'added_tokens_decoder', ()), *tokenizer.all_special_ids}
     plain = [i for i in range(min(vocabulary, len(tokenizer))) if i not in special]
-    rows += [[drawn.choice(plain) for _ in range(length)] for _ in range(2) if plain]
-    return [r for r in rows if len(r)>1 and max(r)<vocabulary]
+    rows += [tokenizer(t)['input_ids'][:length] for t in _texts]+[
+        [drawn.choice(plain) for _ in range(length)] for _ in range(2) if plain]
+    return [r for r in ([*trained, *trained][:length], *rows) if len(r)>1 and max(r)<vocabulary]
 
 # %% ../../nbs/model/03_contract.ipynb #c0b5e009
 def log_probs_of(
@@ -215,6 +217,12 @@ def _bits_of(model):
     kinds = {type(getattr(m, 'weight', None)).__name__ for m in model.modules()}
     return 4 if 'Params4bit' in kinds else 8 if 'Int8Params' in kinds else None
 
+def _trained_tokens(model):
+    "Tokens whose rows are trained"
+    found = [getattr(c, 'trainable_token_indices', None) or {} for c in getattr(model, 'peft_config', {}).values()]
+    each = [i for f in found for ids in (f.values() if isinstance(f, dict) else [f]) for i in ids]
+    return [*dict.fromkeys(each)]
+
 def witness_of(
     model, # As trained, in memory
     tokenizer=None, # Of the model; not needed where rows are given
@@ -224,7 +232,7 @@ def witness_of(
     "What a model answers to the rows of a witness, and what it was computed in"
     embedding,bits = model.get_input_embeddings().weight,_bits_of(model)
     most = getattr(model.config.get_text_config(), 'max_position_embeddings', None) or 48
-    if rows is None: rows = witness_rows(tokenizer, embedding.shape[0], min(48, most))
+    if rows is None: rows = witness_rows(tokenizer, embedding.shape[0], min(48, most), _trained_tokens(model))
     found = dict(version=1, format=str(embedding.dtype).removeprefix('torch.'), device=model.device.type, bits=bits,
                  rows=rows, log_probs=answered(model, rows))
     if bits if base is None else base:

@@ -8,7 +8,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/model/step_bytes.html.md"""
 __all__ = ['live_bytes', 'packed_bytes', 'build_on_meta', 'attention_kernel', 'StepBytes', 'measured_bytes', 'step_bytes']
 
 # %% ../../nbs/model/04_step_bytes.ipynb #eb9ec839
-import weakref
+import threading,weakref
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import astuple, dataclass
@@ -27,6 +27,7 @@ from . import adapter, lora_path
 from .adapter import add_lora, ready_for_quantised_training
 from .lora_path import shared_inputs
 from ..base.loading import dtype_of, model_class
+from ..base.new_tokens import add_token_rows, tokenizer_for
 from .loss import FrozenHead, head_bytes, LogitTransform
 
 # %% ../../nbs/model/04_step_bytes.ipynb #c3403b39
@@ -130,10 +131,11 @@ def build_on_meta(
     with torch.device('meta'):
         model = model_class(model_config).from_config(
             deepcopy(model_config), dtype=dtype, trust_remote_code=False) # it writes into the config
+        rows = add_token_rows(model, tokenizer_for(config), config.add_tokens) if config.add_tokens else None
         bits = 8 if config.load_in_8bit else 4 if config.load_in_4bit else None
         if bits: model = ready_for_quantised_training(_pack(model, bits, torch.float16 if bits==8 else dtype))
         weights = _weight_bytes(model)
-        return add_lora(model, lora).train(),weights
+        return add_lora(model, lora, rows).train(),weights
 
 # %% ../../nbs/model/04_step_bytes.ipynb #56a4e6d1
 def attention_kernel(
@@ -323,6 +325,18 @@ def _adapters_as_computed(model, config):
     with torch.no_grad(): found = shared_inputs(model, lambda: _decoder(model)(input_ids=ids, use_cache=False))
     return lora_path.lora_path([layers for layers,_ in found])
 
+_one_count = threading.Lock()
+
+@contextmanager
+def _on_meta(half, room):
+    "Autocast to `half` and the working space of the head, on `meta` alone: a run that trains beside it is as before"
+    autocast,dtype = torch.autocast,adapter.autocast_dtype
+    def cast(device_type, *args, **kw):
+        return nullcontext() if device_type=='meta' else autocast(device_type, *args, **kw)
+    def cast_to(device): return half if device=='meta' else dtype(device)
+    with (_one_count, patch.dict(head_bytes, meta=room), patch.object(torch, 'autocast', cast),
+          patch.object(adapter, 'autocast_dtype', cast_to), patch.object(lora_path, 'autocast_dtype', cast_to)): yield
+
 def step_bytes(
     model, # From `build_on_meta`
     config:TrainingConfig, # As fitted to the machine
@@ -332,12 +346,6 @@ def step_bytes(
 )->StepBytes: # For a micro-batch of rows that are all `max_length` long
     "What a training step takes besides weights, adapter, gradients and optimizer"
     half = torch.float16 if config.fp16 else torch.bfloat16 if config.bf16 else None
-    room = head_bytes.get(machine.device, head_bytes['cpu'])
-    autocast = torch.autocast
-    def real_only(device_type, *args, **kw):
-        return nullcontext() if device_type=='meta' else autocast(device_type, *args, **kw)
-    with (_AsOn(machine, half, config.packing is True), patch.dict(head_bytes, meta=room),
-          patch.object(torch, 'autocast', real_only), patch.object(adapter, 'autocast_dtype', lambda device: half),
-          patch.object(lora_path, 'autocast_dtype', lambda device: half)):
+    with _on_meta(half, head_bytes.get(machine.device, head_bytes['cpu'])), _AsOn(machine, half, config.packing is True):
         loss,path = partial(_loss_on_meta, half=half, learned=learned),partial(_adapters_as_computed, model, config)
         return _count_step(_prepared(model, config), _full_rows(config), loss, path, exact)

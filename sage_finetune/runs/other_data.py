@@ -9,7 +9,7 @@ __all__ = ['RefusedSetting', 'OtherDataSet', 'read_other_rows', 'factory_dataset
            'axolotl_datasets', 'smaller_images', 'write_images']
 
 # %% ../../nbs/runs/00_other_data.ipynb #0d0a0005
-import math
+import math,re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,12 +42,22 @@ class OtherDataSet:
     told: str = '' # Of its columns, once it was read
 
 # %% ../../nbs/runs/00_other_data.ipynb #0d0a0009
+def _part_of(split, source):
+    "(split, from, to) of a local source: `train[:10%]` is the first tenth of it; what `datasets` cuts is left to it"
+    found = re.fullmatch(r'(.+?)\[(-?\d*%?):(-?\d*%?)\]', str(split))
+    return found.groups() if found and Path(source).expanduser().exists() else (split, '', '')
+
+def _places(ends, n):
+    "Where a part of `n` rows begins and ends, as `datasets` counts"
+    return slice(*(round(n*int(e[:-1])/100) if e.endswith('%') else int(e) if e else None for e in ends))
+
 def read_other_rows(
     data:OtherDataSet, # `told` is filled in
 )->list: # Rows in our form
     "The rows of a data set of another tool"
-    how = dict(split=data.split, subset=data.subset)
-    if isinstance(data.source, Path): how = dict(split=data.split) if data.source.is_dir() else {}
+    split,*ends = _part_of(data.split, data.source)
+    how = dict(split=split, subset=data.subset)
+    if isinstance(data.source, Path): how = dict(split=split) if data.source.is_dir() else {}
     if data.by_line: how['sample_by'] = 'line'
     out,seen = [],{}
     for r in islice(read_rows(data.source, **how), data.most):
@@ -56,7 +66,7 @@ def read_other_rows(
         # a row that is no object is refused with its line
         out.append(data.read(r.value) if data.read and isinstance(r.value, dict) else r.value)
     if data.info is not None: data.told = _not_read(seen, data.info)
-    return out
+    return out[_places(ends, len(out))]
 
 # %% ../../nbs/runs/00_other_data.ipynb #0d0a000c
 _alpaca_columns = dict(prompt='instruction', query='input', response='output')
@@ -287,11 +297,20 @@ _pairs = dict(intel=dict(question='prompt'), ultra={}, zephyr={}, prompt_pairs={
               icr=dict(input='prompt'),
               argilla=dict(instruction='prompt', chosen_response='chosen', rejected_response='rejected'))
 _fields = {'field', 'field_messages', 'field_chosen', 'field_rejected', 'field_prompt', 'field_system', 'field_human',
-           'field_model', 'message_field_role', 'message_field_content', 'message_field_training'}
+           'field_model', 'message_field_role', 'message_field_content', 'message_field_training', 'field_thinking'}
 _axolotl_keys = _fields | {
-    'path', 'type', 'name', 'split', 'train_on_split', 'data_files', 'roles', 'shards', 'preprocess_shards', 'ds_type',
-    'chat_template', 'roles_to_train', 'train_on_eos', 'train_on_eot', 'trust_remote_code', 'drop_system_message',
-    'strip_leading_space', 'conversation', 'message_property_mappings'}
+    'path', 'type', 'name', 'split', 'train_on_split', 'data_files', 'roles', 'preprocess_shards', 'ds_type',
+    'chat_template', 'trust_remote_code', 'drop_system_message', 'conversation', 'message_property_mappings',
+    'template_thinking_key'}
+_only = dict( # the values that ask for what is done here, and why no other
+    shards=((1,), 'take a part with `split: train[:10%]`'), shards_idx=((0,), 'take a part with `split: train[:10%]`'),
+    roles_to_train=((['assistant'], ['gpt'], ['model']), 'the turns of the assistant are learned'),
+    train_on_eos=(('turn',), 'the end of each learned turn is learned'),
+    train_on_eot=(('turn',), 'the end of each learned turn is learned'),
+    revision=((), 'give a folder with that version'),
+    strip_leading_space=((False,), 'texts are learned as they are'),
+    message_field_training_detail=((), 'whole turns are learned or not'),
+    split_thinking=((False,), 'a thought is told by the template'))
 _plain_formats = '{instruction}', '{instruction} {input}', '{instruction}\n{input}'
 
 def _renamed_by(where, kind):
@@ -305,7 +324,7 @@ def _renamed_by(where, kind):
 def _columns_of(where, kind, entry):
     "{name in the rows: known name} that a type of rows means, and the column of the turns, where it has turns"
     if isinstance(kind, dict): return _renamed_by(where, kind),None
-    base,_,style = str(kind or '').partition('.')
+    base,_,style = str(kind or '').replace(':', '.').partition('.') # `alpaca:chat` is an old form
     if base in ('alpaca', 'alpaca_chat', 'alpaca_w_system'): return {},None
     if base=='completion': return {entry.get('field') or 'text': 'text'},None
     if base in ('chat_template', 'sharegpt') or style.startswith('chat_template'):
@@ -320,13 +339,14 @@ def _columns_of(where, kind, entry):
 # %% ../../nbs/runs/00_other_data.ipynb #0d0a0025
 _words = dict(human='user', gpt='assistant', model='assistant')
 
-def _axolotl_row(row, columns, turns, role, content, roles):
+def _axolotl_row(row, columns, turns, role, content, roles, other=(), system=True):
     "A row of a data set of axolotl in a form that is known here"
     def turn(t):
         if not isinstance(t, dict) or role not in t: return t
-        rest = {k: v for k,v in t.items() if k not in (role, content)}
+        rest = {dict(other).get(k, k): v for k,v in t.items() if k not in (role, content)}
         return dict(role=roles.get(t[role], _words.get(t[role], t[role])), content=t.get(content)) | rest
-    def made(value): return [turn(t) for t in value] if isinstance(value, list) else turn(value)
+    def kept(t): return system or not isinstance(t, dict) or t.get('role')!='system'
+    def made(value): return [t for t in map(turn, value) if kept(t)] if isinstance(value, list) else turn(value)
     row = {columns.get(k, k): v for k,v in row.items()}
     if turns in row: row = {k: v for k,v in row.items() if k!=turns} | {
         'prompt' if 'chosen' in row else 'messages': made(row[turns])}
@@ -341,7 +361,10 @@ def axolotl_datasets(
     if not isinstance(entry, dict) or not entry.get('path'):
         raise RefusedSetting(f'{where}={entry!r} (it needs a `path`)')
     entry = {k: v for k,v in entry.items() if v is not None}
-    if other := [k for k in entry if k not in _axolotl_keys]: raise RefusedSetting(f'{where}.{other[0]} (unknown)')
+    if other := [k for k in entry if k not in _axolotl_keys and k not in _only]:
+        raise RefusedSetting(f'{where}.{other[0]} (unknown)')
+    for name,(values,why) in _only.items():
+        if name in entry and entry[name] not in values: raise RefusedSetting(f'{where}.{name}={entry[name]!r} ({why})')
     columns,turns = _columns_of(where, entry.get('type'), entry)
     old = entry.get('type')=='sharegpt'
     keys = dict(role='from' if old else 'role', content='value' if old else 'content')
@@ -351,8 +374,11 @@ def axolotl_datasets(
     files,split = entry.get('data_files') or [],entry.get('split') or entry.get('train_on_split') or 'train'
     files = [files] if isinstance(files, str) else files
     sources = [f if Path(f).exists() else f'{entry["path"]}/{f}' for f in files] or [entry['path']]
-    read = partial(_axolotl_row, columns=columns, turns=turns, role=role, content=content, roles=roles)
-    return [OtherDataSet(entry['path'], s, 'train' if files else split, entry.get('name'), read=read) for s in sources]
+    of_turns = dict(field_thinking='reasoning_content', message_field_training='train')
+    other = {entry[k]: ours for k,ours in of_turns.items() if k in entry}
+    read = partial(_axolotl_row, columns=columns, turns=turns, role=role, content=content, roles=roles, other=other,
+                   system=not entry.get('drop_system_message'))
+    return [OtherDataSet(entry['path'], s, split, entry.get('name'), read=read) for s in sources]
 
 # %% ../../nbs/runs/00_other_data.ipynb #0d0a0029
 def _smaller_copy(image, most, folder):

@@ -35,6 +35,10 @@ class RunResult(Shown):
     earlier_after: float|None = None # The same at the end
     train_steps: list|None = None # First and last step of the window that `train_loss` is of
     loss_after_step: int|None = None # Step at which `loss_after` was measured
+    exam_before: float|None = None # Share of the exam that was right before the first step; None where none was asked
+    exam_after: float|None = None # The same of the adapter that was kept
+    general_before: float|None = None # Share of the general questions that was right before the first step
+    general_after: float|None = None # The same of the adapter that was kept
     seconds: float = 0.0 # Spent training, by this call; of a run that was finished before, by that one
     rows: dict = field(default_factory=dict) # Rows read, used, dropped and held out, examples and tokens
     changes: list = field(default_factory=list) # {setting, asked, used, reason} for what was changed for the machine

@@ -82,10 +82,10 @@ def _report_of(run):
 
 def _prepare(run):
     "Training and held-out examples, prepared again by the trainer of the run; no weights are loaded"
-    from sage_finetune.base.loading import load_tokenizer
+    from sage_finetune.base.new_tokens import tokenizer_for
     from sage_finetune.preference import trainer_for
     trainer = trainer_for(run.config, quiet=True)
-    trainer.tokenizer = load_tokenizer(run.config.model_name)
+    trainer.tokenizer = tokenizer_for(run.config)
     trainer.prepare_data()
     return trainer.dataset,trainer.eval_dataset
 
@@ -411,12 +411,12 @@ def repeat_run(
     quiet:bool=True, # Say nothing and show no progress
 )->Repeat: # Whether it is the same
     "Train what a run was trained with, in another folder, and compare the adapters"
-    from sage_finetune.base.loading import load_tokenizer
+    from sage_finetune.base.new_tokens import tokenizer_for
     from sage_finetune.preference import trainer_for
     run,output = run if isinstance(run, Run) else Run(run),Path(output_dir).expanduser()
     why = _can_repeat(run, output, anyway)
     trainer = trainer_for(run.config.replace(output_dir=output), quiet)
-    trainer.tokenizer = load_tokenizer(run.config.model_name)
+    trainer.tokenizer = tokenizer_for(run.config)
     trainer.prepare_data()
     _same_data(run, trainer)
     trainer.train()

@@ -148,10 +148,12 @@ def _value_of(name, text):
     "What the text of a setting means"
     text = text.strip()
     if text.lower() in ('none', 'null'): return None
+    if name=='add_tokens': return text # such as [ASK],[DO]
     if text[:1] in ('[', '{'):
         try: return json.loads(text)
         except ValueError as e: raise ValueError(f'`--set {name}` is not JSON: {e}') from None
-    plain = name=='target_modules' and text!='all-linear' and not re.search(r'[*+?()\[\]|\\^$]', text)
+    names = name in ('target_modules', 'modules_to_save')
+    plain = names and text!='all-linear' and not re.search(r'[*+?()\[\]|\\^$]', text)
     return [t.strip() for t in text.split(',')] if plain else text
 
 # %% ../../nbs/runs/04_tasks.ipynb #0a5c0010
@@ -166,6 +168,7 @@ def parsed_settings(
         if not (sep and inner):
             raise ValueError(f'`--set` must be NAME=VALUE, such as weight_decay=0.1 or lora.r=32; got {pair!r}')
         refuse_unknown([outer or 'lora'], ['lora'], 'block of settings')
+        if name=='lora': raise ValueError('`--set lora` is a block: name a setting of it, such as --set lora.r=32')
         kind = LoRAConfig if outer else PreferenceConfig
         refuse_unknown([inner], [f.name for f in fields(kind)], kind._what)
         place = found.setdefault('lora', {}) if outer else found
@@ -433,7 +436,8 @@ def settings_yaml(
             shown = json.dumps(c.to_dict()[name], ensure_ascii=False)
             chosen = name in first or value!=getattr(plain, name) or name in c.given
             yield f'{indent}{"" if chosen else "# "}{name}: {shown} # {told[name]}'
-    kind = 'that learns from judged answers' if isinstance(config, PreferenceConfig) else 'of one fine-tuning run'
+    judged = isinstance(config, PreferenceConfig)
+    kind = 'of a run that learns from judged answers' if judged else 'of one fine-tuning run'
     first = ('method', *_first) if isinstance(config, PreferenceConfig) else _first
     every = [*lines(config, first)]
     return '\n'.join([f'# Settings {kind}; train it with: sage-finetune run THIS_FILE', *every[:len(first)],

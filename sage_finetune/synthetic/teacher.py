@@ -18,7 +18,7 @@ from ..core.disk import cannot_write, SageError, write_json, write_text
 from ..core.display import Panel, Shown, Table
 from ..core.repo_files import find_files, find_secret, PassedOver, read_source
 from ..core.text_stream import one_line
-from ..inference.client import find_model, stream_from
+from ..serving.client import find_model, stream_from
 from .code_facts import LANGUAGES
 from .codebase import sample_facts
 

@@ -191,9 +191,9 @@ def check_fit(
     padded = {what: -(-n//8)*8 for what,n in longest.items() if 'position_ids' not in _columns_of(rows[what])}
     limits = model_limits(model) if model is not None else limits_of(
         config.model_name, max(map(_largest_id, rows.values())), max(padded.values(), default=0))
+    known = limits.embeddings and max(limits.embeddings, len(tokenizer) if config.add_tokens else 0) # rows are made
     for what,data in rows.items():
-        if limits.embeddings and (ids := _ids_from(data, limits.embeddings)):
-            raise ValueError(_no_embedding(what, ids, limits.embeddings, tokenizer))
+        if known and (ids := _ids_from(data, known)): raise ValueError(_no_embedding(what, ids, known, tokenizer))
         if limits.positions and padded.get(what, 0)>limits.positions:
             raise ValueError(_no_position(what, longest[what], limits.positions))
         beyond = int((lengths[what]>(made_for := limits.trained_positions or math.inf)).sum())
@@ -206,9 +206,9 @@ def _no_embedding(what, ids, rows, tokenizer):
     names = ', '.join([*(repr(tokenizer.convert_ids_to_tokens(i)) for i in ids[:5]), *['…'][:len(ids)>5]])
     return (f"the {what} rows hold token id {ids[-1]:,}, and the embedding of the model has {rows:,} rows "
             f"(ids up to {rows-1:,}): {len(ids):,} token{'s'*(len(ids)!=1)} of the tokenizer ({names}) have "
-            f"none. Take them out of the tokenizer, so that they are read as plain "
-            f"text, or give as `model_name` a model that was enlarged "
-            f"(`model.resize_token_embeddings({ids[-1]+1})`) and saved")
+            f"none. Name them in `add_tokens`, so that they get rows that are trained; or "
+            f"take them out of the tokenizer, so that they are read as plain text; or give as `model_name` a model "
+            f"that was enlarged (`model.resize_token_embeddings({ids[-1]+1})`) and saved")
 
 def _no_position(what, longest, positions):
     "The refusal of rows that are longer than the model's table of positions"

@@ -23,7 +23,7 @@ from .split import prepared_and_split
 from .batches import example_lengths
 from .loop import stacked_below
 from ..base.loading import quiet_libraries # before peft: it quiets bitsandbytes
-from ..model.adapter import low_rank, scaling_of, start_file
+from ..model.adapter import adapter_state, low_rank, scaling_of, start_file
 from ..model.contract import check_contract
 
 # %% ../../nbs/training/07_incremental.ipynb #35fa1fe9
@@ -68,25 +68,29 @@ def parent_adapter(
     return ParentAdapter(adapter, read_json(adapter/'adapter_config.json'), _trained_with(adapter))
 
 # %% ../../nbs/training/07_incremental.ipynb #4785fe75
-_shape = 'r', 'lora_alpha', 'target_modules', 'bias', 'use_rslora', 'use_dora'
-_no_plain = ('rank_pattern', 'alpha_pattern', 'modules_to_save', 'layers_to_transform', 'trainable_token_indices',
-             'target_parameters', 'layer_replication')
+_shape = 'r', 'lora_alpha', 'target_modules', 'bias', 'use_rslora', 'use_dora', 'modules_to_save'
+_no_plain = 'rank_pattern', 'alpha_pattern', 'layers_to_transform', 'target_parameters', 'layer_replication'
 
 def _check_plain(parent, more=()):
     "Refuse an adapter that `LoRAConfig` has no words for"
     kind = parent.settings.get('peft_type')
     if kind!='LORA':
         raise SageError(f'`init_adapter`: {parent.adapter} is of the kind {kind}, and only LORA can be continued')
-    other = [n for n in (*_no_plain, *more) if parent.settings.get(n) not in (None, False, 'none', [], {})]
+    known = parent.config is not None and parent.config.add_tokens # else which texts its tokens are is not known
+    more = (*_no_plain, *more, *(() if known else ('trainable_token_indices',)))
+    other = [n for n in more if parent.settings.get(n) not in (None, False, 'none', [], {})]
     if other:
         raise SageError(f'`init_adapter`: {parent.adapter} has `{other[0]}`, which cannot be continued here: '
                         f'merge it first (`sage-finetune merge`), and train on the merged model')
 
+def _last_names(names): return sorted({n.rpartition('.')[2] for n in names})
+
 def _check_same_shape(config, parent):
     "Refuse settings by hand that the adapter does not have"
     for n in (n for n in _shape if n in config.lora.given):
-        asked,there = getattr(config.lora, n),parent.settings[n]
+        asked,there = getattr(config.lora, n),parent.settings.get(n)
         if isinstance(asked, list) and isinstance(there, list): asked,there = sorted(asked),sorted(there)
+        if n=='modules_to_save' and asked and there: asked,there = _last_names(asked),_last_names(there)
         if asked!=there and not (n=='target_modules' and isinstance(asked, str)):
             raise ValueError(f'`lora.{n}={asked!r}`, but the parent adapter has {there!r}: '
                              f'leave it out, or set `stack_adapter=True` for a second adapter')
@@ -112,15 +116,20 @@ def with_adapter(
         _check_no_parent(config)
         return config
     parent = parent_adapter(config)
-    _check_plain(parent, ('use_dora', 'bias') if config.stack_adapter else ())
+    whole = 'use_dora', 'bias', 'modules_to_save', 'trainable_token_indices'
+    _check_plain(parent, whole if config.stack_adapter else ())
     if config.stack_adapter:
-        if config.lora.use_dora or config.lora.bias!='none':
-            raise ValueError('`stack_adapter=True` adds products of matrices, which `lora.use_dora` and '
-                             '`lora.bias` are not: leave them out')
+        if config.lora.use_dora or config.lora.bias!='none' or config.lora.modules_to_save or config.add_tokens:
+            raise ValueError('`stack_adapter=True` adds products of matrices, which `lora.use_dora`, `lora.bias`, '
+                             '`lora.modules_to_save` and `add_tokens` are not: leave them out')
         return config
+    tokens = parent.config.add_tokens if parent.config else None
+    if config.add_tokens and [*config.add_tokens]!=[*(tokens or ())]:
+        raise ValueError(f'`add_tokens`: the parent adapter has {[*(tokens or ())]}, and an adapter that is continued '
+                         f'gets no other rows: merge it first (`sage-finetune merge`), and train on the merged model')
     _check_same_shape(config, parent)
-    shape = {n: parent.settings[n] for n in (*_shape, 'lora_dropout') if n not in config.lora.given}
-    return config.adapted(lora=config.lora.adapted(
+    shape = {n: parent.settings.get(n) for n in (*_shape, 'lora_dropout') if n not in config.lora.given}
+    return config.adapted(add_tokens=tokens, lora=config.lora.adapted(
         **{n: sorted(v) if isinstance(v, list) else v for n,v in shape.items()}))
 
 # %% ../../nbs/training/07_incremental.ipynb #e14e7ee1
@@ -135,8 +144,8 @@ def load_adapter_weights(
     parent:ParentAdapter, # Whose numbers are taken
 )->None: # Nothing: the new adapter has its numbers
     "Begin with the numbers of the parent adapter"
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-    saved,now = _saved(parent),get_peft_model_state_dict(model)
+    from peft import set_peft_model_state_dict
+    saved,now = _saved(parent),adapter_state(model)
     wrong = [k for k in sorted({*saved, *now}) if k not in saved or k not in now or saved[k].shape!=now[k].shape]
     if wrong:
         has = lambda t: f'{tuple(t[wrong[0]].shape)}' if wrong[0] in t else 'nothing'

@@ -33,7 +33,7 @@ from ..core.machine import division, process, processes
 from ..config import TrainingConfig
 from ..rows.tokens import ignored
 from sage_finetune.model.adapter import (
-    check_settings, full_tensor, load_lora_init, lora_plus, save_lora_init, trained_tensors
+    check_settings, embedding_rate, full_tensor, load_lora_init, lora_plus, save_lora_init, trained_tensors
 )
 from ..model.contract import check_witness, save_witness
 from ..model.lora_path import known_lora_path, lora_path, LoraPath
@@ -121,6 +121,7 @@ def training_arguments(
         report_to=[], # `trackers` writes into the run folder
         save_total_limit=None) # `Checkpoints` removes the older ones
     args.deterministic,args.fused_lora = config.deterministic,config.fused_lora
+    args.embedding_learning_rate = config.embedding_learning_rate
     args._n_gpu = min(args.n_gpu, 1) # reading `n_gpu` first sets up the device
     if division()=='FSDP' and device=='cpu':
         # accelerate has FSDP for GPUs only, torch for a CPU too
@@ -504,6 +505,8 @@ class ResumableTrainer(StepChecks, SeededOrder, WholeCheckpoints):
         made = self.optimizer is None
         super().create_optimizer(*args, **kwargs)
         if made and self.loraplus_lr_ratio: lora_plus(self.optimizer, self.model, self.loraplus_lr_ratio)
+        rate = getattr(self.args, 'embedding_learning_rate', None)
+        if made and rate: embedding_rate(self.optimizer, self.model, rate)
         return self.optimizer
 
     def train(self, *args, **kwargs):

@@ -75,8 +75,8 @@ class RowsDigest:
 
 # %% ../../nbs/training/05_resume.ipynb #5b01f0d6
 _may_change = ('output_dir', 'logging_steps', 'save_steps', 'save_total_limit', 'report_to',
-               'dataloader_num_workers', 'data_path', 'eval_data_path', 'strict', 'fused_lora')
-_named = {'_data': 'the data', '_init_adapter': 'the weights of `init_adapter`',
+               'dataloader_num_workers', 'data_path', 'eval_data_path', 'strict', 'fused_lora', 'exam_path')
+_named = {'_data': 'the data', '_exam': 'the questions of the exam', '_init_adapter': 'the weights of `init_adapter`',
           '_division': 'what divides the model among processes'}
 
 def _with_other_processes(before, new, found):
@@ -123,7 +123,7 @@ def library_versions()->dict: # {package: version}
                 peft=peft.__version__, accelerate=accelerate.__version__)
 
 # %% ../../nbs/training/05_resume.ipynb #5b01f0ed
-_named_places = 'model_name', 'data_path', 'eval_data_path'
+_named_places = 'model_name', 'data_path', 'eval_data_path', 'exam_path'
 
 def _from_anywhere(settings):
     "Settings whose names of files and folders hold wherever the next command is given"
@@ -139,6 +139,7 @@ def run_record(
     evaluation_rows:int|None=None, # In a batch of an evaluation, where memory was too small for more
     init_adapter:str|None=None, # Checksum of the adapter it begins with
     base:str|None=None, # Checksum of the base, from `base_digest`
+    exam:str|None=None, # Checksum of the questions it is asked
 )->dict: # Settings, and what was found out under names that begin with "_"
     "Content of `training_config.json`"
     return dict(_from_anywhere(config.to_dict()), _given=sorted(config.given),
@@ -146,7 +147,7 @@ def run_record(
                 _evaluation_rows=evaluation_rows,
                 _machine=str(machine), _threads=torch.get_num_threads(), _versions=library_versions(), _data=data,
                 _processes=processes(), _division=division(),
-                **({} if base is None else dict(_base=base)),
+                **({} if base is None else dict(_base=base)), **({} if exam is None else dict(_exam=exam)),
                 **({} if init_adapter is None else dict(_init_adapter=init_adapter)))
 
 # %% ../../nbs/training/05_resume.ipynb #5b01f0e3
@@ -307,15 +308,29 @@ def keep_best(
     say, # Told why it ended early, and which step was kept
 )->int|None: # The step the adapter is from; None for the last one
     "Put the best adapter back where it is asked for, and say why a run stopped early"
-    step,loss,since = best_evaluation(trainer.state.log_history)
+    step,loss,since = best_evaluation(trainer.state.log_history, config.best_by)
     if config.early_stopping_patience and since>=config.early_stopping_patience:
         say(f'Stopped at step {trainer.state.global_step}: '
-            f'{since} evaluations without a better held-out loss than {loss:.4f} at step {step}')
+            f'{since} evaluations without a better {"exam" if config.best_by=="exam" else "held-out loss"} than '
+            f'at step {step} (held-out loss {loss:.4f})')
     kept = load_best_adapter(trainer.model, last_checkpoint(checkpoints)) if config.load_best_model_at_end else None
-    if kept is not None: say(f'Kept the adapter of step {kept}, the best on held-out rows')
+    if kept is not None: say(f'Kept the adapter of step {kept}, the best {_best_on[config.best_by]}')
     return kept
 
 # %% ../../nbs/training/05_resume.ipynb #a528c634
+_best_on = dict(loss='on held-out rows', exam='in the exam')
+
+def _shares(name, before, after):
+    "A row of a table: the share that was right, before and after"
+    of = dict(exam='exam, right', general='general questions, right')[name]
+    return of,None if after is None else f'{"" if before is None else f"{before:.1%} → "}{after:.1%}'
+
+def _scores(trainer, at):
+    "Shares of the exam and of the general questions that were right, before and at a step"
+    for name in ('exam', 'general'):
+        yield trainer.first_logs.get(name)
+        yield next((m[name] for m in reversed(trainer.state.log_history) if m['step']==at and name in m), None)
+
 @dataclass(repr=False)
 class TrainingResult(Shown):
     "What came of a run"
@@ -330,11 +345,16 @@ class TrainingResult(Shown):
     skipped: int = 0 # Optimizer steps that loss scaling skipped
     train_steps: list|None = None # First and last step of the window that `train_loss` is of
     loss_after_step: int|None = None # Step at which `loss_after` was measured
+    exam_before: float|None = None # Share of the exam that was right before the first step; None where none was asked
+    exam_after: float|None = None # The same of the adapter that was kept
+    general_before: float|None = None # Share of the general questions that was right before the first step
+    general_after: float|None = None # The same of the adapter that was kept
 
     def shown(self):
         rows = [('steps', f'{self.steps:,}'),
                 (held_out_name(self.loss_after_step, self.steps), falling(self.loss_before, self.loss_after)),
                 ('loss on replay rows', falling(self.earlier_before, self.earlier_after)),
+                *(_shares(n, getattr(self, f'{n}_before'), getattr(self, f'{n}_after')) for n in ('exam', 'general')),
                 (training_loss_name(self.train_steps), falling(self.train_loss)), ('best step', self.best_step),
                 ('skipped steps', self.skipped and f'{self.skipped:,} (fp16: their gradient was not finite)'),
                 ('seconds', f'{self.seconds:,.1f}')]
@@ -357,7 +377,7 @@ def result_of(
     return TrainingResult(steps, before[0], after, last.get('loss'), round(seconds, 2), best, before[1],
                           replay_loss(trainer, replay_rows), trainer.skipped_steps(),
                           [last['from_step'], last['step']] if 'from_step' in last else None,
-                          None if after is None else at)
+                          None if after is None else at, *_scores(trainer, at))
 
 # %% ../../nbs/training/05_resume.ipynb #177adfc6
 class StopSignal:

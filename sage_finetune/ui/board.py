@@ -150,6 +150,10 @@ def _facts(board):
     if held := b.held_out.line:
         first = f', {held[0][1]:.4f} at step {held[0][0]:,}' if len(held)>1 else ''
         yield 'held-out loss',f'{held[-1][1]:.4f}{first}',None
+    for name,what in (('exam', 'exam, right'), ('general', 'general questions, right')):
+        if name in now:
+            between = '{:.0%} to {:.0%}'.format(now[f'{name}_low'], now[f'{name}_high'])
+            yield what,f'{now[name]:.1%} (with 95 % probability {between})',now[name]
     if line := b.rate.line: yield 'learning rate',f'{line[-1][1]:.3g}',None
     if 'tokens_per_second' in now: yield 'speed',f"{now['tokens_per_second']:,.0f} tokens/s",None
     if now.get('memory'):

@@ -402,7 +402,7 @@ def _take_up(live, state):
 def _answered(board, step): return any(said and said[-1].last==step for said in board.answers.values())
 
 # %% ../../nbs/ui/02_live.ipynb #1a70001f
-_numbers = 'tokens_per_second', 'memory'
+_numbers = ('tokens_per_second', 'memory', 'exam', 'exam_low', 'exam_high', 'general', 'general_low', 'general_high')
 
 def _fill_curves(live):
     "What a run that continues had written down before"

@@ -338,7 +338,7 @@ def test_it_merges_with_proof_and_answers_on_the_command_line(tuned, capsys):
             and '`--image` is for a model that is loaded here' in capsys.readouterr().err)
 
 def test_its_form_is_written_down(tuned, tmp_path):
-    from sage_finetune.inference.export import export_folder
+    from sage_finetune.serving.export import export_folder
     folder = tuned[0]
     shutil.copytree(folder/'run'/'lora_weights', tmp_path/'adapter')
     settings = read_json(tmp_path/'adapter'/'processor_config.json')
@@ -349,7 +349,7 @@ def test_its_form_is_written_down(tuned, tmp_path):
 
 @pytest.mark.parametrize('kind', ['adapter', 'merged'])
 def test_the_card_says_how_to_use_it(kind, tuned, models, tmp_path, monkeypatch, capsys):
-    from sage_finetune.inference.export import export_folder
+    from sage_finetune.serving.export import export_folder
     out = export_folder(tuned[0]/'run', tmp_path/'out', kind)
     code = (out/'README.md').read_text().partition('```python\n')[2].partition('```')[0]
     plain('green').save(tmp_path/'photo.jpg')
@@ -378,7 +378,7 @@ def test_a_talk_about_a_picture(tuned, tmp_path):
         'Which colour is it?', str(tuned[0]/'1.png'))
 
 def test_the_server_opens_no_picture():
-    from sage_finetune.inference.request import BadRequest, read_request
+    from sage_finetune.serving.request import BadRequest, read_request
     body = dict(messages=[dict(role='user', content=[
         dict(type='image_url', image_url=dict(url='/etc/hostname')), dict(type='text', text='?')])])
     with pytest.raises(BadRequest, match='answers text only, and a turn holds an image'): read_request(body, 'm')

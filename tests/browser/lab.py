@@ -242,6 +242,7 @@ class Page:
 
     def picture(self, path, cell, tallest=None):
         "The outputs of a cell, without the margin, as a PNG of few colours"
+        if self.page.locator('.jp-Dialog').count(): self.no_kernel() # a slow machine asks late
         area = self.cell(cell).locator('.jp-Cell-outputArea')
         area.scroll_into_view_if_needed()
         self.page.wait_for_timeout(300)

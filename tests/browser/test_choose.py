@@ -33,18 +33,18 @@ def test_form(root, visit, opens, later, images):
     page.see('fits: .* of 12.0 Gi?B', 1, seconds=180)
     page.see(r"config = TrainingConfig\(\s*model_name='sage-tiny',\s*data_path='rows.jsonl',\s*num_train_epochs=8,", 1)
 
-    fill(page, 'per-device batch', '512')
+    fill(page, 'per-device batch', '1024')
     page.see('does not fit: .* and RTX 3060 has 12.0 Gi?B', 1, seconds=90)
-    page.see('take 256 instead of 512 rows in a micro-batch, and 2 micro-batches: the effective batch stays 512', 1,
-             seconds=90)
+    page.see('take 512 instead of 1,?024 rows in a micro-batch, and 2 micro-batches: the effective batch stays 1,?024',
+             1, seconds=90)
     for theme in ('Dark', 'Light'):
         page.theme(theme)
         page.picture(images/('form.png' if theme=='Light' else 'form_dark.png'), 1)
 
-    line = page.cell(1).locator('.widget-hbox').filter(has_text='take 256 instead of 512').last
+    line = page.cell(1).locator('.widget-hbox').filter(has_text='take 512 instead of').last
     line.locator('button', has_text='Do it').click()
-    page.see('256 × 1,024 tokens in a micro-batch, effective batch 512', 1, seconds=90)
-    says(page, 'form.config.per_device_train_batch_size, form.config.gradient_accumulation_steps', r'\(256, 2\)')
+    page.see('512 × 1,024 tokens in a micro-batch, effective batch 1,?024', 1, seconds=90)
+    says(page, 'form.config.per_device_train_batch_size, form.config.gradient_accumulation_steps', r'\(512, 2\)')
 
     fill(page, 'learning rate', 'fast')
     page.see("`learning_rate` must be a finite number, got 'fast'", 1)

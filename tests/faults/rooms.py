@@ -23,7 +23,7 @@ _preload = ('rich.console rich.table rich.panel rich.progress typer._adapters ty
             'peft.utils.transformers_weight_conversion torch.utils.serialization.config '
             'transformers.models.qwen2.tokenization_qwen2 encodings.latin_1 encodings.utf_8_sig PIL.JpegImagePlugin '
             'numpy.ctypeslib accelerate.utils.memory pandas').split()
-_ours = ('trainer merge_chat preference inference.export inference.serve inference.chat_api runs.run runs.verify '
+_ours = ('trainer merge_chat preference serving.export serving.serve serving.chat_api runs.run runs.verify '
          'ui.monitor ui.inspect ui.adapter_sizes cli').split()
 
 
@@ -50,7 +50,7 @@ def _warm(room):
     from sage_finetune.inference.generate import answers, load_plain
     model,tokenizer = load_plain(two_layers)[:2]
     list(answers(model, tokenizer, ['Hi?'], max_new_tokens=2))
-    from sage_finetune.inference import serve
+    from sage_finetune.serving import serve
     quick._inside = True
     quick.fork_servers(serve)
     gc.freeze()

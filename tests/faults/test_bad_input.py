@@ -15,7 +15,7 @@ from sage_finetune.config import config_from_meta, SageError
 from sage_finetune.core.machine import last_words
 from sage_finetune.core.run_folder import list_runs, RunFolder
 from sage_finetune.core.settings import value_words
-from sage_finetune.inference import request
+from sage_finetune.serving import request
 from sage_finetune.rows.formats import to_messages
 from sage_finetune.runs.run import compare, Run
 from sage_finetune.runs.tasks import config_of_file

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from sage_finetune.config import resolve_model
-from sage_finetune.inference.chat_api import Engine
+from sage_finetune.serving.chat_api import Engine
 from sage_finetune.inference.generate import answers, encode_question, generate_answers, load_for_chat, stream_answer
-from sage_finetune.inference.request import ChatRequest
+from sage_finetune.serving.request import ChatRequest
 from sage_finetune.ui.live import _model_answer
 
 QUESTIONS = ['What does the function `os.path.join` do?', 'What is Python?', '你好 🐟?']

@@ -13,11 +13,11 @@ from quick import two_layers
 from sage_finetune.config import LoRAConfig, TrainingConfig
 from sage_finetune.core.disk import read_json
 from sage_finetune.core.run_folder import RunFolder
-from sage_finetune.inference.chat_api import Engine
+from sage_finetune.serving.chat_api import Engine
 from sage_finetune.inference.generate import answers, encode_question, load_plain, stream_answer
 from sage_finetune.inference.merging import merge_run
-from sage_finetune.inference.request import ChatRequest
-from sage_finetune.inference.serve import Served, transformers_command, vllm_command
+from sage_finetune.serving.request import ChatRequest
+from sage_finetune.serving.serve import Served, transformers_command, vllm_command
 from sage_finetune.model.adapter import add_lora
 from sage_finetune.model.contract import stop_ids
 from sage_finetune.base.loading import (drawing_settings, ending_settings, generate_settings, load_model,

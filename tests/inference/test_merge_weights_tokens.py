@@ -8,7 +8,7 @@ from quick import two_layers
 from sage_finetune.core.disk import SageError
 from sage_finetune.inference.generate import base_of, load_adapter, load_plain, put_adapter
 from sage_finetune.inference.merging import merge_adapters
-from sage_finetune.inference.serve import vllm_limits
+from sage_finetune.serving.serve import vllm_limits
 from sage_finetune.base.loading import load_model, load_tokenizer
 
 ids = torch.arange(2, 60)[None]

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sage_finetune.config import LoRAConfig, SageError, TrainingConfig
 from sage_finetune.inference import merging
-from sage_finetune.inference.export import export_folder
+from sage_finetune.serving.export import export_folder
 from sage_finetune.inference.generate import load_adapter, load_for_chat, load_plain
 from sage_finetune.merge_chat import merge_run
 from sage_finetune.model.contract import (answered, read_witness, witness_bound, witness_bounds, witness_difference,

@@ -112,6 +112,20 @@ def test_less_of_anything_is_less():
     assert peak(load_in_4bit=True, gradient_checkpointing=True)<peak(gradient_checkpointing=True)
     assert peak(T4)>whole and peak(lora=LoRAConfig(target_modules='all-linear'))>whole
 
+def test_two_counts_at_once_and_a_run_beside_them():
+    "The form counts in threads of its own; what stands in for autocast there is not seen by a run that trains"
+    from concurrent.futures import ThreadPoolExecutor
+    from sage_finetune.base.attention import autocast_dtype
+    from sage_finetune.model import adapter, lora_path
+    configs = [TrainingConfig(model_name='sage-tiny', max_length=64, per_device_train_batch_size=n) for n in (1, 2, 4)]
+    count = lambda c: estimate_memory(fit_config(c, T4)[0], T4).peak
+    alone = [count(c) for c in configs]
+    with ThreadPoolExecutor(3) as pool:
+        counts = [pool.submit(count, c) for c in configs*2]
+        while not all(c.done() for c in counts):
+            assert [m.autocast_dtype('cpu') for m in (adapter, lora_path)]==[autocast_dtype('cpu')]*2
+    assert [c.result() for c in counts]==pytest.approx(alone*2, rel=.01) # garbage is collected at other moments
+
 def test_every_preset_keeps_its_promise_and_the_table_says_so():
     "What the notebook of presets prints is what is counted"
     cells = json.loads((Path(__file__).parents[2]/'nbs'/'00_config.ipynb').read_text(encoding='utf-8'))['cells']

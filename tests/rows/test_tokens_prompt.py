@@ -4,7 +4,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sage_finetune.config import resolve_model
-from sage_finetune.inference.chat_api import read_request
+from sage_finetune.serving.chat_api import read_request
 from sage_finetune.inference.generate import encode_question, fit_history
 from sage_finetune.rows.template import render
 from sage_finetune.rows.tokens import encode_prompt, token_ids

@@ -18,10 +18,10 @@ import torch
 from quick import two_layers
 from sage_finetune.core.disk import SageError
 from sage_finetune.core.run_folder import list_runs, RunFolder, write_meta
-from sage_finetune.inference.export import export_folder
+from sage_finetune.serving.export import export_folder
 from sage_finetune.inference.generate import load_for_chat
 from sage_finetune.inference.merging import merge_run
-from sage_finetune.inference.serve import _check_served, what_to_serve
+from sage_finetune.serving.serve import _check_served, what_to_serve
 from sage_finetune.base.loading import load_tokenizer
 from sage_finetune.rows.formats import create_sample_data
 from sage_finetune.runs.run import Run

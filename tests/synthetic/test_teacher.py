@@ -8,8 +8,8 @@ import pytest
 
 from quick import fork_servers, forked
 from sage_finetune.core.disk import SageError
-from sage_finetune.inference import serve as serve_module
-from sage_finetune.inference.serve import serving
+from sage_finetune.serving import serve as serve_module
+from sage_finetune.serving.serve import serving
 from sage_finetune.rows.formats import to_messages
 from sage_finetune.synthetic.teacher import (
     cut_passages, Generated, generate_rows, groundedness, pairs_in, Passage, read_passages, sift, teacher_prompt,

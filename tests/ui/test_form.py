@@ -3,7 +3,7 @@ import pytest
 
 from sage_finetune import DataSource, LoRAConfig, PresetConfigs, TrainingConfig # noqa: F401 for the code of a form
 from sage_finetune.core.machine import Machine
-from sage_finetune.inference.export import _settings_elsewhere, _sources
+from sage_finetune.serving.export import _settings_elsewhere, _sources
 from sage_finetune.rows.sources import save_rows
 from sage_finetune.ui.form import choose_config, config_code, config_script
 from sage_finetune.ui.inspect import inspect_data
