@@ -346,6 +346,7 @@ def step_bytes(
 )->StepBytes: # For a micro-batch of rows that are all `max_length` long
     "What a training step takes besides weights, adapter, gradients and optimizer"
     half = torch.float16 if config.fp16 else torch.bfloat16 if config.bf16 else None
-    with _on_meta(half, head_bytes.get(machine.device, head_bytes['cpu'])), _AsOn(machine, half, config.packing is True):
+    packed,room = config.packing is True,head_bytes.get(machine.device, head_bytes['cpu'])
+    with _on_meta(half, room), _AsOn(machine, half, packed):
         loss,path = partial(_loss_on_meta, half=half, learned=learned),partial(_adapters_as_computed, model, config)
         return _count_step(_prepared(model, config), _full_rows(config), loss, path, exact)
