@@ -211,6 +211,13 @@ def answered(
         return [log_probs_of(model(input_ids=torch.tensor([r], device=model.device), use_cache=False).logits[0], r)
                 for r in rows]
 
+_last = WeakKeyDictionary() # model → what it was when it last answered, and its answers
+
+def _state_of(model, tokenizer):
+    "A checksum of all that is trained"
+    trained = [p.detach() for p in model.parameters() if p.requires_grad]
+    return int(rows_checksum(trained) or 0),id(tokenizer),id(getattr(model, 'adapter_start', None))
+
 # %% ../../nbs/model/03_contract.ipynb #c0b5e00c
 def _bits_of(model):
     "To how many bits bitsandbytes has quantised the weights of a model; None where it has not"
@@ -238,13 +245,6 @@ def witness_of(
     if bits if base is None else base:
         with base_of(model): found['base'] = answered(model, rows)
     return found
-
-_last = WeakKeyDictionary() # model → what it was when it last answered, and its answers
-
-def _state_of(model, tokenizer):
-    "A checksum of all that is trained"
-    trained = [p.detach() for p in model.parameters() if p.requires_grad]
-    return int(rows_checksum(trained) or 0),id(tokenizer),id(getattr(model, 'adapter_start', None))
 
 def save_witness(
     folder, # Of an adapter or a checkpoint

@@ -269,6 +269,9 @@ class LastSteps:
     "The last two whole optimizer steps of a trainer, in main memory"
     def __init__(self): self.last = self.before = self.trained = self.stream = self.done = None
 
+    @classmethod
+    def of(cls, model, processes): return None if processes>1 or too_large_to_keep(model) else cls()
+
     def keep(self,
         trainer, # A transformers `Trainer` between two steps
         rng:dict, # `random_state` at the end of the step, before the rows of the next one were drawn

@@ -41,7 +41,7 @@ from ..model.loss import evaluating, loss_sum, mean_loss
 from .samplers import SeededOrder
 from sage_finetune.training.callbacks import (
     EvaluateFirst, kept_before, LastSteps, matmul_peak, NotFinite, only_numbers, peak_memory, random_state,
-    remove_checkpoint, SkippedSteps, too_large_to_keep, training_flops
+    remove_checkpoint, SkippedSteps, training_flops
 )
 
 # %% ../../nbs/training/04_loop.ipynb #4a01f0d1
@@ -489,8 +489,7 @@ class ResumableTrainer(StepChecks, SeededOrder, WholeCheckpoints):
         self.by_length,self.stop_requested,self.on_smaller_evaluation = by_length,stop_requested,on_smaller_evaluation
         super().__init__(*args, **kwargs)
         self.first_logs = {} # what was measured before the first step
-        few = self.args.world_size>1 or too_large_to_keep(self.model)
-        self.steps,self.notes = None if few else LastSteps(),StepNotes()
+        self.steps,self.notes = LastSteps.of(self.model, self.args.world_size),StepNotes()
         self.meter,self.peak,self.skipped = self.metrics_class(self.args.device),1.0,SkippedSteps()
         self.callback_handler.callbacks[1:1] = [StepGuard(self), EvaluateFirst()] # right after what decides what is due
 

@@ -14,7 +14,8 @@ from sage_finetune.trainer import LoRATrainer
 
 
 @pytest.fixture(scope='module')
-def data(tmp_path_factory): return create_sample_data(tmp_path_factory.mktemp('rows')/'sums.jsonl', 'qa', num_samples=24)
+def data(tmp_path_factory):
+    return create_sample_data(tmp_path_factory.mktemp('rows')/'sums.jsonl', 'qa', num_samples=24)
 
 
 def settings(folder, data, **more):
