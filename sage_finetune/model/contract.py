@@ -211,6 +211,7 @@ def answered(
         return [log_probs_of(model(input_ids=torch.tensor([r], device=model.device), use_cache=False).logits[0], r)
                 for r in rows]
 
+# %% ../../nbs/model/03_contract.ipynb #c0a17e61
 _last = WeakKeyDictionary() # model → what it was when it last answered, and its answers
 
 def _state_of(model, tokenizer):

@@ -59,8 +59,7 @@ def _version_arguments(config, known):
             checkpointing: config.gradient_checkpointing, f'{checkpointing}_kwargs': dict(use_reentrant=False)}
 
 def _evaluation_arguments(config, evaluate):
-    rows = config.per_device_train_batch_size
-    if config.packing is True: rows = max(rows, 8) # held-out rows are not packed, and shorter
+    rows = max(config.per_device_train_batch_size, 8*(config.packing is True)) # held-out rows are not packed
     return dict(per_device_eval_batch_size=rows, eval_steps=config.eval_steps,
                 eval_strategy=('steps' if config.eval_steps else 'epoch') if evaluate else 'no')
 
