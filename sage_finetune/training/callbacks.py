@@ -320,8 +320,7 @@ def training_flops(
     if model not in _sizes:
         head = model.get_output_embeddings()
         _sizes[model] = sum(_size(m) for m in model.modules() if m is not head),_size(head)
-    body,head = _sizes[model]
-    return (6 if checkpointing else 4)*body*tokens + 4*head*learned
+    return (6 if checkpointing else 4)*_sizes[model][0]*tokens + 4*_sizes[model][1]*learned
 
 # %% ../../nbs/training/03_callbacks.ipynb #d000000b
 @functools.cache
