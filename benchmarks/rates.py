@@ -144,7 +144,7 @@ def key(c): return c['model'], c['kind'], c['rate'], c['rank'], c.get('use_dora'
 def cells(model):
     "Kind, rate, rank and more of each cell; the nearest to the advice first within a rank"
     rates = RATES.get(model, OTHER_RATES)
-    order = sorted(rates, key=lambda r: abs(rates.index(r)-3))
+    order = sorted(rates, key=lambda r: (abs(rates.index(r)-3), -r)) # of two, the higher first
     plain = [(k, rate, rank, {}) for rank in RANKS for rate in order for k in KINDS]
     return plain + [(k, rates[3], rank, dict(use_dora=True)) for rank in (4, 16) for k in KINDS]
 
@@ -168,7 +168,9 @@ def found():
     return {k: sorted(v, key=lambda c: c['rate']) for k,v in sorted(cells.items())}
 
 
-def advised(model, rows): return suggest(TrainingConfig(model_name=model), rows).settings['learning_rate']
+def advised(model, rows):
+    steps = SIZES.get(model, OTHER_SIZES)[0]
+    return suggest(TrainingConfig(model_name=model, max_steps=steps), rows).settings['learning_rate']
 
 
 def table():
@@ -187,9 +189,9 @@ def dora_table():
     "DoRA beside LoRA at the same rate, rank and rows"
     plain = {key(c)[:4]: c for c in known() if not c.get('use_dora')}
     rows = [[c['model'], c['kind'], c['rank'], f"{c['rate']:g}", f"{plain[key(c)[:4]]['after']:.3f}",
-             f"{c['after']:.3f}", f"{c['seconds']/plain[key(c)[:4]]['seconds']:.1f}"]
+             f"{c['after']:.3f}"]
             for c in known() if c.get('use_dora') and key(c)[:4] in plain]
-    return Table(['model', 'rows', 'rank', 'rate', 'LoRA', 'DoRA', 'its time over LoRA\'s'], rows)
+    return Table(['model', 'rows', 'rank', 'rate', 'LoRA', 'DoRA'], rows)
 
 
 def figure():
@@ -206,6 +208,9 @@ def figure():
         for ax,kind in zip(axes[i], KINDS):
             ax.axvline(advised(model, 40), color='#808080', linestyle=':')
             ax.set(xscale='log', yscale='log', title=f'{model}, {kind}', xlabel='learning rate')
+            each = RATES.get(model, OTHER_RATES)
+            ax.set_xlim(each[0]/1.3, each[-1]*1.3)
+            ax.xaxis.set_minor_formatter('')
         axes[i][0].set(ylabel='held-out loss')
     axes[0][-1].legend()
     return on_any_background(fig)

@@ -3,11 +3,15 @@ __version__ = "0.1.0"
 
 from typing import TYPE_CHECKING
 
-from .config import DataSource, LoRAConfig, PreferenceConfig, PresetConfigs, TrainingConfig, show_config, show_presets
+from .config import (
+    DataSource, LoRAConfig, PreferenceConfig, PresetConfigs, RewardConfig, TrainingConfig, show_config, show_presets
+)
 
 if TYPE_CHECKING:  # for editors and type checkers; at run time these names are imported when they are asked for
     from .data import load_training_data, prepare_dataset
     from .preference import PreferenceTrainer
+    from .rewards.check import check_rewards
+    from .rewards.trainer import RewardTrainer
     from .runs.pipeline import RunResult, finetune
     from .runs.run import Run
     from .runs.verify import verify_resume
@@ -19,15 +23,17 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time these names are 
 
 _lazy = dict(
     LoRATrainer='trainer', train_from_meta='trainer', PreferenceTrainer='preference',
+    RewardTrainer='rewards.trainer', check_rewards='rewards.check',
     load_training_data='data', prepare_dataset='data',
     Run='runs.run', RunResult='runs.pipeline', finetune='runs.pipeline', verify_resume='runs.verify',
     report='study.report', sweep='study.sweep',
     choose_config='ui.form', train_live='ui.live',
 )
 __all__ = [
-    'DataSource', 'LoRAConfig', 'LoRATrainer', 'PreferenceConfig', 'PreferenceTrainer', 'PresetConfigs', 'Run',
-    'RunResult', 'TrainingConfig', 'choose_config', 'finetune', 'load_training_data', 'prepare_dataset', 'report',
-    'show_config', 'show_presets', 'sweep', 'train_from_meta', 'train_live', 'verify_resume',
+    'DataSource', 'LoRAConfig', 'LoRATrainer', 'PreferenceConfig', 'PreferenceTrainer', 'PresetConfigs', 'RewardConfig',
+    'RewardTrainer', 'Run', 'RunResult', 'TrainingConfig', 'check_rewards', 'choose_config', 'finetune',
+    'load_training_data', 'prepare_dataset', 'report', 'show_config', 'show_presets', 'sweep', 'train_from_meta',
+    'train_live', 'verify_resume',
 ]
 
 

@@ -46,9 +46,8 @@ class _Commands(TyperGroup):
         try: return work(*args, **how)
         except KeyboardInterrupt as e: raise _Ended from e
 
-app = Typer(cls=_Commands, name='sage-finetune',
-            help='Fine-tune language models with LoRA: data, training, merging, chatting.', no_args_is_help=True,
-            pretty_exceptions_enable=False, rich_markup_mode=None)
+app = Typer(cls=_Commands, name='sage-finetune', no_args_is_help=True, pretty_exceptions_enable=False,
+            help='Fine-tune language models with LoRA: data, training, merging, chatting.', rich_markup_mode=None)
 
 def _show_version(asked):
     if asked: raise Exit(echo(versions_text()) or 0)
@@ -346,7 +345,9 @@ def _train(target, fresh, live=False, prompts=(), base=None):
     _show_result(result, trainer.folder.path)
 
 def _show_result(result, folder):
-    held = '' if result.loss_before is None else f', held-out loss {result.loss_before:.3f} → {result.loss_after:.3f}'
+    what,sign = ('reward', -1) if hasattr(result, 'reward_before') else ('loss', 1)
+    before,after = result.loss_before,result.loss_after
+    held = '' if before is None else f', held-out {what} {sign*before:.3f} → {sign*after:.3f}'
     echo(f'Trained {result.steps} steps{held}. Adapter: {folder}/lora_weights')
     if result.earlier_after is not None:
         echo(f'On rows of the parent run: held-out loss {result.earlier_before:.3f} → {result.earlier_after:.3f}')
@@ -467,7 +468,8 @@ def watch(
 def _config(
     file: Annotated[Optional[str], Argument(metavar='[FILE]', help='Settings to check, also of another tool')] = None,
     model: Annotated[Optional[str], _model] = None, data: Data = None, output: Output = None,
-    method: Annotated[Optional[str], Option('--method', help='dpo, orpo or kto: learn from judged answers')] = None,
+    method: Annotated[Optional[str], Option('--method', help='dpo, orpo or kto: learn from judged '
+                                          'answers; grpo: from rewards')] = None,
     set: Set = None, preset: Preset = None, lr: Rate = None, epochs: Epochs = None, max_steps: MaxSteps = None,
     batch_size: BatchSize = None, rank: Rank = None,
 ):
@@ -590,17 +592,20 @@ def compare(
 def look(
     name: RunName,
     rows: Annotated[int, Option('--rows', min=1, help='Rows to show')] = 3,
-    plot: Annotated[Optional[str], Option('--plot', metavar='FILE', help='Draw the sizes of the adapter into this '
-                                          'file: .png, .svg or .pdf')] = None,
+    plot: Annotated[Optional[str], Option('--plot', metavar='FILE', help='Draw the sizes of the adapter, or the curves '
+                                          'of rewards, into this file: .png, .svg or .pdf')] = None,
+    step: Annotated[Optional[int], Option('--step', metavar='N', help='Of a run that learns from rewards: the step '
+                                          'whose answers are shown (default: the last)')] = None,
 ):
     "What a run learned worst, what it forgot, and where its adapter is large"
     from sage_finetune.runs.run import Run
     from sage_finetune.core.display import figure_file, save_figure
+    from sage_finetune.rewards.seen import learned_from_rewards, look_at_rewards
     from sage_finetune.ui.adapter_sizes import adapter_sizes
     from sage_finetune.ui.token_losses import forgetting, worst_rows
     if plot: figure_file(plot)
-    run = Run(name) # which loads its model once
-    sizes = adapter_sizes(run)
+    if learned_from_rewards(name): return _print(look_at_rewards(name, step, rows, plot))
+    sizes = adapter_sizes(run := Run(name)) # which loads its model once
     if plot: save_figure(sizes.plot(), plot)
     _print(worst_rows(run, rows), forgetting(run), sizes)
 

@@ -6,8 +6,8 @@ Docs: https://sage-finetune.github.io/sage_finetune/preference.html.md"""
 
 # %% auto #0
 __all__ = ['prepare_preferences', 'split_by_prompt', 'PairCollator', 'PreferenceCollator', 'RewardMetrics', 'PreferenceMixin',
-           'ORPOMixin', 'KTOShuffle', 'require_trl', 'PreferenceResult', 'PreferenceTrainer', 'method_for',
-           'trainer_for']
+           'ORPOMixin', 'KTOShuffle', 'require_trl', 'PreferenceResult', 'peak_of_step', 'predicted_pass',
+           'PreferenceTrainer', 'method_for', 'trainer_for']
 
 # %% ../nbs/04_preference.ipynb #d3140a54
 import math,warnings
@@ -450,13 +450,16 @@ def _probe_longest(run):
     n,T = batch['input_ids'].shape
     held = 4*sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     with evaluating(run.model, training=True) as model, t.compute_loss_context_manager():
-        measured = _bytes_of(lambda: t.judged(model, batch)[0].backward(),
+        measured = peak_of_step(lambda: t.judged(model, batch)[0].backward(),
                              [*model.parameters(), *model.buffers(), *batch.values()])
     same = run.fitted.adapted(per_device_train_batch_size=len(rows), max_length=max(8, T))
-    return Probe(n, T, _predicted(same, run.machine, run.model.config), held+measured)
+    return Probe(n, T, predicted_pass(same, run.machine, run.model.config), held+measured)
 
-def _bytes_of(step, there):
-    "The most that `step` adds to what is there"
+def peak_of_step(
+    step, # Called without arguments: a forward and a backward pass
+    there:list, # Tensors that are there before
+)->int: # Bytes
+    "The most that a step adds to what is there"
     if there[0].is_cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -466,14 +469,19 @@ def _bytes_of(step, there):
     with live_bytes(there) as live: step()
     return live.peak
 
-def _predicted(config, machine, model_config):
+def predicted_pass(
+    config, # Of a run, with the rows of a micro-batch and their length
+    machine, # Where it runs
+    model_config, # A transformers config
+)->int|None: # Bytes; None where they cannot be counted
+    "What a forward and backward pass is estimated to add"
     try: return estimate_memory(config, machine, model_config).one_pass
     except (SageError, ValueError): return None
 
 # %% ../nbs/04_preference.ipynb #79ed87da
 class PreferenceTrainer(LoRATrainer):
     "A run that learns from preferences, step by step"
-    is_preference,packaged,result_class = True,True,PreferenceResult
+    is_preference,packaged,result_class,config_kind = True,True,PreferenceResult,PreferenceConfig
 
     def __init__(self,
         config:PreferenceConfig, # What is requested; it is fitted to the machine when it is used

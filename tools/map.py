@@ -18,6 +18,8 @@ SECTIONS = {
     'several processes',
     'inference': 'answers token by token, what is right in them, the exam, the proved merge',
     'serving': 'a model behind the API of OpenAI, and as a folder or GGUF file for others',
+    'rewards': 'answers that are checked instead of shown: rewards, a sandbox for code, groups of sampled answers, '
+    'GRPO, and all of it to look at',
     'synthetic': 'rows that are made: facts of a codebase, questions and answers by a teacher',
     'runs': 'tasks, which kind of file a run was given (ours, TRL, LLaMA-Factory, axolotl), runs '
     'read back and compared, launching',

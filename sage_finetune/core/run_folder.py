@@ -380,7 +380,7 @@ def find_run(
 # %% ../../nbs/core/04_run_folder.ipynb #a9f81c05
 _came_out = ('checkpoints/checkpoint-*', 'lora_weights', 'merged_model', 'logs/events.out.tfevents*', 'logs/wandb',
              'logs/mlflow*', 'metrics.jsonl', 'loss.png', 'results.json', 'generations.jsonl', 'exam.jsonl',
-             manifest_file)
+             'answers.jsonl.gz', manifest_file)
 _asked_for = ('exported', 'data_report.json', 'quickstart.json', 'logs/serve.log',
               'training_data_*.json', 'held_out_*.json', 'training_config.json', 'finetune_meta.json')
 

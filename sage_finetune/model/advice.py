@@ -55,15 +55,17 @@ def round_rate(
 
 # %% ../../nbs/model/06_advice.ipynb #ad7c0032
 _regret = 'LoRA Without Regret, 2025'
-_share_of = dict(dpo=1/20, kto=1/20, orpo=1/5)
+_share_of = dict(dpo=1/20, kto=1/20, orpo=1/5, grpo=1/5)
+_few = 40 # steps
 
-def _rate(name, width, judged, method):
+def _rate(name, width, judged, method, steps=None):
     "Learning rate, reason, source"
     if name==embedded_model and not method: return 5e-3,'measured on this model','our runs'
     if width is None: return 2e-4,'how large the model is cannot be seen here: the middle of what suits',_regret
     rate,source = 5e-4*(2000/width)**0.781,f'{_regret}; our runs'
     why = f'a model that is {width:,} wide' + (', judged by the parameters in its name' if judged else '')
     if method: rate,why,source = rate*_share_of[method],f'{why}; {method.upper()} wants a part of it','rule of thumb'
+    elif steps and steps<_few: rate,why = rate*min(2.5, _few/steps),f'{why}; higher, since {steps} steps are few'
     return round_rate(rate),why,source
 
 # %% ../../nbs/model/06_advice.ipynb #ad7c0014
@@ -97,7 +99,7 @@ def _micro_batch(whole, parameters, tokens, machine, pairs):
 # %% ../../nbs/model/06_advice.ipynb #ad7c0034
 def _batches(name, rows, tokens, method, machine):
     "Rows in a micro-batch and micro-batches, each with reason and source"
-    whole = 16 if name==embedded_model else _batch(rows)
+    whole = 32 if method=='grpo' else 16 if name==embedded_model else _batch(rows) # of answers in groups, or of rows
     pairs,parameters = method in ('dpo', 'orpo'),model_parameters(resolve_model(name))
     each,why = _micro_batch(whole, parameters, tokens, machine, pairs)
     return (each, f'at once: {why}', 'count of parameters'), (whole//each, f'{whole} rows behind a step', _regret)
@@ -167,9 +169,9 @@ class Advice(Shown):
 
     @property
     def settings(self)->dict: # For `TrainingConfig`, those of the adapter under "lora"
-        "What is advised, and was not given by hand"
+        "What is advised, and was not given by hand; what is off and stays off is left out"
         found = {}
-        for a in (a for a in self.advised if a.setting not in self.by_hand):
+        for a in (a for a in self.advised if a.setting not in self.by_hand and (a.value or a.default)):
             place = found.setdefault('lora', {}) if a.setting.startswith('lora.') else found
             place[a.setting.removeprefix('lora.')] = a.value
         return found
@@ -192,11 +194,12 @@ def _advice_panel(a):
 def _all_advised(config, rows, tokens, method, machine):
     "(setting, (value, reason, source)) of each"
     name = config.model_name
-    yield 'learning_rate', _rate(name, *model_width(name), method)
-    yield 'num_train_epochs', _epochs(name, rows, method)
-    each,times = _batches(name, rows, tokens, method, machine)
-    yield 'per_device_train_batch_size', each
-    yield 'gradient_accumulation_steps', times
+    times,passes = _epochs(name, rows, method),_batches(name, rows, tokens, method, machine)
+    steps = config.max_steps if config.max_steps>0 else rows and -(-rows*times[0]//(passes[0][0]*passes[1][0]))
+    yield 'learning_rate', _rate(name, *model_width(name), method, steps)
+    yield 'num_train_epochs', times
+    yield 'per_device_train_batch_size', passes[0]
+    yield 'gradient_accumulation_steps', passes[1]
     yield 'lora.r', _rank(rows)
     yield 'lora.lora_alpha', (32, 'whatever the rank, so that the rate holds', _regret)
     yield 'lora.target_modules', ('all-linear', 'attention alone learns less', f'{_regret}; QLoRA, 2023')
@@ -205,11 +208,10 @@ def _all_advised(config, rows, tokens, method, machine):
     yield 'lora.use_rslora', (False, 'alpha 32 holds the rate at each rank; rsLoRA wants another for each', _regret)
     yield 'lora.use_dora', (False, _dora, 'our sweep; Liu et al., 2024')
     if config.lora.modules_to_save and not method:
-        rate,_,source = _rate(name, *model_width(name), method)
-        why = 'a tenth: what is trained whole moves with every row that it meets'
+        rate,why = _rate(name, *model_width(name), method)[0],'a tenth: it moves with every row that it meets'
         yield 'embedding_learning_rate', (round_rate(rate/10), why, 'Unsloth, 2024: a half to a tenth')
 
-_dora = 'learns about what LoRA learns, and each step takes longer'
+_dora = 'brings less than the right rate does; its layers are computed one by one'
 
 # %% ../../nbs/model/06_advice.ipynb #ad7c0025
 def suggest(

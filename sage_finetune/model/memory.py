@@ -14,7 +14,7 @@ from functools import cached_property, partial
 
 from ..core.disk import SageError
 from ..core.display import Panel, Shown, size_text, Table
-from ..config import fit_config, PreferenceConfig, resolve_model, TrainingConfig
+from ..config import fit_config, PreferenceConfig, resolve_model, RewardConfig, TrainingConfig
 from ..core.machine import Machine
 from ..core.text_stream import one_line
 
@@ -48,7 +48,7 @@ class _Sums:
     @property
     def allocated(self)->int: # Bytes, to be compared with `torch.cuda.max_memory_allocated()`
         "All tensors at the worst moment of a step"
-        return sum(self.weights.values()) + self.adapter + self.optimizer + self.one_pass
+        return sum(self.weights.values()) + self.adapter + self.optimizer + max(self.one_pass, self.generation)
     @property
     def allowance(self)->int: # Bytes; a rule of thumb and no count
         "The runtime's own memory, and gaps between tensors"
@@ -72,6 +72,7 @@ class MemoryEstimate(_Sums, Shown):
     activations:int # Kept by the forward pass for the backward pass
     head:int # The most that the loss needs on top of that
     layer:int # The most that the backward pass through the layers needs on top of that
+    generation:int = 0 # While answers are sampled, which is before the backward pass; 0 where none are
     model_config:object = field(default=None, repr=False, compare=False) # Of the model
 
     @property
@@ -105,6 +106,9 @@ def memory_parts(
     yield 'optimizer',e.optimizer,e.config.optim+paged,'#b79a20'
     yield 'activations',e.activations,'kept by the forward pass for the backward pass','#f58518'
     yield 'working space',e.working,f'{worst}; {other} needs {size_text(min(e.head, e.layer))}','#e45756'
+    if e.generation:
+        most = f'keys, values and scores while answers are sampled: {size_text(e.generation)} before the step'
+        yield 'sampling',max(0, e.generation-e.one_pass),most,'#72b7b2'
     yield 'allowance',e.allowance,'runtime and gaps; a rule of thumb','#bab0ac'
 
 # %% ../../nbs/model/05_memory.ipynb #1a8b950d
@@ -174,7 +178,8 @@ _tile,_copies = (4096, 32_768),7.3
 
 def _head_of_trl(config, machine, shape):
     "The most that TRL's loss needs: a whole tile, and the gradient of the hidden states in 32 bits"
-    text,N = shape.get_text_config(),config.sequences_per_micro_batch*config.max_length
+    tokens = config.max_completion_length if isinstance(config, RewardConfig) else config.max_length
+    text,N = shape.get_text_config(),config.sequences_per_micro_batch*tokens
     n,size = min(N, _tile[0]),2 if config.fp16 or config.bf16 else 4
     loose = 0 if machine.device=='cuda' else int(_copies*n*min(text.vocab_size, _tile[1])*4)
     return n*_tile[1]*size + 4*N*text.hidden_size + loose
@@ -190,8 +195,7 @@ def _counted(config, machine, model_config):
     "The model on `meta`, the bytes of its frozen weights, and those of a step; an error in one line"
     from sage_finetune.model.step_bytes import build_on_meta, step_bytes
     try:
-        model,weights = build_on_meta(config, model_config)
-        return model,weights,step_bytes(model, config, machine)
+        return *(made := build_on_meta(config, model_config)),step_bytes(made[0], config, machine)
     except SageError: raise
     except ValueError as e: raise ValueError(one_line(e)) from None
     except Exception as e:
@@ -199,6 +203,15 @@ def _counted(config, machine, model_config):
                         f'({one_line(e, 150)}); train, and look at the probe') from None
 
 # %% ../../nbs/model/05_memory.ipynb #0c141f79
+def _sampling_bytes(config, shape):
+    "What sampling needs: keys and values of every token of the answers, and scores of the last, in 64 bits"
+    if not isinstance(config, RewardConfig): return 0
+    text,n = shape.get_text_config(),config.answers_at_once or config.effective_batch_size
+    width = getattr(text, 'head_dim', None) or text.hidden_size//text.num_attention_heads
+    heads = getattr(text, 'num_key_value_heads', None) or text.num_attention_heads
+    size = 2 if config.fp16 or config.bf16 else 4
+    return n*(2*text.num_hidden_layers*heads*width*size*config.max_length + 40*text.vocab_size)
+
 def estimate_memory(
     config:TrainingConfig, # As asked; it is fitted to the machine
     machine:Machine|None=None, # Where it is to run; this machine if None
@@ -211,11 +224,12 @@ def estimate_memory(
     if not hasattr(shape, 'get_text_config'):
         raise ValueError(f'`model_config` must be a transformers config, got {type(shape).__name__}')
     model,weights,step = _counted(fitted, machine, shape)
-    if isinstance(fitted, PreferenceConfig): step = replace(step, head=_head_of_trl(fitted, machine, shape))
+    if isinstance(fitted, (PreferenceConfig, RewardConfig)):
+        step = replace(step, head=_head_of_trl(fitted, machine, shape))
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
     state,paged = optimizer_bytes(fitted.optim, sizes)
     return MemoryEstimate(fitted, machine, weights, 4*sum(sizes), 4*sum(sizes), state, paged, step.activations,
-                          step.head, step.layer, shape)
+                          step.head, step.layer, _sampling_bytes(fitted, shape), shape)
 
 # %% ../../nbs/model/05_memory.ipynb #b3478191
 @dataclass(frozen=True, repr=False)
@@ -299,7 +313,7 @@ def probe_step(
     fitted = fit_config(config.adapted(per_device_train_batch_size=rows, tokens_per_step=None,
                                        max_length=max(8, tokens), packing='position_ids' in batch), machine)[0]
     device = next(model.parameters()).device
-    batch = {k: v.to(device) for k,v in batch.items()}
+    batch = {k: v.to(device) for k,v in batch.items() if k!='counted'}
     gradients = 4*sum(p.numel() for p in model.parameters() if p.requires_grad)
     measured,predicted = _measured(model, batch, fitted),_predicted(model, batch, fitted, machine)
     return Probe(rows, tokens, None if predicted is None else gradients+predicted, gradients+measured,

@@ -35,6 +35,8 @@ class RunResult(Shown):
     earlier_after: float|None = None # The same at the end
     train_steps: list|None = None # First and last step of the window that `train_loss` is of
     loss_after_step: int|None = None # Step at which `loss_after` was measured
+    reward_before: float|None = None # On held-out questions, where rewards are learned from
+    reward_after: float|None = None # The same at the end
     exam_before: float|None = None # Share of the exam that was right before the first step; None where none was asked
     exam_after: float|None = None # The same of the adapter that was kept
     general_before: float|None = None # Share of the general questions that was right before the first step

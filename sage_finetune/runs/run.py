@@ -83,7 +83,7 @@ def _report_of(run):
 def _prepare(run):
     "Training and held-out examples, prepared again by the trainer of the run; no weights are loaded"
     from sage_finetune.base.new_tokens import tokenizer_for
-    from sage_finetune.preference import trainer_for
+    from sage_finetune.rewards.trainer import trainer_for
     trainer = trainer_for(run.config, quiet=True)
     trainer.tokenizer = tokenizer_for(run.config)
     trainer.prepare_data()
@@ -412,7 +412,7 @@ def repeat_run(
 )->Repeat: # Whether it is the same
     "Train what a run was trained with, in another folder, and compare the adapters"
     from sage_finetune.base.new_tokens import tokenizer_for
-    from sage_finetune.preference import trainer_for
+    from sage_finetune.rewards.trainer import trainer_for
     run,output = run if isinstance(run, Run) else Run(run),Path(output_dir).expanduser()
     why = _can_repeat(run, output, anyway)
     trainer = trainer_for(run.config.replace(output_dir=output), quiet)

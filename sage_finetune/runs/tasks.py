@@ -25,8 +25,8 @@ from sage_finetune.core.settings import (
 from ..core.run_folder import find_run, is_own_run, is_run, only_run, read_meta, run_folder, RunFolder
 from ..core.display import Panel, Shown, Table, visible
 from sage_finetune.config import (
-    config_from_meta, embedded_model, LoRAConfig, PreferenceConfig, PresetConfigs, resolve_model, show_config,
-    TrainingConfig
+    config_class, config_from_meta, embedded_model, LoRAConfig, PreferenceConfig, PresetConfigs, resolve_model,
+    RewardConfig, show_config, TrainingConfig
 )
 from ..rows.sources import load_training_data, read_rows, save_rows
 from sage_finetune.rows.formats import (
@@ -81,7 +81,7 @@ def advice_for(
 )->Advice: # Without the shape of an adapter that is continued
     "What a new run begins with, where nothing was set by hand"
     given = {k: v for k,v in (given or {}).items() if k!='_given'}
-    kind = PreferenceConfig if 'method' in given else TrainingConfig
+    kind = config_class(given.get('method'))
     try: config = kind.from_dict(given | dict(model_name=model))
     except (ValueError, SageError): config = kind(model_name=model) # refused where the run is made
     found = suggest(config, data)
@@ -103,11 +103,13 @@ def quick_settings(
     data=None, # Sources, a number of rows, or a `DataSize`
     given:dict|None=None, # Settings by hand, which stand
 )->dict: # Settings that differ from the defaults
-    "Settings for a first run: the advice, and checkpoints as often as a short run wants them"
+    "Settings for a first run: the advice, checkpoints as often as a short run wants them, and what pays by itself"
     more = dict(max_length=256) if model==embedded_model else {}
-    return more | dict(logging_steps=10, save_steps=50) | advice_for(model, data, given).settings
+    return more | _by_itself | advice_for(model, data, given).settings
 
 # %% ../../nbs/runs/04_tasks.ipynb #0a5c0001
+_by_itself = dict(logging_steps=10, save_steps=50, packing='auto', torch_compile='auto')
+
 def with_quick(
     model:str, # Hub name, folder, GGUF file, "sage-tiny" or "smollm2-135m"
     given:dict, # Settings by hand; those of the adapter under "lora"
@@ -167,8 +169,8 @@ def parsed_settings(
             raise ValueError(f'`--set` must be NAME=VALUE, such as weight_decay=0.1 or lora.r=32; got {pair!r}')
         refuse_unknown([outer or 'lora'], ['lora'], 'block of settings')
         if name=='lora': raise ValueError('`--set lora` is a block: name a setting of it, such as --set lora.r=32')
-        kind = LoRAConfig if outer else PreferenceConfig
-        refuse_unknown([inner], [f.name for f in fields(kind)], kind._what)
+        kinds = [LoRAConfig] if outer else [PreferenceConfig, RewardConfig]
+        refuse_unknown([inner], dict.fromkeys(f.name for kind in kinds for f in fields(kind)), kinds[0]._what)
         place = found.setdefault('lora', {}) if outer else found
         if inner in place: raise ValueError(f'`--set {name}` stands twice')
         place[inner] = _value_of(inner, text)
@@ -197,7 +199,8 @@ def with_settings(
         config = config.adapted(**chosen, **(dict(lora=config.lora.adapted(**lora)) if lora else {}))
     given = dict(given)
     if lora := given.pop('lora', None): given['lora'] = config.lora.replace(**lora)
-    if 'method' in given and not isinstance(config, PreferenceConfig): return PreferenceConfig.like(config, **given)
+    kind = config_class(given['method']) if 'method' in given else type(config)
+    if not isinstance(config, kind): return kind.like(config, **given)
     return config.replace(**given) if given else config
 
 # %% ../../nbs/runs/04_tasks.ipynb #7ee166cb
@@ -404,7 +407,7 @@ def trainer_of(
     fresh:bool=False, # It is to start anew
 ): # A `LoRATrainer`; a `PreferenceTrainer` where the settings have a `method` or the rows are judged answers
     "The trainer of what `target` asks for"
-    from sage_finetune.preference import trainer_for
+    from sage_finetune.rewards.trainer import trainer_for
     return trainer_for(config_of(target, quiet, base, fresh), quiet)
 
 # %% ../../nbs/runs/04_tasks.ipynb #0a5c0008
@@ -434,9 +437,10 @@ def settings_yaml(
             shown = json.dumps(c.to_dict()[name], ensure_ascii=False)
             chosen = name in first or value!=getattr(plain, name) or name in c.given
             yield f'{indent}{"" if chosen else "# "}{name}: {shown} # {told[name]}'
-    judged = isinstance(config, PreferenceConfig)
-    kind = 'of a run that learns from judged answers' if judged else 'of one fine-tuning run'
-    first = ('method', *_first) if isinstance(config, PreferenceConfig) else _first
+    kind,own = {PreferenceConfig: ('of a run that learns from judged answers', ('method',)), RewardConfig:
+                ('of a run that learns from rewards', ('method', 'rewards', 'num_generations', 'max_completion_length'))
+                }.get(type(config), ('of one fine-tuning run', ()))
+    first = (*own, *_first)
     every = [*lines(config, first)]
     return '\n'.join([f'# Settings {kind}; train it with: sage-finetune run THIS_FILE', *every[:len(first)],
                       'lora: # The adapter', *lines(config.lora, _first_of_lora, '  '),
@@ -448,7 +452,7 @@ def file_to_begin(
     preset:str|None=None, # Of `PresetConfigs`, or "auto"
 )->str: # YAML
     "What `sage-finetune config` prints"
-    config = (PreferenceConfig if 'method' in chosen else TrainingConfig).from_dict(chosen)
+    config = config_class(chosen.get('method')).from_dict(chosen)
     return settings_yaml(with_settings(config, by_hand, preset))
 
 def checked_file(

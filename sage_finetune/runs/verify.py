@@ -342,7 +342,7 @@ def verify_resume(
     make=None, # Makes a trainer from a config, for a run of a trainer of your own; None: `trainer_for`
 )->Verification: # Shows itself; `ok` is the verdict
     "Go on from each checkpoint of a run in a scratch folder, and compare with what the run itself left"
-    from sage_finetune.preference import trainer_for
+    from sage_finetune.rewards.trainer import trainer_for
     run = run if isinstance(run, Run) else Run(run)
     _refuse_unverifiable(run, make)
     found = Verification(str(run.folder.path), machine=str(Machine.here()))

@@ -17,7 +17,8 @@ from pathlib import Path
 from ..training.loop import Stopped # before transformers: it quiets bitsandbytes
 from ..training.resume import finished_result, TrainingResult
 from ..trainer import LoRATrainer
-from ..preference import trainer_for
+from ..rewards.seen import group_table, most_telling
+from ..rewards.trainer import last_groups, RewardTrainer, trainer_for
 from transformers import TrainerCallback
 
 from ..core.disk import SageError, write_text
@@ -26,7 +27,7 @@ from ..model.loss import evaluating
 from ..training.callbacks import Progress, read_metrics, series
 from ..inference.generate import encode_question, generate_answers
 from sage_finetune.ui.board import (
-    as_panel, Board, board_panes, CurveImage, headline, kept_line, prompt_text, SampledAnswer
+    as_panel, Board, board_panes, CurveImage, headline, kept_line, prompt_text, reward_figures, SampledAnswer
 )
 
 # %% ../../nbs/ui/02_live.ipynb #a13b1c66
@@ -110,6 +111,7 @@ def _checked_run(run, prompts, every):
 
 def _new_board(run, prompts):
     memory = run.machine.memory if run.machine.device=='cuda' else run.machine.ram
+    if isinstance(run, RewardTrainer): return Board(prompts, memory, unit='', figure='reward')
     return Board(prompts, memory, **dict(unit='') if run.is_preference else {})
 
 # %% ../../nbs/ui/02_live.ipynb #1a700008
@@ -390,7 +392,7 @@ def _hold(live):
 def _take_up(live, state):
     "Training begins, from a step that may not be the first"
     board,schedule,step = live.board,live.schedule,state.global_step
-    schedule.started,schedule.away,live._window = time.monotonic(),0.0,tuple(live.run.trainer.window.tolist())
+    schedule.started,schedule.away,live._window = time.monotonic(),0.0,tuple(live.run.trainer.window.tolist()[:2])
     for curve in (board.loss, board.held_out, board.rate): curve.trim(step)
     _fill_curves(live)
     if schedule.step is None or schedule.step>step:
@@ -402,21 +404,26 @@ def _take_up(live, state):
 def _answered(board, step): return any(said and said[-1].last==step for said in board.answers.values())
 
 # %% ../../nbs/ui/02_live.ipynb #1a70001f
-_numbers = ('tokens_per_second', 'memory', 'exam', 'exam_low', 'exam_high', 'general', 'general_low', 'general_high')
+_numbers = ('tokens_per_second', 'memory', 'exam', 'exam_low', 'exam_high', 'general', 'general_low', 'general_high',
+            *reward_figures)
+
+def _known_numbers(logs):
+    return {k: v for k,v in logs.items() if v is not None and (k in _numbers or k.startswith('rewards/'))}
 
 def _fill_curves(live):
     "What a run that continues had written down before"
     known,board = read_metrics(live.run.folder.metrics),live.board
-    for curve,key in ((board.loss, 'loss'), (board.held_out, 'eval_loss'), (board.rate, 'learning_rate')):
+    keys = (board.loss, board.figure),(board.held_out, f'eval_{board.figure}'),(board.rate, 'learning_rate')
+    for curve,key in keys:
         if curve.line: continue
         for step,value in series(known, key): curve.add(step, value)
-    for m in known: board.now |= {k: v for k,v in m.items() if k in _numbers}
+    for m in known: board.now |= _known_numbers(m)
 
 # %% ../../nbs/ui/02_live.ipynb #1a700013
 def _take_loss(live, step):
     "The loss of one step: what the sums of the log have grown by"
     if live.run.trainer.args.world_size>1: return
-    total,learned = live.run.trainer.window.tolist()
+    total,learned,*_ = live.run.trainer.window.tolist() # of what the curve shows, before other figures
     before,live._window = live._window,(total, learned)
     if learned>before[1]: live.board.loss.add(step, (total-before[0])/(learned-before[1]))
 
@@ -428,9 +435,11 @@ def _take_step(live, state, scheduler):
 def _take_numbers(live, step, logs):
     "What was logged; the sums begin anew with each loss"
     if 'loss' in logs: live._window = 0.0,0.0
-    if 'eval_loss' in logs and not any(s==step for s,_ in live.board.held_out.line[-1:]):
-        live.board.held_out.add(step, logs['eval_loss'])
-    live.board.now = live.board.now | {k: logs[k] for k in _numbers if logs.get(k) is not None}
+    held = f'eval_{live.board.figure}'
+    if held in logs and not any(s==step for s,_ in live.board.held_out.line[-1:]):
+        live.board.held_out.add(step, logs[held])
+    live.board.now = live.board.now | _known_numbers(logs)
+    if groups := last_groups(live.run): live.board.group = group_table(most_telling(groups, 1)[0], 4)
     live.board.update()
 
 # %% ../../nbs/ui/02_live.ipynb #a4252125

@@ -7,6 +7,7 @@ from layout import PACKAGE
 
 MODULES = sorted(path for path in PACKAGE.rglob('*.py') if path.name!='_modidx.py')
 LOADS = 'from_pretrained', 'from_config', 'pipeline'
+CLOSED_IN = ('sandbox.py', '_tried') # runs in a process that has given up everything but computing
 WITHOUT_CODE = 'GenerationConfig', 'PeftModel', 'TrainerState' # these never ask for code
 
 
@@ -46,10 +47,11 @@ def test_there_are_loads_to_look_at(): assert sum(1 for path in MODULES for _ in
 
 @pytest.mark.parametrize('path', MODULES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
 def test_nothing_unpickles_code(path):
-    "`torch.load` takes numbers only, and `pickle.load`, `eval` and `exec` of others' texts are not used"
+    "`torch.load` takes numbers only; `pickle.load`, `eval` and `exec` of others' texts are not used but in the sandbox"
     found = []
     for call, function in calls(ast.parse(path.read_text(encoding='utf-8'))):
         name = ast.unparse(call.func)
+        if name=='exec' and (path.name, function.name)==CLOSED_IN: continue
         only = any(k.arg=='weights_only' and getattr(k.value, 'value', None) is True for k in call.keywords)
         if name=='torch.load' and not only or name in ('pickle.load', 'pickle.loads', 'eval', 'exec', 'yaml.load'):
             found.append((function.name, call.lineno, name))

@@ -39,6 +39,28 @@ def test_a_narrower_model_wants_a_higher_rate(tmp_path, width, rate):
     assert found['learning_rate']==pytest.approx(rate, rel=.45) and found['lora']['lora_alpha']==32
 
 
+@pytest.mark.parametrize('settings,rows,rate', [
+    (dict(max_steps=16), 288, 3e-3), (dict(max_steps=4), 288, 3e-3), (dict(), 30, 2e-3),
+    (dict(max_steps=200), 30, 1e-3), (dict(), None, 1e-3)])
+def test_few_steps_want_a_higher_rate_up_to_a_bound(tmp_path, settings, rows, rate):
+    folder = dict(model_name=model(tmp_path/'m', hidden_size=576))
+    assert advised(folder | settings, rows if rows else 'no/such.jsonl')['learning_rate']==rate
+    judged = advised(folder | settings | dict(method='dpo'), rows or 'no/such.jsonl', kind=PreferenceConfig)
+    assert judged['learning_rate']==7e-5 # whatever the steps
+
+
+def test_what_is_trained_whole_gets_a_rate_of_its_own():
+    found = advised(dict(lora=LoRAConfig(modules_to_save=['embed_tokens'])))
+    assert found['embedding_learning_rate']==pytest.approx(found['learning_rate']/10, rel=.45)
+    assert 'embedding_learning_rate' not in advised()
+
+
+def test_what_is_off_and_stays_off_is_said_and_not_set():
+    found = suggest(TrainingConfig(model_name='org/Some-1.5B'), 288, laptop)
+    assert {'lora.use_rslora', 'lora.use_dora'}<={a.setting for a in found.advised}
+    assert 'use_dora' not in found.settings['lora'] and found.settings['lora']['lora_dropout']==0.0
+
+
 @pytest.mark.parametrize('rate', [1e-6, 4.4e-5, 9.6e-4, 0.3])
 def test_a_rate_is_rounded_by_less_than_a_quarter(rate): assert 0.75<=round_rate(rate)/rate<=1.34
 
