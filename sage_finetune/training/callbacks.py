@@ -382,10 +382,9 @@ def plot_losses(
     path=None, # PNG file to write, or None
 ): # A matplotlib figure
     "Training and held-out loss over the steps; the margin below it with preferences, reward and KL with rewards"
-    logged = {k for m in metrics for k in m}
-    parts = ({'loss': 'loss', 'rewards/margins': 'reward margin'} if 'rewards/margins' in logged
-             else {'reward': 'reward', 'kl': 'KL to the base (nats a token)'} if 'reward' in logged
-             else {'loss': 'loss (nats per learned token)'})
+    kinds = {'rewards/margins': {'loss': 'loss', 'rewards/margins': 'reward margin'},
+             'reward': {'reward': 'reward', 'kl': 'KL to the base (nats a token)'}}
+    parts = next((kinds[k] for k in kinds if any(k in m for m in metrics)), dict(loss='loss (nats per learned token)'))
     figure = shown_figure(figsize=(6.4, 3.6*len(parts)), layout='constrained')
     for ax,(key,name) in zip(figure.subplots(len(parts), squeeze=False)[:, 0], parts.items()):
         draw_curves(ax, loss_curves(metrics, key))
