@@ -189,9 +189,9 @@ def dora_table():
     "DoRA beside LoRA at the same rate, rank and rows"
     plain = {key(c)[:4]: c for c in known() if not c.get('use_dora')}
     rows = [[c['model'], c['kind'], c['rank'], f"{c['rate']:g}", f"{plain[key(c)[:4]]['after']:.3f}",
-             f"{c['after']:.3f}", f"{c['seconds']/plain[key(c)[:4]]['seconds']:.1f}"]
+             f"{c['after']:.3f}"]
             for c in known() if c.get('use_dora') and key(c)[:4] in plain]
-    return Table(['model', 'rows', 'rank', 'rate', 'LoRA', 'DoRA', 'its time over LoRA\'s'], rows)
+    return Table(['model', 'rows', 'rank', 'rate', 'LoRA', 'DoRA'], rows)
 
 
 def figure():
@@ -208,6 +208,9 @@ def figure():
         for ax,kind in zip(axes[i], KINDS):
             ax.axvline(advised(model, 40), color='#808080', linestyle=':')
             ax.set(xscale='log', yscale='log', title=f'{model}, {kind}', xlabel='learning rate')
+            each = RATES.get(model, OTHER_RATES)
+            ax.set_xlim(each[0]/1.3, each[-1]*1.3)
+            ax.xaxis.set_minor_formatter('')
         axes[i][0].set(ylabel='held-out loss')
     axes[0][-1].legend()
     return on_any_background(fig)

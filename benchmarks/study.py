@@ -1,6 +1,7 @@
 """A sweep of six runs against six single runs, and an exam that chooses against a loss that chooses
 
     python benchmarks/study.py sweep smollm2-135m    wall time and memory of both, and whether the bits are the same
+        (--folder DIR keeps what was measured, so that the same command goes on where it was stopped)
     python benchmarks/study.py choose                sage-tiny: the adapter by the exam against the one by the loss
 """
 import argparse
@@ -52,12 +53,16 @@ def compare_sweep(
     room = facts(PEOPLE[:10])
     rows = save_rows(folder/'rooms.json', [dict(question=w.format(p), answer=f'{p} works in the {room[p]}.')
                                            for p in room for w in LEARNED])
-    config = TrainingConfig(model_name=model, data_path=rows, output_dir=folder/'sweep', max_steps=6, test_size=.1,
+    config = TrainingConfig(model_name=model, data_path=rows, output_dir=folder/'sweep', max_steps=4, test_size=.1,
                             per_device_train_batch_size=4, gradient_accumulation_steps=1, max_length=64,
                             report_to='none', lora=dict(target_modules='all-linear'))
     single = [point_config(config.replace(output_dir=folder/'single'), p) for p in grid_points(GRID)]
     python = [sys.executable, '-c', 'from sage_finetune.cli import main; raise SystemExit(main())']
-    figures = [timed([*python, 'run', str(c.save(folder/f'{i}.json'))]) for i,c in enumerate(single)]
+    kept = folder/'figures.json'
+    figures = json.loads(kept.read_text()) if kept.is_file() else []
+    for i,c in list(enumerate(single))[len(figures):]:
+        figures.append(timed([*python, 'run', str(c.save(folder/f'{i}.json'))]))
+        kept.write_text(json.dumps(figures))
     asked = [f'--grid={k}={",".join(map(str, v))}' for k,v in GRID.items()]
     file = str(config.save(folder/'sweep.json'))
     seconds,memory = timed([*python, 'sweep', file, '--output', str(folder/'sweep'), *asked])
@@ -104,9 +109,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('what', choices=('sweep', 'choose'))
     parser.add_argument('model', nargs='?', default='sage-tiny')
+    parser.add_argument('--folder', help='Where runs and figures are kept')
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+        folder = Path(asked.folder or place)
+        folder.mkdir(parents=True, exist_ok=True)
         print(json.dumps(compare_sweep(asked.model, folder) if asked.what=='sweep' else compare_choice(folder)))
 
 

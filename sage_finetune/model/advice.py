@@ -169,9 +169,9 @@ class Advice(Shown):
 
     @property
     def settings(self)->dict: # For `TrainingConfig`, those of the adapter under "lora"
-        "What is advised, and was not given by hand"
+        "What is advised, and was not given by hand; what is off and stays off is left out"
         found = {}
-        for a in (a for a in self.advised if a.setting not in self.by_hand):
+        for a in (a for a in self.advised if a.setting not in self.by_hand and (a.value or a.default)):
             place = found.setdefault('lora', {}) if a.setting.startswith('lora.') else found
             place[a.setting.removeprefix('lora.')] = a.value
         return found
@@ -211,7 +211,7 @@ def _all_advised(config, rows, tokens, method, machine):
         rate,why = _rate(name, *model_width(name), method)[0],'a tenth: it moves with every row that it meets'
         yield 'embedding_learning_rate', (round_rate(rate/10), why, 'Unsloth, 2024: a half to a tenth')
 
-_dora = 'learns about what LoRA learns, and each step takes longer'
+_dora = 'brings less than the right rate does; its layers are computed one by one'
 
 # %% ../../nbs/model/06_advice.ipynb #ad7c0025
 def suggest(

@@ -264,9 +264,10 @@ def steps(page, cell, most):
 
 
 def beyond(page, cell, most, step, seconds=90):
-    "Wait until the dashboard shows a later step; which one"
-    end = time.monotonic()+seconds
+    "Wait until the dashboard shows a later step, as long as steps are done; which one"
+    end,last = time.monotonic()+seconds,-1
     while (now := steps(page, cell, most))<=step:
+        if now>last: end,last = time.monotonic()+seconds,now
         assert time.monotonic()<end, f'still at step {now}'
         page.page.wait_for_timeout(200)
     return now

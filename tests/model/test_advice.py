@@ -52,7 +52,13 @@ def test_few_steps_want_a_higher_rate_up_to_a_bound(tmp_path, settings, rows, ra
 def test_what_is_trained_whole_gets_a_rate_of_its_own():
     found = advised(dict(lora=LoRAConfig(modules_to_save=['embed_tokens'])))
     assert found['embedding_learning_rate']==pytest.approx(found['learning_rate']/10, rel=.45)
-    assert 'embedding_learning_rate' not in advised() and advised()['lora']['use_dora'] is False
+    assert 'embedding_learning_rate' not in advised()
+
+
+def test_what_is_off_and_stays_off_is_said_and_not_set():
+    found = suggest(TrainingConfig(model_name='org/Some-1.5B'), 288, laptop)
+    assert {'lora.use_rslora', 'lora.use_dora'}<={a.setting for a in found.advised}
+    assert 'use_dora' not in found.settings['lora'] and found.settings['lora']['lora_dropout']==0.0
 
 
 @pytest.mark.parametrize('rate', [1e-6, 4.4e-5, 9.6e-4, 0.3])

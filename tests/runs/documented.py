@@ -2,7 +2,8 @@
 
 `tests/data/documented` has them as data: each command line of TRL's docs and scripts that trains, and the settings of
 each LoRA example that LLaMA-Factory 0.9.5 and axolotl 0.19.0 ship. Exchanged are the model, the data, special tokens,
-names of layers that another architecture has, and lengths above 2,048; two steps are trained. All else stands.
+names of layers that another architecture has, and lengths above 2,048; two steps are trained, and a warm-up in steps
+is one of them. All else stands.
 """
 import json
 import re
@@ -103,6 +104,7 @@ def of_trl(words, place, steps=2, peft=False):
     s |= dict(model_name_or_path=str(place.vision) if vision else 'sage-tiny', max_steps=steps,
               dataset_name=place.split(f'{script}{"_vision"*vision}', made))
     if 'eos_token' in s: s['eos_token'] = '<|im_end|>'
+    if s.get('warmup_steps', 0)>1: s['warmup_steps'] = 1
     if 'lora_target_modules' in s: s['lora_target_modules'] = layers(s['lora_target_modules'], vision)
     if peft: s['use_peft'] = True
     return type(asked)(s, asked.does, {}).save(place.folder)
@@ -175,6 +177,7 @@ def of_axolotl(settings, place, steps=2):
     if 'special_tokens' in s:
         s['special_tokens'] = {k: '<|im_end|>' if k=='eos_token' else '<|endoftext|>' for k in s['special_tokens']}
     if 'eot_tokens' in s: s['eot_tokens'] = ['<|im_end|>']
+    if s.get('warmup_steps', 0)>1: s['warmup_steps'] = 1
     if 'lora_target_modules' in s: s['lora_target_modules'] = layers(s['lora_target_modules'], vision)
     file = place.folder/'asked.yaml'
     file.write_text(yaml.safe_dump(s), encoding='utf-8')

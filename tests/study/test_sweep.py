@@ -27,7 +27,7 @@ def config(tmp_path_factory):
                           gradient_accumulation_steps=1, report_to='none', lora=dict(r=2, lora_dropout=.1))
 
 
-grid = {'learning_rate': [1e-3, 5e-3], 'lora.r': [2, 4]}
+grid = {'learning_rate': [1e-3, 5e-3]}
 
 
 def weights(folder): return (folder/'lora_weights'/'adapter_model.safetensors').read_bytes()
@@ -41,10 +41,10 @@ def whole(config): return sweep(config, grid, quiet=True)
 
 
 def test_each_run_has_the_bits_of_the_same_run_alone(config, whole):
-    alone = point_config(of(config, 'alone'), whole[3].settings) # the last one, after three others on the same base
+    alone = point_config(of(config, 'alone'), whole[1].settings) # after another one on the same base
     LoRATrainer(alone, quiet=True).train()
-    assert weights(alone.output_dir)==weights(whole[3].config.output_dir)
-    assert len({weights(p.config.output_dir) for p in whole.points})==4
+    assert weights(alone.output_dir)==weights(whole[1].config.output_dir)
+    assert len({weights(p.config.output_dir) for p in whole.points})==2
 
 
 def test_the_best_is_the_one_with_the_lowest_held_out_loss(whole):
@@ -58,7 +58,7 @@ def test_a_sweep_that_was_interrupted_goes_on_to_the_same_bits(config, whole):
     def lend(run):
         count.append(run)
         run = train(run)
-        if len(count)==2:
+        if len(count)==1:
             from transformers import TrainerCallback
             class At(TrainerCallback):
                 def on_step_end(self, args, state, control, **kwargs):
@@ -67,8 +67,8 @@ def test_a_sweep_that_was_interrupted_goes_on_to_the_same_bits(config, whole):
             run.callbacks = lambda: [*callbacks(), At()]
         return run
     broken.base.lend = lend
-    with pytest.raises(Stopped, match='3 runs are left, and the same command goes on'): broken.train()
-    assert [p.state for p in broken.points]==['trained', 'waiting', 'waiting', 'waiting']
+    with pytest.raises(Stopped, match='2 runs are left, and the same command goes on'): broken.train()
+    assert [p.state for p in broken.points]==['waiting', 'waiting']
     again = sweep(of(config, 'interrupted'), grid, quiet=True)
     assert [weights(p.config.output_dir) for p in again.points]==[weights(p.config.output_dir) for p in whole.points]
 
