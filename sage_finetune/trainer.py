@@ -28,7 +28,11 @@ from .rows.report import DataReport
 from .model.adapter import adapter_line, add_lora, BestAdapter, check_run, ready_for_quantised_training
 from .base.shards import base_digest
 from .model.memory import estimate_memory, probe_step
-from .training.batches import check_fit, check_rows, Collator, longest_batch, padding_of
+from .model.micro_batches import fit_rows, packed_by_hand
+from .model.compiled import compile_if_it_pays
+from sage_finetune.training.batches import (
+    check_fit, check_rows, Collator, example_lengths, longest_to_come, padding_of
+)
 from .training.split import check_data_path, read_data
 from .training.callbacks import Checkpoints, Metrics, NotFinite, plot_losses, Progress, read_metrics
 from sage_finetune.training.loop import (
@@ -42,7 +46,7 @@ from sage_finetune.training.resume import (
 from sage_finetune.training.processes import (
     agreed, joined_processes, one_after_another, processes_line, refuse_smaller_micro_batches, tell, wait_for_all
 )
-from .training.packing import pack_dataset, PackingReport, prove_packing
+from .training.packing import Packing
 from .training.incremental import add_replay_rows, begin_with_parent, parent_adapter, with_adapter
 from .inference.exam import asked_exams, exam_callbacks, exam_digest
 _all_ = ['CausalLMTrainer', 'data_digest', 'library_versions', 'Stopped', 'training_arguments', 'TrainingResult']
@@ -73,15 +77,16 @@ class RunState:
         self.quiet,self.machine,self.folder = quiet,machine or Machine.here(),RunFolder(self.config.output_dir)
         self.model = self.tokenizer = self.dataset = self.eval_dataset = self.replay_eval_dataset = None
         self.trainer = self.data_report = self.probe = self._before = self._base = None # `probe`: of the longest batch
-        self.while_running,self.evaluation_rows = [],None # Changes after memory ran out, of training and evaluation
+        self.choices,self.while_running,self.evaluation_rows = [],[],None # Changes that nobody gave by hand, or memory
         self.stop_signal,self.unfinished = StopSignal(),None # `unfinished`: noted beside the adapter of a stopped run
         self.watcher = None # Gets the messages instead: has `heard(what)`, and `callbacks()` for the loop
-        self._packed,self._digest,self._announced,self.load_model = (None, None),RowsDigest(),False,load_model
+        self._fitted_rows,self._digest,self._announced,self.load_model = (None, None),RowsDigest(),False,load_model
 
     @property
     def changes(self)->list: # Of `Change`
         "What was changed for this machine, and why"
-        return fit_of_run(self.folder, self.config, self.machine) + self.while_running
+        known,mine = fit_of_run(self.folder, self.config, self.machine),{c.setting for c in self.choices}
+        return [*(c for c in known if c.setting not in mine), *self.choices, *self.while_running]
     @property
     def fitted(self)->TrainingConfig:
         "The config as it can run"
@@ -124,11 +129,7 @@ class LoopParts(RunState):
 
     def try_longest(self):
         "Memory that the longest batch takes in one forward and backward pass"
-        t,c = self.trainer,self.config
-        micro_batches = t.args.gradient_accumulation_steps*t.args.world_size
-        batch = longest_batch(t.train_dataset, t.args.per_device_train_batch_size, t.data_collator,
-                              c.tokens_per_step and c.tokens_per_step//micro_batches)
-        return probe_step(self.model, batch, self.fitted, self.machine)
+        return probe_step(self.model, longest_to_come(self.trainer)[0], self.fitted, self.machine)
 
     def result(self, result:TrainingResult)->TrainingResult:
         "The results to save; a subclass adds its own"
@@ -161,7 +162,7 @@ class LoRATrainer(LoopParts):
         "Build transformers' `Trainer`"
         _check_fit(self)
         if processes()>1: self.say(processes_line(self.fitted))
-        self.trainer = _build_loop(self, _packed_rows(self) if self.config.packing else self.dataset)
+        self.trainer = _build_loop(self, self.dataset if self.is_preference else _rows_of_passes(self))
 
     def train(self,
         fresh:bool=False, # Start from scratch, and remove what an earlier run left in the folder
@@ -207,18 +208,15 @@ def _with_lora(model, c, tokenizer):
     return add_lora(ready_for_quantised_training(model), c.lora, add_token_rows(model, tokenizer, c.add_tokens))
 
 # %% ../nbs/02_trainer.ipynb #2f01f0b2
-def _packed_rows(run):
-    "The training rows, packed; first it is proved that this model keeps documents apart"
-    if run._packed[0] is run.dataset: return run._packed[1]
-    c,report = run.fitted,PackingReport()
-    prove_packing(run.model, c.rows_per_micro_batch, dtype_of(c), run.say)
-    rows = one_after_another(lambda: pack_dataset(run.dataset, c.max_length, report))
-    if run.data_report: run.data_report.packing = report.to_dict()
-    n = c.effective_batch_size*(1 if c.tokens_per_step else processes())
-    run.say(f'{report}\nA row is a packed one from here on: '
-            f'{n:,} of them, about {n*report.documents/report.rows:,.0f} documents, behind each optimizer step')
-    run._packed = run.dataset,rows
-    return rows
+def _rows_of_passes(run):
+    "The training rows as they go through the model: packed or not, and so many at once; chosen once for the same rows"
+    if run._fitted_rows[0] is not run.dataset:
+        c,rows = run.fitted,Packing(run.dataset, run.model, run.say)
+        found = (packed_by_hand(c, rows) if run.config.packing is True else
+                 fit_rows(run.config, c, run.machine, run.model, run.tokenizer, example_lengths(run.dataset), rows))
+        if run.data_report and found.packing: run.data_report.packing = found.packing.to_dict()
+        run._fitted_rows,run.choices = (run.dataset, found.rows),found.changes
+    return run._fitted_rows[1]
 
 # %% ../nbs/02_trainer.ipynb #2b3aca66
 def _losses_before(run, resumed):
@@ -231,7 +229,8 @@ def _before_first_step(run):
         run.say(run.probe)
     def measure(step): run._before = _losses_before(run, step) # only now can a divided model compute
     if division(): return [BeforeFirstStep(measure)]
-    return [BeforeFirstStep(longest_batch_fits)] if not run.quiet or run.machine.device=='cuda' else []
+    tried = [BeforeFirstStep(longest_batch_fits)] if not run.quiet or run.machine.device=='cuda' else []
+    return tried+compile_if_it_pays(run, lambda: write_json(run.folder.config, _record(run)), longest_to_come)
 
 def _build_loop(run, rows):
     "The loop over `rows`, from the settings and parts of a run"
@@ -247,6 +246,7 @@ def _build_loop(run, rows):
         eval_dataset=run.eval_dataset, processing_class=run.tokenizer, callbacks=run.callbacks(),
         by_length=run.config.per_device_train_batch_size>1)
     trainer.loraplus_lr_ratio,trainer.say = run.config.loraplus_lr_ratio,run.say
+    trainer.sorted_steps = bool(run.choices) and not trainer.by_length and args.per_device_train_batch_size>1
     drop_printers(trainer)
     return trainer
 

@@ -52,7 +52,7 @@ def tokenizer_for(
 ): # As from `load_tokenizer`, with the tokens that the config adds
     "The tokenizer of a run's model, or why the run cannot be as its config asks"
     tokenizer = load_tokenizer(config.model_name)
-    if config.packing and processor_of(tokenizer):
+    if config.packing is True and processor_of(tokenizer):
         raise ValueError(f'`packing=True` is not supported for {config.model_name}: its position ids depend on images; '
                          f'set `packing=False`')
     return with_new_tokens(tokenizer, config.add_tokens)

@@ -444,7 +444,7 @@ def check_settings(
     if config.loraplus_lr_ratio and any(w in optim for w in _no_groups):
         raise ValueError(f'`loraplus_lr_ratio={config.loraplus_lr_ratio:g}`: '
                          f'`optim="{optim}"` does not step by groups of parameters; {_plain_optimizer}')
-    if config.neftune_noise_alpha and config.packing:
+    if config.neftune_noise_alpha and config.packing is True:
         raise ValueError('`neftune_noise_alpha` and `packing` cannot both be set: '
                          'the noise is scaled by the length of a row, and a packed row is many; set one of them off')
     if config.embedding_learning_rate and not (config.add_tokens or lora.modules_to_save):

@@ -12,9 +12,11 @@ __all__ = ['contract_file', 'witness_file', 'witness_bounds', 'stop_ids', 'contr
 # %% ../../nbs/model/03_contract.ipynb #1023d0bb
 import hashlib,json,math,random
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 
+from ..core.cache import rows_checksum
 from ..core.disk import manifest_fault, manifest_file, places_note, read_json, SageError, write_json
 from ..core.text_stream import one_line
 from ..rows.images import copy_processor, processor_digest
@@ -210,6 +212,14 @@ def answered(
         return [log_probs_of(model(input_ids=torch.tensor([r], device=model.device), use_cache=False).logits[0], r)
                 for r in rows]
 
+# %% ../../nbs/model/03_contract.ipynb #c0a17e61
+_last = WeakKeyDictionary() # model → what it was when it last answered, and its answers
+
+def _state_of(model, tokenizer):
+    "A checksum of all that is trained"
+    trained = [p.detach() for p in model.parameters() if p.requires_grad]
+    return int(rows_checksum(trained) or 0),id(tokenizer),id(getattr(model, 'adapter_start', None))
+
 # %% ../../nbs/model/03_contract.ipynb #c0b5e00c
 def _bits_of(model):
     "To how many bits bitsandbytes has quantised the weights of a model; None where it has not"
@@ -244,7 +254,10 @@ def save_witness(
     tokenizer, # Of the model
 )->None: # Nothing: the file is written; where the model cannot be asked, it says why
     "Write what the model in memory answers beside what was saved of it"
-    try: found = witness_of(model, tokenizer)
+    try:
+        now = _state_of(model, tokenizer)
+        if _last.get(model, ())[:1]!=(now,): _last[model] = now,witness_of(model, tokenizer)
+        found = _last[model][1]
     except Exception as e: # what was trained is saved, whatever happens here
         found = dict(version=1, missing=f'{type(e).__name__}: {one_line(e, 200)}')
     write_json(Path(folder)/witness_file, found)

@@ -6,11 +6,12 @@ Docs: https://sage-finetune.github.io/sage_finetune/model/lora_path.html.md"""
 
 # %% auto #0
 __all__ = ['LoraProduct', 'why_own_path', 'group_outputs', 'shared_inputs', 'lora_path', 'on_lora_path', 'LoraPath',
-           'prove_lora_path']
+           'prove_lora_path', 'known_lora_path']
 
 # %% ../../nbs/model/01_lora_path.ipynb #f1c5a91c
+import json
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -39,10 +40,18 @@ def _masked(x_NI, how, masks, i):
 # %% ../../nbs/model/01_lora_path.ipynb #4a8a2539
 def _stacked(A, dtype): return (A[0] if len(A)==1 else torch.cat([*A])).to(dtype)
 
-def _low(x_NI, A, how, masks):
+def _low(x_NI, A, how):
     "A·x of each layer, (N, R)"
-    if masks: return [_masked(x_NI, how, masks, i)@a.to(how.dtype).t() for i,a in enumerate(A)]
     return (x_NI@_stacked(A, how.dtype).t()).split([len(a) for a in A], 1)
+
+def _low_dropped(x, A, how):
+    "The same with dropout, and the mask of each layer"
+    low,masks = [],[]
+    for a in A:
+        dropped,mask = torch.native_dropout(x, how.dropout, True)
+        low.append(dropped.flatten(0, -2).to(how.dtype)@a.to(how.dtype).t())
+        masks.append(mask.flatten(0, -2))
+    return low,masks
 
 def _add_product(y_NO, low_NR, b_OR, scale):
     "y += scale·B·(A·x), in place"
@@ -52,13 +61,18 @@ def _add_product(y_NO, low_NR, b_OR, scale):
 # %% ../../nbs/model/01_lora_path.ipynb #e345ce15
 def _adapter_gradients(x_NI, g_NO, A, B, how, masks):
     "Gradients of each A, of each B, and of each A·x"
-    low,ranks = _low(x_NI, A, how, masks),[len(a) for a in A]
+    ranks = [len(a) for a in A]
     whole = x_NI.new_empty(len(x_NI), sum(ranks))
     parts = whole.split(ranks, 1)
     for g,b,d,s in zip(g_NO, B, parts, how.scales): torch.mm(g, b.to(how.dtype), out=d).mul_(s)
+    if masks:
+        low,dA = [],[]
+        for i,(a,d) in enumerate(zip(A, parts)): # the input under a mask is made once, and let go
+            dropped = _masked(x_NI, how, masks, i)
+            low.append(dropped@a.to(how.dtype).t())
+            dA.append(d.t()@dropped)
+    else: low,dA = _low(x_NI, A, how),(whole.t()@x_NI).split(ranks)
     dB = [(g.t()@h).mul_(s).to(b.dtype) for g,h,b,s in zip(g_NO, low, B, how.scales)]
-    dA = ([d.t()@_masked(x_NI, how, masks, i) for i,d in enumerate(parts)] if masks
-          else (whole.t()@x_NI).split(ranks))
     return [d.to(a.dtype) for d,a in zip(dA, A)],dB,(parts if masks else whole)
 
 # %% ../../nbs/model/01_lora_path.ipynb #7a3b88f4
@@ -77,11 +91,10 @@ class LoraProduct(torch.autograd.Function):
         n = len(how.scales)
         frozen,A,B = tensors[:n],tensors[n:2*n],tensors[2*n:]
         x_NI = x.flatten(0, -2).to(how.dtype)
-        masks = [torch.native_dropout(x, how.dropout, True)[1].flatten(0, -2) for _ in A] if how.dropout else []
         with torch.autocast(x.device.type, enabled=False):
+            low,masks = _low_dropped(x, A, how) if how.dropout else (_low(x_NI, A, how), [])
             made = [F.linear(x_NI, W, b) for W,b in zip(frozen, how.biases)] if how.dense else frozen
-            for y,low,b,s in zip(made, _low(x_NI, A, how, masks), B, how.scales):
-                _add_product(y.view(len(x_NI), -1), low, b, s)
+            for y,h,b,s in zip(made, low, B, how.scales): _add_product(y.view(len(x_NI), -1), h, b, s)
         if not how.dense: ctx.mark_dirty(*made)
         ctx.save_for_backward(x_NI, *(frozen if how.dense else ()), *A, *B, *masks)
         ctx.how,ctx.shape,ctx.dtype = how,x.shape,x.dtype
@@ -263,10 +276,13 @@ def _group_difference(model, layers, x, autocast):
 
 def _logits(model, ids): return model(input_ids=ids, use_cache=False).logits[0, :-1]
 
-def _whole(model, ids, autocast, within=nullcontext()):
-    "Loss of a model and the gradients of all that it trains"
+def _whole(model, ids, autocast, within=nullcontext(), seen=None):
+    "Loss of a model and the gradients of all that it trains; its logits go into `seen`"
     wanted = [p for p in model.parameters() if p.requires_grad]
-    loss = lambda: [F.cross_entropy(_logits(model, ids).float(), ids[0, 1:])]
+    def loss():
+        logits = _logits(model, ids)
+        if seen is not None: seen.append(logits.detach())
+        return [F.cross_entropy(logits.float(), ids[0, 1:])]
     with _fork(model), within: return _results(loss, autocast, wanted)
 
 # %% ../../nbs/model/01_lora_path.ipynb #c9079273
@@ -292,11 +308,11 @@ def _rounded_otherwise(layers, eps):
 # %% ../../nbs/model/01_lora_path.ipynb #0c6705f1
 def _model_proof(model, groups, ids, autocast, allowed):
     "The largest difference of the whole model, and what speaks against the path or None"
-    layers = [l for group in groups for l in group]
-    with _fork(model), autocast(): own = _logits(model, ids)
+    layers,own = [l for group in groups for l in group],[]
+    theirs = _whole(model, ids, autocast, seen=own)
     with _fork(model), autocast(), lora_path(groups, _by_peft): wired = _logits(model, ids)
-    if not torch.equal(own, wired): return torch.inf,'layers would get results of others'
-    theirs,ours = (_whole(model, ids, autocast, c) for c in (nullcontext(), lora_path(groups)))
+    if not torch.equal(own[0], wired): return torch.inf,'layers would get results of others'
+    ours = _whole(model, ids, autocast, lora_path(groups))
     difference,of_loss = _difference(ours, theirs),_difference(ours[:1], theirs[:1])
     if not difference<=allowed:
         moved = _difference(_whole(model, ids, autocast, _rounded_otherwise(layers, allowed/8)), theirs)
@@ -314,12 +330,16 @@ class LoraPath:
     model_difference:float = 0. # The same of the model's loss and gradients
     kept:dict = field(default_factory=dict) # Reason → layers that keep peft's path
     allowed:float = 0. # What a group may differ by
+    earlier:bool = False # Whether the proof was made before, on another model of the same shape
+
+    @property
+    def on(self): return 'in this process on a model of the same shape' if self.earlier else 'on this model'
 
     def __str__(self):
         if not self.groups: return f"adapters: peft's path ({', '.join(self.kept)})"
         own = ', '.join(f'{n} {why}' for why,n in self.kept.items())
         return (f'adapters: {sum(map(len, self.groups))} layers in {len(self.groups)} products '
-                f'({", ".join(self.names)}), proved on this model to give the numbers of peft within {self.allowed:.0e}'
+                f'({", ".join(self.names)}), proved {self.on} to give the numbers of peft within {self.allowed:.0e}'
                 + (f'; by peft itself: {own}' if own else ''))
 
 # %% ../../nbs/model/01_lora_path.ipynb #a970c6a8
@@ -334,6 +354,22 @@ def _allowed(model, device):
     if device=='cuda' and torch.get_float32_matmul_precision()!='highest': formats.append(torch.bfloat16) # TF32
     return 8*max(torch.finfo(f).eps for f in formats)
 
+# %% ../../nbs/model/01_lora_path.ipynb #c0a17e11
+def _settings_of(layer):
+    "What of an adapted layer decides how it is computed"
+    base,A = layer.get_base_layer(),next(iter(layer.lora_A.values()), None)
+    drops = [getattr(d, 'p', 0) for d in layer.lora_dropout.values()]
+    of = lambda t: None if t is None else (tuple(t.shape), t.dtype, t.device)
+    return (type(layer), type(base), *(of(getattr(base, n, None)) for n in ('weight', 'bias')), A and of(A.weight),
+            (*layer.scaling.values(),), (*drops,), getattr(layer, 'fan_in_fan_out', False))
+
+def _alike(model, found):
+    "Groups by their kind: names, shapes, formats and settings → places in `found`"
+    names,kinds = {m: n.rpartition('.')[2] for n,m in model.named_modules() if isinstance(m, LoraLayer)},{}
+    for i,(group,_) in enumerate(found):
+        kinds.setdefault(tuple((names[l], *_settings_of(l)) for l in group), []).append(i)
+    return kinds
+
 # %% ../../nbs/model/01_lora_path.ipynb #87efb75a
 def prove_lora_path(
     model, # With an adapter, as it will be trained; its modes and gradients are looked after by `evaluating`
@@ -344,13 +380,41 @@ def prove_lora_path(
     for why in filter(None, map(why_own_path, layers)): kept[why] = kept.get(why, 0)+1
     if not any(why_own_path(l) is None for l in layers): return LoraPath(kept=kept)
     ids = _some_tokens(model)
-    with autocast():
+    with autocast(), torch.no_grad():
         found = shared_inputs(model, lambda: model(input_ids=ids, use_cache=False))
         allowed = _allowed(model, ids.device.type)
+    kinds = _alike(model, found)
     with _moved(model):
-        errors = [_group_difference(model, group, x, autocast) for group,x in found]
-        good = [group for (group,_),e in zip(found, errors) if e<=allowed]
+        of_kind = {k: max((_group_difference(model, *found[i], autocast) for i in {at[0], at[-1]}),
+                          key=lambda d: (d!=d, d)) for k,at in kinds.items()} # NaN is the largest
+        errors = [of_kind[k] for k,at in kinds.items() for _ in at]
+        good = [found[i][0] for i in sorted(i for k,at in kinds.items() if of_kind[k]<=allowed for i in at)]
         if n := len(layers)-sum(kept.values())-sum(map(len, good)): kept['no proof'] = n
         whole,against = _model_proof(model, good, ids, autocast, allowed)
     if against: good,kept = [],{against: len(layers)}
     return LoraPath(good, _kinds(model, good), max((e for e in errors if e<=allowed), default=0.), whole, kept, allowed)
+
+# %% ../../nbs/model/01_lora_path.ipynb #c0a17e13
+_proofs = {} # Shape of a model → what was proved of it in this process
+
+def _shape_of(model, autocast):
+    "What decides what the path computes, but for the numbers in the weights"
+    config = {k: v for k,v in model.config.to_dict().items() if k not in ('_name_or_path', 'dtype', 'torch_dtype')}
+    layers = [(n, *_settings_of(m), why_own_path(m)) for n,m in model.named_modules() if isinstance(m, LoraLayer)]
+    with autocast(): half = autocast_dtype(model.device.type)
+    modules = tuple((type(m), 'forward' in vars(m)) for m in model.modules())
+    return (modules, json.dumps(config, sort_keys=True, default=str), tuple(layers), half,
+            torch.get_float32_matmul_precision(), group_outputs, _add_product)
+
+def known_lora_path(
+    model, # As for `prove_lora_path`
+    autocast=nullcontext, # The same
+)->LoraPath: # Proved on this model, or on one of the same shape before; it says which
+    "The path of a model, proved once in a process for each shape"
+    shape = _shape_of(model, autocast)
+    if shape not in _proofs:
+        path = prove_lora_path(model, autocast)
+        names = {m: n for n,m in model.named_modules()}
+        _proofs[shape] = replace(path, groups=[[names[l] for l in g] for g in path.groups], earlier=True)
+        return path
+    return replace(known := _proofs[shape], groups=[[*map(model.get_submodule, g)] for g in known.groups])

@@ -6,11 +6,11 @@ Docs: https://sage-finetune.github.io/sage_finetune/model/loss.html.md"""
 
 # %% auto #0
 __all__ = ['head_bytes', 'head_rows', 'vocabulary_of', 'LogitTransform', 'FrozenHead', 'head_loss', 'head_replaced', 'evaluating',
-           'head_and_transform', 'loss_sum', 'mean_loss']
+           'head_and_transform', 'learned_places', 'loss_sum', 'mean_loss']
 
 # %% ../../nbs/model/02_loss.ipynb #0c8b3399
 import math,warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from weakref import WeakKeyDictionary
@@ -217,6 +217,11 @@ def _same_random_numbers(model):
         np.random.set_state(numpy)
 
 # %% ../../nbs/model/02_loss.ipynb #454a92e5
+def _as_they_are(model, training):
+    "Layers that are compiled for training are not compiled once more for everything else"
+    compiled = not training and any(getattr(m, '_compiled_call_impl', None) for m in model.modules())
+    return torch.compiler.set_stance('force_eager') if compiled else nullcontext()
+
 @contextmanager
 def evaluating(
     model, # Any module
@@ -232,7 +237,7 @@ def evaluating(
             m.training = True
     for p,_ in grads: p.grad = torch.zeros_like(p)
     try:
-        with _same_random_numbers(model), torch.set_grad_enabled(training): yield model
+        with _same_random_numbers(model), torch.set_grad_enabled(training), _as_they_are(model, training): yield model
     finally:
         for m,mode in modes: m.training = mode
         for p,grad in grads: p.grad = grad
@@ -277,30 +282,38 @@ def _from_logits(model, input_ids, labels, where):
                            reduction='sum')
 
 # %% ../../nbs/model/02_loss.ipynb #4e856c95
+def learned_places(
+    labels, # Token ids, -100 where nothing is learned, (batch, time)
+)->tuple: # Places of the flattened batch whose next token is learned, and these tokens; both (learned,)
+    "Where something is learned; waits for the device of the labels"
+    target = F.pad(labels[:, 1:], (0, 1), value=ignored).flatten() # what comes after each token, (batch·time,)
+    at_N = (target!=ignored).nonzero().squeeze(1)
+    return at_N,target[at_N]
+
 def loss_sum(
     model, # A causal language model, with or without an adapter
     input_ids, # Token ids, (batch, time)
     labels, # The same, -100 where nothing is learned, (batch, time)
     position_ids=None, # Where rows are packed: the position of each token in its document, (batch, time)
+    counted=None, # What the batch says of itself, from `Collator`; it is found on the device if None
     **more, # What else the model is given, such as images
 )->tuple: # Sum of -log p over the learned tokens, and how many they are
     "Summed cross-entropy of the learned tokens"
-    target = F.pad(labels[:, 1:], (0, 1), value=ignored).flatten() # what comes after each token, (batch·time,)
-    at_N = (target!=ignored).nonzero().squeeze(1)
+    at_N,target_N = learned_places(labels) if counted is None else (counted.at, counted.targets)
+    n,ends = torch.tensor(len(at_N)),counted and counted.ends
     # with a mask or a cache packed documents would see each other
     where = more if position_ids is None else dict(more, position_ids=position_ids)
     head,transform = head_and_transform(model, input_ids)
     if transform is None:
-        with documents(position_ids): return _from_logits(model, input_ids, labels, where),(target!=ignored).sum()
+        with documents(position_ids, ends): return _from_logits(model, input_ids, labels, where),n
     found = []
     def answer(hidden_BTH, forward):
-        at = at_N.to(hidden_BTH.device)
-        found.append(head_loss(hidden_BTH.flatten(0, 1).index_select(0, at), target[at_N].to(at.device), head,
-                               transform, forward))
+        at,target = at_N.to(hidden_BTH.device),target_N.to(hidden_BTH.device)
+        found.append(head_loss(hidden_BTH.flatten(0, 1).index_select(0, at), target, head, transform, forward))
         return (found[0]*0).expand(*hidden_BTH.shape[:-1], 1).clone() # FSDP wants no view
-    with documents(position_ids), head_replaced(head, answer):
+    with documents(position_ids, ends), head_replaced(head, answer):
         zeros = model(input_ids=input_ids, **where, use_cache=False).logits
-    return found[0] + zeros.sum().to(found[0])*0, (target!=ignored).sum()
+    return found[0] + zeros.sum().to(found[0])*0, n
 
 # %% ../../nbs/model/02_loss.ipynb #919fdc4e
 def mean_loss(

@@ -313,7 +313,7 @@ def probe_step(
     fitted = fit_config(config.adapted(per_device_train_batch_size=rows, tokens_per_step=None,
                                        max_length=max(8, tokens), packing='position_ids' in batch), machine)[0]
     device = next(model.parameters()).device
-    batch = {k: v.to(device) for k,v in batch.items()}
+    batch = {k: v.to(device) for k,v in batch.items() if k!='counted'}
     gradients = 4*sum(p.numel() for p in model.parameters() if p.requires_grad)
     measured,predicted = _measured(model, batch, fitted),_predicted(model, batch, fitted, machine)
     return Probe(rows, tokens, None if predicted is None else gradients+predicted, gradients+measured,

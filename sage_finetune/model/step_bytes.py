@@ -315,12 +315,12 @@ def _full_rows(config):
     "A micro-batch of rows that are all `max_length` long"
     tokens = -(-config.max_length//8)*8 # as `Collator` pads
     ids = partial(torch.empty, config.sequences_per_micro_batch, tokens, dtype=torch.long, device='meta')
-    return dict(input_ids=ids(), **(dict(position_ids=ids()) if config.packing else {}))
+    return dict(input_ids=ids(), **(dict(position_ids=ids()) if config.packing is True else {}))
 
 # %% ../../nbs/model/04_step_bytes.ipynb #cf29061c
 def _adapters_as_computed(model, config):
     "The context of a run, in which adapters that share an input are computed together"
-    if not config.fused_lora or config.torch_compile or division(): return nullcontext()
+    if not config.fused_lora or config.torch_compile is True or division(): return nullcontext()
     ids = torch.empty(1, 8, dtype=torch.long, device='meta')
     with torch.no_grad(): found = shared_inputs(model, lambda: _decoder(model)(input_ids=ids, use_cache=False))
     return lora_path.lora_path([layers for layers,_ in found])
@@ -346,6 +346,7 @@ def step_bytes(
 )->StepBytes: # For a micro-batch of rows that are all `max_length` long
     "What a training step takes besides weights, adapter, gradients and optimizer"
     half = torch.float16 if config.fp16 else torch.bfloat16 if config.bf16 else None
-    with _on_meta(half, head_bytes.get(machine.device, head_bytes['cpu'])), _AsOn(machine, half, config.packing):
+    packed,room = config.packing is True,head_bytes.get(machine.device, head_bytes['cpu'])
+    with _on_meta(half, room), _AsOn(machine, half, packed):
         loss,path = partial(_loss_on_meta, half=half, learned=learned),partial(_adapters_as_computed, model, config)
         return _count_step(_prepared(model, config), _full_rows(config), loss, path, exact)

@@ -1,4 +1,4 @@
-"""What an answer is worth: ready rewards for exact answers, numbers, formats, JSON, calls of functions, lengths and code, and one's own
+"""What an answer is worth: rewards for exact answers, numbers, forms, JSON, calls, lengths and code, and your own
 
 Docs: https://sage-finetune.github.io/sage_finetune/rewards/functions.html.md"""
 
@@ -6,7 +6,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/rewards/functions.html.md"""
 
 # %% auto #0
 __all__ = ['ready_rewards', 'exact', 'regex', 'length', 'read_number', 'number', 'json_schema', 'tool_call', 'python_tests',
-           'Reward', 'rewards_of', 'Judged', 'judge']
+           'Reward', 'rewards_of', 'RewardParts', 'judge']
 
 # %% ../../nbs/rewards/01_functions.ipynb #29c8d773
 import inspect,json,math,re
@@ -327,7 +327,7 @@ def rewards_of(
 
 # %% ../../nbs/rewards/01_functions.ipynb #3affb1b0
 @dataclass
-class Judged:
+class RewardParts:
     "What the rewards say about one answer"
     parts: dict # Name → number; None where it does not apply, or has failed
     total: float|None # Weighted sum; None where a reward failed, or none applies
@@ -349,9 +349,9 @@ def judge(
     question:str, # That was asked
     answer:str, # Of the model, without the end of turn
     row:dict, # Of the question
-)->Judged: # Its parts and their weighted sum
+)->RewardParts: # Its parts and their weighted sum
     "What an answer is worth"
     found = {r.name: _one(r, question, answer, row) for r in rewards}
     parts,failed = {n: v for n,(v,_) in found.items()},{n: why for n,(_,why) in found.items() if why}
     told = [r.weight*parts[r.name] for r in rewards if parts[r.name] is not None]
-    return Judged(parts, sum(told) if told and not failed else None, failed)
+    return RewardParts(parts, sum(told) if told and not failed else None, failed)

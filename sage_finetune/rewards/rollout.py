@@ -138,7 +138,7 @@ class Group:
     question: str # Its text
     prompt: list # Token ids
     samples: list # Of `Sample`
-    judged: list # Of `Judged`
+    judged: list # Of `RewardParts`
     advantages: list = field(default_factory=list) # Of each answer
 
     @property
@@ -184,7 +184,7 @@ def roll_out(
     config:RewardConfig, # How many answers, and how they are drawn
     step:int, # For the seeds
     at_once:int|None=None, # Answers generated together; None: as the config says
-)->Rollout: # Judged, with advantages
+)->Rollout: # Judged by the rewards, with advantages
     "Answer each question several times, and compare the answers"
     G = config.num_generations
     asked = [(q['input_ids'], draw_seed(config.seed, step, n, q['at'], k))

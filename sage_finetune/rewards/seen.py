@@ -1,4 +1,4 @@
-"""What a run that learns from rewards did: its curves, the answers of a group side by side, which token was pushed where, and rewards that were hacked
+"""What a run of rewards did: its curves, a group of answers side by side, tokens that were pushed, rewards hacked
 
 Docs: https://sage-finetune.github.io/sage_finetune/rewards/seen.html.md"""
 

@@ -103,11 +103,13 @@ def quick_settings(
     data=None, # Sources, a number of rows, or a `DataSize`
     given:dict|None=None, # Settings by hand, which stand
 )->dict: # Settings that differ from the defaults
-    "Settings for a first run: the advice, and checkpoints as often as a short run wants them"
+    "Settings for a first run: the advice, checkpoints as often as a short run wants them, and what pays by itself"
     more = dict(max_length=256) if model==embedded_model else {}
-    return more | dict(logging_steps=10, save_steps=50) | advice_for(model, data, given).settings
+    return more | _by_itself | advice_for(model, data, given).settings
 
 # %% ../../nbs/runs/04_tasks.ipynb #0a5c0001
+_by_itself = dict(logging_steps=10, save_steps=50, packing='auto', torch_compile='auto')
+
 def with_quick(
     model:str, # Hub name, folder, GGUF file, "sage-tiny" or "smollm2-135m"
     given:dict, # Settings by hand; those of the adapter under "lora"

@@ -7,14 +7,15 @@ Docs: https://sage-finetune.github.io/sage_finetune/training/callbacks.html.md""
 # %% auto #0
 __all__ = ['read_metrics', 'kept_before', 'NotFinite', 'Metrics', 'SkippedSteps', 'remove_checkpoint', 'Checkpoints',
            'only_numbers', 'EvaluateFirst', 'random_state', 'set_random_state', 'copy_to_memory', 'LastSteps',
-           'training_flops', 'matmul_peak', 'peak_memory', 'series', 'loss_curves', 'draw_curves', 'plot_losses',
-           'progress_line', 'Progress']
+           'training_flops', 'matmul_peak', 'peak_memory', 'too_large_to_keep', 'series', 'loss_curves', 'draw_curves',
+           'plot_losses', 'progress_line', 'Progress']
 
 # %% ../../nbs/training/03_callbacks.ipynb #7e9aa816
 import copy,functools,json,math,random,shutil,sys,time,warnings
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
+from weakref import WeakKeyDictionary
 
 import torch
 import sage_finetune.base.loading # before transformers: it quiets bitsandbytes
@@ -22,6 +23,7 @@ from transformers import TrainerCallback
 
 from ..core.disk import read_json, SageError, write_text
 from ..core.display import in_notebook, save_figure, shown_figure
+from ..core.machine import Machine
 from ..core.run_folder import complete_marker, mark_complete
 
 # %% ../../nbs/training/03_callbacks.ipynb #f42d13b7
@@ -224,15 +226,17 @@ def copy_to_memory(
 # %% ../../nbs/training/03_callbacks.ipynb #a3e23955
 def _trained(trainer): return {n: p for n,p in trainer.model.named_parameters() if p.requires_grad}
 
-def _snapshot(trainer, rng, old):
+def _snapshot(trainer, trained, rng, old, beside):
     "The state of a trainer between two steps, copied into the buffers of an older one"
     t,s = trainer,trainer.state
     scaler = getattr(t.accelerator, 'scaler', None)
-    tensors = dict(weights=_trained(t), optimizer=t.optimizer.state_dict(), scheduler=t.lr_scheduler.state_dict(),
-                   scaler=scaler.state_dict() if scaler else {}, window=t.window)
-    kept = dict(copy_to_memory(tensors, old.get('tensors')), rng=rng, step=s.global_step, state=copy.copy(s),
-                lines=len(s.log_history), flos=s.total_flos+t.current_flos)
-    return kept | dict(tensors={k: kept[k] for k in tensors})
+    small = dict(scheduler=t.lr_scheduler.state_dict(), scaler=scaler.state_dict() if scaler else {}, window=t.window)
+    large = dict(weights=trained, optimizer=t.optimizer.state_dict())
+    kept = copy_to_memory(small, old.get('small')) # the window grows while the next batch is computed
+    with beside: kept |= copy_to_memory(large, old.get('large'))
+    return kept | dict(small={k: kept[k] for k in small}, large={k: kept[k] for k in large}, rng=rng,
+                       step=s.global_step, state=copy.copy(s), lines=len(s.log_history),
+                       flos=s.total_flos+t.current_flos)
 
 def _put_back(trainer, kept):
     "Give a trainer the state of a snapshot"
@@ -252,14 +256,32 @@ def _put_back(trainer, kept):
 # %% ../../nbs/training/03_callbacks.ipynb #d0000008
 class LastSteps:
     "The last two whole optimizer steps of a trainer, in main memory"
-    def __init__(self): self.last,self.before = None,None
+    def __init__(self): self.last = self.before = self.trained = self.stream = self.done = None
+
+    @classmethod
+    def of(cls, model, processes): return None if processes>1 or too_large_to_keep(model) else cls()
 
     def keep(self,
         trainer, # A transformers `Trainer` between two steps
         rng:dict, # `random_state` at the end of the step, before the rows of the next one were drawn
     ):
         "Keep the step that was just finished; the older of the two gives up its buffers"
-        self.last,self.before = _snapshot(trainer, rng, self.before or {}),self.last
+        if self.trained is None: self.trained = _trained(trainer) # many modules are looked through for it
+        device = next((p.device for p in self.trained.values()), torch.device('cpu'))
+        self.last,self.before = _snapshot(trainer, self.trained, rng, self.before or {}, self._beside(device)),self.last
+
+    @contextmanager
+    def _beside(self, device):
+        "On a card the copies have a stream of their own, which runs beside the passes of the next step"
+        if device.type!='cuda': return (yield)
+        self.stream = self.stream or torch.cuda.Stream(device)
+        self.stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self.stream): yield
+        self.done = self.stream.record_event()
+
+    def copied(self):
+        "Let the card change no weight before its copy is made; called before each optimizer step"
+        if self.done is not None: torch.cuda.current_stream().wait_event(self.done)
 
     def restore(self,
         trainer, # The trainer whose steps these are
@@ -271,6 +293,10 @@ class LastSteps:
         return kept['step']
 
 # %% ../../nbs/training/03_callbacks.ipynb #6d4e9eac
+_sizes = WeakKeyDictionary() # model → weights of its body and of its head
+
+def _size(layer): return layer.in_features*layer.out_features if isinstance(layer, torch.nn.Linear) else 0
+
 def training_flops(
     model, # A causal language model
     tokens:int, # All tokens, without padding
@@ -278,10 +304,10 @@ def training_flops(
     checkpointing:bool=False, # Whether activations are computed twice
 )->int: # Floating-point operations
     "What LoRA training on so many tokens needs at least"
-    head = model.get_output_embeddings()
-    size = lambda m: m.in_features*m.out_features
-    body = sum(size(m) for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
-    return (6 if checkpointing else 4)*body*tokens + 4*(size(head) if isinstance(head, torch.nn.Linear) else 0)*learned
+    if model not in _sizes:
+        head = model.get_output_embeddings()
+        _sizes[model] = sum(_size(m) for m in model.modules() if m is not head),_size(head)
+    return (6 if checkpointing else 4)*_sizes[model][0]*tokens + 4*_sizes[model][1]*learned
 
 # %% ../../nbs/training/03_callbacks.ipynb #d000000b
 @functools.cache
@@ -310,6 +336,17 @@ def peak_memory(
     try: import resource
     except ImportError: return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform=='darwin' else 1024)
+
+def too_large_to_keep(
+    model, # Whose trained weights and optimizer state would be copied
+    ram:int|None=None, # Bytes of main memory; what this machine has if None
+)->bool: # True where two copies would take more than a quarter of it
+    "Whether the last steps of a model have no room in main memory"
+    ram = _main_memory() if ram is None else ram
+    return bool(ram) and 4*2*3*4*sum(p.numel() for p in model.parameters() if p.requires_grad) > ram
+
+@functools.cache
+def _main_memory(): return Machine.here().ram
 
 # %% ../../nbs/training/03_callbacks.ipynb #d000000e
 def series(
@@ -343,10 +380,9 @@ def plot_losses(
     path=None, # PNG file to write, or None
 ): # A matplotlib figure
     "Training and held-out loss over the steps; the margin below it with preferences, reward and KL with rewards"
-    logged = {k for m in metrics for k in m}
-    parts = ({'loss': 'loss', 'rewards/margins': 'reward margin'} if 'rewards/margins' in logged
-             else {'reward': 'reward', 'kl': 'KL to the base (nats a token)'} if 'reward' in logged
-             else {'loss': 'loss (nats per learned token)'})
+    kinds = {'rewards/margins': {'loss': 'loss', 'rewards/margins': 'reward margin'},
+             'reward': {'reward': 'reward', 'kl': 'KL to the base (nats a token)'}}
+    parts = next((kinds[k] for k in kinds if any(k in m for m in metrics)), dict(loss='loss (nats per learned token)'))
     figure = shown_figure(figsize=(6.4, 3.6*len(parts)), layout='constrained')
     for ax,(key,name) in zip(figure.subplots(len(parts), squeeze=False)[:, 0], parts.items()):
         draw_curves(ax, loss_curves(metrics, key))

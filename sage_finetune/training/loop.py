@@ -7,17 +7,18 @@ Docs: https://sage-finetune.github.io/sage_finetune/training/loop.html.md"""
 # %% auto #0
 __all__ = ['stacked_below', 'backend_arguments', 'same_bits', 'training_arguments', 'settings_as_text', 'trackers',
            'drop_printers', 'Stopped', 'StepGuard', 'StepChecks', 'TokenMetrics', 'only_top_adapter',
-           'WholeCheckpoints', 'ResumableTrainer', 'CausalLMTrainer', 'out_of_memory', 'free_memory',
+           'WholeCheckpoints', 'training_once', 'ResumableTrainer', 'CausalLMTrainer', 'out_of_memory', 'free_memory',
            'evaluate_held_out', 'BeforeFirstStep']
 
 # %% ../../nbs/training/04_loop.ipynb #4a01f0c2
 import gc,io,math,os,re,signal,time
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, ExitStack, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
+from torch.nn.utils import get_total_norm
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 import sage_finetune.base.loading # before transformers: it quiets bitsandbytes
@@ -35,7 +36,7 @@ from sage_finetune.model.adapter import (
     check_settings, embedding_rate, full_tensor, load_lora_init, lora_plus, save_lora_init, trained_tensors
 )
 from ..model.contract import check_witness, save_witness
-from ..model.lora_path import lora_path, LoraPath, prove_lora_path
+from ..model.lora_path import known_lora_path, lora_path, LoraPath
 from ..model.loss import evaluating, loss_sum, mean_loss
 from .samplers import SeededOrder
 from sage_finetune.training.callbacks import (
@@ -46,7 +47,7 @@ from sage_finetune.training.callbacks import (
 # %% ../../nbs/training/04_loop.ipynb #4a01f0d1
 _same_name = ('num_train_epochs', 'max_steps', 'per_device_train_batch_size', 'gradient_accumulation_steps',
               'learning_rate', 'lr_scheduler_type', 'fp16', 'bf16', 'optim', 'logging_steps', 'save_steps', 'seed',
-              'dataloader_num_workers', 'weight_decay', 'max_grad_norm', 'torch_compile', 'lr_scheduler_kwargs',
+              'dataloader_num_workers', 'weight_decay', 'max_grad_norm', 'lr_scheduler_kwargs',
               'adam_beta1', 'adam_beta2', 'adam_epsilon', 'save_strategy')
 
 def _version_arguments(config, known):
@@ -58,7 +59,8 @@ def _version_arguments(config, known):
             checkpointing: config.gradient_checkpointing, f'{checkpointing}_kwargs': dict(use_reentrant=False)}
 
 def _evaluation_arguments(config, evaluate):
-    return dict(per_device_eval_batch_size=config.per_device_train_batch_size, eval_steps=config.eval_steps,
+    rows = max(config.per_device_train_batch_size, 8*(config.packing is True)) # held-out rows are not packed
+    return dict(per_device_eval_batch_size=rows, eval_steps=config.eval_steps,
                 eval_strategy=('steps' if config.eval_steps else 'epoch') if evaluate else 'no')
 
 # %% ../../nbs/training/04_loop.ipynb #4a01f0d4
@@ -110,7 +112,7 @@ def training_arguments(
     _reset_environment(config)
     kind = kind or TrainingArguments
     args = kind(
-        **more, **{n: getattr(config, n) for n in _same_name},
+        **more, **{n: getattr(config, n) for n in _same_name}, torch_compile=config.torch_compile is True,
         **_version_arguments(config, {f.name for f in fields(kind)}), **_evaluation_arguments(config, evaluate),
         **backend_arguments(device), output_dir=str(config.checkpoint_dir), run_name=config.output_dir.name,
         neftune_noise_alpha=config.neftune_noise_alpha, logging_first_step=True, disable_tqdm=True,
@@ -123,7 +125,7 @@ def training_arguments(
     if division()=='FSDP' and device=='cpu':
         # accelerate has FSDP for GPUs only, torch for a CPU too
         PartialState().distributed_type = DistributedType.MULTI_GPU
-    if config.torch_compile: os.environ.update(_one_layer_for_all) # where accelerate looks for it
+    if config.torch_compile is True: os.environ.update(_one_layer_for_all) # where accelerate looks for it
     return args
 
 # %% ../../nbs/training/04_loop.ipynb #8e01f0f2
@@ -251,14 +253,15 @@ class StepGuard(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if not self.trainer.loss_and_gradient_finite(): raise NotFinite(state.global_step+1)
         self.trainer.notes.before_step(self.trainer.optimizer)
+        if self.trainer.steps: self.trainer.steps.copied() # before the optimizer changes what is copied
         self.scale = self.trainer.loss_scale()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.rng = random_state()
         self.trainer.notes.done(state.global_step, self.trainer.window)
         self.trainer.skipped.count(self.trainer.was_skipped(self.scale), state.global_step)
-        if args.world_size>1 and self.trainer.gather_stop_requests():
-            control.should_save = True # all of them, at the same step; the next one does not begin
+        if not self.trainer.steps and self.trainer.gather_stop_requests():
+            control.should_save = True # all processes, at the same step; the next one does not begin
 
     def on_train_end(self, args, state, control, **kwargs):
         self.trainer.skipped.check_end(state.global_step-self.first, state.global_step)
@@ -268,7 +271,7 @@ class StepChecks:
     "What `StepGuard` asks a trainer between two steps"
     stop_requested = staticmethod(lambda: None) # The number of a signal, where the run was asked to stop
     agreed_stop = 0 # The same, once several processes have told each other
-    parameters = None # Of the model, without its embeddings; counted in the first step
+    parameters = norm = None # Of the model without embeddings, counted once; of this gradient, where transformers tells
 
     def get_batch_samples(self, *args, **kwargs):
         batches,learned = super().get_batch_samples(*args, **kwargs)
@@ -276,14 +279,17 @@ class StepChecks:
         return batches,learned
 
     def floating_point_ops(self, inputs):
-        "As the library's, which counts the parameters in every step"
         main = getattr(self.model, 'main_input_name', 'input_ids')
         if main not in inputs or not hasattr(self.model, 'num_parameters'): return 0
         if self.parameters is None: self.parameters = self.model.num_parameters(exclude_embeddings=True)
         return 6*inputs[main].numel()*self.parameters
 
-    def raise_if_stopped(self, agreed=0):
-        number = self.stop_requested() if self.args.world_size==1 else agreed
+    def _get_grad_norm(self, *args, **kwargs):
+        self.norm = super()._get_grad_norm(*args, **kwargs)
+        return self.norm
+
+    def raise_if_stopped(self, agreed=0): # a step that no memory keeps is done to its end
+        number = self.stop_requested() if self.steps else agreed
         if number: raise Stopped(number)
 
     def gather_stop_requests(self)->int: # 0 where none was asked
@@ -293,24 +299,22 @@ class StepChecks:
         return self.agreed_stop
 
     def loss_scale(self)->float|None: # Waits for the device; None where nothing is scaled here
-        "What the loss is multiplied by at the moment"
         scaler = getattr(self.accelerator, 'scaler', None)
         return None if scaler is None else scaler.get_scale()
 
     def was_skipped(self, scale)->bool: # `scale` was that of the step
-        "Whether the optimizer step was skipped: only then the scale falls (a fused optimizer skips by itself, unseen)"
+        # only then the scale falls; a fused optimizer skips by itself, unseen
         return self.accelerator.optimizer_step_was_skipped if scale is None else self.loss_scale()<scale
 
     def skipped_steps(self)->int: # Since the run began, which may have been resumed
-        "Optimizer steps that loss scaling skipped"
         return sum(m.get('skipped_steps', 0) for m in self.state.log_history)+self.skipped.unlogged
 
     def loss_and_gradient_finite(self)->bool: # Waits for the device
         "Whether the loss so far and the gradient are finite; with loss scaling the scaler looks after the gradient"
-        checked = self.meter.window.sum()
+        checked,(norm,self.norm) = self.meter.window.sum(),(self.norm, None)
         if getattr(self.accelerator, 'scaler', None) is None:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-            checked = checked+full_tensor(norm).to(checked)
+            if norm is None: norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            checked = checked+full_tensor(torch.as_tensor(norm)).to(checked)
         return bool(self.accelerator.gather(checked[None]).isfinite().all()) # of every process: all continue or none
 
 # %% ../../nbs/training/04_loop.ipynb #c13dc90e
@@ -323,9 +327,15 @@ class TokenMetrics:
         exact = torch.float32 if device.type=='mps' else torch.float64
         self.window = torch.zeros(self.places, dtype=exact, device=device) # part of a checkpoint
         self.local = torch.zeros(2, dtype=exact, device=device) # learned and all tokens of this process
+        self.known = [0, 0] # The same, of batches that were counted before they came to the device
 
     def add(self, total, learned, inputs, pad_id):
-        ids,labels = inputs['input_ids'],inputs['labels']
+        if counted := inputs.get('counted'):
+            self.window[0] += total.detach()
+            self.window[1] += len(counted.at)
+            self.known = [self.known[0]+len(counted.at), self.known[1]+counted.tokens]
+            return
+        ids,labels,learned = inputs['input_ids'],inputs['labels'],learned.to(self.device)
         real_BT = (ids!=pad_id)|(labels!=ignored) # after the last of these a row is padding
         every = (real_BT*torch.arange(1, ids.shape[1]+1, device=ids.device)).amax(1).sum()
         self.window += torch.stack([total.detach(), learned]).to(self.window)
@@ -336,6 +346,7 @@ class TokenMetrics:
     def restart(self):
         self.began,self.paused = time.monotonic(),0.0
         self.local.zero_()
+        self.known = [0, 0]
 
     @contextmanager
     def pause(self):
@@ -345,7 +356,7 @@ class TokenMetrics:
 
     def line(self, gather, count, peak):
         "The figures of the window; `count(all, learned)` gives operations, `peak` is what one device does in a second"
-        sums = gather(torch.cat([self.window, self.local])[None])
+        sums = gather(torch.cat([self.window, self.local+self.local.new_tensor(self.known)])[None])
         *window,learned,every = sums.sum(0).tolist()
         seconds = max(time.monotonic()-self.began-self.paused, 1e-9)
         self.window.zero_()
@@ -441,15 +452,31 @@ def _proved_groups(trainer):
     if why: path = LoraPath(kept={why: 0})
     elif path := _paths.get(model): return path.groups
     else:
-        with evaluating(model, training=True): path = prove_lora_path(model, trainer.accelerator.autocast)
+        with evaluating(model, training=True): path = known_lora_path(model, trainer.accelerator.autocast)
         _paths[model] = path
     trainer.say(path)
     return path.groups
 
 @contextmanager
+def training_once(
+    model, # Whose modes are looked at in each pass
+): # While the block runs
+    "`model.train()` goes through all modules only where one of them is not in training"
+    modules = [*model.modules()]
+    def train(mode=True):
+        return model if mode and all(m.training for m in modules) else type(model).train(model, mode)
+    model.train = train
+    try: yield
+    finally: del model.train
+
+@contextmanager
 def _as_proved(trainer):
     "What a run computes with while it trains"
-    with same_bits(getattr(trainer.args, 'deterministic', False)), lora_path(_proved_groups(trainer)): yield
+    if trainer.args.world_size==1 and not trainer.steps:
+        trainer.say('The last steps are not kept in memory, which is too small for them: what goes wrong resumes from '
+                    'the last checkpoint')
+    with (same_bits(getattr(trainer.args, 'deterministic', False)), lora_path(_proved_groups(trainer)),
+          training_once(trainer.model), ExitStack() as trainer.meanwhile): yield
 
 # %% ../../nbs/training/04_loop.ipynb #9f125347
 class ResumableTrainer(StepChecks, SeededOrder, WholeCheckpoints):
@@ -461,7 +488,7 @@ class ResumableTrainer(StepChecks, SeededOrder, WholeCheckpoints):
         self.by_length,self.stop_requested,self.on_smaller_evaluation = by_length,stop_requested,on_smaller_evaluation
         super().__init__(*args, **kwargs)
         self.first_logs = {} # what was measured before the first step
-        self.steps,self.notes = None if self.args.world_size>1 else LastSteps(),StepNotes()
+        self.steps,self.notes = LastSteps.of(self.model, self.args.world_size),StepNotes()
         self.meter,self.peak,self.skipped = self.metrics_class(self.args.device),1.0,SkippedSteps()
         self.callback_handler.callbacks[1:1] = [StepGuard(self), EvaluateFirst()] # right after what decides what is due
 
@@ -507,6 +534,9 @@ class CausalLMTrainer(ResumableTrainer, Trainer):
         self.tokens_per_step = tokens_per_step
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True # `compute_loss` divides by all tokens of the step; no second division
+        # a loss of somebody else's may give a model all that is in a batch
+        if type(self).compute_loss is CausalLMTrainer.compute_loss and hasattr(self.data_collator, 'counted'):
+            self.data_collator.counted = True
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         total,n = loss_sum(model, **inputs)
@@ -515,8 +545,9 @@ class CausalLMTrainer(ResumableTrainer, Trainer):
         return (loss, None) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        n = sum((b['labels'][:, 1:]!=ignored).sum() for b in batch_samples).to(device) if batch_samples else None
-        return self.accelerator.gather(n).sum() if n is not None and self.args.world_size>1 else n
+        if not batch_samples: return None
+        n = sum(len(b['counted'].at) if 'counted' in b else (b['labels'][:, 1:]!=ignored).sum() for b in batch_samples)
+        return n if self.args.world_size==1 else self.accelerator.gather(torch.as_tensor(n, device=device)).sum()
 
     def held_out(self, batches):
         "The figures of held-out batches"
@@ -551,6 +582,7 @@ def _held_out_batches(trainer, data):
     parts = [order[i:i+size] for i in range(0, len(order), size)]
     for i in range(a.process_index, -(-len(parts)//a.world_size)*a.world_size, a.world_size):
         batch = collate([data[j] for j in parts[i if i<len(parts) else 0]])
+        batch.pop('counted', None) # an evaluation has one loss to wait for
         if i>=len(parts): batch['labels'].fill_(ignored)
         trainer.raise_if_stopped()
         yield batch

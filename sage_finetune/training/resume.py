@@ -107,7 +107,8 @@ def differences(
     "What distinguishes two runs"
     keys = [k for k in [*new, *old] if not (k.startswith('_') and k not in _named) and k not in _may_change
             and k!='model_name']
-    before = TrainingConfig().to_dict() | old # a setting that an older version did not have
+    before = {k: v | old[k] if isinstance(v, dict) and isinstance(old.get(k), dict) else old.get(k, v)
+              for k,v in (old | TrainingConfig().to_dict()).items()} # settings that an older version did not have
     found = _base_differences(before, new) if 'model_name' in {*old, *new} else []
     found += [f'{_named.get(k, k)}: {before.get(k)} → {new.get(k)}' for k in dict.fromkeys(keys)
               if before.get(k)!=new.get(k)]

@@ -114,7 +114,7 @@ def _form_values(config):
         if f.name=='weights':
             return '8 bits' if config.load_in_8bit else '4 bits' if config.load_in_4bit else 'as stored'
         v = getattr(config.lora, f.name[5:]) if f.name.startswith('lora.') else getattr(config, f.name)
-        return v if f.kind=='tick' else _as_typed(v)
+        return v is True if f.kind=='tick' else _as_typed(v) # packing may be "auto"
     return {f.name: value(f) for f in _form_fields}
 
 # %% ../../nbs/ui/03_form.ipynb #15961a7c

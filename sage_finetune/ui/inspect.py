@@ -506,7 +506,7 @@ def inspect_data(
     tokenizer,report = _tokenizer_for(model, notes),DataReport()
     dataset = prepare_dataset(data, tokenizer, report=report, **settings)
     tokens,learned = token_lengths(dataset)
-    if packing:
+    if packing and packing!='auto':
         dataset = pack_dataset(dataset, settings['max_length'], packed := PackingReport())
         report.packing = packed.to_dict()
     numbers = range(min(rows, len(dataset))) if isinstance(rows, int) else rows

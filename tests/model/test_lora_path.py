@@ -258,7 +258,7 @@ def test_experts_keep_pefts_path_beside_the_rest():
 def test_a_wrong_path_is_found(wrong, monkeypatch):
     "Each mistake that the function could make ends on peft's path"
     model,m = made(lora_dropout=.2),path_module
-    add,masked,both,back,low = m._add_product,m._masked,m._adapter_gradients,m._input_gradient,m._low
+    add,masked,both,back,dropped = m._add_product,m._masked,m._adapter_gradients,m._input_gradient,m._low_dropped
     def changed(*args):
         dA,dB,d = both(*args)
         return [g*1.0001 for g in dA] if wrong=='A' else dA,[g*1.0001 for g in dB] if wrong=='B' else dB,d
@@ -266,7 +266,7 @@ def test_a_wrong_path_is_found(wrong, monkeypatch):
         'scale': ('_add_product', lambda y, h, b, s: add(y, h, b, s*1.0001)),
         'NaN': ('_add_product', lambda y, h, b, s: add(y, h, b, float('nan'))),
         'mask': ('_masked', lambda x, how, masks, i: masked(x, how, [k.roll(1) for k in masks], i)),
-        'order': ('_low', lambda x, A, how, masks: low(x, A, how, masks[::-1])[::1]),
+        'order': ('_low_dropped', lambda *a: [part[::step] for part, step in zip(dropped(*a), (1, -1))]),
         'A': ('_adapter_gradients', changed), 'B': ('_adapter_gradients', changed),
         'x': ('_input_gradient', lambda *a: back(*a)*1.0001)}[wrong])
     path = proved(model)

@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sage_finetune.config import LoRAConfig, PreferenceConfig, resolve_model, SageError, TrainingConfig
@@ -10,7 +11,7 @@ from sage_finetune.inference.generate import answers
 from sage_finetune.base.loading import limits_of, load_model, model_limits
 from sage_finetune.preference import PreferenceTrainer
 from sage_finetune.rows.sources import save_rows
-from sage_finetune.training.batches import check_fit, pad_token_id, padding_of
+from sage_finetune.training.batches import check_fit, Collator, pad_token_id, padding_of
 from sage_finetune.trainer import LoRATrainer
 
 sizes = dict(vocab_size=4096, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
@@ -152,3 +153,12 @@ def test_rows_of_ones_own_are_looked_at_too(tmp_path):
     with pytest.raises(ValueError, match='the training rows hold token id 4,096'): run.train()
     check_fit(dict(training=[dict(input_ids=[5], labels=[5])]), run.config, None, tokenizer())
     assert json.dumps(run.config.to_dict())
+
+
+def test_what_a_batch_says_of_itself_comes_out_of_a_process_that_prepares_it():
+    row = dict(input_ids=[5, 6, 7, 8], labels=[-100, 6, -100, 8], position_ids=[0, 1, 0, 1])
+    loader = torch.utils.data.DataLoader([row]*4, batch_size=2, num_workers=1, collate_fn=Collator(0, 4, counted=True))
+    for batch in loader:
+        said = batch['counted'].to('cpu')
+        assert (said.ends.tolist(), said.ends.sizes, said.tokens)==([0, 2, 4, 6, 8], [2]*4, 8)
+        assert (said.at.tolist(), said.targets.tolist())==([0, 2, 4, 6], [6, 8]*2)
