@@ -455,8 +455,9 @@ def _merge_ways(folder, plan, tokenizer, proof):
     for place in ways: shutil.rmtree(place)
     if not proof: return _without_proof(folder, plan)
     reference,way = proof.reference,ways[best]
-    rounding = ((0.0, 0.0) if not plan.bits or way['onto'].startswith(_as_quantised)
-                else _quantised_apart(plan, proof))
+    # 8 bits round what goes into a product as well, which no plain model does
+    exact = not plan.bits or plan.bits==4 and way['onto'].startswith(_as_quantised)
+    rounding = (0.0, 0.0) if exact else _quantised_apart(plan, proof)
     witness,figures = _witness_figures(plan, proof, way, rounding[1])
     write_json(folder/witness_file, witness)
     for w in ways.values(): w.pop('log_probs')

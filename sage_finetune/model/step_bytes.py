@@ -129,8 +129,10 @@ def build_on_meta(
     "The model of a run, without its weights"
     dtype,lora = dtype_of(config),config.lora.replace(init_lora_weights=True) # how it begins takes no memory
     with torch.device('meta'):
+        # transformers makes another format the default one of the whole process for a while; it writes into the config
         model = model_class(model_config).from_config(
-            deepcopy(model_config), dtype=dtype, trust_remote_code=False) # it writes into the config
+            deepcopy(model_config), dtype=torch.float32, trust_remote_code=False)
+        for p in model.parameters(): p.data = p.data.to(dtype)
         rows = add_token_rows(model, tokenizer_for(config), config.add_tokens) if config.add_tokens else None
         bits = 8 if config.load_in_8bit else 4 if config.load_in_4bit else None
         if bits: model = ready_for_quantised_training(_pack(model, bits, torch.float16 if bits==8 else dtype))
