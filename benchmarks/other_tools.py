@@ -3,7 +3,8 @@ their documented commands and examples, each really trained for two steps on the
 
 `python benchmarks/other_tools.py` prints the tables in Markdown and keeps what came of each command and example in
 other_tools.json (`--settings` prints the table of settings alone, `--anew` forgets what is kept). Examples of axolotl
-that differ in numbers alone (rates, ranks, lengths, batches, epochs) are trained once; `--every` trains each. With the
+that differ in numbers alone (rates, ranks, lengths, batches, epochs) are trained once; `--every` trains each;
+`--translate` trains none that is left, and the next call goes on with them. With the
 sources of LLaMA-Factory and axolotl (`pip download --no-deps --no-binary :all: llamafactory==0.9.5 axolotl==0.19.0`,
 unpacked), `--sources FOLDER` writes the lists of examples anew, and names each setting of theirs that has no row here.
 Trackers that files name must be installed (`pip install wandb`), as for the tool itself.
@@ -32,8 +33,8 @@ from sage_finetune.core.disk import SageError, write_json  # noqa: E402
 
 TABLES = ('trl-sft', 'trl-dpo', 'trl-kto', 'trl-orpo', 'llamafactory', 'llamafactory-v1', 'axolotl', 'unsloth')
 KEPT = Path(__file__).with_suffix('.json')
-KINDS = ('ran', 'trains all weights', 'another method', 'for several processes', 'talks to a model', 'refused by name',
-         'an error')
+KINDS = ('ran', 'translated, not trained', 'trains all weights', 'another method', 'for several processes',
+         'talks to a model', 'refused by name', 'an error')
 
 
 # --- settings
@@ -175,7 +176,20 @@ def merged(file, folder, vision, merge_asked, trainer_of):
     return 'ran' if report is not None and (Path(report.path)/'config.json').is_file() else 'nothing was merged'
 
 
-def runs(anew=False, every=False):
+def translates(make, vision):
+    "Why a file is refused; else that it was translated, and not trained"
+    from sage_finetune.runs.other_tools import translated
+    here = os.getcwd()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            os.chdir(folder)
+            translated(make(documented.Place(folder, vision)))
+            return 'translated, not trained'
+        except SageError as e: return ' '.join(str(e).replace(folder, '.').split())
+        finally: os.chdir(here)
+
+
+def runs(anew=False, every=False, train=True):
     "{tool: {name: \"ran\" or why not}}; what is kept is not tried again"
     from sage_finetune.base.tiny_vision import tiny_vision_model
     kept = {} if anew or not KEPT.is_file() else json.loads(KEPT.read_text(encoding='utf-8'))
@@ -184,10 +198,13 @@ def runs(anew=False, every=False):
         alike = {}
         for tool,name,make in asked():
             known = kept.setdefault(tool, {}).get(name)
+            if train and known=='translated, not trained': known = None
+            had = known is not None
             kind = kind_of(make, vision) if tool=='axolotl' and not every else None
-            if known is None: known = f'ran: as {alike[kind]}' if kind in alike else came_of(make, vision)
+            if not had: known = f'ran: as {alike[kind]}' if kind in alike else (
+                came_of(make, vision) if train else translates(make, vision))
             if known=='ran' and kind: alike.setdefault(kind, name)
-            if name in kept[tool]: continue
+            if had: continue
             kept[tool][name] = known
             print(f'{tool} {name}: {known[:200]}', file=sys.stderr, flush=True)
             write_json(KEPT, kept)
@@ -197,6 +214,7 @@ def runs(anew=False, every=False):
 def reason(what):
     "A refusal as one word to count by"
     if what.startswith('ran'): return 'ran'
+    if what.startswith('translated'): return what
     kinds = {'use_peft=False': 'trains all weights', 'trl=': 'another method',
              'for several processes': 'for several processes', 'rl=': 'another method', 'stage=': 'another method',
              'dataset is missing (to train': 'talks to a model'}
@@ -220,13 +238,14 @@ if __name__=='__main__':
     parser.add_argument('--settings', action='store_true')
     parser.add_argument('--anew', action='store_true')
     parser.add_argument('--every', action='store_true')
+    parser.add_argument('--translate', action='store_true')
     parser.add_argument('--sources')
     given = parser.parse_args()
     if given.sources: read_sources(given.sources)
     head = ['settings of', 'there are', 'mapped', 'without effect', 'refused unless off', 'unknown']
     print(markdown(head, settings()))
     if given.settings or given.sources: raise SystemExit
-    kept = runs(given.anew, given.every)
+    kept = runs(given.anew, given.every, not given.translate)
     print('\n'+markdown(['documented', 'there are', *KINDS], counted(kept)))
     for tool,found in kept.items():
         for name,what in found.items():

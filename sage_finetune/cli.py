@@ -9,7 +9,7 @@ __all__ = ['app', 'Model', 'RunName', 'Runs', 'Output', 'Data', 'Shares', 'Stopp
            'Base', 'Key', 'Format', 'Split', 'Subset', 'Revision', 'TrainOn', 'Overflow', 'Columns', 'OnceAsJson',
            'Set', 'Preset', 'Rate', 'Epochs', 'MaxSteps', 'BatchSize', 'Rank', 'Nproc', 'Share', 'Nodes', 'MachineRank',
            'MainIp', 'MainPort', 'DryRun', 'EXAMPLES', 'main', 'echo', 'quickstart', 'inspect', 'start', 'run', 'watch',
-           'merge', 'clean', 'chat', 'compare', 'look', 'repeat', 'verify', 'serve', 'export', 'examples', 'generate']
+           'merge', 'clean', 'chat', 'compare', 'look', 'serve', 'repeat', 'export', 'verify', 'examples', 'generate']
 
 # %% ../nbs/05_cli.ipynb #b5095066
 import json,os,sys,threading
@@ -545,7 +545,9 @@ def chat(
     else: say,below = _loaded(name, adapter, max_new_tokens, ignore_contract, base)
     if prompt is None:
         from sage_finetune.merge_chat import converse
-        converse(say, system=system, temperature=temperature, base=below, images=image or ())
+        from sage_finetune.study.influence import why_command
+        more = {} if url else why_command(_chat_target(name))
+        converse(say, system=system, temperature=temperature, base=below, images=image or (), more=more)
         return
     from sage_finetune.rows.formats import question
     system_message = [dict(role='system', content=system)] if system else []
@@ -596,8 +598,18 @@ def look(
                                           'of rewards, into this file: .png, .svg or .pdf')] = None,
     step: Annotated[Optional[int], Option('--step', metavar='N', help='Of a run that learns from rewards: the step '
                                           'whose answers are shown (default: the last)')] = None,
+    why: Annotated[Optional[str], Option('--why', metavar='QUESTION', help='Show the training rows that taught it the '
+                                         'answer')] = None,
+    lens: Annotated[Optional[str], Option('--lens', metavar='QUESTION', help='Show what the answer would be after '
+                                          'each layer')] = None,
+    answer: Annotated[Optional[str], Option('--answer', help='With --why or --lens: an answer to explain '
+                                            '(default: its own)')] = None,
+    part: Annotated[Optional[str], Option('--part', help='With --why: a part of the answer')] = None,
 ):
-    "What a run learned worst, what it forgot, and where its adapter is large"
+    "What a run learned worst, what it forgot, where its adapter is large, and which rows taught it an answer"
+    if why or lens or answer or part:
+        from sage_finetune.study.inside import looked_into
+        return _print(*looked_into(name, why, lens, answer, part, lambda line: echo(line, err=True)))
     from sage_finetune.runs.run import Run
     from sage_finetune.core.display import figure_file, save_figure
     from sage_finetune.rewards.seen import learned_from_rewards, look_at_rewards
@@ -608,28 +620,6 @@ def look(
     sizes = adapter_sizes(run := Run(name)) # which loads its model once
     if plot: save_figure(sizes.plot(), plot)
     _print(worst_rows(run, rows), forgetting(run), sizes)
-
-@app.command()
-def repeat(
-    name: RunName,
-    output: Annotated[str, Argument(help='A new folder')],
-    anyway: Annotated[bool, Option('--anyway', help='Continue even if the last digits may differ')] = False,
-):
-    "Train a run once more, from its folder, and tell whether every number came out the same"
-    from sage_finetune.runs.run import repeat_run
-    echo(str(repeat_run(name, output, anyway, quiet=False)))
-
-@app.command()
-def verify(
-    name: RunName,
-    output: Annotated[Optional[str], Option('--output', metavar='FILE', help='Write the report as JSON')] = None,
-    from_start: Annotated[bool, Option('--from-start', help='From the first step too, which trains it anew')] = False,
-    base: Base = None,
-):
-    "Go on from each checkpoint of a run in a scratch folder, and compare with the run; status 1 where it differs"
-    from sage_finetune.runs.verify import verify_resume
-    _print(found := verify_resume(name, output, from_start or None, base))
-    if not found.ok: raise Exit(1)
 
 # %% ../nbs/05_cli.ipynb #b29149f7
 @app.command()
@@ -657,6 +647,16 @@ def serve(
        options=tuple(options or ()))
     if stopped_by: raise Exit(128+stopped_by)
 
+@app.command()
+def repeat(
+    name: RunName,
+    output: Annotated[str, Argument(help='A new folder')],
+    anyway: Annotated[bool, Option('--anyway', help='Continue even if the last digits may differ')] = False,
+):
+    "Train a run once more, from its folder, and tell whether every number came out the same"
+    from sage_finetune.runs.run import repeat_run
+    echo(str(repeat_run(name, output, anyway, quiet=False)))
+
 # %% ../nbs/05_cli.ipynb #3e4b1e62
 @app.command()
 def export(
@@ -683,6 +683,18 @@ def export(
         written = export_gguf(name, output, outtype or gguf, **card)
         echo(f'{gguf_report(written)}\nWritten: {written}')
     else: echo(f'Written: {export_folder(name, output, kind, **card)}')
+
+@app.command()
+def verify(
+    name: RunName,
+    output: Annotated[Optional[str], Option('--output', metavar='FILE', help='Write the report as JSON')] = None,
+    from_start: Annotated[bool, Option('--from-start', help='From the first step too, which trains it anew')] = False,
+    base: Base = None,
+):
+    "Go on from each checkpoint of a run in a scratch folder, and compare with the run; status 1 where it differs"
+    from sage_finetune.runs.verify import verify_resume
+    _print(found := verify_resume(name, output, from_start or None, base))
+    if not found.ok: raise Exit(1)
 
 # %% ../nbs/05_cli.ipynb #db7520ec
 EXAMPLES = package_file('tables', 'examples.txt').read_text('utf-8')

@@ -36,6 +36,7 @@ class Conversation:
     temperature: float = 0.0 # 0 takes the likeliest token each time
     turns: list = field(default_factory=list) # Of {role, content}
     images: list = field(default_factory=list) # Paths of images that go with the next question
+    more: dict = field(default_factory=dict) # Further commands, as in `commands`
     over: bool = False # Whether the user has ended it
 
     @property
@@ -120,7 +121,9 @@ def _image(talk, rest):
 # %% ../nbs/03_merge_chat.ipynb #e7cf87f6
 def _end(talk, rest): talk.over = True
 
-def _show_help(talk, rest): talk.write(_help)
+def _show_help(talk, rest):
+    talk.write(''.join(f'{name:<10}{what}\n' for name,(_,what) in (commands | talk.more).items()))
+    talk.write('Ctrl-C    stops an answer\n')
 
 commands = {'/system': (_system, 'TEXT sets the system message, - removes it'),
             '/reset': (_reset, 'forgets the conversation'),
@@ -130,16 +133,15 @@ commands = {'/system': (_system, 'TEXT sets the system message, - removes it'),
             '/save': (_save, 'FILE keeps the conversation, as a row that can be trained on'),
             '/help': (_show_help, 'shows this'),
             '/exit': (_end, 'ends the conversation, as Ctrl-D does')}
-_help = ''.join(f'{name:<10}{what}\n' for name,(_,what) in commands.items())+'Ctrl-C    stops an answer\n'
 
 # %% ../nbs/03_merge_chat.ipynb #3c0a0016
 def _obey(talk, line):
     "Do what a line asks for, command or question"
-    name,_,rest = line.partition(' ')
+    (name,_,rest),known = line.partition(' '),commands | talk.more
     if line.startswith('//'): _turn(talk, line[1:])
-    elif name in commands: commands[name][0](talk, rest.strip())
+    elif name in known: known[name][0](talk, rest.strip())
     elif name=='/quit': talk.over = True
-    elif line.startswith('/'): talk.write(f'unknown command {name}; there are {" ".join(commands)}\n')
+    elif line.startswith('/'): talk.write(f'unknown command {name}; there are {" ".join(known)}\n')
     elif line: _turn(talk, line)
 
 # %% ../nbs/03_merge_chat.ipynb #3c0a0019
@@ -153,10 +155,11 @@ def converse(
     temperature:float=0.0, # 0 takes the likeliest token each time
     base=None, # As `say`, for the model before it was tuned
     images=(), # Paths of images that go with the first question
+    more:dict|None=None, # Further commands, as in `commands`
 )->list: # Of {role, content}
     "Talk until the user ends it"
-    talk = Conversation(say, write or _to_terminal, base, system, temperature, images=list(images))
-    talk.write(_help)
+    talk = Conversation(say, write or _to_terminal, base, system, temperature, images=list(images), more=more or {})
+    _show_help(talk, '')
     while not talk.over:
         try: _obey(talk, ask('> ').strip())
         except EOFError:

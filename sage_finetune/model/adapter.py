@@ -6,9 +6,9 @@ Docs: https://sage-finetune.github.io/sage_finetune/model/adapter.html.md"""
 
 # %% auto #0
 __all__ = ['start_file', 'best_adapter_file', 'linear_names', 'add_lora', 'changes_base', 'adapter_state', 'low_rank',
-           'adapter_line', 'full_tensor', 'trained_tensors', 'scaling_of', 'save_adapter', 'save_lora_init',
-           'load_lora_init', 'lora_plus', 'embedding_rate', 'best_evaluation', 'BestAdapter', 'load_best_adapter',
-           'check_settings', 'check_layers', 'check_run', 'ready_for_quantised_training']
+           'adapter_line', 'full_tensor', 'trained_tensors', 'scaling_of', 'sum_of_products', 'save_adapter',
+           'save_lora_init', 'load_lora_init', 'lora_plus', 'embedding_rate', 'best_evaluation', 'BestAdapter',
+           'load_best_adapter', 'check_settings', 'check_layers', 'check_run', 'ready_for_quantised_training']
 
 # %% ../../nbs/model/00_adapter.ipynb #c3390a9f
 import math,os,re,warnings
@@ -243,8 +243,10 @@ def scaling_of(
     "How strongly a saved adapter acts"
     return settings['lora_alpha'] / (settings['r']**0.5 if settings['use_rslora'] else settings['r'])
 
-def _sum_of_products(parts):
-    "A and B of the sum of factor · B · A, with zeros where a part has nothing, and their rank"
+def sum_of_products(
+    parts:list, # Of (factor, tensors), the tensors from `low_rank`
+)->tuple: # Tensors of one product, with zeros where a part has nothing, and its rank
+    "A and B of the sum of factor · B · A"
     ranks = [next(v.shape[0] for k,v in t.items() if '.lora_A.' in k) for _,t in parts]
     shapes = {k: v.shape for _,t in parts for k,v in t.items()}
     none = lambda k,r: torch.zeros(r, shapes[k][1]) if '.lora_A.' in k else torch.zeros(shapes[k][0], r)
@@ -263,7 +265,7 @@ def _as_plain_lora(folder, scaling, more, start=None):
     file,settings = folder/'adapter_model.safetensors',read_json(folder/'adapter_config.json')
     tensors = load_file(file)
     _put_back(tensors, start or {}, scaling)
-    whole,r = _sum_of_products([(scaling, low_rank(tensors)), *more])
+    whole,r = sum_of_products([(scaling, low_rank(tensors)), *more])
     layers = sorted({k.rpartition('.lora_')[0] for k in whole})
     if any(k not in tensors for k in whole):
         settings['target_modules'] = [n.removeprefix('base_model.model.') for n in layers]

@@ -113,7 +113,7 @@ def _with_log_probs(trainer, batches):
 def _answered(trainer, rows, step):
     "The micro-batches of new answers to the questions of a step; they are kept, told and counted"
     c = trainer.config
-    asked = [q for b in rows for q in b][::c.num_generations]
+    asked = [q for b in rows for q in b['rows']][::c.num_generations]
     with evaluating(trainer.model), trainer.accelerator.autocast():
         made = roll_out(trainer.model, trainer.processing_class, asked, trainer.rewards, c, step+1, trainer.at_once)
         rows_at_once = trainer.args.per_device_train_batch_size
@@ -175,7 +175,8 @@ class GRPOMixin(ResumableTrainer):
         pads = processing_class.pad_token,text.pad_token_id,told.pad_token_id
         super().__init__(*args, model=model, processing_class=processing_class, reward_funcs=[_no_reward], **kwargs)
         processing_class.pad_token,text.pad_token_id,told.pad_token_id = pads # as they were
-        self.data_collator,self.beta = list,config.beta # without a beta of its arguments it makes no second reference
+        # without a beta in its arguments it makes no second reference
+        self.data_collator,self.beta = _as_they_are,config.beta
         self.accelerator.gather_for_metrics = self.accelerator.gather
         for n,p in model.named_parameters():
             if n in trained: p.data = trained[n]
@@ -195,6 +196,8 @@ class GRPOMixin(ResumableTrainer):
         super().log(logs, *args, **kwargs)
 
 # %% ../../nbs/rewards/04_trainer.ipynb #9ae005f7
+def _as_they_are(rows): return dict(rows=rows) # a rollout makes the tensors
+
 def _no_reward(prompts, **kwargs): return [0.0]*len(prompts)
 
 # %% ../../nbs/rewards/04_trainer.ipynb #adddd207
@@ -246,7 +249,7 @@ class GRPOEvaluation(GRPOLoop):
     def held_out(self, batches):
         names,sums = [r.name for r in self.rewards],{}
         with evaluating(self.model):
-            for rows in batches:
+            for rows in (b['rows'] for b in batches):
                 said = generate_answers(self.model, self.processing_class, [(q['input_ids'], []) for q in rows],
                                         self.config.max_completion_length)
                 judged = [judge(self.rewards, q['question'], a.text, json.loads(q['row'])) for q,a in zip(rows, said)]

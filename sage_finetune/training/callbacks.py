@@ -6,8 +6,8 @@ Docs: https://sage-finetune.github.io/sage_finetune/training/callbacks.html.md""
 
 # %% auto #0
 __all__ = ['read_metrics', 'kept_before', 'NotFinite', 'Metrics', 'SkippedSteps', 'remove_checkpoint', 'Checkpoints',
-           'only_numbers', 'EvaluateFirst', 'random_state', 'set_random_state', 'copy_to_memory', 'too_large_to_keep',
-           'LastSteps', 'training_flops', 'matmul_peak', 'peak_memory', 'series', 'loss_curves', 'draw_curves',
+           'only_numbers', 'EvaluateFirst', 'random_state', 'set_random_state', 'copy_to_memory', 'LastSteps',
+           'training_flops', 'matmul_peak', 'peak_memory', 'too_large_to_keep', 'series', 'loss_curves', 'draw_curves',
            'plot_losses', 'progress_line', 'Progress']
 
 # %% ../../nbs/training/03_callbacks.ipynb #7e9aa816
@@ -223,17 +223,6 @@ def copy_to_memory(
     old = into if isinstance(into, (list, tuple)) and len(into)==len(value) else [None]*len(value)
     return type(value)(copy_to_memory(v, o) for v,o in zip(value, old))
 
-def too_large_to_keep(
-    model, # Whose trained weights and optimizer state would be copied
-    ram:int|None=None, # Bytes of main memory; what this machine has if None
-)->bool: # True where two copies would take more than a quarter of it
-    "Whether the last steps of a model have no room in main memory"
-    ram = _main_memory() if ram is None else ram
-    return bool(ram) and 4*2*3*4*sum(p.numel() for p in model.parameters() if p.requires_grad) > ram
-
-@functools.cache
-def _main_memory(): return Machine.here().ram
-
 # %% ../../nbs/training/03_callbacks.ipynb #a3e23955
 def _trained(trainer): return {n: p for n,p in trainer.model.named_parameters() if p.requires_grad}
 
@@ -284,9 +273,7 @@ class LastSteps:
     @contextmanager
     def _beside(self, device):
         "On a card the copies have a stream of their own, which runs beside the passes of the next step"
-        if device.type!='cuda':
-            yield
-            return
+        if device.type!='cuda': return (yield)
         self.stream = self.stream or torch.cuda.Stream(device)
         self.stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self.stream): yield
@@ -349,6 +336,17 @@ def peak_memory(
     try: import resource
     except ImportError: return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform=='darwin' else 1024)
+
+def too_large_to_keep(
+    model, # Whose trained weights and optimizer state would be copied
+    ram:int|None=None, # Bytes of main memory; what this machine has if None
+)->bool: # True where two copies would take more than a quarter of it
+    "Whether the last steps of a model have no room in main memory"
+    ram = _main_memory() if ram is None else ram
+    return bool(ram) and 4*2*3*4*sum(p.numel() for p in model.parameters() if p.requires_grad) > ram
+
+@functools.cache
+def _main_memory(): return Machine.here().ram
 
 # %% ../../nbs/training/03_callbacks.ipynb #d000000e
 def series(

@@ -46,7 +46,7 @@ def test_what_came_of_each_is_kept():
     kept = json.loads(KEPT.read_text(encoding='utf-8'))
     for tool in ('trl', *documented.made):
         names = {name for of,name,*_ in asked() if of==tool}
-        assert {n.removesuffix(' --use_peft') for n in kept[tool]}<=names
+        assert {n.removesuffix(' --use_peft') for n in kept[tool]}==names
 
 
 def test_a_list_that_is_written_is_the_list_that_is_read(tmp_path, monkeypatch):

@@ -100,15 +100,19 @@ def test_it_learns_and_stops_by_itself(plain):
     assert n>=3 and result.loss_after<result.loss_before/10
 
 
-@pytest.mark.parametrize('bits', [8, 4])
+# 8 bits round the inputs of each product too, and the merged model does not: 0.044 nats a token, bound 0.02
+of_eight = pytest.param(8, marks=pytest.mark.xfail(reason='its merge is refused on real weights', strict=True))
+
+
+@pytest.mark.parametrize('bits', [of_eight, 4])
 def test_quantised_against_16_bits(plain, folder, bits):
     run,result = train(folder/f'bits{bits}', **{f'load_in_{bits}bit': True})
     _,n = right(run.folder.lora_weights, True)
+    note(f'{bits} bits', f'{result.loss_before:.3f}', f'{result.loss_after:.3f}', f'{n} of 4', '')
     from sage_finetune.inference.merging import merge_run
     merged = merge_run(run.folder.path)
     _,after = right(run.folder.merged_model)
-    note(f'{bits} bits', f'{result.loss_before:.3f}', f'{result.loss_after:.3f}', f'{n} of 4',
-         f'merged {after} of 4, {merged.same} of {merged.asked} answers the same')
+    note(f'{bits} bits, merged', '', '', f'{after} of 4', f'{merged.same} of {merged.asked} answers the same')
     assert result.loss_after<result.loss_before/5 and n>=3 and after>=3
 
 
@@ -162,7 +166,7 @@ def test_five_new_tokens_are_used_after_merging_too(folder):
     rows = [dict(question=q.format(t), answer=p) for q in ASKED for t,p in of.items()]
     (folder/'tokens.jsonl').write_text(''.join(json.dumps(r)+'\n' for r in rows))
     run,result = train(folder/'new', data_path=folder/'tokens.jsonl', add_tokens=tokens, eval_data_path=None,
-                       test_size=.1, per_device_train_batch_size=5)
+                       test_size=.1, per_device_train_batch_size=5, num_train_epochs=10)
     merge_run(run.folder.path)
     found = []
     for load,place in ((load_adapter, run.folder.lora_weights), (load_plain, run.folder.merged_model)):
