@@ -29,7 +29,7 @@ from ..model.loss import evaluating
 from ..training.callbacks import peak_memory, read_metrics, series
 from ..training.loop import evaluate_held_out, free_memory, Stopped
 from ..inference.exam import asked_exams, examine
-from ..rewards.trainer import trainer_for
+from ..preference import trainer_for
 from ..runs.run import compare, Run, RunComparison
 from ..runs.tasks import config_of, parsed_settings, with_settings
 from .scores import compare_exams
