@@ -1,6 +1,7 @@
 "What a run computes, compared: any split of the batch, packed or not, the reported loss, the same seed, resumed"
 import dataclasses
 import math
+import re
 import shutil
 
 import pytest
@@ -272,8 +273,9 @@ def test_adapters_computed_together_end_as_those_of_peft_do(tmp_path):
     how = dict(max_steps=3, lora=LoRAConfig(r=4, lora_dropout=.2), save_steps=2)
     together,w = heard(tmp_path/'together', 2, 2, **how)
     peft,v = heard(tmp_path/'peft', 2, 2, fused_lora=False, **how)
-    assert together.heard==['adapters: 8 layers in 4 products (q_proj+k_proj+v_proj, o_proj), proved on this model to '
-                            'give the numbers of peft within 1e-06']
+    proved, = together.heard # on this model, or by an earlier test on one of the same shape
+    assert re.fullmatch(r'adapters: 8 layers in 4 products \(q_proj\+k_proj\+v_proj, o_proj\), proved (on this model|in '
+                        r'this process on a model of the same shape) to give the numbers of peft within 1e-06', proved)
     assert peft.heard==["adapters: peft's path (`fused_lora=False`)"]
     assert torch.allclose(w, v, atol=2e-5) and not torch.equal(w, v) # B is not normalised, so Adam lifts what is small
     files = lambda run: {f.name: f.stat().st_size for f in (run.folder.checkpoints/'checkpoint-2').iterdir()}
