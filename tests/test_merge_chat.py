@@ -116,7 +116,7 @@ def test_a_conversation(run, terminal, tmp_path):
     said = t.ask('/compare').split('\n')
     assert said[-2]==f'tuned: {tuned}' and '\n'.join(said[:-2])==f'base: {plain}' and plain!=tuned
     assert (t.ask('/cmopare')=='unknown command /cmopare; there are /system /reset /temp /compare /image /save '
-            '/help /exit\n')
+            '/help /exit /why\n')
     assert t.ask('/system You add numbers.')=='system message: You add numbers.\n'
     assert t.ask('/temp x').startswith('/temp needs a number') and t.ask('/temp 0')=='temperature: 0\n'
     assert t.ask(f'/save {tmp_path}/talk.json').startswith('3 messages in ')
