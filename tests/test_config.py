@@ -185,7 +185,9 @@ def test_why_a_setting_is_not_the_default():
 
 def test_presets_are_those_of_the_contract():
     presets = {n: getattr(PresetConfigs, n)() for n in PresetConfigs.fits_in}
-    assert presets['rtx_3060']==TrainingConfig() and not presets['a100'].given
+    chosen = dict(packing='auto', torch_compile='auto') # what is fitted to the rows, and told
+    assert presets['rtx_3060']==TrainingConfig().adapted(**chosen) and not presets['a100'].given
+    assert (TrainingConfig().packing, TrainingConfig().torch_compile)==(False, False)
     said = lambda n,*names: [getattr(presets[n], name) for name in names]
     assert said('minimal', 'load_in_4bit', 'load_in_8bit', 'max_length', 'fp16', 'optim')==[
         True, False, 512, True, 'paged_adamw_8bit']

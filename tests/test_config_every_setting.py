@@ -3,13 +3,14 @@
 The fields of every config are walked: a new one fails here until it has an entry. An entry is a value other than the
 default, and what shows that it acts; or the words it is refused with.
 """
+import json
 from dataclasses import fields, make_dataclass
 
 import pytest
 import torch
 
 from quick import two_layers
-from sage_finetune.config import LoRAConfig, PreferenceConfig, resolve_model, TrainingConfig
+from sage_finetune.config import LoRAConfig, PreferenceConfig, resolve_model, RewardConfig, TrainingConfig
 from sage_finetune.core.beforehand import _rates
 from sage_finetune.core.machine import Machine
 from sage_finetune.core.settings import DataSource, Settings
@@ -123,6 +124,39 @@ def adapter(config):
     layers = [m for m in model.modules() if hasattr(m, 'scaling') and hasattr(m, 'lora_A')]
     return ([(n, tuple(p.shape), p.detach().double().sum().item()) for n,p in model.named_parameters()
              if p.requires_grad], layers[0].scaling, str(layers[0].lora_dropout))
+
+
+def rolled(config):
+    "What sampled answers to a question come to, as TRL's loss takes them, and what that loss is told"
+    pytest.importorskip('trl')
+    from sage_finetune.rewards.functions import rewards_of
+    from sage_finetune.rewards.rollout import micro_batches, roll_out
+    from sage_finetune.rewards.trainer import _loss_settings
+    row = json.dumps(dict(question='What is 2 plus 2?', answer='It is 4.'))
+    asked = dict(input_ids=tok('What is 2 plus 2?')['input_ids'], at=0, row=row, file='a', line=1, question='2 and 2?')
+    made = roll_out(load_model(two_layers).eval(), tok, [asked], rewards_of(config.rewards, []), config, 1)
+    made.groups[0].advantages = [1.0]*len(made.groups[0].samples)
+    parts = [sorted(j.parts) for g in made.groups for j in g.judged]
+    batches = micro_batches(made, 8, 0, config.mask_truncated_completions)
+    return ([{k: v.tolist() for k,v in b.items()} for b in batches], made.at_once, parts, _loss_settings(config))
+
+
+def spread(config):
+    "What the rewards of two groups are worth, compared"
+    from sage_finetune.rewards.rollout import advantages
+    return advantages(torch.tensor([[0., 1.], [0., 4.]]), config.scale_rewards).tolist()
+
+
+def looped(config):
+    "What the loop of a run of rewards holds its model to, and how much it keeps"
+    pytest.importorskip('trl')
+    from sage_finetune.rewards.trainer import RewardTrainer
+    run = RewardTrainer(config, quiet=True)
+    run.load_model_and_tokenizer()
+    run.apply_lora()
+    run.prepare_data()
+    run.setup_trainer()
+    return run.trainer.beta,sorted((k, v) for k,v in vars(run.trainer.kept).items() if isinstance(v, (int, float)))
 
 
 def loss(config):
@@ -267,6 +301,27 @@ preference = dict(
         ('embedding_learning_rate', 1e-5, {}),
         ('replay_path', rows('other.jsonl'), {}), ('replay_share', .2, {}))})
 
+reward = dict(
+    method=[Refused('ppo', 'must be "grpo"')],
+    rewards=[Seen(['number'], rolled)],
+    num_generations=[Seen(4, rolled, per_device_train_batch_size=4),
+                     Refused(3, 'must be a multiple of `num_generations=3`')],
+    max_completion_length=[Seen(3, rolled), Refused(1024, 'leaves no room for a question')],
+    temperature=[Seen(3.0, rolled)],
+    top_p=[Seen(.1, rolled, temperature=5.0)],
+    top_k=[Seen(1, rolled, temperature=5.0)],
+    loss_type=[Seen('dr_grpo', rolled)],
+    scale_rewards=[Seen('batch', spread), Seen('none', spread)],
+    beta=[Seen(.1, looped)],
+    epsilon=[Seen(.1, rolled)],
+    epsilon_high=[Seen(.3, rolled)],
+    importance_sampling_level=[Seen('sequence', rolled)],
+    num_iterations=[Seen(2, rolled)],
+    mask_truncated_completions=[Seen(True, rolled, max_completion_length=2, temperature=5.0)],
+    answers_at_once=[Seen(1, rolled)],
+    kept_answers=[Seen(1, looped)],
+    lora=[Refused(dict(modules_to_save=['norm']), 'does not go together with rewards')])
+
 source = dict(
     path=[Seen(rows('other.jsonl'), rows_of)],
     split=[Seen('test', rows_of, path=rows('split')), Refused('test', '`split` is for data sets that have splits')],
@@ -276,7 +331,8 @@ source = dict(
     format_type=[Seen('qa', rows_of)],
     sample_by=[Seen('line', rows_of, path=rows('lines.txt')), Refused('line', '`sample_by` is for text files')])
 
-entries = {TrainingConfig: training, LoRAConfig: lora, PreferenceConfig: preference, DataSource: source}
+entries = {TrainingConfig: training, LoRAConfig: lora, PreferenceConfig: preference, RewardConfig: reward,
+           DataSource: source}
 
 
 # --- every field of every config has an entry
@@ -320,6 +376,7 @@ def made(kind, place, **settings):
                  gradient_checkpointing=False, data_path=place/'plain.jsonl', output_dir=place/'run', test_size=.2,
                  gradient_accumulation_steps=1, per_device_train_batch_size=2)
     if kind is PreferenceConfig: plain |= dict(lora=dict(lora_dropout=0.0))
+    if kind is RewardConfig: plain |= dict(lora=dict(lora_dropout=0.0), num_generations=2, max_completion_length=8)
     return kind(**plain | settings)
 
 

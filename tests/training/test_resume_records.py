@@ -100,7 +100,7 @@ def test_the_training_loss_of_a_result_is_that_of_the_adapter_that_is_kept():
     log = [dict(step=1, loss=3.0, from_step=1), dict(step=4, loss=2.0, from_step=2), dict(step=4, eval_loss=2.5),
            dict(step=7, loss=1.0, from_step=5), dict(step=7, eval_loss=2.7)]
     trainer = SimpleNamespace(state=SimpleNamespace(log_history=log, global_step=7), eval_dataset=[1],
-                              skipped_steps=lambda: 0)
+                              skipped_steps=lambda: 0, first_logs={})
     best,last = (result_of(trainer, at, (9.0, None), None, 1.0) for at in (4, None))
     assert (best.loss_after, best.loss_after_step, best.train_loss, best.train_steps)==(2.5, 4, 2.0, [2, 4])
     assert (last.loss_after, last.loss_after_step, last.train_loss, last.train_steps)==(2.7, 7, 1.0, [5, 7])
