@@ -31,7 +31,8 @@ def test_form(root, visit, opens, later, images):
     lab.notebook(root/'form.ipynb', *cells)
     page = visit('form.ipynb')
     page.see('fits: .* of 12.0 Gi?B', 1, seconds=180)
-    page.see(r"config = TrainingConfig\(\s*model_name='sage-tiny',\s*data_path='rows.jsonl',\s*num_train_epochs=8,", 1)
+    page.see(r"config = PresetConfigs.rtx_3060\(\s*model_name='sage-tiny',\s*data_path='rows.jsonl',"
+             r'\s*num_train_epochs=8,', 1)
 
     fill(page, 'per-device batch', '1024')
     page.see('does not fit: .* and RTX 3060 has 12.0 Gi?B', 1, seconds=90)
