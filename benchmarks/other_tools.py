@@ -127,16 +127,22 @@ NUMBERS = {
     'lora_alpha', 'lora_dropout'}
 
 
-def kind_of(make, vision):
-    "What an example asks for, its numbers apart; None where it is refused"
+def in_our_settings(make, vision):
+    "(An example translated, why it is refused): one of the two is None"
     from sage_finetune.runs.other_tools import translated
     here = os.getcwd()
     with tempfile.TemporaryDirectory() as folder:
         try:
             os.chdir(folder)
-            t = translated(make(documented.Place(folder, vision)))
-        except SageError: return None
+            return translated(make(documented.Place(folder, vision))),None
+        except SageError as e: return None,' '.join(str(e).replace(folder, '.').split())
         finally: os.chdir(here)
+
+
+def kind_of(make, vision):
+    "What an example asks for, its numbers apart; None where it is refused"
+    t,refused = in_our_settings(make, vision)
+    if refused is not None: return None
     plain = {k: v for k,v in (t.settings | t.settings.get('lora', {})).items() if k not in NUMBERS and k!='lora'}
     layers = plain['target_modules']
     plain['target_modules'] = 'names' if isinstance(layers, list) else 'all' if layers=='all-linear' else 'a pattern'
@@ -178,15 +184,8 @@ def merged(file, folder, vision, merge_asked, trainer_of):
 
 def translates(make, vision):
     "Why a file is refused; else that it was translated, and not trained"
-    from sage_finetune.runs.other_tools import translated
-    here = os.getcwd()
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            os.chdir(folder)
-            translated(make(documented.Place(folder, vision)))
-            return 'translated, not trained'
-        except SageError as e: return ' '.join(str(e).replace(folder, '.').split())
-        finally: os.chdir(here)
+    refused = in_our_settings(make, vision)[1]
+    return 'translated, not trained' if refused is None else refused
 
 
 def runs(anew=False, every=False, train=True):

@@ -347,12 +347,16 @@ class KTOShuffle(PreferenceMixin):
         return torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.args.seed)).tolist()
 
 # %% ../nbs/04_preference.ipynb #a1db8d3d
-def require_trl()->None: # Nothing: TRL can be imported
-    "Refuse a preference run where its library is missing"
+def require_trl(
+    what:str='preference tuning', # That needs it
+    version:str='1.14', # The oldest that will do
+    has=lambda trl: hasattr(trl, 'KTOTrainer'), # What tells such a version
+)->None: # Nothing: TRL can be imported
+    "Refuse a run where its library is missing or too old"
     try: import trl
-    except ImportError: raise SageError('preference tuning needs TRL: `pip install "sage_finetune[trl]"`') from None
-    if not hasattr(trl, 'KTOTrainer'):
-        raise SageError(f'preference tuning needs TRL 1.14 or newer, and this is {trl.__version__}: '
+    except ImportError: raise SageError(f'{what} needs TRL: `pip install "sage_finetune[trl]"`') from None
+    if not has(trl):
+        raise SageError(f'{what} needs TRL {version} or newer, and this is {trl.__version__}: '
                         f'`pip install -U "sage_finetune[trl]"`')
 
 # %% ../nbs/04_preference.ipynb #5d0b17c7

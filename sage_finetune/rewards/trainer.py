@@ -32,7 +32,7 @@ from ..training.resume import TrainingResult
 from ..training.split import check_data_path
 from ..trainer import LoRATrainer
 from ..inference.generate import generate_answers
-from ..preference import peak_of_step, predicted_pass, trainer_for as trainer_of_answers
+from ..preference import peak_of_step, predicted_pass, require_trl, trainer_for as trainer_of_answers
 from .functions import judge, rewards_of
 from .questions import questions_and_held_out, QuestionsDigest
 from .rollout import group_dict, KeptAnswers, micro_batches, read_answers, roll_out, with_signal
@@ -289,15 +289,15 @@ class _Trim(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs): self.kept.trim(state.global_step)
 
 # %% ../../nbs/rewards/04_trainer.ipynb #e7e023bb
+def _has_fused_head(trl):
+    from trl.trainer import utils
+    return hasattr(utils, 'add_fused_lm_head')
+
 @cache
 def _trl_loop():
     "TRL's GRPO as it is used here, and the class of its arguments"
-    try: import trl
-    except ImportError: raise SageError('learning from rewards needs TRL: `pip install "sage_finetune[trl]"`') from None
-    from trl.trainer import utils
-    if not hasattr(utils, 'add_fused_lm_head'):
-        raise SageError(f'learning from rewards needs TRL 1.16 or newer, and this is {trl.__version__}: '
-                        f'`pip install -U "sage_finetune[trl]"`')
+    require_trl('learning from rewards', '1.16', _has_fused_head)
+    import trl
     # TRL 1.16 with transformers 5.23
     warnings.filterwarnings('ignore', '`(is_gradient_checkpointing|gradient_checkpointing_(en|dis)able)` '
                             'is deprecated', FutureWarning)
