@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 import sage_finetune.model.lora_path as path_module
@@ -126,6 +127,46 @@ def test_the_input_needs_no_gradient_where_nobody_asks_for_it():
     y, = LoraProduct.apply(torch.ones(4, 3), how, W, a, b)
     y.sum().backward()
     assert (y==6).all() and (a.grad==8).all() and (b.grad==12).all()
+
+
+# --- how much is started
+
+class Operations(TorchDispatchMode):
+    "How many operations write numbers; views and empty tensors do not"
+    n = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        self.n += not (views or str(func).startswith(('aten.empty', 'aten.new_empty', 'aten._unsafe_view')))
+        return out
+
+
+def operations(layers, outputs, half):
+    x = torch.randn(2, 8, 64, dtype=torch.bfloat16 if half else None, requires_grad=True)
+    wanted = [x, *(p for l in layers for p in l.parameters() if p.requires_grad)]
+    gradients = [torch.ones(2, 8, l.out_features, dtype=x.dtype) for l in layers]
+    with Operations() as counted:
+        with autocast_of('bf16' if half else 'fp32')(): made = outputs(layers, x)
+        torch.autograd.grad(made, wanted, gradients)
+    return counted.n
+
+
+@pytest.mark.parametrize('half', [True, False])
+@pytest.mark.parametrize('dropout', [0., .1])
+def test_less_is_started_than_by_peft(half, dropout):
+    model = made(numbers='bf16' if half else 'fp32', lora_dropout=dropout)
+    for layers in (layers_of(model)[:3], layers_of(model)[3:4]):
+        n,ours,theirs = len(layers),*(operations(layers, f, half) for f in (group_outputs, path_module._by_peft))
+        assert ours<theirs and (dropout or ours<=5*n+4+2*(half or n>1)), (n, ours, theirs)
+
+
+@pytest.mark.parametrize('half', [torch.bfloat16, torch.float16])
+def test_what_lay_in_memory_before_is_not_read(half):
+    "The gradients are written by products into tensors that nobody filled"
+    nan = lambda *size: torch.full(size, float('nan'), dtype=half)
+    d,g,b = nan(16, 12)[:, 4:8],torch.ones(16, 8, dtype=half),torch.ones(8, 4, dtype=half)
+    assert (d.addmm_(g, b, beta=0, alpha=.5)==4).all()
+    assert (nan(8, 4).addmm_(g.t(), d, beta=0, alpha=.5)==32).all()
 
 
 # --- what it may not disturb
