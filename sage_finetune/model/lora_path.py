@@ -33,9 +33,17 @@ class _How(NamedTuple):
     @property
     def dense(self): return self.biases is not None
 
+def _dropped(x, p):
+    "The input under a new mask, and the mask in one byte a number"
+    if not x.is_cpu: return torch.native_dropout(x, p, True)
+    kept = torch.empty_like(x).bernoulli_(1-p)
+    mask = kept.to(torch.int8) # a CPU turns these into numbers six times as fast as bools
+    return x*kept.div_(1-p),mask
+
 def _masked(x_NI, how, masks, i):
     "The input under the mask of layer `i`, and any gradient of it"
     if not masks: return x_NI
+    if x_NI.is_cpu: return masks[i].to(x_NI.dtype).div_(1-how.dropout).mul_(x_NI)
     return torch.ops.aten.native_dropout_backward(x_NI, masks[i], 1/(1-how.dropout))
 
 # %% ../../nbs/model/01_lora_path.ipynb #4a8a2539
@@ -61,7 +69,7 @@ def _low_dropped(x, A, how):
     "The same with dropout, and the mask of each layer"
     low,masks = [],[]
     for a in A:
-        dropped,mask = torch.native_dropout(x, how.dropout, True)
+        dropped,mask = _dropped(x, how.dropout)
         low.append(dropped.flatten(0, -2).to(how.dtype)@a.t())
         masks.append(mask.flatten(0, -2))
     return low,masks
