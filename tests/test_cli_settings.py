@@ -15,6 +15,7 @@ from sage_finetune.core.text_stream import read_yaml
 from sage_finetune.data import create_sample_data
 from sage_finetune.runs.tasks import config_of_file, preset_settings, settings_yaml, with_settings
 
+tree = Path(__file__).parent/'data'/'small_tree'
 COMMANDS = sorted(get_command(app).commands)
 
 
@@ -83,8 +84,8 @@ def test_settings_arrive_by_start_and_by_run(rows, tmp_path, capsys):
 
 
 def test_settings_arrive_by_quickstart(tmp_path, capsys):
-    status,out,error = said(capsys, 'quickstart', 'code', '--max-facts', 3, '--output', tmp_path/'run', *five, '--set',
-                            'weight_decay=0.1', '--set', 'lora.use_dora=true')
+    status,out,error = said(capsys, 'quickstart', 'code', '--data', tree, '--max-facts', 3, '--output', tmp_path/'run',
+                            *five, '--set', 'weight_decay=0.1', '--set', 'lora.use_dora=true')
     assert status==0, error
     assert arrived(tmp_path/'run')==(3e-4, 2, 1, 3, 4, .1, 4, True)
     assert f'sage-finetune chat {tmp_path/"run"}' in out
