@@ -98,7 +98,8 @@ def test_weights_of_16_bits_are_the_same_bits_and_answer_the_same(tmp_path, caps
     assert len(made())==1 and read_json(models_folder()/made()[0]/gguf_note)['stored_as']=='float16'
 
 
-@pytest.mark.parametrize('kind,stored,off', few([('Q4_1', 'bfloat16', 6), ('F32', 'float32', 0), ('Q8_0', 'bfloat16', 0.6)]))
+@pytest.mark.parametrize('kind,stored,off', few([
+    ('Q4_1', 'bfloat16', 6), ('F32', 'float32', 0), ('Q8_0', 'bfloat16', 0.6)]))
 def test_weights_of_other_kinds(tmp_path, kind, stored, off):
     file = write_gguf(tmp_path/'tiny.gguf', kind)
     folder = Path(resolve_model(str(file)))

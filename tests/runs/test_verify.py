@@ -82,7 +82,8 @@ def test_a_run_with_one_checkpoint_is_gone_from_the_first_step(base, data):
 @pytest.mark.parametrize('more', [
     dict(load_best_model_at_end=True, early_stopping_patience=1, eval_steps=1, learning_rate=1.0),
     *(pytest.param(more, marks=pytest.mark.slow) for more in (
-        dict(deterministic=True, neftune_noise_alpha=5), dict(packing=True, max_length=128), dict(tokens_per_step=256), dict(lr_scheduler_type='linear', seed=3),
+        dict(deterministic=True, neftune_noise_alpha=5), dict(packing=True, max_length=128),
+        dict(tokens_per_step=256), dict(lr_scheduler_type='linear', seed=3),
         dict(lora=LoRAConfig(r=4, init_lora_weights='pissa'))))])
 def test_other_kinds_of_run(more, base, data):
     folder = base/'-'.join(more)
