@@ -132,7 +132,7 @@ def test_the_whole_path_speaks_to_no_other_machine(tmp_path):
     log = tmp_path/'network.log'
     watched = os.environ | dict(NETWORK_LOG=str(log), HF_HUB_OFFLINE='0', HOME=str(tmp_path/'home'))
     tree = Path(__file__).parent/'data'/'small_tree'
-    words = [['quickstart', 'code', '--data', tree, '--max-facts', 3, '--output', tmp_path/'run'],
+    words = [['quickstart', 'code', '--data', tree, '--max-facts', 3, '--max-steps', 3, '--output', tmp_path/'run'],
              ['start', '--task', 'qa', '--data', create_sample_data(tmp_path/'rows.json', 'qa'), '--model',
               'nobody/nothing', '--auto']] # the watcher does see what goes out
     # a forked process has read before that it is to stay off the network

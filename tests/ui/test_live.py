@@ -177,6 +177,7 @@ def test_where_nobody_watches_it_is_an_ordinary_run(tmp_path, data, capfd):
 
 # Nothing that is not used
 
+@pytest.mark.slow # an interpreter of its own
 def test_what_shows_is_imported_only_when_something_is_shown():
     "`core.display` lies below the trainer and must bring nothing with it that draws"
     shows = 'ipywidgets', 'matplotlib', 'rich.live'
