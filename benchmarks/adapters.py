@@ -1,8 +1,9 @@
-"""A pass with adapters computed together against peft's own path: `python benchmarks/adapters.py [MODEL …] [--out FILE]`
+"""A pass with adapters computed together, and by peft itself: `python benchmarks/adapters.py [MODEL …] [--out FILE]`
 
 Forward and backward of `--rows` rows of `--tokens` tokens, r 8 on q, k, v, o and r 16 on all linear layers, with and
 without dropout. Both ways take turns in one process; told are the medians over the rounds, in seconds of the processor,
-and the ratio is the median of the ratios of each round. MODEL is a name or a folder; the embedded model if none is given.
+and the ratio is the median of the ratios of each round. MODEL is a name or a folder; the embedded model where none is
+given.
 """
 import argparse
 import json

@@ -110,7 +110,8 @@ def run_ours(model_folder, rows, work, **more):
     from sage_finetune.rows.sources import save_rows
     config = TrainingConfig(model_name=model_folder, data_path=save_rows(Path(work)/'rows.jsonl', rows),
                             output_dir=Path(work)/'run', max_length=max_length, num_train_epochs=1,
-                            learning_rate=learning_rate, lr_scheduler_type='constant', warmup_ratio=0, weight_decay=0.01,
+                            learning_rate=learning_rate, lr_scheduler_type='constant', warmup_ratio=0,
+                            weight_decay=0.01,
                             load_in_8bit=False, fp16=False, gradient_checkpointing=checkpointing, optim='adamw_torch',
                             test_size=0, save_steps=10_000, report_to='none', seed=seed,
                             lora={k: v for k,v in lora.items()},
