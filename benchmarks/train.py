@@ -4,7 +4,8 @@
 
 One epoch over the same rows with the same model, adapter, batch and optimizer, each way in a process of its own,
 one after the other. A token counts once, filling up counts as nothing. The bare loop runs full rows of random
-tokens without anything around it, which is what the machine can do with this model. TRL runs twice: with its own
+tokens without anything around it, which is what the machine can do with this model: eight short rows, and `long rows`,
+one of 1,024, in which tokens look at more others. TRL runs twice: with its own
 choice of precision and checkpointing, and, `trl tuned`, with what is best on this machine: fp32 as ours, nothing
 computed twice. `--compiled N` adds our run with `torch_compile` on N rows, the time to compile counted.
 `--no-bf16-units` lets every way run as on a processor without units for bf16 (oneDNN is told to leave them alone),
@@ -17,7 +18,7 @@ the first 16 rows), and the ratios.
 
 A round takes each way once, one after the other. Speed is the median over the rounds, and a ratio is the median of the
 ratios within each round, so that a machine that is slower for a while is slower for all. `--only` takes fewer ways,
-separated by commas; `headline` stands for the four that the promises are about. With a real model the other ways train
+separated by commas; `headline` stands for those that the promises are about. With a real model the other ways train
 on the first `--few` rows alone, so that a round of all takes six minutes on two cores; TRL's own choice of precision,
 which such a machine emulates, is then left out. With `--out FILE` what was measured before, of the same settings,
 stays: the command adds to it and may be stopped at any time, so that a table can be made in pieces. `--cpu` counts
@@ -82,7 +83,7 @@ def final_loss(model, tokenizer, rows):
                     Collator(tokenizer.pad_token_id))
     return mean_loss(model, (collate([data[j] for j in range(i, min(i+8, len(data)))]) for i in range(0, len(data), 8)))
 
-def run_bare(model_folder, rows, work):
+def run_bare(model_folder, rows, work, shape=None):
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -95,6 +96,7 @@ def run_bare(model_folder, rows, work):
     ids,steps = (torch.randint(0, model.config.vocab_size, (8, 256)), # dense rows
                  max(2, sum(len(m['content']) for r in rows for m in r['messages'])//2//2048//2))
     if model.config.hidden_size>=512: ids,steps = ids[:, :128],2 # as many tokens as a packed pass, twice
+    if shape: ids = torch.randint(0, model.config.vocab_size, shape)
     def step():
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
@@ -153,7 +155,8 @@ by_length,packed,tuned = (dict(train_sampling_strategy='group_by_length'),dict(p
                           dict(bf16=False, gradient_checkpointing=False))
 pefts = dict(fused_lora=False)
 auto = dict(packing='auto', per_device_train_batch_size=1, gradient_accumulation_steps=batch)
-settings = {'bare loop': (run_bare, {}), 'sage_finetune': (run_ours, {}),
+settings = {'bare loop': (run_bare, {}), 'bare loop long rows': (run_bare, dict(shape=(1, max_length))),
+            'sage_finetune': (run_ours, {}),
             'sage_finetune packed': (run_ours, packed), 'sage_finetune auto': (run_ours, auto),
             "sage_finetune peft's layers": (run_ours, pefts),
             "sage_finetune packed peft's layers": (run_ours, packed | pefts),
@@ -162,7 +165,7 @@ settings = {'bare loop': (run_bare, {}), 'sage_finetune': (run_ours, {}),
             'trl': (run_trl, {}), 'trl by length': (run_trl, by_length), 'trl packed': (run_trl, packed),
             'trl tuned': (run_trl, tuned), 'trl tuned by length': (run_trl, tuned | by_length),
             'trl tuned packed': (run_trl, tuned | packed)}
-headline = 'bare loop', 'sage_finetune packed', 'sage_finetune auto', 'trl tuned packed'
+headline = 'bare loop', 'bare loop long rows', 'sage_finetune packed', 'sage_finetune auto', 'trl tuned packed'
 
 def resident(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024
 
@@ -190,7 +193,7 @@ def ratios(rounds):
     speed = {w: median(rounds, w, 'tokens_a_second') for w in ways}
     best = {k: max(found, key=speed.get) for k in ('trl', 'trl tuned')
             if (found := [w for w in ways if w.startswith(k) and ('tuned' in w)==('tuned' in k)])}
-    against = best | ({'bare loop': 'bare loop'} if 'bare loop' in ways else {})
+    against = best | {w: w for w in ways if w.startswith('bare')}
     def between(way, other, key):
         both = [r[way][key]/r[other][key] for r in rounds if way in r and other in r]
         return round(statistics.median(both), 3) if both else None
