@@ -1,4 +1,6 @@
-"Check the documentation site without Quarto: every notebook makes a page, and no link, anchor or picture leads nowhere, or is silent"
+"""Check the documentation site without Quarto: every notebook makes a page, no link, anchor or picture leads nowhere, and
+no picture is silent
+"""
 import ast, base64, os, re, sys
 from pathlib import Path
 from urllib.parse import unquote
@@ -71,7 +73,7 @@ def silent_pictures(
             if not re.search(r'\balt="[^"]', tag): yield f'a picture has no alt text: {tag[:60]}'
         if found := re.search(r'\bonclick=|\btabindex="-', text): yield f'a keyboard does not reach {found[0]}'
     drawn = any('image/png' in output.get('data', {}) for output in cell.get('outputs', []))
-    if drawn and not re.search(r'^#\|\s*fig-alt:\s*\S', ''.join(cell.source), re.M):
+    if drawn and not re.search(r'^#\|\s*fig-alt:[ \t]*\S', ''.join(cell.source), re.M):
         yield f'the picture of a cell has no alt text (`#| fig-alt: …`): {"".join(cell.source)[-40:]!r}'
 
 

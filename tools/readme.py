@@ -1,4 +1,4 @@
-"Write README.md and README.zh.md from their notebooks without Quarto: nbdev's page processors, then nbconvert's Markdown"
+"Write README.md and README.zh.md from their notebooks without Quarto: nbdev's processors, then nbconvert's Markdown"
 import os, posixpath, re, sys
 from pathlib import Path
 
@@ -52,7 +52,8 @@ def from_root(
 ): # The same, read from `nbs`
     "Links of a page in a folder, as they are outside of it"
     if folder in ('', '.'): return text
-    return re.sub(r'\]\((?!\w+:|[#/])([^)#\s]+)', lambda m: f']({posixpath.normpath(posixpath.join(folder, m[1]))}', text)
+    place = lambda path: posixpath.normpath(posixpath.join(folder, path))
+    return re.sub(r'\]\((?!\w+:|[#/])([^)#\s]+)', lambda m: f']({place(m[1])}', text)
 
 
 def page(

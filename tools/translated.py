@@ -32,7 +32,7 @@ def skeleton(
 ): # Levels of its headings, kinds of its blocks, links and pictures without their folder, figures
     "What a translation keeps"
     text = source(cell)
-    links = [re.sub(r'^(\.\./)+|^(?=\d\d_first)', '', to).rpartition('/')[2] for to in re.findall(r'\]\(([^)\s]+)', text)]
+    links = [to.rpartition('/')[2] for to in re.findall(r'\]\(([^)\s]+)', text)]
     plain = re.sub(r'`[^`]*`|\]\([^)]*\)', '', re.sub(r'^```.*?^```', '', text, flags=re.S|re.M))
     return dict(headings=re.findall(r'^#+(?= )', text, re.M), blocks=re.findall(r'^```.*?^```', text, re.S|re.M),
                 links=sorted({*links}), pictures=len(re.findall(r'!\[', text)),
@@ -57,12 +57,12 @@ def apart(
 def main(): # Exit status
     "Write the code cells, or with `--check` name what is out of step"
     stale = {name: text for name in TWINS if (text := written(name))!=(NBS/f'{name}.ipynb').read_text(encoding='utf-8')}
-    if '--check' not in sys.argv[1:]:
-        for name,text in stale.items(): (NBS/f'{name}.ipynb').write_text(text, encoding='utf-8')
+    check = '--check' in sys.argv[1:]
+    for name,text in ({} if check else stale).items(): (NBS/f'{name}.ipynb').write_text(text, encoding='utf-8')
     told = [fault for name in TWINS for fault in apart(name)]
-    told += [f'nbs/{name}.ipynb has other code than nbs/{TWINS[name]}.ipynb: make sync' for name in stale]
+    if check: told += [f'nbs/{name}.ipynb has other code than nbs/{TWINS[name]}.ipynb: make sync' for name in stale]
     for line in told: print(line)
-    return int(bool(told)) if '--check' in sys.argv[1:] else 0
+    return int(check and bool(told))
 
 
 if __name__=='__main__': sys.exit(main())

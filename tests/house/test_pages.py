@@ -148,7 +148,8 @@ def test_both_orders_are_told():
     law = re.search(r'^core < .+$', (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8'), re.M)[0]
     assert any(law in ''.join(cell.source) for cell in read_nb(ROOT/'nbs/how_it_works.ipynb').cells)
     bar = (ROOT/'_quarto.yml').read_text(encoding='utf-8')
-    named = [bar.index(f'section: {name}') for name in ('Start', 'Tutorials', 'Recipes', 'The story', 'core', 'ui', '中文')]
+    sections = 'Start', 'Tutorials', 'Recipes', 'The story', 'core', 'ui', '中文'
+    named = [bar.index(f'section: {name}') for name in sections]
     assert named==sorted(named)
 
 
