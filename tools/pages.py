@@ -1,5 +1,5 @@
-"""Check the documentation site without Quarto: every notebook makes a page, no link, anchor or picture leads nowhere, and
-no picture is silent
+"""Check the documentation site without Quarto: every notebook makes a page, no link, anchor or picture leads nowhere,
+and no picture is silent
 """
 import ast, base64, os, re, sys
 from pathlib import Path
