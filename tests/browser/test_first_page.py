@@ -76,5 +76,6 @@ def test_a_first_run_of_ones_own(root, visit):
     page.see('Look here: second drawer', len(own_run)-1)
     seconds = time.monotonic()-began
     assert (page.faults(), page.strangers, page.wrong)==([], [], [])
+    assert not [i for i in range(len(own_run)) if 'Warning' in page.shown(i)]
     assert len(own_run)<=12 and seconds<600
     print(f'{len(own_run)} cells, {seconds:.0f} s')
