@@ -97,6 +97,14 @@ def filled(
     return MARK.sub(lambda m: f'{m[1] or m[3]}{body}{m[2] or m[4]}', text)
 
 
+def with_law(
+    text, # Of a notebook that tells the order of imports
+): # The same, with the line of CONTRIBUTING
+    "Put the order of imports into a notebook"
+    law = re.search(r'^core < .+$', (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8'), re.M)[0]
+    return re.sub(r'`core < [\w< ]+`', lambda _: f'`{law}`', text)
+
+
 def written(): # (path, its text as it must be) of each file with a map
     "The files with a map, in step with the notebooks"
     index = json.loads((NBS/'index.ipynb').read_text(encoding='utf-8'))
@@ -104,6 +112,7 @@ def written(): # (path, its text as it must be) of each file with a map
         text = ''.join(cell['source'])
         if '<!-- map: begin -->' in text: cell['source'] = filled(text, readme_table()).splitlines(True)
     yield NBS/'index.ipynb', json.dumps(index, ensure_ascii=False, indent=1)+'\n'
+    yield NBS/'how_it_works.ipynb', with_law((NBS/'how_it_works.ipynb').read_text(encoding='utf-8'))
     for path, lines in (ROOT/'CONTRIBUTING.md', contributing_table()), (ROOT/'_quarto.yml', sidebar()):
         yield path, filled(path.read_text(encoding='utf-8'), lines)
 
