@@ -230,8 +230,9 @@ def _next_steps(folder):
         'loss.png': 'the loss curve',
     }
     told,again = [f'  {name:<22}{what}' for name,what in files.items()],program_name()
-    return [f'{folder}/', *told, '', 'Next:', f'  {again} chat {_short(folder)}',
-            f'  {again} quickstart code --data .    # your own code: its folder instead of .', f'  {again} examples']
+    return [f'{folder}/', *told, '', 'Next, to talk to it:', f'  {again} chat {_short(folder)}',
+            'the same about your own code (its folder in the place of the dot):', f'  {again} quickstart code --data .',
+            'more commands:', f'  {again} examples']
 
 def _short(folder):
     "The name of a run in the usual place, else its path, as a shell takes it"
