@@ -108,7 +108,7 @@ def trash_run(
     except OSError as e: raise cannot_write(e.filename or t.place, e) from None
     return done
 
-# %% ../../nbs/record/03_trash.ipynb #54e5ab21
+# %% ../../nbs/record/03_trash.ipynb #9fe05e07
 def restore_run(
     name:str|None=None, # Of the deleted run; None takes the one that was deleted last
     root:str|Path|None=None, # Folder of all runs; `~/.sage/finetune_output` if None
@@ -124,17 +124,19 @@ def restore_run(
     parts = written_by_run(t.folder)[::-1]
     _refuse_collision(parts, t, target)
     try:
-        with only_run(target, 'restored'): _move(parts, t.folder, target)
+        says = [p for p in parts if p in (RunFolder(t.folder).meta, RunFolder(t.folder).config)]
+        _move(says, t.folder, target)
+        with only_run(target, 'restored'): _move([p for p in parts if p not in says], t.folder, target)
         _leave(t)
     except OSError as e: raise cannot_write(e.filename or target, e) from None
     return target
 
-# %% ../../nbs/record/03_trash.ipynb #b8b97e0f
+# %% ../../nbs/record/03_trash.ipynb #a1cbe760
 def _refuse_collision(parts, t, target):
     "Refuse to write over what is there by now"
-    there = [p for p in parts if os.path.lexists(target/p.relative_to(t.folder))]
-    if there: raise SageError(f'{target/there[0].relative_to(t.folder)} is there by now: give that run another name '
-                              f'(its folder), and bring {t.name} back then')
+    there = [q for p in parts if os.path.lexists(q := target/p.relative_to(t.folder))]
+    there += [] if is_own_run(target) else written_by_run(target) # of somebody else, it would become a part of the run
+    if there: raise SageError(f'{there[0]} is there by now: give its folder another name, and bring {t.name} back then')
 
 def _leave(t):
     "Remove a folder of the trash that holds nothing any more"

@@ -7,8 +7,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/training/callbacks.html.md""
 # %% auto #0
 __all__ = ['kept_before', 'NotFinite', 'Metrics', 'SkippedSteps', 'remove_checkpoint', 'Checkpoints', 'only_numbers',
            'EvaluateFirst', 'random_state', 'set_random_state', 'copy_to_memory', 'LastSteps', 'training_flops',
-           'matmul_peak', 'peak_memory', 'too_large_to_keep', 'loss_curves', 'draw_curves', 'plot_losses',
-           'progress_line', 'Progress']
+           'matmul_peak', 'peak_memory', 'too_large_to_keep', 'loss_curves', 'draw_curves', 'plot_losses', 'Progress']
 
 # %% ../../nbs/training/03_callbacks.ipynb #7e9aa816
 import copy,functools,json,math,random,shutil,sys,time,warnings
@@ -26,6 +25,7 @@ from ..core.display import in_notebook, save_figure, shown_figure
 from ..core.machine import Machine
 from ..core.run_folder import complete_marker, mark_complete
 from ..record.metrics import read_metrics, series
+from ..record.progress import Progressing
 
 # %% ../../nbs/training/03_callbacks.ipynb #f42d13b8
 def kept_before(
@@ -364,53 +364,52 @@ def plot_losses(
     if path: save_figure(figure, path)
     return figure
 
-# %% ../../nbs/training/03_callbacks.ipynb #72d721b7
-def progress_line(
-    step:int, # Optimizer steps done
-    steps:int, # Optimizer steps in all
-    seconds:float, # Since the first step of this process
-    done:int, # Steps done by this process
-    loss:float|None=None, # Last logged loss
-    eval_loss:float|None=None, # Last held-out loss
-)->str: # One line
-    "Where a run stands, as one line"
-    left = f'{seconds/done*(steps-step):.0f} s left' if done else 'starting'
-    filled = round(24*step/max(1, steps))
-    losses = [f'{n} {v:.3f}' for n,v in (('loss', loss), ('held out', eval_loss)) if v is not None]
-    return '  '.join([f"{'━'*filled}{'╌'*(24-filled)} {step}/{steps}", *losses, left])
-
 # %% ../../nbs/training/03_callbacks.ipynb #ca82be1f
 def _shower():
-    "A function of (line, is it due in a log, is it the last) that shows one line, where this process can"
-    if in_notebook():
-        from IPython.display import HTML, display
-        handle = display(HTML('<pre>starting</pre>'), display_id=True)
-        return lambda line,due,last: handle.update(HTML(f'<pre>{line}</pre>'))
-    if sys.stderr.isatty():
-        return lambda line,due,last: print(f'\r\x1b[2K{line}', end='\n' if last else '', file=sys.stderr, flush=True)
-    return lambda line,due,last: print(line, file=sys.stderr, flush=True) if due else None
+    "A function of (what is known, is it due in a log, is it the last) that shows it, where this process can"
+    if in_notebook(): return _shown_in_cell()
+    if not sys.stderr.isatty():
+        return lambda now,due,last: print(now, file=sys.stderr, flush=True) if due else None
+    room = lambda: shutil.get_terminal_size((80, 24)).columns-1
+    return lambda now,due,last: print(f'\r\x1b[2K{now.line(room())}', end='\n' if last else '', file=sys.stderr,
+                                      flush=True)
+
+def _shown_in_cell(seconds=.5):
+    "The same as HTML that is replaced in place"
+    from IPython.display import display
+    form = lambda now: {'text/plain': str(now), 'text/html': now._repr_html_()}
+    handle,drawn = display(form(Progressing(phase='Starting')), raw=True, display_id=True),[0.0]
+    def show(now, due, last):
+        if not last and time.monotonic()-drawn[0]<seconds: return
+        drawn[0] = time.monotonic()
+        handle.update(form(now), raw=True)
+    return show
 
 # %% ../../nbs/training/03_callbacks.ipynb #d0000012
 class Progress(TrainerCallback):
     "Show how far a run has come: in a notebook, in a terminal, or as a few lines in a log"
-    def __init__(self, lines=10):
-        self.lines,self.loss,self.eval_loss,self.shown = lines,None,None,0
-        self.show = _shower()
+    def __init__(self, lines=10): self.lines,self.shown,self.show,self.now = lines,0,None,None
 
-    def on_train_begin(self, args, state, control, **kwargs): self.began,self.first = time.monotonic(),state.global_step
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.now = Progressing(steps=state.max_steps, step=state.global_step, first=state.global_step)
+        for m in state.log_history: self.now.log(m['step'], m) # of a run that resumes
+        if state.is_world_process_zero: self.show = self.show or _shower()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        self.loss,self.eval_loss = (logs or {}).get('loss', self.loss), (logs or {}).get('eval_loss', self.eval_loss)
+        if not self.now: return # measured before training
+        self.now.log(state.global_step, dict(logs or {}, epoch=state.epoch))
+        if in_notebook(): self._show(state, due=False)
 
     def on_step_end(self, args, state, control, **kwargs):
         part = state.global_step*self.lines//state.max_steps
         self._show(state, due=self.shown<part<self.lines)
         self.shown = part
 
-    def on_train_end(self, args, state, control, **kwargs): self._show(state, due=True, last=True)
+    def on_train_end(self, args, state, control, **kwargs):
+        self.now.phase = 'Trained' if state.global_step>=state.max_steps else 'Stopped'
+        self._show(state, due=True, last=True)
 
     def _show(self, state, due, last=False):
         if not state.is_world_process_zero: return
-        done = state.global_step-self.first
-        self.show(progress_line(state.global_step, state.max_steps, time.monotonic()-self.began, done, self.loss,
-                                self.eval_loss), due, last)
+        self.now.step = state.global_step
+        self.show(self.now, due, last)

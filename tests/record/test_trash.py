@@ -81,6 +81,14 @@ def test_a_broken_off_way_can_be_taken_back_at_once(tmp_path, monkeypatch):
     assert lies_in(folder)==before
 
 
+def test_what_somebody_put_there_meanwhile_becomes_no_part_of_the_run(tmp_path):
+    trash_run(whole_run(tmp_path))
+    (tmp_path/'run'/'checkpoints'/'checkpoint-7').mkdir()
+    (tmp_path/'run'/'checkpoints'/'checkpoint-7'/'model.pt').write_text('mine')
+    with pytest.raises(SageError, match='checkpoint-7 is there by now'): restore_run('run', tmp_path)
+    assert not (tmp_path/'run'/'finetune_meta.json').exists() and in_trash(tmp_path)[0].whole
+
+
 @pytest.mark.parametrize('made', ['stranger', 'link', 'nested', 'held', 'gone'])
 def test_what_is_not_moved(made, tmp_path):
     folder = tmp_path/'run'
