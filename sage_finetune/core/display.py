@@ -42,10 +42,9 @@ def number_text(
     return text.rstrip('0').rstrip('.') if '.' in text else text
 
 def _cell_text(value):
-    "A value as text: numbers with separators or four digits, nothing for None"
+    "A value as text: numbers with separators or three digits, nothing for None"
     if value is None: return ''
-    if not _is_number(value): return visible(value)
-    return f'{value:,}' if isinstance(value, int) else f'{value:.4g}'
+    return number_text(value) if _is_number(value) else visible(value)
 
 def _width(text):
     "How many places one line takes in a terminal"
@@ -84,7 +83,7 @@ class Table:
 
     def __str__(self): return _plain_table(self)
     def __repr__(self): return str(self)
-    def __rich__(self): return _rich_table(self)
+    def __rich__(self): return _Fitted(self)
     def _repr_html_(self): return _html_table(self)
 
 # %% ../../nbs/core/01_display.ipynb #0a2b8044
@@ -147,22 +146,52 @@ def _html_table(t):
     return f'{title}<table>{head}<tbody>{rows}</tbody></table>{note}'
 
 # %% ../../nbs/core/01_display.ipynb #91b6ddf0
-def _rich_table(t):
+def _longest(texts): return max((_width(line) for t in texts for line in visible(t).split('\n')), default=0)
+
+def _widths(t, room):
+    "The width of each column: numbers whole, texts at ten letters at least; None where there is no room for that"
+    cells = [[*map(_cell_text, column)] for column in zip(*t.rows)]
+    whole = [max(_longest(texts), _longest([c])) for texts,c in zip(cells, t.columns)]
+    widths = [max(_longest(texts) if n else 0, min(10, w)) for texts,n,w in zip(cells, t.numeric, whole)]
+    spare,left = room-sum(widths)-3*len(widths)-2,len(widths)
+    if spare<0: return None
+    for i in sorted(range(left), key=lambda i: whole[i]-widths[i]): # who needs little gets all of it
+        more = min(max(0, whole[i]-widths[i]), spare//left)
+        widths[i],spare,left = widths[i]+more,spare-more,left-1
+    return widths
+
+def _rich_columns(t, widths, bar):
     from rich import box
-    from rich.console import Group
     from rich.table import Table as RichTable
     from rich.text import Text
-    if not t.rows: return Text(visible('\n'.join(filter(None, (t.title, t.note)))))
     title = Text(visible(t.title), 'bold') if t.title else None
-    out = RichTable(title=title, title_justify='left', box=box.SIMPLE_HEAD,
-                    pad_edge=False, show_header=any(t.columns))
-    for c,n in zip(t.columns, t.numeric):
-        out.add_column(Text(visible(c)), justify='right' if n else 'left', overflow='fold')
-    if t.bars: out.add_column('')
+    out = RichTable(title=title, title_justify='left', box=box.SIMPLE_HEAD, pad_edge=False, show_header=any(t.columns))
+    for c,n,width in zip(t.columns, t.numeric, widths):
+        out.add_column(Text(visible(c)), justify='right' if n else 'left', overflow='fold', width=width)
+    if t.bars: out.add_column('', width=bar)
     for i,r in enumerate(t.rows):
-        bar = [Text(_bar(t.bars[i]))] if t.bars else []
-        out.add_row(*(Text(_cell_text(v)) for v in r), *bar, style='bold' if i in t.marks else None)
-    return Group(out, Text(visible(t.note))) if t.note else out
+        drawn = [Text(_bar(t.bars[i], bar))] if t.bars else []
+        out.add_row(*(Text(_cell_text(v)) for v in r), *drawn, style='bold' if i in t.marks else None)
+    return out
+
+# %% ../../nbs/core/01_display.ipynb #a0d00001
+def _stacked(t):
+    "Each row as lines of its own, a value each"
+    lines = lambda r: '\n'.join(': '.join(filter(None, (visible(c), _cell_text(v)))) for c,v in zip(t.columns, r))
+    return '\n\n'.join([*([visible(t.title)] if t.title else []), *map(lines, t.rows)])
+
+class _Fitted:
+    "A table as wide as its terminal; where its columns have no room beside each other, below each other"
+    def __init__(self, table): self.table = table
+    def __rich_console__(self, console, options):
+        from rich.text import Text
+        t,room = self.table,options.max_width
+        if t.rows:
+            fits = ((w, bar) for bar in ((20, 8) if t.bars else (0,)) if (w := _widths(t, room-bar-3*bool(bar))))
+            widths,bar = next(fits, (None, 0))
+            yield _rich_columns(t, widths, bar) if widths else Text(_stacked(t))
+        words = '\n'.join(filter(None, (t.note,) if t.rows else (t.title, t.note)))
+        if words: yield Text(visible(words))
 
 # %% ../../nbs/core/01_display.ipynb #15bd31e6
 def _html_of(thing):
@@ -214,9 +243,9 @@ def size_text(
 
 def falling(
     *losses:float|None, # In nats, one after the other; None for what is not known
-)->str: # "3.2100 → 0.1200"; empty where nothing is known
+)->str: # "3.21 → 0.12"; empty where nothing is known
     "Losses as they went"
-    return ' → '.join('' if x is None else f'{x:.4f}' for x in losses) if any(x is not None for x in losses) else ''
+    return ' → '.join('' if x is None else number_text(x) for x in losses) if any(x is not None for x in losses) else ''
 
 def training_loss_name(
     steps, # First and last step of its window; None where they are not known

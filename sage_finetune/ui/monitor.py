@@ -22,7 +22,7 @@ from sage_finetune.core.run_folder import (
 )
 from ..core.display import figure_file, number_text, save_figure, Shown, size_text, Table
 from ..record.labels import label_run, listed_runs, select, selection_note
-from ..record.metrics import last_lines, last_value, seconds_left, steps_in_all
+from ..record.metrics import duration_text, last_lines, last_value, seconds_left, steps_in_all
 from ..record.trash import empty_trash, in_trash, restore_run, trash_run
 
 # %% ../../nbs/ui/07_monitor.ipynb #ddda8e9f
@@ -127,7 +127,7 @@ _columns = {
     'step': lambda r: '' if r.step is None else f'{r.step:,}' if r.of is None else f'{r.step:,} of {r.of:,}',
     'loss': lambda r: '' if r.loss is None else number_text(r.loss),
     'tokens/s': lambda r: r.tokens_per_second and round(r.tokens_per_second),
-    'left': lambda r: _duration(r.left),
+    'left': lambda r: '' if r.left is None else duration_text(r.left),
     'process': lambda r: r.pid and str(r.pid),
     'cores': lambda r: r.cores and round(r.cores, 1),
     'memory': lambda r: size_text(r.memory) if r.memory else '',
@@ -137,10 +137,6 @@ _columns = {
 }
 
 # %% ../../nbs/ui/07_monitor.ipynb #a0c00011
-def _duration(s):
-    if s is None: return ''
-    return f'{s:.0f} s' if s<100 else f'{s/60:.0f} min' if s<6000 else f'{s/3600:.1f} h'
-
 def _table(all):
     "One line for each run; a column that is empty throughout is left out"
     if not all.runs: return Table(['run'], [], title=all.note)
