@@ -415,8 +415,7 @@ def _train_and_save(run, start):
 
 def _let_go(run, fault):
     "Release the model, and return what stopped the run without its traceback, which holds tensors"
-    run.model = run.trainer = None
-    without_traceback(fault)
+    run.model,run.trainer,fault = None,None,without_traceback(fault)
     free_memory()
     return fault
 
