@@ -32,7 +32,8 @@ def loaded(name, config, lora):
     "A model as a run loads it"
     if name in kinds:
         kind,shape = kinds[name]
-        return add_lora(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape)).to(dtype_of(config)), lora)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape)).to(dtype_of(config))
+        return add_lora(model, lora)
     model = load_model(name, dtype_of(config), 'cpu', quantisation_of(config))
     if config.load_in_8bit or config.load_in_4bit: model = ready_for_quantised_training(model)
     return add_lora(model, lora)
