@@ -19,8 +19,7 @@ from sage_finetune.rows.sources import save_rows
 from sage_finetune.training.callbacks import read_metrics
 
 DATA = Path(__file__).resolve().parents[2]/'shared'/'data'/'gsm8k_train.jsonl'
-SYSTEM = ('Solve the problem in one short sentence. Then write #### and the number, and nothing else. '
-          'Example: Tom has 2 boxes with 3 pens each, which are 2 * 3 = 6 pens. #### 6')
+SYSTEM = 'Answer in one short line that ends with #### and the number. Example: 2 * 3 = 6 pens. #### 6'
 REWARDS = [dict(reward='number', weight=1.0),
            dict(reward='regex', name='format', weight=.5, pattern=r'####\s*-?[\d,.]+\s*$')]
 
@@ -28,7 +27,7 @@ REWARDS = [dict(reward='number', weight=1.0),
 def rows(path, folder, most):
     "Questions of a file of GSM8K, with what is asked of the answer before them"
     found = [json.loads(line) for line in Path(path).read_text(encoding='utf-8').splitlines()[:most]]
-    short = [r for r in found if len(r['question'])<260]
+    short = [r for r in found if len(r['question'])<150]
     made = [dict(system=SYSTEM, question=r['question'], answer=r['answer']) for r in short]
     return save_rows(folder/'questions.jsonl', made)
 
@@ -36,7 +35,7 @@ def rows(path, folder, most):
 def config(args, data):
     return RewardConfig(
         model_name=args.model, data_path=data, output_dir=args.folder/'run', rewards=REWARDS, max_steps=args.steps,
-        num_generations=8, per_device_train_batch_size=8, gradient_accumulation_steps=2, max_length=320,
+        num_generations=8, per_device_train_batch_size=8, gradient_accumulation_steps=2, max_length=96+args.tokens,
         max_completion_length=args.tokens, learning_rate=args.rate, warmup_ratio=.1, save_steps=1, test_size=0.0,
         report_to='none', lora=dict(r=16, lora_alpha=32, target_modules='all-linear', lora_dropout=0.0))
 
@@ -59,7 +58,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--model', default='smollm2-135m')
     parser.add_argument('--steps', type=int, default=30)
-    parser.add_argument('--tokens', type=int, default=64)
+    parser.add_argument('--tokens', type=int, default=32)
     parser.add_argument('--rate', type=float, default=2e-4)
     parser.add_argument('--data', default=DATA)
     parser.add_argument('--folder', type=Path, default=Path('~/.sage/benchmarks/rewards').expanduser())
@@ -67,7 +66,7 @@ def main():
     args = parser.parse_args()
     if not args.show:
         args.folder.mkdir(parents=True, exist_ok=True)
-        c = config(args, rows(args.data, args.folder, 600))
+        c = config(args, rows(args.data, args.folder, 2000))
         print(estimate_memory(c), flush=True)
         RewardTrainer(c).train()
     print(table(args.folder))

@@ -196,6 +196,7 @@ def quickstart(
     _print('', result, '')
     echo('\n'.join(_next_steps(result.folder)))
 
+# %% ../nbs/05_cli.ipynb #0a5c02a1
 def _print(*things):
     from rich.console import Console
     console = Console(width=None if sys.stdout.isatty() else 100)

@@ -43,6 +43,7 @@ from .model.loss import evaluating
 from .model.step_bytes import live_bytes
 from .model.memory import estimate_memory, Probe
 from .training.callbacks import read_metrics, training_flops
+from .training.processes import of_this_process, share_of_step
 from .training.loop import ResumableTrainer, TokenMetrics, training_arguments
 from .training.resume import TrainingResult
 from .trainer import LoRATrainer
@@ -190,14 +191,7 @@ def _train_and_held_out(c, tokenizer, report):
     report.overlap = overlap(_prompts(data), _prompts(held_out))
     return data,held_out
 
-# %% ../nbs/04_preference.ipynb #bb854ffb
-def _masked(rows, pad_id):
-    "Padded tensors of conversations: which tokens there are, which are real, and which are judged"
-    b = Collator(pad_id)(rows)
-    lengths = torch.tensor([len(r['input_ids']) for r in rows])
-    real = (torch.arange(b['input_ids'].shape[1])[None]<lengths[:, None]).long()
-    return dict(input_ids=b['input_ids'], attention_mask=real, completion_mask=(b['labels']!=ignored).long())
-
+# %% ../nbs/04_preference.ipynb #5d0b17f2
 def _lengths(rows):
     "Tokens of each row, of both answers where there are two"
     each = lambda column: torch.cat([torch.as_tensor(starts).diff() for _,starts in flat_chunks(rows, column)]).numpy()
@@ -207,6 +201,14 @@ def _spare(pad_id):
     "A row that stands where a process has none left; its loss counts nothing"
     ids,labels = [pad_id]*4,[ignored, ignored, pad_id, pad_id]
     return dict(input_ids=ids, labels=labels, rejected_input_ids=ids, rejected_labels=labels, desirable=[1])
+
+# %% ../nbs/04_preference.ipynb #bb854ffb
+def _masked(rows, pad_id):
+    "Padded tensors of conversations: which tokens there are, which are real, and which are judged"
+    b = Collator(pad_id)(rows)
+    lengths = torch.tensor([len(r['input_ids']) for r in rows])
+    real = (torch.arange(b['input_ids'].shape[1])[None]<lengths[:, None]).long()
+    return dict(input_ids=b['input_ids'], attention_mask=real, completion_mask=(b['labels']!=ignored).long())
 
 def _one(row, which=''): return dict(input_ids=row[f'{which}input_ids'], labels=row[f'{which}labels'])
 
@@ -271,10 +273,7 @@ class RewardMetrics(TokenMetrics):
 
     def metrics(self, sums): return _means(sums)
 
-def _share_of_step(trainer, batches):
-    "By what the loss of a micro-batch is multiplied, so that several processes take the step of one"
-    mine = torch.tensor([sum('spare' not in b for b in batches)], device=trainer.args.device)
-    return len(batches)*trainer.args.world_size/trainer.accelerator.gather(mine).sum().item()
+# %% ../nbs/04_preference.ipynb #5d0b17f1
 def _held_out(trainer, batches):
     "Figures of held-out rows, of all processes"
     sums = torch.zeros(RewardMetrics.places, dtype=torch.float64)
@@ -313,7 +312,7 @@ class PreferenceMixin(ResumableTrainer):
 
     def judged(self, model, inputs): # The loss, and (sum, weight) of each figure
         "A forward pass through TRL's loss"
-        with score_learned_only(self.accelerator): loss = super().compute_loss(model, inputs)
+        with score_learned_only(), of_this_process(self.accelerator): loss = super().compute_loss(model, inputs)
         found = self.logged_by_trl()
         values = {k: v[-1] for k,v in found.items()} | dict(loss=loss.detach())
         found.clear()
@@ -328,7 +327,7 @@ class PreferenceMixin(ResumableTrainer):
 
     def get_batch_samples(self, *args, **kwargs):
         batches,learned = super().get_batch_samples(*args, **kwargs)
-        if batches and self.args.world_size>1: self.share = _share_of_step(self, batches)
+        if batches and self.args.world_size>1: self.share = share_of_step(self.accelerator, batches)
         return batches,learned
 
     def leave_out(self, batch): batch['spare'] = True
@@ -390,15 +389,11 @@ def require_trl(
                         f'`pip install -U "sage_finetune[trl]"`')
 
 @contextmanager
-def score_learned_only(
-    accelerator, # Of a trainer of TRL
-): # While the block runs
-    "Let TRL's head score the answers alone (1.16 scores prompts too, except with Triton), of this process alone"
+def score_learned_only(): # While the block runs
+    "Let TRL's head score the answers alone: without Triton, TRL 1.16 scores the prompts too"
     from trl.trainer import utils
-    head = patch.object(utils, '_use_triton', lambda device: True) if hasattr(utils, '_use_triton') else nullcontext()
-    with head, patch.multiple(accelerator, gather=_same, gather_for_metrics=_same): yield
-
-def _same(found): return found
+    known = hasattr(utils, '_use_triton')
+    with patch.object(utils, '_use_triton', lambda device: True) if known else nullcontext(): yield
 
 # %% ../nbs/04_preference.ipynb #5d0b17c7
 @cache

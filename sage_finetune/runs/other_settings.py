@@ -149,7 +149,7 @@ def take_new_tokens(
 _known_rewards = dict(
     accuracy_reward=(dict(reward='number', key='solution'), 'number, of the column `solution`: numbers, fractions and '
                      'boxes are compared, and no algebra as by math-verify'),
-    think_format_reward=(dict(reward='regex', pattern=r'\A<think>(?!.*<think>)(.*?)</think>'), 'regex, the same pattern'))
+    think_format_reward=(dict(reward='regex', pattern=r'\A<think>(?!.*<think>)(.*?)</think>'), 'regex, as in TRL'))
 _unknown_rewards = dict(
     reasoning_accuracy_reward='accuracy_reward judges what stands behind </think>',
     get_soft_overlong_punishment='`length` counts words: in a file of ours, rewards: {"length": {"most": 200}}')
@@ -170,7 +170,8 @@ def take_rewards(
     names = names_in(take_setting(given, out, 'reward_funcs', None) or [])
     if not names: raise RefusedSetting('reward_funcs is missing')
     asked = take_setting(given, out, 'reward_weights', None)
-    weights = [number_in(w) for w in (asked if isinstance(asked, list) else [1.0]*len(names) if asked is None else [asked])]
+    each = [1.0]*len(names) if asked is None else asked if isinstance(asked, list) else [asked]
+    weights = [number_in(w) for w in each]
     if len(weights)!=len(names) or not all(isinstance(w, (int, float)) for w in weights):
         raise RefusedSetting(f'reward_weights={asked!r} (a number for each of {", ".join(map(str, names))})')
     out.settings['rewards'] = [_reward_of_trl(n, w) for n,w in zip(names, weights)]
@@ -186,8 +187,8 @@ def take_sampling(
     micro,accum = s['per_device_train_batch_size'],s['gradient_accumulation_steps']
     for name,own in dict(steps_per_generation=accum, generation_batch_size=micro*accum).items():
         if number_in(take_setting(given, out, name, own))!=own:
-            raise RefusedSetting(f'{name}={given[name]!r} (answers are sampled for one optimizer step: {own}, as '
-                                 f'per_device_train_batch_size={micro} and gradient_accumulation_steps={accum} make it)')
+            raise RefusedSetting(f'{name}={given[name]!r} (answers are sampled for one optimizer step: {own}, by '
+                                 f'per_device_train_batch_size={micro} and gradient_accumulation_steps={accum})')
     s['top_k'] = int(take_number(given, out, 'top_k', 0)) or None
 
 # %% ../../nbs/runs/01_other_settings.ipynb #050048b1

@@ -112,7 +112,7 @@ def _merging(given, out):
     out.merge_into = take_setting(given, out, 'export_dir', None)
 
 def _new_tokens(given, out):
-    "Tokens that are added; their rows are made with them, so `resize_vocab` alone asks for nothing that could be learned"
+    "Tokens that are added, with their rows: `resize_vocab` alone asks for nothing that could be learned"
     names = 'add_tokens', 'add_special_tokens'
     take_new_tokens(given, out, names, 'additional_target', ends=True)
     if take_setting(given, out, 'resize_vocab', False, (False, True)) and not any(given.get(n) for n in names):
@@ -379,7 +379,6 @@ def _axolotl_plugins(given, out):
         raise RefusedSetting(f'bnb_config_kwargs.{odd[0]}={stored[odd[0]]!r} (4 bits are NF4 with quantised constants)')
 
 def _axolotl_tokens(given, out):
-    "Tokens that are added, layers that are trained whole, and the rate of embedding and head"
     take_new_tokens(given, out, ('tokens',), 'lora_modules_to_save')
     if scale := take_setting(given, out, 'embedding_lr_scale', None):
         rate = number_in(scale)*number_in(out.settings['learning_rate'])
@@ -404,7 +403,8 @@ def _axolotl_turns(given, out):
     for name in losses: out.went.pop(name, None)
 
 _axolotl_rules = (_axolotl_layers, _axolotl_method, _axolotl_times, _axolotl_plugins, _axolotl_batches, _axolotl_turns,
-                  partial(take_precision, bf16='auto'), take_checkpointing, take_warmup, _axolotl_data, take_launch)
+                  _axolotl_tokens, partial(take_precision, bf16='auto'), take_checkpointing, take_warmup,
+                  _axolotl_data, take_launch)
 
 # %% ../../nbs/runs/02_other_tools.ipynb #bf64ad14
 def kind_of_config(

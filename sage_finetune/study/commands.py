@@ -112,8 +112,8 @@ def _refuse_both(grid, by_hand):
     "A setting that has several values in the grid has none by hand"
     given = {*by_hand, *(f'lora.{n}' for n in by_hand.get('lora', ()))}
     if both := [n for n in grid if n in given]:
-        raise ValueError(f'`--grid {both[0]}` has its values, so `--set {both[0]}` (or its short form) has no place: leave '
-                         f'one of them out')
+        raise ValueError(f'`--grid {both[0]}` has its values, so `--set {both[0]}` (or its short form) has no place: '
+                         f'leave one of them out')
 
 # %% ../../nbs/study/04_commands.ipynb #1f700a36
 def report(

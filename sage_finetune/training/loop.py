@@ -494,7 +494,6 @@ class ResumableTrainer(StepChecks, SeededOrder, WholeCheckpoints):
 
     @property
     def window(self): return self.meter.window
-    def leave_out(self, batch): batch['labels'].fill_(ignored) # another process has one more
 
     def count_operations(self, every, learned):
         twice = any(getattr(self.args, n, False) for n in ('activation_checkpointing', 'gradient_checkpointing'))
