@@ -27,7 +27,7 @@ REWARDS = [dict(reward='number', weight=1.0),
 def rows(path, folder, most):
     "Questions of a file of GSM8K, with what is asked of the answer before them"
     found = [json.loads(line) for line in Path(path).read_text(encoding='utf-8').splitlines()[:most]]
-    short = [r for r in found if len(r['question'])<150]
+    short = [r for r in found if len(r['question'])<110]
     made = [dict(system=SYSTEM, question=r['question'], answer=r['answer']) for r in short]
     return save_rows(folder/'questions.jsonl', made)
 
@@ -35,7 +35,7 @@ def rows(path, folder, most):
 def config(args, data):
     return RewardConfig(
         model_name=args.model, data_path=data, output_dir=args.folder/'run', rewards=REWARDS, max_steps=args.steps,
-        num_generations=8, per_device_train_batch_size=8, gradient_accumulation_steps=2, max_length=96+args.tokens,
+        num_generations=8, per_device_train_batch_size=8, gradient_accumulation_steps=1, max_length=96+args.tokens,
         max_completion_length=args.tokens, learning_rate=args.rate, warmup_ratio=.1, save_steps=1, test_size=0.0,
         report_to='none', lora=dict(r=16, lora_alpha=32, target_modules='all-linear', lora_dropout=0.0))
 
@@ -58,15 +58,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--model', default='smollm2-135m')
     parser.add_argument('--steps', type=int, default=30)
-    parser.add_argument('--tokens', type=int, default=32)
-    parser.add_argument('--rate', type=float, default=2e-4)
+    parser.add_argument('--tokens', type=int, default=24)
+    parser.add_argument('--rate', type=float, default=5e-4)
     parser.add_argument('--data', default=DATA)
     parser.add_argument('--folder', type=Path, default=Path('~/.sage/benchmarks/rewards').expanduser())
     parser.add_argument('--show', action='store_true')
     args = parser.parse_args()
     if not args.show:
         args.folder.mkdir(parents=True, exist_ok=True)
-        c = config(args, rows(args.data, args.folder, 2000))
+        c = config(args, rows(args.data, args.folder, 4000))
         print(estimate_memory(c), flush=True)
         RewardTrainer(c).train()
     print(table(args.folder))
