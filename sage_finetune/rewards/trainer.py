@@ -239,7 +239,7 @@ class GRPOLoop(GRPOMixin):
         labels = input_ids.masked_fill(attention_mask==0, -100)
         labels[:, :-logits_to_keep] = -100
         more = dict(output_router_logits=True) if compute_aux_loss else {}
-        with self.accelerator.autocast(), score_learned_only(self.accelerator):
+        with self.accelerator.autocast(), score_learned_only():
             out = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True,
                         position_ids=(attention_mask.cumsum(1)-1).clamp(min=0), **more)
         return (out.log_probs[:, -logits_to_keep:], out.entropy[:, -logits_to_keep:] if compute_entropy else None,

@@ -185,7 +185,7 @@ def take_sampling(
     "How many answers are sampled at once"
     s = out.settings
     micro,accum = s['per_device_train_batch_size'],s['gradient_accumulation_steps']
-    for name,own in dict(steps_per_generation=accum, generation_batch_size=micro*accum).items():
+    for name,own in {'steps_per_generation': accum, 'generation_batch_size': micro*accum}.items():
         if number_in(take_setting(given, out, name, own))!=own:
             raise RefusedSetting(f'{name}={given[name]!r} (answers are sampled for one optimizer step: {own}, by '
                                  f'per_device_train_batch_size={micro} and gradient_accumulation_steps={accum})')

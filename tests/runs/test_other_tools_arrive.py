@@ -255,7 +255,7 @@ def test_it_arrives_in_the_optimizer_the_adapter_and_the_batch(table, more, tmp_
     ('trl-grpo', dict(reward_model_name_or_path='m'), 'no model is asked'),
     ('trl-grpo', dict(generation_batch_size=16), 'generation_batch_size=16 (answers are sampled for one'),
     ('trl-grpo', dict(steps_per_generation=3), 'steps_per_generation=3'),
-    ('trl-grpo', dict(loss_type='sapo'), 'loss_type="sapo"'), ('trl-grpo', dict(delta=2.0), 'delta=2.0'),
+    ('trl-grpo', dict(loss_type='sapo'), "loss_type='sapo'"), ('trl-grpo', dict(delta=2.0), 'delta=2.0'),
     ('trl-grpo', dict(lora_modules_to_save=['lm_head']), "lora_modules_to_save=['lm_head'] (judged answers"),
     ('trl-grpo', dict(per_device_train_batch_size=2), 'multiple of `num_generations=8`'),
     ('llamafactory', dict(resize_vocab=True), 'resize_vocab=True (with no token'),

@@ -23,6 +23,7 @@ talks = [dict(messages=[dict(role='user', content=r['instruction']), dict(role='
 pairs = [dict(prompt=[dict(role='user', content=f'{i}?')], chosen=[dict(role='assistant', content=f'It is {i}.')],
               rejected=[dict(role='assistant', content='No.')]) for i in range(8)]
 judged = [dict(prompt=p['prompt'], completion=p['chosen'], label=i%2==0) for i,p in enumerate(pairs)]
+asked = [dict(prompt=[dict(role='user', content=f'{i} plus 1?')], solution=f'{i+1}') for i in range(8)]
 ranked = [dict(conversations=[{'from': 'human', 'value': f'{i}?'}], chosen={'from': 'gpt', 'value': f'It is {i}.'},
                rejected={'from': 'gpt', 'value': 'No.'}) for i in range(8)]
 tagged = [dict(messages=[dict(role='user', content=f'{i}?'), dict(role='assistant', content=f'It is {i}.')],
@@ -47,7 +48,7 @@ def place(tmp_path, monkeypatch):
     (tmp_path/'data').mkdir()
     for name,rows in dict(identity=alpaca, ranked=ranked, tagged=tagged).items():
         (tmp_path/'data'/f'{name}.json').write_text(json.dumps(rows))
-    for name,rows in dict(talks=talks, pairs=pairs, judged=judged, asked=asked(8)).items():
+    for name,rows in dict(talks=talks, pairs=pairs, judged=judged, asked=asked).items():
         (tmp_path/f'{name}.jsonl').write_text(''.join(json.dumps(r)+'\n' for r in rows))
     (tmp_path/'split').mkdir()
     for name in ('train', 'test'): (tmp_path/'split'/f'{name}.jsonl').write_text((tmp_path/'talks.jsonl').read_text())
