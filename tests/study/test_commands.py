@@ -31,7 +31,7 @@ def asked(tmp_path, monkeypatch):
     (('--set', 'method=grpo', '--set', 'rewards=number'), dict(method='grpo', num_generations=8))])
 def test_a_setting_by_hand_arrives(asked, words, wanted):
     _,config,grid = asked('--grid', 'lora.r=4,8', *words)
-    assert {n: getattr(config, n) for n in wanted}==wanted and grid=={'lora.r': [4, 8]}
+    assert {n: getattr(config, n) for n in wanted}==wanted and grid=={'lora.r': ['4', '8']}
     assert config.output_dir.name=='sums-sweep' and (wanted.get('method')!='grpo' or type(config) is RewardConfig)
 
 
