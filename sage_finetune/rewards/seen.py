@@ -35,7 +35,7 @@ def group_table(
             for same in order[:most]]
     left = sum(map(len, order[most:]))
     return Table(['×', *shown, 'reward', 'advantage', 'answer'], rows,
-                 f"step {group['step']}, {group['place']}: {group['question']}",
+                 f"step {group['step']}, {Path(group['place']).name}: {group['question']}",
                  f'and {left} more answers' if left else '')
 
 # %% ../../nbs/rewards/06_seen.ipynb #dc91af5f
