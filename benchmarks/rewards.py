@@ -3,6 +3,7 @@
     python benchmarks/rewards.py                                       # smollm2-135m, 30 steps
     python benchmarks/rewards.py --model sage-tiny --steps 2           # whether it runs
     python benchmarks/rewards.py --show                                # what the run so far has come to
+    python benchmarks/rewards.py --show --keep                         # and keep it: rewards.jsonl, and its curves
 
 The run is resumed by the same command, so it may be stopped at any time. `benchmarks/README.md` has what came of it.
 """
@@ -11,7 +12,7 @@ import json
 from pathlib import Path
 
 from sage_finetune import RewardConfig, RewardTrainer
-from sage_finetune.core.display import size_text, Table
+from sage_finetune.core.display import save_figure, size_text, Table
 from sage_finetune.core.run_folder import RunFolder
 from sage_finetune.model.memory import estimate_memory
 from sage_finetune.rewards.seen import look_at_rewards
@@ -54,6 +55,14 @@ def table(folder):
     return made
 
 
+def keep(folder):
+    "Write the log beside this file, and the curves among the pictures of the pages"
+    log = [m for m in read_metrics(RunFolder(folder/'run').metrics) if 'reward' in m]
+    here = Path(__file__).resolve()
+    here.with_suffix('.jsonl').write_text(''.join(json.dumps(m)+'\n' for m in log), encoding='utf-8')
+    save_figure(look_at_rewards(folder/'run').plot(), here.parents[1]/'nbs'/'images'/'rewards.png')
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--model', default='smollm2-135m')
@@ -63,6 +72,7 @@ def main():
     parser.add_argument('--data', default=DATA)
     parser.add_argument('--folder', type=Path, default=Path('~/.sage/benchmarks/rewards').expanduser())
     parser.add_argument('--show', action='store_true')
+    parser.add_argument('--keep', action='store_true')
     args = parser.parse_args()
     if not args.show:
         args.folder.mkdir(parents=True, exist_ok=True)
@@ -71,6 +81,7 @@ def main():
         RewardTrainer(c).train()
     print(table(args.folder))
     print(look_at_rewards(args.folder/'run', groups=2))
+    if args.keep: keep(args.folder)
 
 
 if __name__=='__main__': main()
