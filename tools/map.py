@@ -11,6 +11,7 @@ NBS = ROOT/'nbs'
 SECTIONS = {
     'core': 'files that appear whole, what shows itself, checked settings, the machine, the run folder with lock '
     'and checkpoints',
+    'record': 'what runs wrote down: numbers, curves in letters and in pages, tags and conditions, the trash',
     'rows': 'rows of any file and format, as conversations, as text by the chat template, as token ids',
     'base': 'the model before it is adapted: packed attention, loading, weights on disk, a small vision model, GGUF',
     'model': 'the adapter, the loss, what is kept of both, memory, advice',
