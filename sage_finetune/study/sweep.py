@@ -22,6 +22,7 @@ from sage_finetune.core.display import (
     falling, in_notebook, on_any_background, Panel, Shown, show_widgets, shown_figure, size_text, Table
 )
 from ..core.run_folder import RunFolder
+from ..core.text_stream import one_line
 from ..config import TrainingConfig
 from ..base.loading import load_model
 from ..model.adapter import changes_base, check_run
@@ -407,7 +408,7 @@ def sweep(
 
 # %% ../../nbs/study/02_sweep.ipynb #b8e3bee9
 class SweepCallback(TrainerCallback):
-    "Reads the numbers of a run, and ends it at a step"
+    "Reads the numbers of a run, and ends it after a step"
     def __init__(self,
         sweep, # The `Sweep`
         point, # The `Point` that trains
@@ -415,9 +416,8 @@ class SweepCallback(TrainerCallback):
     ): self.sweep,self.point,self.share,self.end = sweep,point,share,None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.point.steps = state.max_steps
-        self.end = math.ceil(state.max_steps*self.share) if self.share<1 else None
-        if self.end and state.global_step>=self.end: self._compare(state.global_step)
+        self.point.steps,end = state.max_steps,math.ceil(state.max_steps*self.share)
+        self.end = end if end<state.max_steps else None
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         p = self.point
@@ -426,20 +426,29 @@ class SweepCallback(TrainerCallback):
         _show(self.sweep)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.end and state.global_step>=self.end: self._compare(state.global_step)
+        if state.global_step==self.end and not self.sweep.run.trainer.steps: # which memory is too small to keep
+            control.should_save = True
 
-    def _compare(self, step):
+    def on_step_begin(self, args, state, control, **kwargs): # the step before is whole: logged, evaluated, saved
+        if not self.end or state.global_step<self.end: return
         self.point.scores[str(self.share)] = _score_now(self.sweep, self.sweep.run)
-        self.sweep.run.stop()
+        raise Stopped
 
 # %% ../../nbs/study/02_sweep.ipynb #3d019bdb
+def _logged_now(run, name):
+    "A figure that the run has logged at this very step; None where it has not"
+    state = run.trainer.state
+    return next((m[name] for m in reversed(state.log_history) if m['step']==state.global_step and name in m), None)
+
 def _score_now(sweep, run):
-    "How good a run is at the moment, beside its own log: lower is better"
+    "How good a run is at the moment, from its log or beside it: lower is better"
+    loss,share = (_logged_now(run, name) for name in ('eval_loss', 'exam'))
     with evaluating(run.model):
-        loss = evaluate_held_out(run.trainer, run.eval_dataset)['loss']
+        if loss is None: loss = evaluate_held_out(run.trainer, run.eval_dataset)['loss']
         if sweep.by!='exam': return [loss, 0]
-        exam = examine(run.model, run.tokenizer, asked_exams(run.config)['exam'], run.config.exam_tokens)
-    return [-exam.share, loss]
+        if share is None:
+            share = examine(run.model, run.tokenizer, asked_exams(run.config)['exam'], run.config.exam_tokens).share
+    return [-share, loss]
 
 class _Watcher:
     "Hears what a run says, and reads its numbers"
@@ -459,7 +468,7 @@ def _train_point(sweep, point, share=1.0):
         point.state = 'stopped' if point.why=='by hand' and sweep._going_on else 'waiting'
         if str(share) not in point.scores and point.state=='waiting' and sweep._going_on: raise # Ctrl-C
     except (SageError, ValueError, RuntimeError, OSError) as e:
-        point.state,point.why = 'failed',' '.join(str(e).split())
+        point.state,point.why = 'failed',one_line(e, 1000)
     finally:
         sweep.memory = max(sweep.memory or 0, peak_memory(run.machine.device) or 0)
         sweep.run = sweep.now = run.model = run.trainer = None

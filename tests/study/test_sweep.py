@@ -7,13 +7,14 @@ import sys
 
 import pytest
 
-from quick import two_layers
+from quick import few, two_layers
 from sage_finetune.config import TrainingConfig
 from sage_finetune.data import save_rows
 from sage_finetune.core.disk import SageError
 from sage_finetune.runs.run import Run
 from sage_finetune.study.sweep import _halve, grid_points, point_config, point_name, Sweep, sweep
 from sage_finetune.trainer import LoRATrainer
+from sage_finetune.training.callbacks import LastSteps
 from sage_finetune.training.loop import Stopped
 
 
@@ -102,6 +103,38 @@ def test_halving_by_the_exam_says_what_is_noise(config):
     assert sorted(p.state for p in found.points)==['ended early', 'ended early', 'trained']
     assert all(len(p.scores)==1 for p in found.points)
     assert 'exam' in found.table.columns
+
+
+ends = dict(evaluated=dict(eval_steps=1), between=dict(eval_steps=2), epoch=dict(eval_steps=None, test_size=.8),
+            accumulated=dict(eval_steps=1, gradient_accumulation_steps=2, per_device_train_batch_size=2),
+            saved=dict(eval_steps=1, save_steps=1), unkept=dict(eval_steps=1), exam=dict(eval_steps=1, exam_tokens=2),
+            exam_between=dict(eval_steps=2, exam_tokens=2))
+
+
+@pytest.mark.parametrize('kind', few(ends))
+def test_a_run_that_is_ended_keeps_its_last_step(config, kind, tmp_path, monkeypatch):
+    "At a step that is evaluated, or the last of an epoch, the stop came within the evaluation and lost the step"
+    if kind=='unkept': monkeypatch.setattr(LastSteps, 'of', classmethod(lambda cls, model, processes: None))
+    exam = dict(exam_path=config.output_dir.parent/'exam.jsonl') if 'exam' in kind else {}
+    c = config.replace(**dict(output_dir=tmp_path/kind, max_steps=2, save_steps=2)|ends[kind]|exam)
+    found = sweep(c, grid, halving=2, quiet=True)
+    ended, = [p for p in found.points if p.state=='ended early']
+    run = Run(ended.config.output_dir)
+    assert run.state=='stopped' and json.loads(run.folder.stopped.read_text())['step']==1
+    assert (run.folder.checkpoints/'checkpoint-1'/'COMPLETE').is_file()
+    held = [m for m in run.metrics if m['step']==1 and 'eval_loss' in m]
+    assert len(held)==(kind not in ('between', 'exam_between')) # nothing of the comparison stands in the run's log
+    assert not held or ended.scores['0.5'][1 if 'exam' in kind else 0]==held[0]['eval_loss']
+    found.prolong(ended.name)
+    monkeypatch.undo()
+    alone = c.replace(output_dir=tmp_path/'alone', **ended.settings)
+    LoRATrainer(alone, quiet=True).train()
+    assert weights(alone.output_dir)==weights(ended.config.output_dir)
+
+
+def test_one_step_is_not_halved(config, tmp_path):
+    found = sweep(config.replace(output_dir=tmp_path/'one', max_steps=1, eval_steps=None), grid, halving=2, quiet=True)
+    assert [p.state for p in found.points]==['trained', 'trained'] and found.best
 
 
 def test_what_was_decided_is_not_decided_again(config):
