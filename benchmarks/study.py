@@ -81,7 +81,7 @@ def compare_pass(
     runs=6, # Side by side
     rows=4, # In the batch of each
     times=5, # Each is measured; the fastest counts
-): # Tokens of a row → seconds of a pass forward and backward for each run: alone, side by side, and their ratio
+): # Tokens of a row → seconds of a run's pass, forward and backward: alone, side by side; their ratio; the same bits?
     "What one pass for several runs could bring: the rows of all through the base at once, the adapters' share left out"
     import torch
     from sage_finetune.base.loading import load_model
@@ -93,14 +93,18 @@ def compare_pass(
         ids = torch.randint(5, 4000, (n*rows, tokens))
         found = []
         for _ in range(times):
-            began = time.monotonic()
+            began = time.process_time()
             loss_sum(model, input_ids=ids, labels=ids)[0].backward()
-            found.append(time.monotonic()-began)
+            found.append((time.process_time()-began)/torch.get_num_threads())
         return min(found)/n
+    def same_bits(tokens):
+        ids = torch.randint(5, 4000, (runs*rows, tokens))
+        with torch.no_grad(): whole,part = (model(input_ids=i, use_cache=False).logits for i in (ids, ids[:rows]))
+        return torch.equal(whole[:rows], part)
     found = {}
     for tokens in (16, 64, 256):
         alone,together = seconds(1, tokens),seconds(runs, tokens)
-        found[tokens] = round(alone, 3),round(together, 3),round(alone/together, 2)
+        found[tokens] = round(alone, 3),round(together, 3),round(alone/together, 2),same_bits(min(tokens, 64))
     return dict(model=name, runs=runs, rows=rows, threads=torch.get_num_threads(), seconds_of_a_run=found)
 
 

@@ -80,7 +80,8 @@ class RunState:
         self.choices,self.while_running,self.evaluation_rows = [],[],None # Changes that nobody gave by hand, or memory
         self.stop_signal,self.unfinished = StopSignal(),None # `unfinished`: noted beside the adapter of a stopped run
         self.watcher = None # Gets the messages instead: has `heard(what)`, and `callbacks()` for the loop
-        self._fitted_rows,self._digest,self._announced,self.load_model = (None, None),RowsDigest(),False,load_model
+        self._fitted_rows,self._digest,self._announced = (None, None),RowsDigest(),False
+        self.load_model,self.base_digest = load_model,base_digest # a sweep lends its own
 
     @property
     def changes(self)->list: # Of `Change`
@@ -266,7 +267,7 @@ def _run_missing_steps(run, fresh=False):
         if run.dataset is None: run.dataset = made
     if not isinstance(run.model, PeftModel): run.apply_lora()
     if run.trainer is not None: return
-    run._base = one_after_another(lambda: base_digest(run.config.model_name)) # whole files, read once
+    run._base = one_after_another(lambda: run.base_digest(run.config.model_name)) # whole files, read once
     if not fresh: _remember(run)
     run.setup_trainer()
 
@@ -294,7 +295,7 @@ def _record(run):
     "Content of `training_config.json`"
     c,parent = run.config,parent_adapter(run.config)
     return run_record(c, run.changes, run.machine, run._digest(run.dataset, run.eval_dataset), run.evaluation_rows,
-                      parent and parent.digest, run._base or base_digest(c.model_name), exam_digest(c))
+                      parent and parent.digest, run._base or run.base_digest(c.model_name), exam_digest(c))
 
 def _resume_point(run, fresh):
     "The checkpoint to resume from, or None; from here on the folder holds this run"

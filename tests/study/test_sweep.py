@@ -14,6 +14,7 @@ from sage_finetune.core.disk import SageError
 from sage_finetune.runs.run import Run
 from sage_finetune.study.sweep import _halve, grid_points, point_config, point_name, Sweep, sweep
 from sage_finetune.trainer import LoRATrainer
+from sage_finetune.training import loop
 from sage_finetune.training.callbacks import LastSteps
 from sage_finetune.training.loop import Stopped
 
@@ -34,6 +35,12 @@ grid = {'learning_rate': [1e-3, 5e-3]}
 def weights(folder): return (folder/'lora_weights'/'adapter_model.safetensors').read_bytes()
 
 
+def figures(run):
+    "All that was logged but times and memory"
+    times = 'second', 'memory', 'matmul', 'flos', 'runtime'
+    return [{k: v for k,v in m.items() if not any(t in k for t in times)} for m in run.metrics]
+
+
 def of(config, name): return config.replace(output_dir=config.output_dir.parent/name)
 
 
@@ -46,6 +53,26 @@ def test_each_run_has_the_bits_of_the_same_run_alone(config, whole):
     LoRATrainer(alone, quiet=True).train()
     assert weights(alone.output_dir)==weights(whole[1].config.output_dir)
     assert len({weights(p.config.output_dir) for p in whole.points})==2
+
+
+@pytest.mark.parametrize('kind', few(['exam', 'plain', 'dora', 'best', 'general']))
+def test_the_untouched_base_is_measured_once_and_told_by_all(config, kind, tmp_path, monkeypatch):
+    asked,measure = [],loop._held_out_batches
+    monkeypatch.setattr(loop, '_held_out_batches', lambda t, data: asked.append(t.state.global_step) or measure(t, data))
+    exam = dict(exam_path=config.output_dir.parent/'exam.jsonl', exam_tokens=3)
+    more = dict(plain={}, dora=dict(lora=dict(r=2, use_dora=True)), exam=exam, general=exam|dict(exam_general=True),
+                best=exam|dict(load_best_model_at_end=True, best_by='exam'))[kind]
+    c = config.replace(**dict(output_dir=tmp_path/'all', max_steps=1, eval_steps=None)|more)
+    found = sweep(c, grid, quiet=True)
+    assert asked.count(0)==(2 if kind=='dora' else 1)
+    first,second = [Run(p.config.output_dir) for p in found.points]
+    alone = point_config(c.replace(output_dir=tmp_path/'alone'), found[1].settings)
+    LoRATrainer(alone, quiet=True).train()
+    told = [figures(Run(alone.output_dir)), figures(second)]
+    assert told[0]==told[1] and first.results['loss_before']==second.results['loss_before']
+    assert weights(alone.output_dir)==weights(second.folder.path)
+    if kind not in ('plain', 'dora'):
+        assert len({(r.folder.path/'exam.jsonl').read_text() for r in (second, Run(alone.output_dir))})==1
 
 
 def test_the_best_is_the_one_with_the_lowest_held_out_loss(whole):
@@ -105,7 +132,7 @@ def test_halving_by_the_exam_says_what_is_noise(config):
     assert 'exam' in found.table.columns
 
 
-ends = dict(evaluated=dict(eval_steps=1), between=dict(eval_steps=2), epoch=dict(eval_steps=None, test_size=.8),
+ends = dict(evaluated=dict(eval_steps=1), between=dict(eval_steps=2), epoch=dict(eval_steps=None, test_size=.85),
             accumulated=dict(eval_steps=1, gradient_accumulation_steps=2, per_device_train_batch_size=2),
             saved=dict(eval_steps=1, save_steps=1), unkept=dict(eval_steps=1), exam=dict(eval_steps=1, exam_tokens=2),
             exam_between=dict(eval_steps=2, exam_tokens=2))
