@@ -91,7 +91,8 @@ class RunState:
     @property
     def fitted(self)->TrainingConfig:
         "The config as it can run"
-        return self.config.adapted(**{c.setting: c.used for c in self.changes})
+        return self.config.adapted(**{c.setting: c.used for c in self.changes
+                                      if (c.setting, c.asked)!=('torch_compile', 'auto')}) # `compiled` does that
     @property
     def stop_requested(self)->int|None: # Number of the signal
         "Whether the run was asked to stop"

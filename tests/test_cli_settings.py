@@ -15,6 +15,7 @@ from sage_finetune.core.text_stream import read_yaml
 from sage_finetune.data import create_sample_data
 from sage_finetune.runs.tasks import config_of_file, preset_settings, settings_yaml, with_settings
 
+tree = Path(__file__).parent/'data'/'small_tree'
 COMMANDS = sorted(get_command(app).commands)
 
 
@@ -66,11 +67,11 @@ def arrived(folder):
     c = read_json(folder/'training_config.json')
     lora = read_json(folder/'lora_weights'/'adapter_config.json')
     return (c['learning_rate'], c['num_train_epochs'], c['max_steps'], c['per_device_train_batch_size'], c['lora']['r'],
-            c['weight_decay'], lora['r'], lora['use_dora'])
+            c['weight_decay'], lora['r'], lora['use_rslora'])
 
 
 def test_settings_arrive_by_start_and_by_run(rows, tmp_path, capsys):
-    by_hand = *five, '--set', 'weight_decay=0.1', '--set', 'lora.use_dora=true'
+    by_hand = *five, '--set', 'weight_decay=0.1', '--set', 'lora.use_rslora=true'
     status,_,error = said(capsys, 'start', '--task', 'qa', '--data', rows, '--output', tmp_path/'a', '--auto', *by_hand)
     assert status==0, error
     wanted = (3e-4, 2, 1, 3, 4, .1, 4, True)
@@ -83,8 +84,8 @@ def test_settings_arrive_by_start_and_by_run(rows, tmp_path, capsys):
 
 
 def test_settings_arrive_by_quickstart(tmp_path, capsys):
-    status,out,error = said(capsys, 'quickstart', 'code', '--max-facts', 3, '--output', tmp_path/'run', *five, '--set',
-                            'weight_decay=0.1', '--set', 'lora.use_dora=true')
+    status,out,error = said(capsys, 'quickstart', 'code', '--data', tree, '--max-facts', 3, '--output', tmp_path/'run',
+                            *five, '--set', 'weight_decay=0.1', '--set', 'lora.use_rslora=true')
     assert status==0, error
     assert arrived(tmp_path/'run')==(3e-4, 2, 1, 3, 4, .1, 4, True)
     assert f'sage-finetune chat {tmp_path/"run"}' in out
@@ -138,7 +139,7 @@ def test_a_preset_gives_way_to_what_was_given_by_hand(preset):
 
 @pytest.mark.parametrize('config', [
     TrainingConfig(),
-    TrainingConfig(model_name='sage-tiny', lora=dict(r=16, use_dora=True), columns=dict(a='question')),
+    TrainingConfig(model_name='sage-tiny', lora=dict(r=16, use_rslora=True), columns=dict(a='question')),
     PreferenceConfig(method='kto', beta=.2), PresetConfigs.minimal(data_path='rows.jsonl')])
 def test_the_printed_file_is_the_config_it_was_printed_from(config, tmp_path):
     (tmp_path/'a.yaml').write_text(text := settings_yaml(config))

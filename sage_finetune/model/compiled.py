@@ -139,7 +139,8 @@ class CompileIfItPays(TrainerCallback):
     ): self.run,self.save,self.to_come = run,save,to_come
 
     def on_train_begin(self, args, state, control, **kwargs):
-        run,trainer,wanted = self.run,self.run.trainer,self.run.fitted.torch_compile
+        run,trainer = self.run,self.run.trainer
+        wanted = next((c.used for c in run.changes if c.setting=='torch_compile'), 'auto') # decided when the run began
         if wanted=='auto':
             wanted,why,tried = choose_compiled(trainer.model, *self.to_come(trainer), trainer.accelerator.autocast)
             run.choices.append(Change('torch_compile', 'auto', wanted, why, by_hand=False))

@@ -192,10 +192,9 @@ def _model_config(name):
     return AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False)
 
 def _counted(config, machine, model_config):
-    "The model on `meta`, the bytes of its frozen weights, and those of a step; an error in one line"
-    from sage_finetune.model.step_bytes import build_on_meta, step_bytes
-    try:
-        return *(made := build_on_meta(config, model_config)),step_bytes(made[0], config, machine)
+    "What the weights, the adapter and a step take; an error in one line"
+    from sage_finetune.model.step_bytes import count_run
+    try: return count_run(config, machine, model_config)
     except SageError: raise
     except ValueError as e: raise ValueError(one_line(e)) from None
     except Exception as e:
@@ -223,13 +222,13 @@ def estimate_memory(
     shape = _model_config(fitted.model_name) if model_config is None else model_config
     if not hasattr(shape, 'get_text_config'):
         raise ValueError(f'`model_config` must be a transformers config, got {type(shape).__name__}')
-    model,weights,step = _counted(fitted, machine, shape)
+    counted = _counted(fitted, machine, shape)
+    step,sizes = counted.step,counted.trained
     if isinstance(fitted, (PreferenceConfig, RewardConfig)):
         step = replace(step, head=_head_of_trl(fitted, machine, shape))
-    sizes = [p.numel() for p in model.parameters() if p.requires_grad]
     state,paged = optimizer_bytes(fitted.optim, sizes)
-    return MemoryEstimate(fitted, machine, weights, 4*sum(sizes), 4*sum(sizes), state, paged, step.activations,
-                          step.head, step.layer, _sampling_bytes(fitted, shape), shape)
+    return MemoryEstimate(fitted, machine, {**counted.weights}, 4*sum(sizes), 4*sum(sizes), state, paged,
+                          step.activations, step.head, step.layer, _sampling_bytes(fitted, shape), shape)
 
 # %% ../../nbs/model/05_memory.ipynb #b3478191
 @dataclass(frozen=True, repr=False)
@@ -289,12 +288,11 @@ def _measured(model, batch, config):
 def _predicted(model, batch, config, machine):
     "The same from the model on `meta`; None where it cannot be counted, which ends no run"
     from sage_finetune.model.lora_path import on_lora_path
-    from sage_finetune.model.step_bytes import build_on_meta, step_bytes
+    from sage_finetune.model.step_bytes import count_run
     if 'pixel_values' in batch: return None
     config = config.adapted(fused_lora=on_lora_path(model)) # as it is computed now
     with suppress(Exception):
-        return step_bytes(build_on_meta(config, model.config)[0], config, machine,
-                          learned=(batch['labels'][:, 1:]!=-100).sum().item()).peak
+        return count_run(config, machine, model.config, (batch['labels'][:, 1:]!=-100).sum().item()).step.peak
 
 def _beyond_card(machine):
     "Bytes that torch has reserved beyond what the card had: the driver has moved them to main memory, where it is slow"

@@ -407,8 +407,9 @@ def trainer_of(
     fresh:bool=False, # It is to start anew
 ): # A `LoRATrainer`; a `PreferenceTrainer` where the settings have a `method` or the rows are judged answers
     "The trainer of what `target` asks for"
+    config = config_of(target, quiet, base, fresh) # what is wrong with it is said before the libraries are loaded
     from sage_finetune.rewards.trainer import trainer_for
-    return trainer_for(config_of(target, quiet, base, fresh), quiet)
+    return trainer_for(config, quiet)
 
 # %% ../../nbs/runs/04_tasks.ipynb #0a5c0008
 def _comments(kind):

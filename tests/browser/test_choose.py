@@ -1,5 +1,4 @@
 "What somebody sees who fills in the form for a config in JupyterLab"
-import nbformat
 
 import lab
 
@@ -73,6 +72,7 @@ def test_form(root, visit, opens, later, images):
     page.see('Settings, from the preset a100', 1, seconds=90)
     assert page.cell(1).locator('.jupyter-widgets').count()==0
     page.save()
+    import nbformat # takes four seconds
     kept = nbformat.read(root/'form.ipynb', 4).cells[1].outputs
     assert ([sorted(o.data) for o in kept]==[['text/html', 'text/plain'],
                                              []] and 'packing=True' in kept[0].data['text/html'])

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import lab
-import nbformat
 import pytest
 
 folder = Path(__file__).parents[2]/'nbs'/'tutorials'
@@ -21,6 +20,7 @@ def nothing_wrong(page): assert (page.faults(), [s for s in page.strangers if s!
 
 def tutorial(root, name, copy=''):
     "A copy to work on, without its outputs; its name, and what those outputs are"
+    import nbformat # takes four seconds
     book = nbformat.read(folder/f'{name}.ipynb', 4)
     stored = {i: c.outputs for i,c in enumerate(book.cells) if c.cell_type=='code' and c.outputs}
     for i in stored: book.cells[i].outputs = []

@@ -11,7 +11,7 @@ from sage_finetune.base.loading import check_model, load_model, load_tokenizer, 
 from sage_finetune.config import base_place, resolve_model, TrainingConfig
 from sage_finetune.core.cache import gguf_note, models_folder, plain_model, small_model
 from sage_finetune.core.disk import read_json, SageError
-from quick import need_small_model
+from quick import few, need_small_model
 
 gguf = pytest.importorskip('gguf', reason='pip install gguf')
 import torch  # noqa: E402
@@ -98,7 +98,8 @@ def test_weights_of_16_bits_are_the_same_bits_and_answer_the_same(tmp_path, caps
     assert len(made())==1 and read_json(models_folder()/made()[0]/gguf_note)['stored_as']=='float16'
 
 
-@pytest.mark.parametrize('kind,stored,off', [('F32', 'float32', 0), ('Q8_0', 'bfloat16', 0.6), ('Q4_1', 'bfloat16', 6)])
+@pytest.mark.parametrize('kind,stored,off', few([
+    ('Q4_1', 'bfloat16', 6), ('F32', 'float32', 0), ('Q8_0', 'bfloat16', 0.6)]))
 def test_weights_of_other_kinds(tmp_path, kind, stored, off):
     file = write_gguf(tmp_path/'tiny.gguf', kind)
     folder = Path(resolve_model(str(file)))

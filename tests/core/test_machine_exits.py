@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from quick import few
 from sage_finetune.core.machine import (
     Interrupted, last_words, missing_package, no_stop_is_lost, refuse_other_encodings, stop_raises
 )
@@ -101,8 +102,7 @@ PathFinder.find_spec = staticmethod(find_spec)
     return os.environ | dict(PYTHONPATH=path, SAGE_CACHE=str(folder/'cache'), HF_HUB_OFFLINE='1')
 
 
-@pytest.mark.parametrize('name', ['peft', 'torch', 'transformers', *(
-    pytest.param(name, marks=pytest.mark.slow) for name in ('datasets', 'accelerate'))])
+@pytest.mark.parametrize('name', few(['torch', 'transformers', 'peft', 'datasets', 'accelerate'], 2))
 def test_a_missing_package_is_named_with_its_command(name, tmp_path):
     (tmp_path/'rows.jsonl').write_text('{"question": "a?", "answer": "b."}\n'*4)
     (tmp_path/'run.yaml').write_text(f'model_name: sage-tiny\ndata_path: {tmp_path}/rows.jsonl\n'

@@ -54,7 +54,7 @@ def test_a_fault_is_survived(suite, name, mode, share):
 
 
 @pytest.mark.parametrize('name,share', few([('same_cache', .4), ('clean_train', .9), ('train_train', .5),
-                                            ('export_export', .8), ('same_damaged_cache', .3)], 3))
+                                            ('export_export', .8), ('same_damaged_cache', .3)], 2))
 def test_two_at_once_are_survived(suite, name, share):
     for n in faults.pairs[name][1:]:
         if n in faults.operations: steady(suite.usual, n)

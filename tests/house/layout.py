@@ -2,6 +2,7 @@
 import ast
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -9,6 +10,7 @@ PACKAGE = ROOT/'sage_finetune'
 SPINE = '00_config', '01_data', '02_trainer', '03_merge_chat'
 
 
+@cache
 def notebooks(): # {path relative to `nbs`, without ending: its cells}
     "Every notebook of the project"
     found = {}

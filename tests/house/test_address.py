@@ -143,8 +143,8 @@ def test_where_the_package_is_nothing_is_installed(tmp_path):
 
 @pytest.fixture
 def bare(tmp_path):
-    "A Python with pip and IPython, without the package: it sees the packages installed here, but not the checkout"
-    subprocess.run([sys.executable, '-m', 'venv', tmp_path/'bare'], check=True)
+    "A Python without the package: it sees the packages installed here (pip and IPython), but not the checkout"
+    subprocess.run([sys.executable, '-m', 'venv', '--without-pip', tmp_path/'bare'], check=True)
     python = tmp_path/'bare'/'bin'/'python'
     site = next((tmp_path/'bare'/'lib').glob('python*/site-packages'))
     import IPython

@@ -41,7 +41,9 @@ def plain_run(tmp_path_factory):
     "What the script came to, and its run folder"
     folder = tmp_path_factory.mktemp('plain')
     (folder/'mine.py').write_text(script)
-    done = subprocess.run([sys.executable, 'mine.py', str(folder/'run')], cwd=folder, capture_output=True, text=True)
+    words = [sys.executable, 'mine.py', str(folder/'run')]
+    done = (run_in_fork(words, cwd=folder) if forked else
+            subprocess.run(words, cwd=folder, capture_output=True, text=True))
     return done,folder/'run'
 
 

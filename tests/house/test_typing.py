@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from layout import ROOT
+from quick import few
 
 CONSUMER = '''
 from pathlib import Path
@@ -43,15 +44,19 @@ MISTAKES = {
     'n: int = LoRATrainer': 'LoRATrainer', 'wrong: int = config.checkpoint_dir': 'Path'}
 
 
-@pytest.fixture(scope='module')
-def errors(tmp_path_factory):
+# a Python that sees the package alone, and one that sees its libraries as well, which takes seven times as long
+pythons = dict(alone=getattr(sys, '_base_executable', sys.executable), whole=sys.executable)
+
+
+@pytest.fixture(scope='module', params=few(['alone', 'whole']))
+def errors(tmp_path_factory, request):
     "What the type checker tells of the script alone, and of the script with each mistake at its end"
     pytest.importorskip('basedpyright')
     folder = tmp_path_factory.mktemp('consumer')
     names = {f'consumer_{i}.py': line for i,line in enumerate(['', *MISTAKES])}
     for name,line in names.items(): (folder/name).write_text(f'{CONSUMER}\n{line}\n')
     (folder/'pyrightconfig.json').write_text(json.dumps(dict(typeCheckingMode='standard', extraPaths=[str(ROOT)])))
-    done = subprocess.run([sys.executable, '-m', 'basedpyright', '--outputjson', '--pythonpath', sys.executable,
+    done = subprocess.run([sys.executable, '-m', 'basedpyright', '--outputjson', '--pythonpath', pythons[request.param],
                            *names], cwd=folder, capture_output=True, text=True)
     found = [d for d in json.loads(done.stdout)['generalDiagnostics'] if d['severity']=='error']
     return {line: [d for d in found if d['file'].endswith(name)] for name,line in names.items()}

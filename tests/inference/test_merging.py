@@ -150,14 +150,14 @@ of_the_ends = [n for n in variants if any(w in str(variants[n]) for w in ('lm_he
 
 
 @pytest.mark.parametrize('name,tied',
-                         [*few([(n, False) for n in variants if n!='kept_tie' and n not in of_the_ends], 4),
-                          *few([(n, True) for n in of_the_ends], 7), *few([(n, False) for n in of_the_ends], 2)])
+                         [*few([(n, False) for n in variants if n!='kept_tie' and n not in of_the_ends], 3),
+                          *few([(n, True) for n in of_the_ends], 4), *few([(n, False) for n in of_the_ends], 2)])
 def test_every_kind_of_adapter(tmp_path, table, monkeypatch, name, tied):
     where = base(tmp_path/'base', 'qwen2', tied)
     report = proved(table, f'{name.replace("_", " ")} {"tied" if tied else "untied"}',
                     adapter(tmp_path/'a', where, **variants[name]), tmp_path/'m')
     assert report.effect_divergence>0.05 and report.divergence<1e-6 and report.same==report.asked
-    assert report.how==('in memory' if name=='tokens' else 'weight by weight')
+    assert report.how=='weight by weight'
     unties = tied and name in ('head', 'embedding', 'ends', 'head_lora', 'embedding_lora', 'vocabulary', 'tokens')
     assert (read_json(tmp_path/'m'/'config.json')['tie_word_embeddings']==(tied and not unties)
             or name in ('tokens', 'vocabulary_alone'))
@@ -172,7 +172,7 @@ def test_every_kind_of_adapter(tmp_path, table, monkeypatch, name, tied):
 
 rounded = [(kind, kind in ('qwen2', 'gemma'), kind=='mistral', bits) for bits in (8, 4)
            for kind in ('qwen2', 'llama', 'mistral', 'gemma', 'phi', 'qwen3')]
-often = ('qwen2', 8), ('mistral', 4), ('gemma', 4), ('llama', 8)
+often = ('qwen2', 8), ('mistral', 4)
 alternately = [pytest.param(*case, marks=[further]*((case[0], case[3]) not in often)) for case in rounded]
 
 @pytest.mark.parametrize('kind,tied,dora,bits', alternately)
@@ -366,9 +366,10 @@ def zero(tensors): tensors['base_model.model.model.layers.1.self_attn.v_proj.lor
 def one_row(tensors): tensors['base_model.model.model.layers.0.mlp.down_proj.lora_B.weight'][3] *= -1
 
 
-@pytest.mark.parametrize('fault', [changed_tensors(zero), changed_tensors(exchanged), changed_tensors(one_row),
-                                   changed_settings(lora_alpha=10), changed_settings(use_rslora=True)],
-                         ids=['a matrix is lost', 'two are exchanged', 'a row is turned', 'alpha', 'scaling'])
+@pytest.mark.parametrize('fault', [changed_tensors(zero), changed_settings(lora_alpha=10), *few([
+                                   changed_tensors(exchanged), changed_tensors(one_row),
+                                   changed_settings(use_rslora=True)], 0)],
+                         ids=['a matrix is lost', 'alpha', 'two are exchanged', 'a row is turned', 'scaling'])
 @pytest.mark.parametrize('dtype', few(['fp32', 'bf16']))
 def test_files_that_agree_are_not_what_was_trained(tmp_path, monkeypatch, fault, dtype):
     where = base(tmp_path/'base', 'qwen2', dtype=dtype)

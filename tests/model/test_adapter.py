@@ -391,7 +391,7 @@ def test_a_stop_by_hand_keeps_the_best_too(config):
 # --- quantised weights
 
 @pytest.mark.parametrize('bits,dora', [
-    pytest.param(8, True, id='dora-8'), pytest.param(4, False, id='lora-4'),
+    pytest.param(8, True, id='dora-8', marks=pytest.mark.slow), pytest.param(4, False, id='lora-4'),
     pytest.param(8, False, id='lora-8', marks=pytest.mark.slow),
     pytest.param(4, True, id='dora-4', marks=pytest.mark.slow)])
 def test_quantised_runs_go_on_and_reload(config, bits, dora):

@@ -3,7 +3,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from quick import two_layers
+from quick import few, two_layers
 from sage_finetune.config import LoRAConfig, TrainingConfig
 from sage_finetune.inference.generate import load_adapter, load_plain
 from sage_finetune.merge_chat import merge_run
@@ -46,9 +46,9 @@ def test_what_exists_for_layers_only_is_refused_by_name(kind, setting, value, tm
     with pytest.raises(ValueError, match=f'`lora.{setting}={value!r}`: the experts'): add_lora(model, run.config.lora)
 
 
-@pytest.mark.parametrize('kind, more', [('qwen3_moe', {}),
+@pytest.mark.parametrize('kind, more', few([('qwen3_moe', {}),
                                         ('mixtral', dict(target_modules=['q_proj', 'w1', 'w2', 'w3'])),
-                                        ('olmoe', dict(bias='all', init_lora_weights='gaussian', use_rslora=True))])
+                                        ('olmoe', dict(bias='all', init_lora_weights='gaussian', use_rslora=True))]))
 def test_the_experts_are_trained_loaded_and_merged(kind, more, tmp_path):
     run = LoRATrainer(config(kind, tmp_path, **more), quiet=True)
     run.train()

@@ -1,10 +1,11 @@
 "Layers are compiled by themselves where that pays; what cannot be compiled, or gives another loss, is left as it is"
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-from quick import two_layers
+from quick import few, two_layers
 from sage_finetune.base.loading import load_model
 from sage_finetune.config import LoRAConfig, TrainingConfig
 from sage_finetune.model import compiled as module
@@ -22,7 +23,7 @@ batch = Collator(0)([dict(input_ids=[*range(5, 21)])]*2)
 def model(): return add_lora(load_model(two_layers), LoRAConfig(r=2, lora_dropout=0.)).train()
 
 
-@pytest.mark.parametrize('wrong', ['raises', 'NaN', 'another loss'])
+@pytest.mark.parametrize('wrong', few(['NaN', 'raises', 'another loss']))
 def test_what_is_wrong_is_left_as_it_is(model, wrong):
     def backend(graph, inputs):
         if wrong=='raises': raise RuntimeError('no C++ compiler was found')
@@ -57,8 +58,7 @@ def test_a_run_remembers_what_was_decided(tmp_path, monkeypatch):
     config = TrainingConfig(model_name=two_layers, data_path=data, output_dir=tmp_path/'run', test_size=0, max_steps=3,
                             report_to='none', per_device_train_batch_size=2, torch_compile='auto', save_steps=1)
     used,asked = [],[]
-    own = module.compiled_layers
-    monkeypatch.setattr(module, 'compiled_layers', lambda m, **how: used.append(1) or own(m, backend='eager'))
+    monkeypatch.setattr(module, 'compiled_layers', lambda m, **how: used.append(1) or nullcontext(m))
     monkeypatch.setattr(module, 'try_compiled', lambda *a, **how: asked.append(1) or Trial(2., 1., 30., 3600))
     monkeypatch.setattr(module.choose_compiled, '__defaults__', (*module.choose_compiled.__defaults__[:1], 0))
     run,said = LoRATrainer(config, quiet=True),[]
@@ -72,8 +72,15 @@ def test_a_run_remembers_what_was_decided(tmp_path, monkeypatch):
     record = json.loads((tmp_path/'run'/'training_config.json').read_text())
     assert [c['used'] for c in record['_changes'] if c['setting']=='torch_compile']==[True]
     assert record['torch_compile']=='auto' and sum('saves about 60 minutes' in s for s in said)==1
-    LoRATrainer(config, quiet=True).train()
+    again = LoRATrainer(config, quiet=True)
+    arguments,given = again.arguments,[]
+    again.arguments = lambda: given.append(arguments()) or given[-1]
+    again.say = lambda what: said.append(str(what))
+    again.train()
     assert len(asked)==1 and len(used)==2
+    # it goes on as it began: nobody else compiles the layers too, and adapters are computed by the same path
+    assert [a.torch_compile for a in given]==[False] and len(
+        {s.partition(', proved')[0] for s in said if s.startswith('adapters: ')})==1
 
 
 def test_a_short_run_tries_nothing(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from quick import few, Forked, forked, two_layers
+from quick import Forked, few, forked, run_in_fork, two_layers
 from sage_finetune.core.run_folder import RunFolder
 
 def settings(folder, name, seed=0, **more):
@@ -66,8 +66,9 @@ def test_nothing_is_printed_and_nothing_of_the_process_is_changed(tmp_path):
             "numpy.random.get_state()[1].tolist(),[signal.getsignal(n) for n in (2, "
             "15)],torch.get_default_dtype(),torch.is_grad_enabled(),os.getcwd()\n"
             "before = state(); finetune(asked); assert state()==before")
-    said = subprocess.run([sys.executable, '-c', code, json.dumps(settings(tmp_path, 'quiet'))],
-                          capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    words = [sys.executable, '-c', code, json.dumps(settings(tmp_path, 'quiet'))]
+    said = (run_in_fork(words, cwd=tmp_path) if forked else
+            subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=tmp_path))
     assert (said.returncode, said.stdout, said.stderr)==(0, '', '')
 
 def started(*args):

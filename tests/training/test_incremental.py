@@ -3,7 +3,7 @@ import json, shutil
 
 import pytest, torch
 from safetensors.torch import load_file
-from quick import two_layers
+from quick import few, two_layers
 from sage_finetune.config import read_json, SageError, TrainingConfig
 from sage_finetune.data import DataReport
 from sage_finetune.trainer import LoRATrainer
@@ -79,7 +79,7 @@ def test_a_second_adapter_leaves_the_first_as_it_is(first, tmp_path):
     with torch.no_grad(): assert torch.allclose(again(ids).logits, run.model.eval()(ids).logits, atol=1e-4)
     assert merge_run(tmp_path/'two').divergence<1e-6
 
-@pytest.mark.parametrize('more', [dict(), dict(stack_adapter=True)], ids=['going on', 'stacked'])
+@pytest.mark.parametrize('more', few([dict(stack_adapter=True), dict()]), ids=['stacked', 'going on'])
 def test_a_run_that_goes_on_from_an_adapter_is_resumed_to_the_bit(first, tmp_path, more):
     folder,_ = first
     asked = dict(init_adapter=folder/'stones', max_steps=6, save_steps=3, replay_share=.2, **more)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from transformers import Trainer
 
-from quick import two_layers
+from quick import few, two_layers
 from sage_finetune.training import callbacks
 from sage_finetune.config import LoRAConfig, TrainingConfig
 from sage_finetune.core.disk import manifest_file, read_json
@@ -73,7 +73,7 @@ def gradients(*args, **more):
 def logged(run): return [m for m in callbacks.read_metrics(run.folder.metrics) if 'loss' in m]
 
 
-@pytest.mark.parametrize('batch,accum', [(2, 2), (1, 4)])
+@pytest.mark.parametrize('batch,accum', few([(1, 4), (2, 2)]))
 def test_any_split_of_the_batch_gives_the_same_loss_gradient_and_adapter(batch, accum, tmp_path):
     g4,g = gradients(tmp_path/'g4', max_grad_norm=0), gradients(tmp_path/'g', batch, accum, max_grad_norm=0)
     assert g4.norm()>.01 and (g4-g).abs().max()<=1e-5*max(1, g4.abs().max())
@@ -307,7 +307,7 @@ def test_a_packed_run_reports_how_full_its_rows_are_and_packs_no_held_out_row(tm
     assert 'position_ids' not in run.eval_dataset.column_names
 
 
-@pytest.mark.parametrize('how', ['load_in_8bit', 'load_in_4bit'])
+@pytest.mark.parametrize('how', few(['load_in_4bit', 'load_in_8bit']))
 def test_quantised_runs_learn_on_a_cpu(how, tmp_path):
     plain = sums(tmp_path/'plain', max_steps=1)[1]
     run,result = sums(tmp_path/how, **{how: True})

@@ -21,7 +21,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from quick import Forked, forked, two_layers
+from quick import Forked, few, forked, two_layers
 from sage_finetune.training.callbacks import read_metrics
 from sage_finetune.core.disk import write_json
 from sage_finetune.config import LoRAConfig, read_json, SageError, TrainingConfig
@@ -205,8 +205,9 @@ def test_the_first_prepares_the_data_and_the_others_find_it(two, base):
     assert [read_json(base/f'two_note_{r}')['cached'] for r in range(2)]==[False, True]
 
 @pytest.mark.parametrize('name,how',
-                         [('tokens', dict(tokens_per_step=240)), ('packed', dict(packing=True, max_length=64)),
-                          pytest.param('single', dict(per_device_train_batch_size=1), marks=pytest.mark.slow)])
+                         [('tokens', dict(tokens_per_step=240)), *few([
+                             ('packed', dict(packing=True, max_length=64)),
+                             ('single', dict(per_device_train_batch_size=1))], 0)])
 def test_in_every_order(name, how, base, data):
     codes,said = together(base/f'crew_{name}', train, base/name, data, note=base/f'{name}_note', **how)
     assert codes==[0, 0], said

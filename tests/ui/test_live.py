@@ -56,7 +56,7 @@ ways = dict(checkpointing_and_noise=dict(gradient_checkpointing=True, neftune_no
             eight_bits_and_the_best=dict(load_in_8bit=True, load_best_model_at_end=True, eval_steps=3))
 
 
-slow_ways = 'four_bits', 'checkpointing_and_noise'
+slow_ways = 'four_bits', 'checkpointing_and_noise', 'packed'
 
 @pytest.mark.parametrize('way', [pytest.param(w, marks=pytest.mark.slow) if w in slow_ways else w for w in ways])
 def test_a_watched_run_comes_to_the_same_bits(way, tmp_path, data):
@@ -177,6 +177,7 @@ def test_where_nobody_watches_it_is_an_ordinary_run(tmp_path, data, capfd):
 
 # Nothing that is not used
 
+@pytest.mark.slow # an interpreter of its own
 def test_what_shows_is_imported_only_when_something_is_shown():
     "`core.display` lies below the trainer and must bring nothing with it that draws"
     shows = 'ipywidgets', 'matplotlib', 'rich.live'

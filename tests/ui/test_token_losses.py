@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
-from quick import two_layers
+from quick import few, two_layers
 from sage_finetune.training.packing import pack_dataset
 from sage_finetune.model.loss import head_bytes
 from sage_finetune.runs.run import adapter_difference, compare, not_exact, Run, runs
@@ -51,9 +51,9 @@ def test_a_run_that_was_interrupted_is_repeated_in_one_go(tmp_path):
     assert Run(tmp_path/'run').repeat(tmp_path/'again').exact
 
 
-@pytest.mark.parametrize('changes', [dict(packing=True, max_length=128, lora=LoRAConfig(use_dora=True)),
+@pytest.mark.parametrize('changes', few([dict(packing=True, max_length=128, lora=LoRAConfig(use_dora=True)),
                                      dict(lora=LoRAConfig(init_lora_weights='pissa'), seed=7),
-                                     dict(lora=LoRAConfig(bias='all'), num_train_epochs=1, max_steps=-1)],
+                                     dict(lora=LoRAConfig(bias='all'), num_train_epochs=1, max_steps=-1)]),
                          ids=['packed DoRA', 'PiSSA', 'biases'])
 def test_other_kinds_of_runs_are_repeated_to_the_bit(tmp_path, changes):
     again = trained(tmp_path, **changes).repeat(tmp_path/'again')
