@@ -79,9 +79,8 @@ class RunState:
         self.trainer = self.data_report = self.probe = self._before = self._base = None # `probe`: of the longest batch
         self.choices,self.while_running,self.evaluation_rows = [],[],None # Changes that nobody gave by hand, or memory
         self.stop_signal,self.unfinished = StopSignal(),None # `unfinished`: noted beside the adapter of a stopped run
-        self.watcher = None # Gets the messages instead: has `heard(what)`, and `callbacks()` for the loop
-        self._fitted_rows,self._digest,self._announced = (None, None),RowsDigest(),False
-        self.load_model,self.base_digest = load_model,base_digest # a sweep lends its own
+        self.watcher = self._announced = None # Gets the messages instead: has `heard(what)`, `callbacks()` for the loop
+        self._fitted_rows,self._digest,self.load_model,self.base_digest = (None,),RowsDigest(),load_model,base_digest
 
     @property
     def changes(self)->list: # Of `Change`
