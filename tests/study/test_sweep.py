@@ -58,7 +58,8 @@ def test_each_run_has_the_bits_of_the_same_run_alone(config, whole):
 @pytest.mark.parametrize('kind', few(['exam', 'plain', 'dora', 'best', 'general']))
 def test_the_untouched_base_is_measured_once_and_told_by_all(config, kind, tmp_path, monkeypatch):
     asked,measure = [],loop._held_out_batches
-    monkeypatch.setattr(loop, '_held_out_batches', lambda t, data: asked.append(t.state.global_step) or measure(t, data))
+    def noted(trainer, data): return asked.append(trainer.state.global_step) or measure(trainer, data)
+    monkeypatch.setattr(loop, '_held_out_batches', noted)
     exam = dict(exam_path=config.output_dir.parent/'exam.jsonl', exam_tokens=3)
     more = dict(plain={}, dora=dict(lora=dict(r=2, use_dora=True)), exam=exam, general=exam|dict(exam_general=True),
                 best=exam|dict(load_best_model_at_end=True, best_by='exam'))[kind]
