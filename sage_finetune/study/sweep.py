@@ -107,6 +107,7 @@ def lent_model(
     for p in model.parameters(): p.requires_grad_(False)
     return copy.deepcopy(model, _shared_parts(model))
 
+# %% ../../nbs/study/02_sweep.ipynb #8fe2cc98
 def weight_sums(
     model, # Any module
 )->list: # Of whole numbers, one for each weight
@@ -125,11 +126,12 @@ def untouched(
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
     return plain and not any(m.lora_variant or any(p.any() for p in m.lora_B.parameters()) for m in layers)
 
+# %% ../../nbs/study/02_sweep.ipynb #7c1e90a3
 def _what_is_measured(run, trainer):
     "What decides the figures of the untouched base"
     c,a = run.config,trainer.args
-    return checksum(data_digest(run.eval_dataset), a.per_device_eval_batch_size, a.seed, a.fp16, a.bf16, c.deterministic,
-                    exam_digest(c), c.exam_tokens)
+    return checksum(data_digest(run.eval_dataset), a.per_device_eval_batch_size, a.seed, a.fp16, a.bf16,
+                    c.deterministic, exam_digest(c), c.exam_tokens)
 
 def _measured_before(run, trainer, known):
     "Log what an earlier run has measured, as this one would have"
@@ -156,7 +158,8 @@ def measuring_once(
             if (key := _what_is_measured(run, trainer)) in known: return _measured_before(run, trainer, known[key])
             begin,file = len(trainer.state.log_history),run.folder.path/'exam.jsonl'
             metrics = own()
-            logs = [{k: v for k,v in m.items() if k not in ('step', 'epoch')} for m in trainer.state.log_history[begin:]]
+            lines = trainer.state.log_history[begin:]
+            logs = [{k: v for k,v in line.items() if k not in ('step', 'epoch')} for line in lines]
             known[key] = logs,file.read_text(encoding='utf-8') if exam_digest(run.config) else '',metrics
             return metrics
         trainer.evaluate = evaluate
