@@ -20,7 +20,7 @@ GIVEN = ROOT.parent/'shared'/'data'
 # Of these Colab keeps its own version, whatever is installed beside them
 KEPT = 'torch', 'transformers', 'peft', 'datasets', 'numpy', 'accelerate', 'ipywidgets', 'ipykernel', 'tensorboard'
 # Extras that cannot be had beside Colab's versions, and what they replace there
-REPLACES = {'trl': {'datasets', 'pyarrow'}}
+REPLACES = dict.fromkeys(('trl', 'full'), {'datasets', 'pyarrow'}) # `full` has `trl` in it
 # Where the lowest version is not tried each time, and why
 LOWEST_INSTEAD = {'torch': ('2.13.0', 'older builds on the registry bring 3 GB of CUDA libraries; LOWEST_TORCH=2.6.0 '
                             'takes them, as the weekly workflow does')}

@@ -96,3 +96,14 @@ def test_words_that_nobody_would_search_for_are_gone():
     phrases = 'is no number', 'models that see', 'filled up', 'filling up', 'to the bit'
     found = {name: p for name, cells in notebooks().items() for c in cells for p in phrases if p in source(c)}
     assert found=={}
+
+
+def test_files_of_the_project_that_a_page_names_are_there():
+    "Prose outlives a move: a test or benchmark is named by its path"
+    pages = {name: [source(c) for c in cells if c['cell_type']=='markdown'] for name, cells in notebooks().items()}
+    pages |= {p.relative_to(ROOT).as_posix(): [p.read_text(encoding='utf-8')]
+              for p in [*ROOT.glob('*.md'), *(ROOT/'benchmarks').glob('*.md')] if p.name!='CHANGELOG.md'}
+    named = {(page, path) for page, texts in pages.items() for text in texts
+             for path in re.findall(r'\b(?:tests|benchmarks|tools)/[\w/]+\.(?:py|md|jsonl?|png)\b', text)}
+    assert len(named)>20
+    assert {(page, path) for page, path in named if not (ROOT/path).exists()}==set()
