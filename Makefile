@@ -66,8 +66,8 @@ bench: $(READY) ## Measure: data and training against TRL, a million rows, the h
 	$(BIN)/python benchmarks/train.py $(ROWS)
 	$(BIN)/python benchmarks/dashboard.py
 
-lab: $(READY) ## Open the notebooks in JupyterLab
-	$(BIN)/python -m jupyterlab --notebook-dir=nbs
+lab: $(READY) ## Open the notebooks in JupyterLab, at the first page
+	cd nbs && ../$(BIN)/python -m jupyterlab index.ipynb
 
 readme: $(READY) ## Write README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py
@@ -80,6 +80,7 @@ sync: $(READY) ## After editing notebooks: write install cells, modules, maps an
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
 	$(BIN)/python tools/map.py
+	$(BIN)/python tools/translated.py
 	$(BIN)/python tools/readme.py
 
 pages: $(READY) ## Check that every notebook makes a documentation page (needs no Quarto)
@@ -88,7 +89,7 @@ pages: $(READY) ## Check that every notebook makes a documentation page (needs n
 docs: pages ## Build the documentation site in _docs (needs Quarto)
 	@command -v quarto >/dev/null || { echo "The site is built by Quarto, which is not on PATH. Get it from" \
 	  "https://quarto.org/docs/get-started/ (or run $(BIN)/nbdev-install-quarto, which asks for root), then: make docs"; exit 1; }
-	$(BIN)/nbdev-docs
+	PYTHONPATH=tools $(BIN)/nbdev-docs
 
 release-check: $(READY) ## Everything of a release but the upload: version, changelog, tag, sdist and wheel, an empty environment
 	$(BIN)/python tools/release.py

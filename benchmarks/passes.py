@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import warnings
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from sage_finetune.base.attention import use_documents
 from sage_finetune.base.loading import load_model
 from sage_finetune.config import fit_config, LoRAConfig, PresetConfigs
 from sage_finetune.core.machine import Machine
+import sage_finetune.model.step_bytes as step_bytes_module
 from sage_finetune.model.adapter import add_lora
 from sage_finetune.model.loss import loss_sum
 from sage_finetune.model.step_bytes import build_on_meta, step_bytes
@@ -41,9 +43,11 @@ asks = 'aten._local_scalar_dense', 'aten.nonzero', 'aten.masked_select', 'aten.i
 class Traffic(TorchDispatchMode):
     "Operations that start a kernel, the bytes they read and write, and those that wait for an answer"
     launches = moved = waits = 0
+    paused = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        if self.paused: return out
         name,returns = str(func),func._schema.returns
         self.waits += name.startswith(asks)
         view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
@@ -54,13 +58,26 @@ class Traffic(TorchDispatchMode):
         return out
 
 
+@contextmanager
+def the_pass_alone(traffic):
+    "What looks for layers that share an input runs the model once before the pass, which is no part of it"
+    own = step_bytes_module.shared_inputs
+    def uncounted(*args):
+        traffic.paused = True
+        try: return own(*args)
+        finally: traffic.paused = False
+    step_bytes_module.shared_inputs = uncounted
+    try: yield
+    finally: step_bytes_module.shared_inputs = own
+
+
 def on_card(adapter, ours, dropout=0.):
     "One pass on `meta`"
     lora = adapters[adapter].replace(lora_dropout=dropout)
     config = fit_config(PresetConfigs.h200(max_length=2048, per_device_train_batch_size=4, lora=lora, packing=False,
                                            fused_lora=ours), h200)[0]
     model = build_on_meta(config, shape)[0]
-    with Traffic() as traffic: counted = step_bytes(model, config, h200, exact=True)
+    with Traffic() as traffic, the_pass_alone(traffic): counted = step_bytes(model, config, h200, exact=True)
     return dict(launches=traffic.launches, moved_gib=round(traffic.moved/2**30, 1),
                 alive_gib=round(counted.peak/2**30, 2))
 

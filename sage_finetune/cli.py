@@ -8,8 +8,8 @@ Docs: https://sage-finetune.github.io/sage_finetune/cli.html.md"""
 __all__ = ['app', 'Model', 'RunName', 'Runs', 'Output', 'Data', 'Shares', 'Stopping', 'Fresh', 'Adapter', 'IgnoreContract',
            'Base', 'Key', 'Format', 'Split', 'Subset', 'Revision', 'TrainOn', 'Overflow', 'Columns', 'OnceAsJson',
            'Set', 'Preset', 'Rate', 'Epochs', 'MaxSteps', 'BatchSize', 'Rank', 'Nproc', 'Share', 'Nodes', 'MachineRank',
-           'MainIp', 'MainPort', 'DryRun', 'EXAMPLES', 'main', 'echo', 'quickstart', 'inspect', 'start', 'run', 'watch',
-           'merge', 'clean', 'chat', 'compare', 'look', 'serve', 'repeat', 'export', 'verify', 'examples', 'generate']
+           'MainIp', 'MainPort', 'DryRun', 'EXAMPLES', 'main', 'echo', 'quickstart', 'inspect', 'start', 'run', 'merge',
+           'chat', 'look', 'serve', 'repeat', 'export', 'verify', 'examples', 'generate']
 
 # %% ../nbs/05_cli.ipynb #b5095066
 import json,os,sys,threading
@@ -20,19 +20,20 @@ from shlex import quote
 from tempfile import TemporaryDirectory
 from typing import Annotated, Optional
 
-from typer import Argument, Exit, Option, Typer, confirm, echo as typer_echo, prompt
+from typer import Argument, Exit, Option, Typer, echo as typer_echo, prompt
 from typer.core import TyperGroup
 from typer.main import get_command
 
 from .core.beforehand import package_file
 from .core.disk import SageError
-from .core.display import size_text, visible
+from .core.display import visible
 from sage_finetune.core.machine import (
     goes_on, last_words, program_name, refuse_other_encodings, stop_raises, use_utf8, versions_text
 )
 from .base.llama_cpp import with_gguf_type
 from .runs.rate_finder import find_rate_command
 from .study import commands
+from .ui import monitor
 
 # %% ../nbs/05_cli.ipynb #7c48b3da
 class _Ended(Exception): "A command was stopped: the signal is its cause, which typer would take for itself"
@@ -230,8 +231,9 @@ def _next_steps(folder):
         'loss.png': 'the loss curve',
     }
     told,again = [f'  {name:<22}{what}' for name,what in files.items()],program_name()
-    return [f'{folder}/', *told, '', 'Next:', f'  {again} chat {_short(folder)}',
-            f'  {again} quickstart code --data .    # your own code: its folder instead of .', f'  {again} examples']
+    return [f'{folder}/', *told, '', 'Next, to talk to it:', f'  {again} chat {_short(folder)}',
+            'the same about your own code (its folder in the place of the dot):', f'  {again} quickstart code --data .',
+            'more commands:', f'  {again} examples']
 
 def _short(folder):
     "The name of a run in the usual place, else its path, as a shell takes it"
@@ -446,22 +448,15 @@ def _run(target, place, by_hand, preset, as_json, native, live, prompt, fresh, b
     _train(asked, fresh, live, prompt, None if changed else base)
 
 # %% ../nbs/05_cli.ipynb #59245e96
-@app.command('list')
-def _list(dir: Runs = None):
-    "Every run: task, model, state, final loss, size"
-    from sage_finetune.runs.run import runs
-    _print(runs(dir))
+def _printed(command, name=None):
+    "A command of a wing, which gives back what is printed"
+    @wraps(command)
+    def go(*args, **how):
+        for t in command(*args, **how): echo(t) if isinstance(t, str) else _print(t)
+    return app.command(name)(go)
 
-@app.command()
-def watch(
-    dir: Runs = None,
-    every: Annotated[float, Option('--every', help='Seconds between updates')] = 2.0,
-    once: Annotated[bool, Option('--once', help='Print it once')] = False, as_json: OnceAsJson = False,
-):
-    "Every run, those that train first: steps done, time left, and resources used"
-    from sage_finetune.ui.monitor import watch as look, watched
-    if not (as_json or once): return look(dir, every)
-    echo(json.dumps(watched(dir).to_dict())) if as_json else _print(watched(dir))
+for command,name in ((monitor.list_command, 'list'), (monitor.watch_command, 'watch'), (monitor.label_command, 'label'),
+                     (monitor.compare_command, 'compare'), (monitor.clean_command, 'clean')): _printed(command, name)
 
 # %% ../nbs/05_cli.ipynb #0a5c0205
 @app.command('config')
@@ -495,29 +490,6 @@ def merge(
     from sage_finetune.inference.merging import merge_run
     from sage_finetune.core.run_folder import find_run
     _print(merge_run(find_run(name).path, output, rows, dtype, ignore_contract, base))
-
-# %% ../nbs/05_cli.ipynb #5f5bf9b6
-@app.command()
-def clean(
-    name: Annotated[Optional[str], Argument(help='Name or folder of one run (default: all)')] = None,
-    dir: Runs = None,
-    force: Annotated[bool, Option('--force', '-f', help='Do not ask')] = False,
-):
-    "Remove runs; folders that are not runs are left alone"
-    from sage_finetune.core.run_folder import check_removable, default_output_dir, find_run, list_runs, remove_run
-    root = default_output_dir if dir is None else Path(dir).expanduser()
-    paths = ([find_run(name, dir).path] if name
-             else [root/r.name for r in list_runs(dir) if not r.state.startswith('unreadable')])
-    if not paths:
-        echo(f'No runs in {root}.')
-        return
-    for p in paths: check_removable(p) # all of them, before the first is removed
-    echo('\n'.join(f'  {p}' for p in paths))
-    if not force and not confirm(f'Remove {len(paths)} run{"s" if len(paths)>1 else ""}?', default=False):
-        echo('Nothing was removed.')
-        return
-    echo(f'{size_text(sum(map(remove_run, paths)))} freed.')
-    if left := [str(p) for p in paths if p.exists()]: echo(f'What else was in {", ".join(left)} is left alone.')
 
 # %% ../nbs/05_cli.ipynb #6ba45626
 @app.command()
@@ -571,23 +543,6 @@ def _chat_target(name):
     path = Path(name).expanduser()
     holds = path.is_dir() and ((path/'config.json').is_file() or (path/'adapter_config.json').is_file())
     return path if holds else find_run(name).path
-
-# %% ../nbs/05_cli.ipynb #74e0427d
-@app.command()
-def compare(
-    names: Annotated[list[str], Argument(metavar='RUN...', help='Names or folders of two or more runs')],
-    plot: Annotated[Optional[str], Option('--plot', metavar='FILE',
-                                          help='Draw the curves into this file: .png, .svg or .pdf')] = None,
-    by: Annotated[str, Option('--by', help='With --plot: curves over each step, or over the tokens seen')] = 'step',
-    dir: Runs = None,
-):
-    "Lay runs side by side: figures, and the settings that differ"
-    from sage_finetune.runs.run import compare as side_by_side
-    from sage_finetune.core.display import figure_file, save_figure
-    if plot: figure_file(plot)
-    found = side_by_side(*names, by=by, root=dir)
-    if plot: save_figure(found.plot(), plot)
-    _print(found)
 
 # %% ../nbs/05_cli.ipynb #95ee7ef1
 @app.command()
@@ -719,12 +674,6 @@ def generate(
     "Let a model behind a server write questions and answers about documents or code; what does not hold is dropped"
     from sage_finetune.synthetic.teacher import generate_rows
     _print(generate_rows(source, url, output, model, questions, exam=exam, most=most, api_key=api_key, say=echo))
-
-def _printed(command):
-    "A command of a wing, which gives back what is printed"
-    @wraps(command)
-    def go(*args, **how): _print(*command(*args, **how))
-    return app.command()(go)
 
 app.command('find-rate')(find_rate_command)
 for command in (commands.exam, commands.sweep, commands.report, commands.script): _printed(command)

@@ -19,9 +19,10 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from .core.disk import cannot_write, disk_error, manifest_file, read_json, SageError, write_json
 from sage_finetune.core.machine import (
-    division, goes_on, last_words, Machine, opening, process, processes, show_changes, stop_raises
+    Changes, division, goes_on, last_words, Machine, opening, process, processes, stop_raises
 )
 from .core.run_folder import last_checkpoint, only_run, RunFolder, write_record
+from .record.progress import say_end, ShownTrainer
 from .config import config_from_meta, TrainingConfig
 from .rows.images import processor_of
 from .rows.report import DataReport
@@ -64,9 +65,9 @@ def _is_packaged(run, step): # a step of a user's subclass may need what came be
     return 'packaged' in vars(next(c for c in type(run).__mro__ if step in vars(c)))
 
 # %% ../nbs/02_trainer.ipynb #2f01f0d0
-class RunState:
+class RunState(ShownTrainer):
     "The state of a run: its config as asked and as fitted, what its steps have made, and who sees its messages"
-    is_preference,config_kind = False,TrainingConfig # Whether it learns from preferences; what it is told to do
+    is_preference,config_kind,_announced = False,TrainingConfig,False # Whether it learns from preferences; its config
 
     def __init__(self,
         config:TrainingConfig, # As asked; it is fitted to the machine when it is used
@@ -78,15 +79,14 @@ class RunState:
         self.model = self.tokenizer = self.dataset = self.eval_dataset = self.replay_eval_dataset = None
         self.trainer = self.data_report = self.probe = self._before = self._base = None # `probe`: of the longest batch
         self.choices,self.while_running,self.evaluation_rows = [],[],None # Changes that nobody gave by hand, or memory
-        self.stop_signal,self.unfinished = StopSignal(),None # `unfinished`: noted beside the adapter of a stopped run
-        self.watcher = self._announced = None # Gets the messages instead: has `heard(what)`, `callbacks()` for the loop
+        self.stop_signal,self.unfinished,self.watcher = StopSignal(),None,None # `watcher`: `heard(what)`, `callbacks()`
         self._fitted_rows,self._digest,self.load_model,self.base_digest = (None,),RowsDigest(),load_model,base_digest
 
     @property
     def changes(self)->list: # Of `Change`
         "What was changed for this machine, and why"
         known,mine = fit_of_run(self.folder, self.config, self.machine),{c.setting for c in self.choices}
-        return [*(c for c in known if c.setting not in mine), *self.choices, *self.while_running]
+        return Changes([*(c for c in known if c.setting not in mine), *self.choices, *self.while_running])
     @property
     def fitted(self)->TrainingConfig:
         "The config as it can run"
@@ -287,7 +287,7 @@ def _start_anew(run):
 def _remember(run):
     "Use the smaller micro-batches that this run needed before on this machine"
     known,rows = remembered_changes(run.folder, run.config, run.machine)
-    if known and known!=run.while_running: run.say(show_changes(known))
+    if known and known!=run.while_running: run.say(Changes(known))
     run.while_running,run.evaluation_rows = known or run.while_running,rows or run.evaluation_rows
 
 # %% ../nbs/02_trainer.ipynb #2f01f1a3
@@ -342,7 +342,7 @@ def _next_attempt(run, fault):
     except SageError as e: changes,fault = None,e
     if not changes: raise _stop_here(run, without_traceback(fault))
     start,run.while_running = keep_last_step(run.trainer, run.folder.checkpoints),changes
-    run.say(show_changes(changes))
+    run.say(Changes(changes))
     write_json(run.folder.config, _record(run))
     run.trainer = None
     free_memory()
@@ -391,6 +391,7 @@ def _finish(run, result, new_adapter):
     write_json(run.folder.config, read_json(run.folder.lora_weights/'training_config.json'))
     plot_losses(read_metrics(run.folder.metrics), run.folder.loss_curve)
     write_record(run.folder.path, vars(result))
+    say_end(run)
 
 # %% ../nbs/02_trainer.ipynb #ca466627
 def _train_and_save(run, start):
@@ -414,8 +415,7 @@ def _train_and_save(run, start):
 
 def _let_go(run, fault):
     "Release the model, and return what stopped the run without its traceback, which holds tensors"
-    run.model = run.trainer = None
-    without_traceback(fault)
+    run.model,run.trainer,fault = None,None,without_traceback(fault)
     free_memory()
     return fault
 

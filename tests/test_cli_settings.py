@@ -1,5 +1,8 @@
 "Settings on the command line, files of settings to begin with, what is printed at the end, and how wide help is"
+import io
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -83,12 +86,38 @@ def test_settings_arrive_by_start_and_by_run(rows, tmp_path, capsys):
     assert arrived(tmp_path/'b')==wanted
 
 
-def test_settings_arrive_by_quickstart(tmp_path, capsys):
+def printed_commands(text):
+    "The commands below the words that a quickstart ends with: indented lines, for any shell as they stand"
+    lines = [line.strip() for line in text[text.index('Next, '):].splitlines() if line.startswith('  ')]
+    assert [shlex.split(line) for line in lines]==[line.split() for line in lines] and not any('#' in s for s in lines)
+    return [line.split() for line in lines]
+
+
+def test_settings_arrive_by_quickstart_and_what_it_prints_can_be_typed(tmp_path, capsys, monkeypatch):
     status,out,error = said(capsys, 'quickstart', 'code', '--data', tree, '--max-facts', 3, '--output', tmp_path/'run',
                             *five, '--set', 'weight_decay=0.1', '--set', 'lora.use_rslora=true')
     assert status==0, error
     assert arrived(tmp_path/'run')==(3e-4, 2, 1, 3, 4, .1, 4, True)
-    assert f'sage-finetune chat {tmp_path/"run"}' in out
+    chat,again,examples = printed_commands(out)
+    assert chat==['sage-finetune', 'chat', str(tmp_path/'run')]
+    assert again==['sage-finetune', 'quickstart', 'code', '--data', '.']
+    monkeypatch.setattr(sys, 'stdin', io.StringIO('What is it?\n'))
+    status,out,error = said(capsys, *chat[1:], '--max-new-tokens', 4)
+    assert status==0, error
+    assert said(capsys, *examples[1:])[0]==0
+
+
+@pytest.mark.slow
+def test_what_a_quickstart_prints_runs_as_printed(program, tmp_path):
+    "From a folder of code, as a newcomer would: each command, in the order in which they stand"
+    shutil.copytree(tree, tmp_path, dirs_exist_ok=True)
+    first = program('quickstart', 'code', '--max-facts', 3, '--max-steps', 1)
+    assert first.returncode==0, first.stderr
+    commands = printed_commands(first.stdout)
+    assert len(commands)==3
+    for words in commands:
+        done = program(*words[1:], stdin='What is it?\n')
+        assert done.returncode==0, done.stderr
 
 
 def test_settings_reach_several_processes(rows, tmp_path, capsys):

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Notebooks whose lessons need more than the package brings: the extra of settings.ini that has it
 EXTRAS = {
     '04_preference': 'trl', 'rewards/04_trainer': 'trl', 'rewards/05_check': 'trl',
-    'rows/04_images': 'vision', 'base/03_tiny_vision': 'vision',
+    'rows/04_images': 'vision', 'base/03_tiny_vision': 'vision', 'recipes/images': 'vision', 'recipes/rewards': 'trl',
     'serving/00_request': 'serve', 'serving/01_chat_api': 'serve', 'serving/03_serve': 'serve',
     'synthetic/00_code_facts': 'code', 'synthetic/01_codebase': 'code',
 }

@@ -11,6 +11,7 @@ NBS = ROOT/'nbs'
 SECTIONS = {
     'core': 'files that appear whole, what shows itself, checked settings, the machine, the run folder with lock '
     'and checkpoints',
+    'record': 'what runs wrote down: numbers, curves in letters and in pages, tags and conditions, the trash',
     'rows': 'rows of any file and format, as conversations, as text by the chat template, as token ids',
     'base': 'the model before it is adapted: packed attention, loading, weights on disk, a small vision model, GGUF',
     'model': 'the adapter, the loss, what is kept of both, memory, advice',
@@ -26,8 +27,8 @@ SECTIONS = {
     'study': 'many runs on one base, exams with their uncertainty, reports, what taught a model that',
     'ui': 'looking at rows and tokens, the dashboard, the form, what was learned, all runs at a glance',
 }
-OTHER = {'tutorials': 'Tutorials', 'recipes': 'Recipes'}
-PAGES = 'index', 'coming_from'
+OTHER = {'tutorials': 'Tutorials', 'recipes': 'Recipes', 'zh': '中文'}
+PAGES = 'index', 'how_it_works', 'when_something_is_wrong', 'coming_from'
 MARK = re.compile(r'(<!-- map: begin -->\n).*?(<!-- map: end -->)|( *# map: begin\n).*?( *# map: end)', re.S)
 
 
@@ -35,8 +36,8 @@ def notebooks(
     folder='', # A wing, "tutorials" or "recipes"; the root if empty
 ): # Paths relative to `nbs`, without ending, in order
     "The notebooks of one folder"
-    found = sorted((NBS/folder).glob('*.ipynb'))
-    return [path.relative_to(NBS).with_suffix('').as_posix() for path in found if path.stem not in PAGES]
+    found = sorted((NBS/folder).glob('*.ipynb'), key=lambda path: (path.stem!='index', path.stem))
+    return [name for path in found if (name := path.relative_to(NBS).with_suffix('').as_posix()) not in PAGES]
 
 
 def first_lines(
@@ -74,17 +75,17 @@ def contributing_table(): # Lines of Markdown
 
 
 def sidebar(): # Lines of YAML
-    "The pages in reading order: start, the story, tutorials, the wings"
+    "The pages in reading order: start, tutorials, recipes, the story, the wings (these in the order of imports)"
     def section(title, names):
         yield f'      - section: {title}'
         yield '        contents:'
         for name in names:
             yield f'          - {{text: {json.dumps(first_lines(name)[0], ensure_ascii=False)}, href: {name}.ipynb}}'
     yield from section('Start', PAGES)
+    for folder in 'tutorials', 'recipes': yield from section(OTHER[folder], notebooks(folder))
     yield from section('The story', notebooks())
-    yield from section('Tutorials', notebooks('tutorials'))
     for wing in SECTIONS: yield from section(wing, notebooks(wing))
-    yield from section('Recipes', notebooks('recipes'))
+    yield from section(OTHER['zh'], notebooks('zh'))
 
 
 def filled(
@@ -97,6 +98,14 @@ def filled(
     return MARK.sub(lambda m: f'{m[1] or m[3]}{body}{m[2] or m[4]}', text)
 
 
+def with_law(
+    text, # Of a notebook that tells the order of imports
+): # The same, with the line of CONTRIBUTING
+    "Put the order of imports into a notebook"
+    law = re.search(r'^core < .+$', (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8'), re.M)[0]
+    return re.sub(r'`core < [\w< ]+`', lambda _: f'`{law}`', text)
+
+
 def written(): # (path, its text as it must be) of each file with a map
     "The files with a map, in step with the notebooks"
     index = json.loads((NBS/'index.ipynb').read_text(encoding='utf-8'))
@@ -104,6 +113,7 @@ def written(): # (path, its text as it must be) of each file with a map
         text = ''.join(cell['source'])
         if '<!-- map: begin -->' in text: cell['source'] = filled(text, readme_table()).splitlines(True)
     yield NBS/'index.ipynb', json.dumps(index, ensure_ascii=False, indent=1)+'\n'
+    yield NBS/'how_it_works.ipynb', with_law((NBS/'how_it_works.ipynb').read_text(encoding='utf-8'))
     for path, lines in (ROOT/'CONTRIBUTING.md', contributing_table()), (ROOT/'_quarto.yml', sidebar()):
         yield path, filled(path.read_text(encoding='utf-8'), lines)
 

@@ -1,4 +1,6 @@
-"Check the documentation site without Quarto: every notebook makes a page, and no link, anchor or picture leads nowhere"
+"""Check the documentation site without Quarto: every notebook makes a page, no link, anchor or picture leads nowhere,
+and no picture is silent
+"""
 import ast, base64, os, re, sys
 from pathlib import Path
 from urllib.parse import unquote
@@ -12,6 +14,7 @@ from nbdev.processors import FilterDefaults
 
 CODE = re.compile(r'^ *(`{3,}|~{3,}).*?^ *\1|`[^`\n]*`', re.S|re.M)
 LINK = re.compile(r'\]\(\s*<?([^)\s>]+)|\b(?:src|href)="([^"]+)"')
+PICTURE = re.compile(r'!\[([^\]]*)\]\(\s*<?([^)\s>]+)')
 SCHEME = re.compile(r'[a-z][\w+.-]*:|//', re.I)
 
 
@@ -60,6 +63,20 @@ def broken_pictures(
             yield 'a stored picture is no PNG'
 
 
+def silent_pictures(
+    cell, # Of a notebook
+): # One phrase for each
+    "Pictures that say nothing to whoever cannot see them, and what only a mouse can reach"
+    for text in words(cell):
+        yield from (f'the picture {target} has no alt text' for alt,target in PICTURE.findall(text) if not alt.strip())
+        for tag in re.findall(r'<img\b[^>]*>', text):
+            if not re.search(r'\balt="[^"]', tag): yield f'a picture has no alt text: {tag[:60]}'
+        if found := re.search(r'\bonclick=|\btabindex="-', text): yield f'a keyboard does not reach {found[0]}'
+    drawn = any('image/png' in output.get('data', {}) for output in cell.get('outputs', []))
+    if drawn and not re.search(r'^#\|\s*fig-alt:[ \t]*\S', ''.join(cell.source), re.M):
+        yield f'the picture of a cell has no alt text (`#| fig-alt: …`): {"".join(cell.source)[-40:]!r}'
+
+
 class Site:
     "The pages and files that a link may lead to"
     def __init__(self, config):
@@ -103,6 +120,7 @@ def faults_of(
     "What is wrong with the links and pictures of a page"
     for cell in notebook.cells:
         yield from broken_pictures(cell)
+        yield from silent_pictures(cell)
         for text in words(cell):
             for target in (a or b for a,b in LINK.findall(text)):
                 if problem := site.dead(target, path, cell.get('attachments', {})): yield problem

@@ -1,5 +1,5 @@
-"Write README.md from nbs/index.ipynb without Quarto: nbdev's page processors, then nbconvert's Markdown"
-import os, re, sys
+"Write README.md and README.zh.md from their notebooks without Quarto: nbdev's processors, then nbconvert's Markdown"
+import os, posixpath, re, sys
 from pathlib import Path
 
 from nbconvert import MarkdownExporter
@@ -46,6 +46,16 @@ def github_form(
     return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 
 
+def from_root(
+    text, # Markdown of a notebook
+    folder, # Where it lies, below `nbs`
+): # The same, read from `nbs`
+    "Links of a page in a folder, as they are outside of it"
+    if folder in ('', '.'): return text
+    place = lambda path: posixpath.normpath(posixpath.join(folder, path))
+    return re.sub(r'\]\((?!\w+:|[#/])([^)#\s]+)', lambda m: f']({place(m[1])}', text)
+
+
 def page(
     path, # The notebook
 ): # Front matter, Markdown body and the body's pictures by file name
@@ -66,11 +76,17 @@ def page(
 def files(
     config, # nbdev's configuration
 ): # What the README consists of: bytes by path
-    "README.md and its pictures"
-    front,body,pictures = page(config.nbs_path/config.readme_nb)
-    head = f"# {front['title']}\n\n{NOTICE.format(config.readme_nb)}\n\n> {front['description']}\n\n"
-    text = github_form(head + body, config.doc_url.rstrip('/') + '/')
-    return {'README.md': text.encode(), **pictures}
+    "README.md in English and in Chinese, each with a link to the other, and their pictures"
+    out = {}
+    for notebook,name,other in ((config.readme_nb, 'README.md', '[中文](README.zh.md)'),
+                                (f'zh/{config.readme_nb}', 'README.zh.md', '[English](README.md)')):
+        path = config.nbs_path/notebook
+        if not path.is_file(): continue
+        front,body,pictures = page(path)
+        head = f"# {front['title']}\n\n{NOTICE.format(notebook)}\n\n> {front['description']} · {other}\n\n"
+        text = github_form(head + from_root(body, posixpath.dirname(notebook)), config.doc_url.rstrip('/') + '/')
+        out |= {name: text.encode(), **pictures}
+    return out
 
 
 def main(

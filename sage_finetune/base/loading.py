@@ -11,9 +11,11 @@ __all__ = ['ending_settings', 'drawing_settings', 'dtype_of', 'quantisation_of',
            'limits_of', 'check_model']
 
 # %% ../../nbs/base/01_loading.ipynb #5d328e9d
-import logging
+import logging,warnings
 for name in ('bitsandbytes.backends.cpu.ops', 'bitsandbytes.autograd._functions'):
     logging.getLogger(name).setLevel(logging.ERROR)
+# Asked for by peft. Where two threads load (a form that counts, a run), `catch_warnings` lets it through
+warnings.filterwarnings('ignore', '`is_gradient_checkpointing` is deprecated', FutureWarning)
 
 # %% ../../nbs/base/01_loading.ipynb #ba587791
 import json,os,re,warnings

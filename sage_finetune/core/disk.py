@@ -442,7 +442,8 @@ def manifest_fault(
     except (SageError, OSError, ValueError, RecursionError): return f'its file {name} is broken'
     if not files: return f'its file {name} names no file'
     if not all(map(_is_entry, files.values())): return f'its file {name} is broken'
-    return next(filter(None, in_threads(lambda file: _file_fault(folder, file, files[file]), files)), None)
+    each = map if sum(e[0] for e in files.values())<2**22 else in_threads # a thread costs more than a small file
+    return next(filter(None, each(lambda file: _file_fault(folder, file, files[file]), files)), None)
 
 # %% ../../nbs/core/00_disk.ipynb #a4d10e15
 def places_note(

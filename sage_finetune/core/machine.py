@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .disk import cannot_write, SageError, system_words, write_text
-from .display import Shown, Table, visible
+from .display import Panel, Shown, size_text, Table, visible
 
 # %% ../../nbs/core/03_machine.ipynb #edbb2a5f
 @dataclass(frozen=True)
@@ -59,6 +59,14 @@ class Machine:
         ram = f', {self.ram/2**30:.0f} GiB of memory' if self.ram else ''
         return (f"{self.name or self.device} ({self.device}{memory}{', bf16' if self.bf16 else ''}), "
                 f"{self.cores} cores{ram}")
+
+    def _repr_html_(self):
+        rows = [['computes on', f'{self.name} ({self.device})' if self.name else self.device],
+                ['GPU memory', self.memory and size_text(self.memory)],
+                ['of it free', self.free and size_text(self.free)],
+                ['bf16', 'yes' if self.bf16 else 'no'], ['cores', str(self.cores)],
+                ['main memory', self.ram and size_text(self.ram)]]
+        return Table(['', ''], [r for r in rows if r[1]], 'Machine')._repr_html_()
 
 # %% ../../nbs/core/03_machine.ipynb #739bacd3
 def _cores():
@@ -212,13 +220,13 @@ def show_changes(
 def opening(
     machine:Machine, # That a run begins on
     changes:list[Change], # For it
-)->str: # A line or more
+)->Panel: # Shows itself
     "What a run says first: its machine, and what of the wishes for it cannot be had there"
     wishes = [c for c in changes if c.by_hand]
     rest = len(changes)-len(wishes)
     noun = 'default is another one' if rest==1 else 'defaults are others'
     more = [f'{rest} {noun} on such a machine: `changes` of the run says which and why'] if rest else []
-    return '\n'.join([str(machine), *([show_changes(wishes)] if wishes else []), *more])
+    return Panel(str(machine), [*([Changes(wishes)] if wishes else []), *more])
 
 # %% ../../nbs/core/03_machine.ipynb #ca2d0212
 def fit_bits(

@@ -8,7 +8,8 @@ Docs: https://sage-finetune.github.io/sage_finetune/core/run_folder.html.md"""
 __all__ = ['default_output_dir', 'complete_marker', 'RunFolder', 'stopped_at', 'run_folder', 'mark_complete', 'checkpoint_fault',
            'last_checkpoint', 'is_run', 'is_own_run', 'refuse_foreign_run', 'refuse_added', 'refuse_links', 'only_run',
            'hold_for', 'Holder', 'holder_of', 'read_meta', 'write_meta', 'write_record', 'record_fault', 'record_notes',
-           'RunInfo', 'list_runs', 'find_run', 'written_by_run', 'remove_part', 'check_removable', 'remove_run']
+           'RunInfo', 'folder_size', 'list_runs', 'find_run', 'written_by_run', 'remove_part', 'check_removable',
+           'remove_run', 'remove_if_empty']
 
 # %% ../../nbs/core/04_run_folder.ipynb #35e36b9a
 import errno,os,platform,re,shutil,time
@@ -49,6 +50,7 @@ class RunFolder:
     loss_curve = _Inside('loss.png') # The loss as a figure
     results = _Inside('results.json') # What came out in the end
     stopped = _Inside('lora_weights', 'stopped.json') # Beside an unfinished adapter: the step it stopped at
+    labels = _Inside('labels.json') # Tags and a note of somebody
     lock = _Inside('.lock') # Who trains here, while somebody does
 
     @property
@@ -330,7 +332,17 @@ class RunInfo:
     size: int # Bytes on disk
 
 # %% ../../nbs/core/04_run_folder.ipynb #5b99cd0e
-def _size(folder): return sum(p.stat().st_size for p in folder.rglob('*') if p.is_file() and not p.is_symlink())
+def folder_size(
+    folder:str|Path, # A folder
+)->int: # Bytes
+    "What the files below a folder take on disk"
+    total,waiting = 0,[folder]
+    while waiting:
+        with suppress(FileNotFoundError), os.scandir(waiting.pop()) as found: # a checkpoint may go meanwhile
+            for e in found:
+                if e.is_dir(follow_symlinks=False): waiting.append(e.path)
+                elif e.is_file(follow_symlinks=False): total += e.stat(follow_symlinks=False).st_size
+    return total
 
 def _info(path):
     run = RunFolder(path)
@@ -343,7 +355,7 @@ def _info(path):
         if fault := record_fault(path): loss = None
         note = fault or places_note(path)
         state = f'{run.state}, but {note}' if note else run.state
-        return RunInfo(path.name, str(meta.get('task_type', 'custom')), str(model), state, loss, _size(path))
+        return RunInfo(path.name, str(meta.get('task_type', 'custom')), str(model), state, loss, folder_size(path))
     except (SageError, OSError, ValueError, TypeError, RecursionError) as e:
         return RunInfo(path.name, '?', '?', f'unreadable: {e}', None, 0)
 
@@ -382,7 +394,7 @@ _came_out = ('checkpoints/checkpoint-*', 'lora_weights', 'merged_model', 'logs/e
              'logs/mlflow*', 'metrics.jsonl', 'loss.png', 'results.json', 'generations.jsonl', 'exam.jsonl',
              'answers.jsonl.gz', manifest_file)
 _asked_for = ('exported', 'data_report.json', 'quickstart.json', 'logs/serve.log',
-              'training_data_*.json', 'held_out_*.json', 'training_config.json', 'finetune_meta.json')
+              'training_data_*.json', 'held_out_*.json', 'labels.json', 'training_config.json', 'finetune_meta.json')
 
 def written_by_run(
     folder:str|Path, # Run folder
@@ -428,18 +440,21 @@ def remove_run(
     try:
         with only_run(run.path, 'removed'):
             for p in (p for p in written_by_run(run.path) if p not in says):
-                freed += _size(p) if p.is_dir() else p.stat().st_size
+                freed += folder_size(p) if p.is_dir() else p.stat().st_size
                 remove_part(p)
-            _remove_if_empty(run.checkpoints, run.logs)
+            remove_if_empty(run.checkpoints, run.logs)
             for p in says: # last, so that whatever happens before is finished by the same command
                 freed += p.stat().st_size if p.is_file() else 0
                 p.unlink(missing_ok=True)
-        _remove_if_empty(run.path)
+        remove_if_empty(run.path)
     except OSError as e:
         why = (e.strerror or str(e)).lower()
         raise SageError(f'cannot remove {e.filename or run.path}: {why}; the same command goes on') from None
     return freed
 
-def _remove_if_empty(*folders):
+def remove_if_empty(
+    *folders:Path, # Folders, those inside of others first
+)->None: # What holds something stays
+    "Remove the folders that hold nothing"
     for p in folders:
         if p.is_dir() and not any(p.iterdir()): p.rmdir()

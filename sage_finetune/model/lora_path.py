@@ -9,7 +9,7 @@ __all__ = ['LoraProduct', 'why_own_path', 'group_outputs', 'shared_inputs', 'lor
            'prove_lora_path', 'known_lora_path']
 
 # %% ../../nbs/model/01_lora_path.ipynb #f1c5a91c
-import json
+import json,math
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from ..base.attention import autocast_dtype
-from ..base.loading import quiet_libraries # before peft
+import sage_finetune.base.loading # before peft: it quiets bitsandbytes
 from peft.tuners.lora import LoraLayer
 
 # %% ../../nbs/model/01_lora_path.ipynb #0804e539
@@ -28,58 +28,86 @@ class _How(NamedTuple):
     scales:tuple # Factor on B·A, of each layer
     dropout:float # Probability
     biases:tuple|None # Of the frozen layers; None where their products are given instead of their weights
+    trained:torch.dtype = torch.float32 # Of A and B, and of their gradients
 
     @property
     def dense(self): return self.biases is not None
 
+def _dropped(x, p):
+    "The input under a new mask, and the mask in one byte a number"
+    if not x.is_cpu: return torch.native_dropout(x, p, True)
+    kept = torch.empty_like(x).bernoulli_(1-p)
+    mask = kept.to(torch.int8) # a CPU turns these into numbers six times as fast as bools
+    return x*kept.div_(1-p),mask
+
 def _masked(x_NI, how, masks, i):
     "The input under the mask of layer `i`, and any gradient of it"
     if not masks: return x_NI
+    if x_NI.is_cpu: return masks[i].to(x_NI.dtype).div_(1-how.dropout).mul_(x_NI)
     return torch.ops.aten.native_dropout_backward(x_NI, masks[i], 1/(1-how.dropout))
 
 # %% ../../nbs/model/01_lora_path.ipynb #4a8a2539
-def _stacked(A, dtype): return (A[0] if len(A)==1 else torch.cat([*A])).to(dtype)
+def _as_multiplied(A, B, dtype):
+    "A and B as they are, or in another format by one operation, which lays the A of all layers side by side"
+    if all(t.dtype==dtype for t in (*A, *B)): return [*A],[*B]
+    ranks = [len(a) for a in A]
+    a_RI = A[0].new_empty(sum(ranks), A[0].shape[1], dtype=dtype)
+    b_OR = [b.new_empty(b.shape, dtype=dtype) for b in B]
+    torch._foreach_copy_([*a_RI.split(ranks), *b_OR], [*A, *B])
+    return [a_RI],b_OR
 
-def _low(x_NI, A, how):
+def _ranks(B): return [b.shape[1] for b in B]
+def _stacked(A): return A[0] if len(A)==1 else torch.cat([*A])
+def _each(A, B): return A if len(A)==len(B) else A[0].split(_ranks(B))
+
+# %% ../../nbs/model/01_lora_path.ipynb #c0a1e901
+def _low(x_NI, A, B):
     "A·x of each layer, (N, R)"
-    return (x_NI@_stacked(A, how.dtype).t()).split([len(a) for a in A], 1)
+    return (x_NI@_stacked(A).t()).split(_ranks(B), 1)
 
 def _low_dropped(x, A, how):
     "The same with dropout, and the mask of each layer"
     low,masks = [],[]
     for a in A:
-        dropped,mask = torch.native_dropout(x, how.dropout, True)
-        low.append(dropped.flatten(0, -2).to(how.dtype)@a.to(how.dtype).t())
+        dropped,mask = _dropped(x, how.dropout)
+        low.append(dropped.flatten(0, -2).to(how.dtype)@a.t())
         masks.append(mask.flatten(0, -2))
     return low,masks
 
 def _add_product(y_NO, low_NR, b_OR, scale):
     "y += scale·B·(A·x), in place"
-    b_RO = b_OR.to(low_NR.dtype).t()
-    return y_NO.addmm_(low_NR, b_RO, alpha=scale) if y_NO.dtype==low_NR.dtype else y_NO.add_(low_NR@b_RO, alpha=scale)
+    if y_NO.dtype==low_NR.dtype: return y_NO.addmm_(low_NR, b_OR.t(), alpha=scale)
+    return y_NO.add_(low_NR@b_OR.t(), alpha=scale)
+def _no_autocast(device): return torch.autocast(device, enabled=False) if autocast_dtype(device) else nullcontext()
 
 # %% ../../nbs/model/01_lora_path.ipynb #e345ce15
+def _views(flat, shapes):
+    "One tensor as several, one after the other"
+    return [t.view(s) for t,s in zip(flat.split([math.prod(s) for s in shapes]), shapes)]
+
 def _adapter_gradients(x_NI, g_NO, A, B, how, masks):
     "Gradients of each A, of each B, and of each A·x"
-    ranks = [len(a) for a in A]
+    ranks = _ranks(B)
     whole = x_NI.new_empty(len(x_NI), sum(ranks))
     parts = whole.split(ranks, 1)
-    for g,b,d,s in zip(g_NO, B, parts, how.scales): torch.mm(g, b.to(how.dtype), out=d).mul_(s)
+    for g,b,d,s in zip(g_NO, B, parts, how.scales): d.addmm_(g, b, beta=0, alpha=s)
+    shapes = [(sum(ranks), x_NI.shape[1]), *(b.shape for b in B)] # side by side, so that one cast is enough
+    dA,*dB = _views(flat := x_NI.new_empty(sum(map(math.prod, shapes))), shapes)
     if masks:
-        low,dA = [],[]
-        for i,(a,d) in enumerate(zip(A, parts)): # the input under a mask is made once, and let go
+        low = []
+        for i,(a,d,made) in enumerate(zip(A, parts, dA.split(ranks))): # a masked input is made once, and let go
             dropped = _masked(x_NI, how, masks, i)
-            low.append(dropped@a.to(how.dtype).t())
-            dA.append(d.t()@dropped)
-    else: low,dA = _low(x_NI, A, how),(whole.t()@x_NI).split(ranks)
-    dB = [(g.t()@h).mul_(s).to(b.dtype) for g,h,b,s in zip(g_NO, low, B, how.scales)]
-    return [d.to(a.dtype) for d,a in zip(dA, A)],dB,(parts if masks else whole)
+            low.append(dropped@a.t())
+            torch.mm(d.t(), dropped, out=made)
+    else: low,dA = _low(x_NI, A, B),torch.mm(whole.t(), x_NI, out=dA)
+    for g,h,s,made in zip(g_NO, low, how.scales, dB): made.addmm_(g.t(), h, beta=0, alpha=s)
+    if flat.dtype!=how.trained: dA,*dB = _views(flat.to(how.trained), shapes)
+    return [*dA.split(ranks)],dB,(parts if masks else whole)
 
-# %% ../../nbs/model/01_lora_path.ipynb #7a3b88f4
 def _input_gradient(low_gradient, A, how, masks):
     "What flows back to x through the adapters"
-    if not masks: return low_gradient@_stacked(A, how.dtype)
-    first,*others = (_masked(d@a.to(how.dtype), how, masks, i) for i,(d,a) in enumerate(zip(low_gradient, A)))
+    if not masks: return low_gradient@_stacked(A)
+    first,*others = (_masked(d@a, how, masks, i) for i,(d,a) in enumerate(zip(low_gradient, A)))
     for other in others: first += other
     return first
 
@@ -89,15 +117,15 @@ class LoraProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, how, *tensors):
         n = len(how.scales)
-        frozen,A,B = tensors[:n],tensors[n:2*n],tensors[2*n:]
+        frozen,(A,B) = tensors[:n],_as_multiplied(tensors[n:2*n], tensors[2*n:], how.dtype)
         x_NI = x.flatten(0, -2).to(how.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            low,masks = _low_dropped(x, A, how) if how.dropout else (_low(x_NI, A, how), [])
+        with _no_autocast(x.device.type):
+            low,masks = _low_dropped(x, _each(A, B), how) if how.dropout else (_low(x_NI, A, B), [])
             made = [F.linear(x_NI, W, b) for W,b in zip(frozen, how.biases)] if how.dense else frozen
             for y,h,b,s in zip(made, low, B, how.scales): _add_product(y.view(len(x_NI), -1), h, b, s)
         if not how.dense: ctx.mark_dirty(*made)
-        ctx.save_for_backward(x_NI, *(frozen if how.dense else ()), *A, *B, *masks)
-        ctx.how,ctx.shape,ctx.dtype = how,x.shape,x.dtype
+        ctx.save_for_backward(x_NI, *(frozen if how.dense else ()), *B, *A, *masks)
+        ctx.how,ctx.shape,ctx.dtype,ctx.parts_of_A = how,x.shape,x.dtype,len(A)
         return tuple(y.view(*x.shape[:-1], -1) for y in made) if how.dense else made
 
     @staticmethod
@@ -106,8 +134,9 @@ class LoraProduct(torch.autograd.Function):
         how,(x_NI,*saved),dx = ctx.how,ctx.saved_tensors,None
         n = len(how.scales)
         W,saved = (saved[:n],saved[n:]) if how.dense else ([],saved)
-        A,B,masks = saved[:n],saved[n:2*n],saved[2*n:]
-        with torch.autocast(x_NI.device.type, enabled=False):
+        B,A,masks = saved[:n],saved[n:n+ctx.parts_of_A],saved[n+ctx.parts_of_A:]
+        with _no_autocast(x_NI.device.type):
+            A = _each(A, B) if masks else [_stacked(A)]
             g_NO = [g.reshape(len(x_NI), -1).to(how.dtype) for g in grads]
             dA,dB,low_gradient = _adapter_gradients(x_NI, g_NO, A, B, how, masks)
             if ctx.needs_input_grad[0]:
@@ -158,7 +187,7 @@ def group_outputs(
     dense = all(_is_dense(l, dtype) for l in layers)
     frozen = [l.base_layer.weight if dense else _own(l.base_layer(x)) for l in layers]
     how = _How(dtype, tuple(l.scaling[name] for l in layers), drop.p if getattr(drop, 'p', 0) and drop.training else 0.,
-               tuple(l.base_layer.bias for l in layers) if dense else None)
+               tuple(l.base_layer.bias for l in layers) if dense else None, A[0].dtype)
     return LoraProduct.apply(x, how, *frozen, *A, *B)
 
 # %% ../../nbs/model/01_lora_path.ipynb #b9d37dec

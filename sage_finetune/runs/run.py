@@ -8,9 +8,8 @@ Docs: https://sage-finetune.github.io/sage_finetune/runs/run.html.md"""
 __all__ = ['Run', 'RunList', 'runs', 'RunComparison', 'compare', 'not_exact', 'Repeat', 'adapter_difference', 'repeat_run']
 
 # %% ../../nbs/runs/05_run.ipynb #2dec1d9d
-import html,json,warnings
-from base64 import b64encode
-from dataclasses import dataclass
+import json,warnings
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import cycle
 from pathlib import Path
@@ -21,8 +20,12 @@ from sage_finetune.core.display import (
 )
 from ..config import config_from_meta, PreferenceConfig, TrainingConfig
 from ..core.machine import as_written_here, Change, Changes
-from ..core.run_folder import find_run, list_runs, record_notes, RunFolder
+from ..core.run_folder import default_output_dir, find_run, record_notes, RunFolder
 from ..core.settings import source_words
+from ..record.curves import Drawing, Line
+from ..record.labels import ago, listed_runs, parsed_condition, select, selection_note
+from ..record.metrics import read_metrics, series
+from ..record.trash import in_trash
 from ..rows.report import DataReport
 
 # %% ../../nbs/runs/05_run.ipynb #9b89aefd
@@ -44,8 +47,6 @@ def _config_of(run):
 # %% ../../nbs/runs/05_run.ipynb #a66c2980
 def _lines(path):
     "The logged numbers of a run, or one line that says why they cannot be read"
-    import sage_finetune.base.loading # before transformers: it quiets bitsandbytes
-    from sage_finetune.training.callbacks import read_metrics # imports torch
     try:
         with open(path, 'rb') as f: begins = f.readline().strip(b'\0 \r\n')[:1]
         if begins not in (b'', b'{'): raise SageError(f'{path} cannot be read: it holds no lines of numbers')
@@ -94,16 +95,6 @@ def _plotted(run):
     if not run.metrics: raise SageError(f'{run.folder.path} has no numbers to draw, it is {run.state}: train it first')
     return plot_losses(run.metrics)
 
-# %% ../../nbs/runs/05_run.ipynb #0adbc060
-class _CaptionedFigure:
-    "A figure inside of a panel, with words for those who cannot see it"
-    def __init__(self, figure, alt): self.figure,self.alt = figure,alt
-    def _repr_png_(self): return self.figure._repr_png_()
-    def _repr_html_(self):
-        return (f'<img alt="{html.escape(self.alt)}" style="max-width:100%" '
-                f'src="data:image/png;base64,{b64encode(self._repr_png_()).decode()}">')
-    def __str__(self): return f'({self.alt})'
-
 # %% ../../nbs/runs/05_run.ipynb #2d759afc
 def _facts(run):
     "A run as a table of a few lines"
@@ -118,7 +109,9 @@ def _facts(run):
     return Table(['', ''], [row for row in rows if row[1]])
 
 def _run_panel(run):
-    figure = [_CaptionedFigure(run.plot(), f'losses of {run.name}')] if run.metrics else []
+    log = run.metrics
+    lines = [Line('training', series(log)), Line('held out', series(log, 'eval_loss'), dots=True)]
+    figure = [Drawing(lines, 'loss', image=run.plot, alt=f'losses of {run.name}')] if log else []
     return Panel(f'{run.name}: {run.state}', [_facts(run), *figure])
 
 def _both(results): return falling(results.get('loss_before'), results.get('loss_after'))
@@ -172,7 +165,10 @@ class Run(Shown):
 class RunList(Shown):
     "The runs in a folder, which show themselves as one table"
     root:Path # Folder of all runs
-    infos:list # Of `RunInfo`, by name
+    infos:list # Of `RunInfo`, in the order shown
+    shown_runs:list=field(default_factory=list) # The same as `Listed`, with labels
+    columns:list=field(default_factory=list) # Further columns and settings to show
+    note:str='' # How many there are, and what they take on disk
 
     def __len__(self): return len(self.infos)
     def __iter__(self): return (self[i] for i in range(len(self)))
@@ -181,22 +177,44 @@ class RunList(Shown):
     def shown(self): return _list_table(self)
 
 # %% ../../nbs/runs/05_run.ipynb #1152a2cb
+_always = 'run', 'task', 'model', 'state', 'loss', 'size', 'tag', 'note'
+
+def _row_of(listed):
+    i = listed.info
+    held = '' if i.state.startswith('unreadable') else _both(_optional_json(RunFolder(listed.folder).results))
+    return [i.name, i.task, i.model, i.state, i.loss, held, size_text(i.size), ', '.join(listed.labels.tags),
+            listed.labels.note]
+
+def _more(listed, name):
+    value = listed.value(name)
+    return ago(value) if name=='when' else _plain(value) if isinstance(value, list) else '' if value is None else value
+
 def _list_table(runs):
-    "One line for each run"
-    if not runs.infos: return Table(['run'], [], title=f'No runs in {runs.root}; `sage-finetune quickstart` makes one')
-    held = (lambda i: '' if i.state.startswith('unreadable')
-            else _both(_optional_json(RunFolder(runs.root/i.name).results)))
-    rows = [(i.name, i.task, i.model, i.state, i.loss, held(i), size_text(i.size)) for i in runs.infos]
-    return Table(['run', 'task', 'model', 'state', 'loss', 'held out', 'size'], rows,
-                 note='loss: held out at the end, or the last that was logged')
+    "One line for each run; tags and notes where there are any"
+    if not runs.infos: return Table(['run'], [], title=runs.note)
+    rows = [[*_row_of(l), *(_more(l, n) for n in runs.columns)] for l in runs.shown_runs]
+    heads = ['run', 'task', 'model', 'state', 'loss', 'held out', 'size', 'tags', 'note', *runs.columns]
+    kept = [i for i,h in enumerate(heads) if h not in ('tags', 'note') or any(r[i] for r in rows)]
+    note = f'loss: held out at the end, or the last that was logged\n{runs.note}'
+    return Table([heads[i] for i in kept], [[r[i] for i in kept] for r in rows], note=note)
 
 def runs(
     root=None, # Folder of all runs; `~/.sage/finetune_output` if None
+    *names, # Names, or patterns such as "rank-*"; all if none is given
+    where=(), # Conditions on columns and settings, such as "loss<0.5" or "lora.r>=16"
+    tags=(), # Tags that a run must have
+    sort:str='', # Column or setting; with - in front from above
+    most:int|None=None, # So many at most
 )->RunList: # Shows itself; `runs()["name"]` is one of them
-    "What a folder holds"
-    from sage_finetune.core.run_folder import default_output_dir
+    "What a folder holds, or what of it is asked for"
     root = Path(root).expanduser() if root else default_output_dir
-    return RunList(root, list_runs(root))
+    every = listed_runs(root)
+    found = select(every, names, where, tags, sort, most)
+    asked = [*(parsed_condition(w).name for w in where), *([sort.lstrip('-')] if sort else [])]
+    note = (selection_note(found, every, sum(t.size for t in in_trash(root))) if found
+            else f'None of {len(every)} runs in {root} is asked for' if every
+            else f'No runs in {root}; `sage-finetune quickstart` makes one')
+    return RunList(root, [l.info for l in found], found, [*dict.fromkeys(n for n in asked if n not in _always)], note)
 
 # %% ../../nbs/runs/05_run.ipynb #86c1435e
 def _flat(config):
@@ -209,10 +227,14 @@ _not_compared = 'output_dir', # each run has its own
 
 def _facts_of(run):
     "{what: as text} of everything that makes one run differ from another"
-    asked,used = _flat(run.config),_flat(run.used)
+    config,record = run.config,run.record
+    changes = {c['setting']: c['used'] for c in record.get('_changes', ())}
+    asked = _flat(config)
+    used = _flat(config.adapted(**changes)) if changes else asked
     settings = {n: _plain(v) if v==used[n] else f'{_plain(v)} → {_plain(used[n])}' for n,v in asked.items()
                 if n not in _not_compared}
-    return settings | {'rows (checksum)': run.record.get('_data', ''), 'machine': run.machine} | run.versions
+    rest = {'rows (checksum)': record.get('_data', ''), 'machine': record.get('_machine', '')}
+    return settings | rest | record.get('_versions', {})
 
 # %% ../../nbs/runs/05_run.ipynb #0fac546b
 def _differing(each):
@@ -230,11 +252,11 @@ def _of_steps(line):
     of = '' if first is None else f' (step {last})' if first==last else f' (steps {first} to {last})'
     return falling(line.get('loss'))+of
 
-def _figures(run):
-    "{figure: as text}"
-    r,log = run.results,run.metrics
+def _figures(run, log):
+    "{figure: as text}, of a run and its log"
+    r = run.results
     of = lambda key: [m[key] for m in log if m.get(key) is not None]
-    rate,memory,seen = _median(of('tokens_per_second')),max(of('memory'), default=None),_tokens(run)
+    rate,memory,seen = _median(of('tokens_per_second')),max(of('memory'), default=None),_tokens(run, log)
     last = next((m for m in reversed(log) if 'loss' in m), {})
     return {'state': run.state, 'steps': str(r.get('steps') or max(of('step'), default=0)),
             'tokens seen': f'{seen[-1][1]:,.0f}' if seen else '',
@@ -244,12 +266,12 @@ def _figures(run):
             'tokens per second': f'{rate:,.0f}' if rate else '', 'peak memory': size_text(memory) if memory else ''}
 
 # %% ../../nbs/runs/05_run.ipynb #e2bb198c
-def _tokens(run):
+def _tokens(run, log):
     "[(step, tokens seen up to there)]; empty where the data report is missing"
     report = run.data_report
     if not report or not report.examples: return []
     each = report.tokens*(1-report.held_out/report.examples)
-    return [(m['step'], m['epoch']*each) for m in run.metrics if 'epoch' in m]
+    return [(m['step'], m['epoch']*each) for m in log if 'epoch' in m]
 
 # %% ../../nbs/runs/05_run.ipynb #3b261af2
 # told apart by nearly everybody (Okabe and Ito, 2008)
@@ -269,13 +291,18 @@ def _curves(runs, labels, by):
     fig.legend(loc='outside upper center', ncols=min(4, len(runs)+2), frameon=False, fontsize='small')
     return on_any_background(fig)
 
+# %% ../../nbs/runs/05_run.ipynb #a0c00022
+def _points(run, log, key, by):
+    "A number of a run over its steps, or over the tokens seen"
+    if by=='step': return series(log, key)
+    at = dict(_tokens(run, log))
+    return [(at[step], value) for step,value in series(log, key) if step in at]
+
 def _draw(ax, run, label, colour, by):
     "Training (thin) and held-out loss (dots) of one run"
-    from sage_finetune.training.callbacks import series
-    at = dict(_tokens(run)) if by=='tokens' else {m['step']: m['step'] for m in run.metrics}
-    points = lambda key: [(at[step], value) for step,value in series(run.metrics, key) if step in at]
-    if xy := points('loss'): ax.plot(*zip(*xy), '-', color=colour, alpha=.6, linewidth=1.2)
-    if xy := points('eval_loss'): ax.plot(*zip(*xy), 'o-', color=colour, label=label, markersize=4)
+    log = run.metrics
+    if xy := _points(run, log, 'loss', by): ax.plot(*zip(*xy), '-', color=colour, alpha=.6, linewidth=1.2)
+    if xy := _points(run, log, 'eval_loss', by): ax.plot(*zip(*xy), 'o-', color=colour, label=label, markersize=4)
 
 def _labels(runs):
     "The names of the runs, with the folder above where two have the same"
@@ -291,28 +318,36 @@ class RunComparison(Shown):
     settings:dict # {what differs: [as text, for each run]}
     figures:dict # {figure: [as text, for each run]}
     by:str = 'step' # Axis of the figure: "step" or "tokens"
+    lines:list = field(default_factory=list) # Of `Line`: held-out losses, or training losses where nothing was held out
 
     def plot(self, by=None): # A matplotlib figure
         "Training and held-out curves of all runs"
         return _curves(self.runs, self.labels, _axis(by or self.by, self.runs))
     @property
     def tables(self)->list: # Of two `Table`
-        "What differs, and what came out"
+        "What differs, and what came out; a line for each run where there are many"
         same = 'What differs' if self.settings else 'Nothing differs in settings, data, machine and versions'
-        return [Table(['', *self.labels], [[n, *v] for n,v in each.items()], title)
-                for each,title in ((self.settings, same), (self.figures, 'What came out'))]
+        return [_beside(self.labels, each, title) for each,title in ((self.settings, same),
+                                                                     (self.figures, 'What came out'))]
     @property
     def panel(self)->Panel:
         "Curves and tables below each other"
-        names = ' · '.join(self.labels)
-        return Panel(names, [*([_CaptionedFigure(self.plot(), f'losses of {names}')]
-                               if any(r.metrics for r in self.runs) else []), *self.tables])
+        names = ' · '.join(self.labels[:8])+(f' and {len(self.labels)-8} more' if len(self.labels)>8 else '')
+        drawn = Drawing(self.lines, 'loss', False, 'token' if self.by=='tokens' else 'step', self.plot,
+                        f'losses of {names}')
+        return Panel(names, [*([drawn] if any(l.points for l in self.lines) else []), *self.tables])
     def shown(self): return self.panel
+
+# %% ../../nbs/runs/05_run.ipynb #a0c00021
+def _beside(labels, each, title):
+    "A column for each run, or a row where there are more than four"
+    if len(labels)<=4: return Table(['', *labels], [[n, *v] for n,v in each.items()], title)
+    return Table(['run', *each], [[label, *(v[i] for v in each.values())] for i,label in enumerate(labels)], title)
 
 # %% ../../nbs/runs/05_run.ipynb #b564fe29
 def _axis(by, runs):
     if by not in ('step', 'tokens'): raise ValueError(f'`by` must be "step" or "tokens", got {by!r}')
-    if by=='tokens' and (without := [r.name for r in runs if not _tokens(r)]):
+    if by=='tokens' and (without := [r.name for r in runs if not _tokens(r, r.metrics)]):
         raise ValueError(f'`by="tokens"`: the run {without[0]} has no data_report.json that counts them; take "step"')
     return by
 
@@ -324,11 +359,16 @@ def compare(
     "Lay runs side by side"
     if len(runs)<2: raise ValueError(f'`compare` needs at least two runs, got {len(runs)}')
     runs = [r if isinstance(r, Run) else Run(r, root) for r in runs]
-    figures = []
-    for r in runs:
-        with as_written_here(r.folder.path): figures.append((_figures(r), _facts_of(r))[0])
+    figures,facts,lines = [],[],[]
+    for r,label in zip(runs, _labels(runs)):
+        with as_written_here(r.folder.path):
+            log = r.metrics # once: it may be long
+            figures.append(_figures(r, log))
+            facts.append(_facts_of(r))
+            key = 'eval_loss' if any('eval_loss' in m for m in log) else 'loss'
+            lines.append(Line(label, _points(r, log, key, _axis(by, [r]))))
     kept = {n: [f[n] for f in figures] for n in figures[0] if any(f[n] for f in figures)}
-    return RunComparison(runs, _labels(runs), _differing([_facts_of(r) for r in runs]), kept, _axis(by, runs))
+    return RunComparison(runs, _labels(runs), _differing(facts), kept, by, lines)
 
 # %% ../../nbs/runs/05_run.ipynb #d3508fa9
 def not_exact(

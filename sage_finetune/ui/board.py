@@ -6,8 +6,8 @@ Docs: https://sage-finetune.github.io/sage_finetune/ui/board.html.md"""
 
 # %% auto #0
 __all__ = ['phases', 'reward_figures', 'board_panes', 'Curve', 'SampledAnswer', 'prompt_text', 'Board', 'facts_table',
-           'answers_table', 'questions_table', 'curve_svg', 'headline', 'as_panel', 'kept_line', 'board_figure',
-           'CurveImage']
+           'answers_table', 'questions_table', 'board_lines', 'lay_over', 'board_controls', 'curve_svg', 'headline',
+           'as_panel', 'kept_line', 'board_figure', 'CurveImage']
 
 # %% ../../nbs/ui/01_board.ipynb #4c684339
 import html,re
@@ -15,8 +15,10 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.display import on_any_background, Panel, Shown, shown_figure, size_text, Table
-from ..core.run_folder import complete_marker, RunFolder
+from ..core.display import number_text, on_any_background, Panel, Shown, shown_figure, size_text, Table
+from ..core.run_folder import complete_marker, find_run, RunFolder
+from ..record.curves import chart, Drawing, Line, lines_text, smoothed, sparkline, svg
+from ..record.metrics import duration_text, read_metrics, series
 
 # %% ../../nbs/ui/01_board.ipynb #06f0570a
 class Curve:
@@ -103,13 +105,13 @@ class Board(Shown):
         self.loss,self.held_out,self.rate = Curve(most),Curve(most),Curve(most)
         self.step = self.steps = self.done = self.changes = 0
         self.seconds,self.now,self.group = 0.0,{},None # of training; the last of each number; answers side by side
+        self.log,self.smooth,self.others = False,0.0,[] # Axis; weight of what came before; `Line`s of other runs
         self.answers = {prompt_text(p): [] for p in self.prompts}
         self.questions,self.notes = deque(maxlen=12),deque(maxlen=24) # `Question`s; messages of the run
 
     def update(self, **values):
         "Set some of the attributes"
-        vars(self).update(values)
-        self.changes += 1
+        vars(self).update(values, changes=self.changes+1)
 
     def add_answer(self,
         prompt:str, # One of the prompts, as text
@@ -135,13 +137,6 @@ class Board(Shown):
 
     def shown(self): return as_panel(self)
 
-# %% ../../nbs/ui/01_board.ipynb #1874a06a
-def _duration(seconds):
-    "A length of time in two units at most"
-    s = round(seconds)
-    if s<60: return f'{s} s'
-    return f'{s//60} min {s%60:02} s' if s<3600 else f'{s//3600:,} h {s%3600//60:02} min'
-
 # %% ../../nbs/ui/01_board.ipynb #e0000005
 reward_figures = dict(with_signal='groups with signal', kl='KL to the base', entropy='entropy',
                       length='tokens of an answer', cut_off='answers cut off', clipped='tokens clipped')
@@ -156,18 +151,20 @@ def _of_rewards(now):
 def _facts(board):
     "(name, text, share) of each figure"
     b,now = board,board.now
-    yield 'step',f'{b.step:,} of {b.steps:,}',b.step/b.steps if b.steps else None
-    if not b.over: yield 'time left',_duration(b.seconds_left) if b.done else '',None
-    if line := b.loss.line: yield b.figure,f'{line[-1][1]:.4f}',None
+    epoch = f', epoch {now["epoch"]:.2f}' if now.get('epoch') else ''
+    yield 'step',f'{b.step:,} of {b.steps:,}{epoch}',b.step/b.steps if b.steps else None
+    if b.done: yield 'time',duration_text(b.seconds)+('' if b.over else f', {duration_text(b.seconds_left)} left'),None
+    if line := b.loss.line: yield b.figure,number_text(line[-1][1]),None
     if held := b.held_out.line:
-        first = f', {held[0][1]:.4f} at step {held[0][0]:,}' if len(held)>1 else ''
-        yield f'held-out {b.figure}',f'{held[-1][1]:.4f}{first}',None
+        first = f', {number_text(held[0][1])} at step {held[0][0]:,}' if len(held)>1 else ''
+        yield f'held-out {b.figure}',f'{number_text(held[-1][1])}{first}',None
     yield from ((name, text, None) for name,text in _of_rewards(now))
     for name,what in (('exam', 'exam, right'), ('general', 'general questions, right')):
         if name in now:
             between = '{:.0%} to {:.0%}'.format(now[f'{name}_low'], now[f'{name}_high'])
             yield what,f'{now[name]:.1%} (with 95 % probability {between})',now[name]
     if line := b.rate.line: yield 'learning rate',f'{line[-1][1]:.3g}',None
+    if now.get('grad_norm') is not None: yield 'gradient norm',number_text(now['grad_norm']),None
     if 'tokens_per_second' in now: yield 'speed',f"{now['tokens_per_second']:,.0f} tokens/s",None
     if now.get('memory'):
         of = f' of {size_text(b.card)}' if b.card else ''
@@ -202,70 +199,58 @@ def questions_table(
     rows = [['waiting' if q.step is None else q.step, prompt_text(q.messages), q.shown] for q in list(board.questions)]
     return Table(['at step', 'question', 'answer'], rows, 'Asked in between')
 
-# %% ../../nbs/ui/01_board.ipynb #51ce67ed
-def _ticks(low, high, n=5):
-    "Round numbers for an axis, at most n+1"
-    if not high>low: return [low]
-    raw = (high-low)/n
-    power = 10.0**len(str(int(1/raw))) if raw<1 else 1.0 # so that what is rounded is above 1
-    unit = next(u for e in range(20) for f in (1, 2, 5) if (u := f*10**e)>=raw*power)/power
-    first = -(-low//unit)
-    return [round((first+i)*unit, 10) for i in range(n+2) if (first+i)*unit<=high*(1+1e-12)]
-
 # %% ../../nbs/ui/01_board.ipynb #e0000009
 _colours = dict(loss='#4c8bd6', held_out='#e07b00', rate='#7a9a3a')
 _names = dict(loss='training', held_out='held out')
 
-def _limits(lines):
-    "(first and last step, smallest and largest value, with some room)"
-    steps,values = [s for l in lines for s,_ in l],[v for l in lines for _,v in l]
-    low,high = min(values),max(values)
-    room = (high-low)*.06 or abs(high)*.1 or 1.0
-    return min(steps),max(max(steps), min(steps)+1),low-room if low<0 else max(0.0, low-room),high+room
+def board_lines(
+    board:Board, # Of a run
+)->list: # Of `Line`
+    "Its curves as they are drawn, with those of other runs that are laid over it"
+    lines = [Line(name, getattr(board, k).line, _colours[k], k=='held_out') for k,name in _names.items()]
+    if board.smooth: lines[0] = Line('training, smoothed', smoothed(lines[0].points, board.smooth), _colours['loss'])
+    return [*(l for l in lines if l.points), *board.others]
 
-def _scale(limits, box):
-    "A function from (step, value) to places in a box (left, top, right, bottom)"
-    (x0,x1,y0,y1),(left,top,right,bottom) = limits,box
-    return lambda s,v: (left+(s-x0)/(x1-x0)*(right-left), bottom-(v-y0)/(y1-y0)*(bottom-top))
+# %% ../../nbs/ui/01_board.ipynb #b0a30003
+def lay_over(
+    board:Board, # Of a run
+    *runs, # Names or folders of other runs; none takes them away
+)->None: # They are drawn from now on
+    "Draw the curves of other runs over this one"
+    logs = [(f.path.name, read_metrics(f.metrics)) for f in map(find_run, runs)]
+    kept = lambda log: series(log, f'eval_{board.figure}') or series(log, board.figure)
+    board.update(others=[Line(name, kept(log)) for name,log in logs])
 
-# %% ../../nbs/ui/01_board.ipynb #5d70ae42
-def _path(line, place, colour, dots=False):
-    points = [place(*p) for p in line]
-    line = ' '.join(f'{x:.1f},{y:.1f}' for x,y in points)
-    circles = [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x,y in points] if dots else []
-    return f'<polyline fill="none" stroke="{colour}" stroke-width="1.8" points="{line}"/>'+''.join(circles)
-
-def _label(x, y, text, anchor='middle', colour='currentColor'):
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{html.escape(text)}</text>'
-
-def _grid(limits, place, box):
-    left,top,right,bottom = box
-    for v in _ticks(*limits[2:]):
-        y = place(limits[0], v)[1]
-        yield (f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="currentColor" opacity=".18"/>'
-               +_label(left-6, y+4, f'{v:g}', 'end'))
-    for s in _ticks(*limits[:2]):
-        if s==int(s): yield _label(place(s, limits[2])[0], bottom+16, f'{int(s):,}')
+# %% ../../nbs/ui/01_board.ipynb #b0a30005
+def board_controls(
+    board:Board, # Of a run
+    folder, # Of the same run; those beside it can be laid over it
+): # A box of widgets
+    "Widgets that change how the curve is drawn"
+    import ipywidgets as w
+    runs = sorted(p.name for p in Path(folder).parent.glob('*') if p!=Path(folder) and RunFolder(p).metrics.is_file())
+    narrow = lambda width: w.Layout(width=width)
+    log = w.ToggleButton(value=board.log, description='log axis', tooltip='Values on a logarithmic axis',
+                         layout=narrow('7em'))
+    smooth = w.FloatSlider(value=board.smooth, min=0, max=.98, step=.02, description='smoothing', layout=narrow('20em'))
+    over = w.Dropdown(options=['(no other run)', *runs[:200]], description='over it', layout=narrow('20em'))
+    log.observe(lambda change: board.update(log=change['new']), 'value')
+    smooth.observe(lambda change: board.update(smooth=change['new']), 'value')
+    chosen = lambda change: [] if change['new']==over.options[0] else [Path(folder).parent/change['new']]
+    over.observe(lambda change: lay_over(board, *chosen(change)), 'value')
+    return w.HBox([log, smooth, over], layout=w.Layout(flex_flow='row wrap', align_items='center'))
 
 # %% ../../nbs/ui/01_board.ipynb #e000000a
 def _loss_label(board): return f'{board.figure} ({board.unit})' if board.unit else board.figure
 
-def _losses(board, known, box):
-    limits = _limits(known.values())
-    place,parts = _scale(limits, box),[_label(box[2], 14, _loss_label(board), 'end')]
-    for i,(k,line) in enumerate(known.items()):
-        legend = f"{'●' if k=='held_out' else '━'} {_names[k]} {line[-1][1]:.4f}"
-        parts += [_path(line, place, _colours[k], k=='held_out'),
-                  _label(box[0]+4+i*150, 14, legend, 'start', _colours[k])]
-    return ''.join([*_grid(limits, place, box), *parts])
-
-def _rate(board, known, box):
+def _rate(board, lines, box):
+    "The learning rate below, over the same steps"
     line = board.rate.line
-    if not line: return ''
-    steps,most = _limits(known.values())[:2],max(v for _,v in line)
-    legend = f'learning rate {line[-1][1]:.3g}, at most {most:.3g}'
-    return (_path(line, _scale((*steps, 0.0, most or 1.0), box), _colours['rate'])
-            +_label(box[0]+4, box[3]+12, legend, 'start', _colours['rate']))
+    steps = [s for l in lines for s,_ in l.points]
+    if not line or not steps: return ''
+    most = number_text(max(v for _,v in line))
+    named = Line(f'learning rate, at most {most}; now', line, _colours['rate'])
+    return chart([named], box, steps=(min(steps), max(steps)), grid=False)
 
 # %% ../../nbs/ui/01_board.ipynb #e000000b
 def curve_svg(
@@ -274,29 +259,22 @@ def curve_svg(
     height:int=330, # Pixels
 )->str: # SVG in the colours of the page around it
     "Losses and learning rate over the steps"
-    known = {k: line for k in _names if (line := getattr(board, k).line)}
-    if not known: body = _label(width/2, height/2, 'no step yet')
-    else:
-        body = (_losses(board, known, (46, 26, width-12, height-92))
-                +_rate(board, known, (46, height-56, width-12, height-14)))
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-            f'style="width:100%;max-width:{width}px;color:inherit" role="img" '
-            f'font-family="sans-serif" font-size="11" aria-label="{board.figure} over the steps">{body}</svg>')
+    lines = board_lines(board)
+    if not lines: return Drawing([], _loss_label(board))._repr_html_()
+    more = 14*((len(lines)-1)//3)
+    top = chart(lines, (52, 44+more, width-12, height-92+more), board.log)
+    low = _rate(board, lines, (52, height-46+more, width-12, height-8+more))
+    return svg(top+low, width, height+more, _loss_label(board))
 
 # %% ../../nbs/ui/01_board.ipynb #5ced045d
-def _sparkline(points, width=48):
-    "(step, value) as one line of blocks, low to high"
-    if not points: return 'no step yet'
-    n = min(width, len(points))
-    values = [points[i*(len(points)-1)//max(1, n-1)][1] for i in range(n)]
-    low,high = min(values),max(values)
-    return ''.join('▁▂▃▄▅▆▇█'[round(7*(v-low)/(high-low or 1))] for v in values)
-
 class _Plot:
     "The curve in the form that each place can show"
     def __init__(self, board): self.board = board
-    def __str__(self): return f'{self.board.figure}  {_sparkline(self.board.loss.line or self.board.held_out.line)}'
+    def __str__(self): return f'{self.board.figure}  {sparkline(self.board.loss.line or self.board.held_out.line)}'
     def _repr_html_(self): return curve_svg(self.board)
+    def __rich_console__(self, console, options):
+        from rich.text import Text
+        yield Text(lines_text(board_lines(self.board), min(options.max_width, 100), 10, self.board.log))
 
 # %% ../../nbs/ui/01_board.ipynb #fe08e4fe
 def headline(

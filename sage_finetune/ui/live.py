@@ -27,7 +27,8 @@ from ..model.loss import evaluating
 from ..training.callbacks import Progress, read_metrics, series
 from ..inference.generate import encode_question, generate_answers
 from sage_finetune.ui.board import (
-    as_panel, Board, board_panes, CurveImage, headline, kept_line, prompt_text, reward_figures, SampledAnswer
+    as_panel, Board, board_controls, board_panes, CurveImage, headline, kept_line, prompt_text, reward_figures,
+    SampledAnswer
 )
 
 # %% ../../nbs/ui/02_live.ipynb #a13b1c66
@@ -404,8 +405,8 @@ def _take_up(live, state):
 def _answered(board, step): return any(said and said[-1].last==step for said in board.answers.values())
 
 # %% ../../nbs/ui/02_live.ipynb #1a70001f
-_numbers = ('tokens_per_second', 'memory', 'exam', 'exam_low', 'exam_high', 'general', 'general_low', 'general_high',
-            *reward_figures)
+_numbers = ('tokens_per_second', 'memory', 'epoch', 'grad_norm', 'exam', 'exam_low', 'exam_high', 'general',
+            'general_low', 'general_high', *reward_figures)
 
 def _known_numbers(logs):
     return {k: v for k,v in logs.items() if v is not None and (k in _numbers or k.startswith('rewards/'))}
@@ -484,7 +485,8 @@ def _widget_view(live):
         follow()
         for n in names: panes[n].value = board_panes[n](live.board)
         kept.value = _kept_html(live)
-    return widgets.VBox([panes['head'], panes['middle'], panes['facts'], bar, panes['talk'], kept]),draw
+    how = board_controls(live.board, live.run.folder.path)
+    return widgets.VBox([panes['head'], panes['middle'], how, panes['facts'], bar, panes['talk'], kept]),draw
 
 def _plain_view(live):
     "The same without widgets: one page that is replaced as a whole"

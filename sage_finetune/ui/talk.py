@@ -156,18 +156,19 @@ class _Side:
 def side_by_side(
     model, # With a LoRA adapter, in evaluation mode
     tokenizer, # With a chat template
-    prompt, # A question, or a conversation as a list of {role, content}
+    prompt, # A question, a conversation as a list of {role, content}, or a tuple of these, one for each answer
     strengths=(0, 1), # Of the adapter, one for each answer
     max_new_tokens:int=256, # Tokens of an answer at most
     temperature:float=0.0, # 0 takes the likeliest token each time
 ): # Yields (number of the answer, piece of text)
     "Answer a question at several strengths at the same time"
-    messages = [dict(role='user', content=prompt)] if isinstance(prompt, str) else prompt
-    if not prompt: raise ValueError('`prompt` is empty: ask something')
+    each = prompt if isinstance(prompt, tuple) else (prompt,)*len(strengths)
+    if not all(each): raise ValueError('`prompt` is empty: ask something')
+    each = [[dict(role='user', content=p)] if isinstance(p, str) else p for p in each]
     turns,pieces,enough,failed = _Turns(model, strengths),Queue(),threading.Event(),[]
     def read(side):
         try:
-            with closing(stream_answer(_Side(model, turns, side), tokenizer, messages, max_new_tokens,
+            with closing(stream_answer(_Side(model, turns, side), tokenizer, each[side], max_new_tokens,
                                        temperature)) as answer:
                 for text in answer:
                     pieces.put((side, text))
@@ -202,14 +203,19 @@ class Exchange:
     base:str='' # Answer of the base
     tuned:str='' # Answer at `strength`
     stopped:bool=False # Whether somebody stopped it
+    earlier:tuple=() # The exchanges that it goes on from
 
+    @property
+    def words(self)->str: # With its number in a conversation
+        "What was asked"
+        return f'{len(self.earlier)+1}. {self.prompt}' if self.earlier else self.prompt
     @property
     def table(self)->Table:
         "The answers beside each other"
-        return Table(['base', _named(self.strength)], [[self.base, self.tuned]], title=self.prompt,
+        return Table(['base', _named(self.strength)], [[self.base, self.tuned]], title=self.words,
                      note='(stopped)'*self.stopped)
     def __str__(self):
-        return f"{self.prompt}{' (stopped)'*self.stopped}\n  base: {self.base}\n  {_named(self.strength)}: {self.tuned}"
+        return f"{self.words}{' (stopped)'*self.stopped}\n  base: {self.base}\n  {_named(self.strength)}: {self.tuned}"
     def __repr__(self): return str(self)
     def __rich__(self): return self.table.__rich__()
     def _repr_html_(self): return _html_exchange(self)
@@ -225,7 +231,7 @@ def _html_answer(name, text, writing):
 
 def _html_exchange(e, writing=False):
     "Two boxes that stand below each other where there is little room"
-    prompt = html.escape(visible(e.prompt))+' (stopped)'*e.stopped
+    prompt = html.escape(visible(e.words))+' (stopped)'*e.stopped
     boxes = _html_answer('base', e.base, writing)+_html_answer(_named(e.strength), e.tuned, writing)
     return (f'<div style="font-weight:bold;margin:.6em 0 .3em;line-height:1.4;overflow-wrap:anywhere">{prompt}</div>'
             f'<div style="display:flex;flex-wrap:wrap;gap:.6em">{boxes}</div>')
@@ -240,10 +246,11 @@ class Talk:
         system:str='', # System message
         max_new_tokens:int=256, # Tokens of an answer at most
         temperature:float=0.0, # 0 takes the likeliest token each time
+        remember:bool=False, # A question goes on from those before it
     ):
         check_base(model)
         self.model,self.tokenizer,self.name,self.system = model,tokenizer,name,system
-        self.max_new_tokens,self.temperature = max_new_tokens,temperature
+        self.max_new_tokens,self.temperature,self.remember = max_new_tokens,temperature,remember
         self.exchanges,self.strength,self._last,self._lock = [],1.0,None,threading.Lock()
 
     def ask(self,
@@ -254,9 +261,16 @@ class Talk:
         "Ask both, and wait for the answers"
         if not prompt.strip(): raise ValueError('`prompt` is empty: ask something')
         exchange = Exchange(prompt, self.strength if strength is None else _checked_strength(strength))
-        with self._lock: _answer(self, exchange, heard)
-        self.exchanges.append(exchange)
-        return exchange
+        exchange.earlier = _earlier(self) if self.remember else ()
+        return _asked(self, exchange, heard)
+    def again(self, strength:float|None=None, heard=lambda exchange: None)->Exchange:
+        "Answer the last question once more, from the same turns"
+        if not (last := self._last): raise ValueError('nothing was asked yet, so nothing can be answered again')
+        return _asked(self, Exchange(last.prompt, self.strength if strength is None else strength,
+                                     earlier=last.earlier), heard)
+    def new(self):
+        "Begin a new conversation; what was said stays to be seen"
+        self._last = None
 
     def __str__(self):
         return '\n\n'.join(map(str, self.exchanges)) or f'Nothing was asked yet: {self.name or "talk"}.ask("…")'
@@ -265,24 +279,44 @@ class Talk:
     def _repr_html_(self): return _panel(self)._repr_html_()
     def _ipython_display_(self): show_widgets(self, lambda: _View(self).show())
 
+# %% ../../nbs/ui/06_talk.ipynb #a0e00001
 def _panel(talk):
     return Panel(f'{talk.name}: base and tuned' if talk.name else 'Base and tuned',
                  talk.exchanges or ['Nothing was asked yet.'])
 
+def _earlier(talk):
+    "The turns that a next question goes on from; an answer that was stopped is none"
+    last = talk._last
+    return () if last is None else last.earlier if last.stopped else (*last.earlier, last)
+
+def _asked(talk, exchange, heard):
+    with talk._lock: _answer(talk, exchange, heard)
+    talk.exchanges.append(exchange)
+    return exchange
+
+def _conversation(talk, exchange, side):
+    "The messages before an answer: system message, earlier turns with the answers of this side, question"
+    turns = [m for e in exchange.earlier for m in (dict(role='user', content=e.prompt),
+                                                   dict(role='assistant', content=getattr(e, side)))]
+    system = [dict(role='system', content=talk.system)]*bool(talk.system)
+    return [*system, *turns, dict(role='user', content=exchange.prompt)]
+
 # %% ../../nbs/ui/06_talk.ipynb #ae0074f5
-def _known_base(talk, prompt):
-    "The base's answer to a question that was asked before; a random one is not kept"
-    whole = (e.base for e in reversed(talk.exchanges) if e.prompt==prompt and not e.stopped)
+def _known_base(talk, exchange):
+    "The base's answer to a question that was asked before, from the same turns; a random one is not kept"
+    same = lambda e: e.prompt==exchange.prompt and len(e.earlier)==len(exchange.earlier) and all(
+        a is b for a,b in zip(e.earlier, exchange.earlier))
+    whole = (e.base for e in reversed(talk.exchanges) if same(e) and not e.stopped)
     return None if talk.temperature else next(whole, None)
 
 # %% ../../nbs/ui/06_talk.ipynb #719ab37a
 def _answer(talk, exchange, heard):
     "Write both answers of an exchange, or only the tuned one where the other is known"
-    messages = [dict(role='system', content=talk.system)]*bool(talk.system)+[dict(role='user', content=exchange.prompt)]
-    known = _known_base(talk, exchange.prompt)
+    known = _known_base(talk, exchange)
     exchange.base,sides = known or '',[('base', 0)]*(known is None)+[('tuned', exchange.strength)]
     talk._last = exchange
-    with closing(side_by_side(talk.model, talk.tokenizer, messages, [s for _,s in sides], talk.max_new_tokens,
+    each = tuple(_conversation(talk, exchange, name) for name,_ in sides)
+    with closing(side_by_side(talk.model, talk.tokenizer, each, [s for _,s in sides], talk.max_new_tokens,
                               talk.temperature)) as pieces:
         for side,text in pieces:
             name = sides[side][0]
@@ -297,11 +331,24 @@ def talk(
     system:str='', # System message
     max_new_tokens:int=256, # Tokens of an answer at most
     temperature:float=0.0, # 0 takes the likeliest token each time
+    remember:bool=False, # A question goes on from those before it
 )->Talk: # Shows itself; `ask` works everywhere
     "Talk to a run and its base, side by side"
-    if isinstance(run, tuple): return Talk(*run, '', system, max_new_tokens, temperature)
+    if isinstance(run, tuple): return Talk(*run, '', system, max_new_tokens, temperature, remember)
     run = run if isinstance(run, Run) else Run(run)
-    return Talk(*run.loaded, run.name, system, max_new_tokens, temperature)
+    return Talk(*run.loaded, run.name, system, max_new_tokens, temperature, remember)
+
+# %% ../../nbs/ui/06_talk.ipynb #a0e00002
+def _how_widgets(talk):
+    "System message, temperature, and whether earlier turns count"
+    import ipywidgets as w
+    system = w.Text(value=talk.system, placeholder='System message', layout=w.Layout(flex='1 1 20em', width='auto'))
+    heat = w.FloatSlider(value=talk.temperature, min=0, max=2, step=.1, description='temperature', readout_format='.1f',
+                         layout=w.Layout(width='20em'))
+    turns = w.Checkbox(value=talk.remember, description='remember', indent=False, layout=w.Layout(width='8em'))
+    for widget,name in ((system, 'system'), (heat, 'temperature'), (turns, 'remember')):
+        widget.observe(lambda change,name=name: setattr(talk, name, change['new']), 'value')
+    return w.HBox([system, heat, turns], layout=w.Layout(flex_flow='row wrap', align_items='center'))
 
 # %% ../../nbs/ui/06_talk.ipynb #d5f35b05
 def _make_widgets(view):
@@ -311,12 +358,16 @@ def _make_widgets(view):
     view.slider = w.FloatSlider(value=view.talk.strength, min=0, max=2, step=.05, description='strength',
                                 continuous_update=False, readout_format='.2f', layout=w.Layout(width='24em'))
     view.box = w.Text(placeholder='Ask both, and press Enter', layout=w.Layout(flex='1 1 auto', width='auto'))
-    view.ask,view.stop = button('Ask'),button('Stop', disabled=True)
+    view.ask,view.stop,view.again,view.new = button('Ask'),button('Stop', disabled=True),button('Again'),button('New')
     view.keep = button('Keep', tooltip='Close the box and leave the conversation in the cell')
     view.now,view.before = w.HTML(),w.HTML()
     hint = w.HTML('<span style="opacity:.7">0 is the base, 1 the tuned model</span>')
-    strength = w.HBox([view.slider, hint], layout=w.Layout(flex_flow='row wrap', align_items='center'))
-    view.whole = w.VBox([strength, w.HBox([view.box, view.ask, view.stop, view.keep]), view.now, view.before])
+    row = dict(flex_flow='row wrap', align_items='center')
+    buttons = [view.ask, view.stop, view.again, view.new, view.keep]
+    view.whole = w.VBox([w.HBox([view.slider, hint], layout=w.Layout(**row)), view.before, view.now,
+                         w.HBox([view.box, *buttons], layout=w.Layout(**row)), _how_widgets(view.talk)])
+    view.again.on_click(lambda _: view.talk._last and view.begin(None))
+    view.new.on_click(lambda _: view.talk.new())
     view.box.on_msg(lambda _,content,buffers: view.asked() if content.get('event')=='submit' else None)
     view.ask.on_click(lambda _: view.asked())
     view.stop.on_click(lambda _: view.halt())
@@ -328,14 +379,16 @@ def _write(view, prompt, strength):
     "Show both answers as they come, ten times a second at most; in a thread"
     view.stop.disabled,shown = False,0.
     view.show_earlier()
-    view.now.value = _html_exchange(Exchange(prompt, strength), writing=True)
+    view.now.value = _html_exchange(Exchange(prompt or view.talk._last.prompt, strength), writing=True)
     def heard(exchange):
         nonlocal shown
         if time.monotonic()-shown>.1:
             shown = time.monotonic()
             view.now.value = _html_exchange(exchange, writing=True)
         return not view.stop_requested
-    try: view.now.value = _html_exchange(view.talk.ask(prompt, strength, heard))
+    talk = view.talk
+    ask = (lambda: talk.ask(prompt, strength, heard)) if prompt else (lambda: talk.again(strength, heard))
+    try: view.now.value = _html_exchange(ask())
     except Exception as e:
         view.now.value = f'<div style="color:#e03c3c;font-weight:bold">{html.escape(str(e))}</div>'
     view.stop.disabled = True
@@ -350,20 +403,21 @@ class _View:
         self.show_earlier()
 
     def show(self): self.cell = Clickable(self.whole, self.talk)
-    def show_earlier(self): self.before.value = ''.join(map(_html_exchange, reversed(self.talk.exchanges[-5:])))
+    def show_earlier(self): self.before.value = ''.join(map(_html_exchange, self.talk.exchanges[-5:]))
 
     def asked(self):
         if self.box.value.strip(): self.begin(self.box.value.strip())
 
     def moved(self, strength):
         self.talk.strength = strength
-        if last := self.talk._last: self.begin(last.prompt)
+        if self.talk._last: self.begin(None)
 
     def begin(self, prompt):
-        "Answer in a thread; an answer that is being written is stopped first"
+        "Answer in a thread, the last question again if None; an answer that is being written is stopped first"
         self.halt()
         earlier = self.talk.exchanges
-        if earlier and earlier[-1].stopped and earlier[-1].prompt==prompt: earlier.pop() # it is answered anew
+        wanted = self.talk._last.prompt if prompt is None else prompt
+        if earlier and earlier[-1].stopped and earlier[-1].prompt==wanted: earlier.pop() # it is answered anew
         self.thread = threading.Thread(target=_write, args=(self, prompt, self.talk.strength), daemon=True)
         self.thread.start()
 

@@ -27,7 +27,7 @@ def book(folder):
 
 things = {
     'result': (lambda folder: TrainingResult(12, 3.21, .12, .05, 4.56),
-               'steps 12 held-out loss 3.2100 → 0.1200 last training loss 0.0500 seconds 4.6'),
+               'steps 12 held-out loss 3.21 → 0.12 last training loss 0.05 seconds 4.6'),
     'result without held-out rows': (lambda folder: TrainingResult(1200, None, None, None, 4.5),
                                      'steps 1,200 seconds 4.5'),
     'probe': (lambda folder: Probe(2, 256, 66*2**20, 60*2**20),

@@ -23,7 +23,7 @@ def test_every_notebook_is_in_every_map():
     contributing, bar = ((ROOT/name).read_text(encoding='utf-8') for name in ('CONTRIBUTING.md', '_quarto.yml'))
     for name in notebooks():
         assert f'href: {name}.ipynb' in bar
-        if not name.startswith(('tutorials', 'recipes', 'index', 'coming_from')):
+        if not name.startswith((*tool.OTHER, *tool.PAGES)):
             assert f'({name}.ipynb)' in index and f'(nbs/{name}.ipynb)' in contributing
 
 

@@ -16,13 +16,14 @@ ROOT = Path(__file__).resolve().parents[2]
 spec = importlib.util.spec_from_file_location('pages', ROOT/'tools/pages.py')
 pages = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pages)
+if str(ROOT/'tools') not in sys.path: sys.path.append(str(ROOT/'tools')) # where pyproject.toml has a processor of nbdev
 
 PNG = base64.b64encode(b'\x89PNG\r\n\x1a\n').decode()
 SOURCE = 'https://github.com/me/it/blob/main/'
 COLAB = 'https://colab.research.google.com/github/me/it/blob/main/'
 
 
-def notebook(*markdown, data=None, code='1'):
+def notebook(*markdown, data=None, code='#| fig-alt: A line\n1'):
     "A notebook of these Markdown cells, and a code cell with an output"
     cells = [dict(cell_type='markdown', metadata={}, source=text) for text in markdown]
     outputs = [dict(output_type='display_data', metadata={}, data=data)] if data else []
@@ -50,17 +51,20 @@ def site_of(folder, sidebar=('00_one.ipynb', 'more/two.ipynb')):
 
 GOOD = ('[a](../00_one.ipynb)', '[a](../00_one.ipynb#what-it-is-and-why)', '[a](../00_one.ipynb#there)',
         '[a](../00_one.ipynb#thing)', '![a](../here.png "title")', '[a](#two)',
-        '<img src="../here.png">', '[a](https://example.org/gone)',
+        '<img src="../here.png" alt="here">', '[a](https://example.org/gone)',
         f'[![a](https://x.org/b.svg)]({COLAB}nbs/more/two.ipynb)', f'[a]({SOURCE}_quarto.yml)',
         '[a](https://me.github.io/it/one.html#thing)',
         '`[a](gone.png)`', '```\n[a](gone.png)\n```', '[a](mailto:me@example.org)')
 
 BAD = {'[a](three.ipynb)': 'three.ipynb does not exist', '[a](../00_one.ipynb#gone)': '00_one.ipynb has '
        'no such heading', '[a](#gone)': 'two.ipynb has no such heading', '![a](gone.png)': 'gone.png does not exist',
-       '<img src="gone.png">': 'gone.png does not exist', '![a](attachment:gone.png)': 'is not attached',
+       '<img src="gone.png" alt="gone">': 'gone.png does not exist', '![a](attachment:gone.png)': 'is not attached',
        f'[a]({COLAB}nbs/00_one.ipynb)': 'opens another notebook',
        f'[a]({SOURCE}gone.md)': 'gone.md does not exist', '[a](https://me.github.io/it/gone.html)':
-       'gone.html does not exist', '[![a](gone.svg)](https://x.org)': 'gone.svg does not exist'}
+       'gone.html does not exist', '[![a](gone.svg)](https://x.org)': 'gone.svg does not exist',
+       '![](../here.png)': 'here.png has no alt text', '![ ](../here.png)': 'has no alt text',
+       '<img src="../here.png">': 'a picture has no alt text', '<img src="../here.png" alt="">': 'has no alt text',
+       '<b onclick="go()">a</b>': 'a keyboard does not reach', '<i tabindex="-1">a</i>': 'a keyboard does not reach'}
 
 
 @pytest.mark.parametrize('text', GOOD)
@@ -80,6 +84,13 @@ def test_what_leads_nowhere_is_told(text, told, tmp_path):
 def test_a_stored_picture_that_is_none_is_told(tmp_path):
     site,page = site_of(tmp_path)
     assert list(pages.faults_of(page, notebook(data={'image/png': 'Z29uZQ=='}), site)) == ['a stored picture is no PNG']
+
+
+def test_a_picture_that_a_cell_draws_says_what_is_to_be_seen(tmp_path):
+    site,page = site_of(tmp_path)
+    for code in ('figure', '#| fig-alt:\nfigure', '# fig-alt: a curve\nfigure'):
+        told, = pages.faults_of(page, notebook(data={'image/png': PNG}, code=code), site)
+        assert told.startswith('the picture of a cell has no alt text')
 
 
 @pytest.mark.parametrize('sidebar,told', [
@@ -118,6 +129,40 @@ def test_every_notebook_makes_a_page(one_of, monkeypatch, capsys):
     with mock.patch.dict(os.environ): failed = pages.main()
     assert not failed, capsys.readouterr().out
     assert '02_trainer.ipynb: ok' in capsys.readouterr().out
+
+
+def test_a_diagram_is_drawn_by_lab_and_by_quarto():
+    "JupyterLab and GitHub draw ```mermaid, Quarto ```{mermaid}: the notebooks have the one, their pages the other"
+    import diagrams
+    index = read_nb(ROOT/'nbs/index.ipynb')
+    drawn = [cell for cell in index.cells if '```mermaid\n' in ''.join(cell.source)]
+    assert len(drawn)==1 and '{mermaid}' not in json.dumps(index.cells)
+    for cell in drawn: diagrams.for_quarto(cell)
+    assert '```{mermaid}\nflowchart' in drawn[0].source and '```mermaid' not in drawn[0].source
+    for name in 'README.md', 'README.zh.md': assert '```mermaid\n' in (ROOT/name).read_text(encoding='utf-8')
+    assert get_config(ROOT).doc_procs==['diagrams:for_quarto']
+
+
+def test_both_orders_are_told():
+    "The sidebar is the order to read in; the line of the law is that of CONTRIBUTING"
+    law = re.search(r'^core < .+$', (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8'), re.M)[0]
+    assert any(law in ''.join(cell.source) for cell in read_nb(ROOT/'nbs/how_it_works.ipynb').cells)
+    bar = (ROOT/'_quarto.yml').read_text(encoding='utf-8')
+    sections = 'Start', 'Tutorials', 'Recipes', 'The story', 'core', 'ui', '中文'
+    named = [bar.index(f'section: {name}') for name in sections]
+    assert named==sorted(named)
+
+
+RECIPES = 'own_data own_template evaluation colab cluster wandb tool_calls images rewards'.split()
+
+
+def test_the_recipes_are_there_and_run():
+    "Each has code that the tests run, and something that is asserted"
+    for name in RECIPES:
+        cells = read_nb(ROOT/f'nbs/recipes/{name}.ipynb').cells
+        run = [source for cell in cells if cell.cell_type=='code' and not re.search(
+            r'^#\|\s*(eval: false|slow|notest|cuda)', source := ''.join(cell.source), re.M)]
+        assert len(run)>=3 and any(re.search(r'\bassert |expect_fail|test_eq', source) for source in run), name
 
 
 TUTORIALS = sorted((ROOT/'nbs/tutorials').glob('*.ipynb'))

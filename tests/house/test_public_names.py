@@ -1,7 +1,8 @@
 "Every public function and class is called by name in a lesson or a test"
 import ast
+import re
 
-from layout import ROOT, is_exported, modules, notebooks, path_of, python, source
+from layout import ROOT, is_exported, is_shown, modules, notebooks, path_of, python, source
 
 
 def public(module):
@@ -49,3 +50,37 @@ def test_an_import_a_comment_or_a_string_is_no_call():
 
 def test_the_walk_sees_every_module():
     assert len(modules())>40 and 'LoRATrainer' in public('trainer') and 'TrainingConfig' in public('config')
+
+
+# The page of each shows what calls it; their own example, with its servers, signals and faults, is in the pytest files
+ELSEWHERE = {
+    'data': ['without_source', 'end_to_end'], 'preference': ['peak_of_step', 'predicted_pass'],
+    'core.display': ['Clickable'], 'core.machine': ['no_stop_is_lost'],
+    'model.adapter': ['sum_of_products', 'embedding_rate', 'load_best_adapter'], 'rows.template': ['try_template'],
+    'serving.client': ['find_model', 'stream_from', 'speaker_at'], 'serving.export': ['export_files'],
+    'training.batches': ['padding_of'], 'training.split': ['prepared_and_split'],
+    'training.resume': ['finished_result', 'load_finished'], 'ui.live': ['LiveCallback'],
+}
+
+
+def by_name(module, names):
+    "Those of `names` that another public function of the module returns, or holds"
+    text = path_of(module).read_text(encoding='utf-8')
+    return {n for n in names if re.search(rf'->list\[{n}\]|->{n}\b|# .*`{n}`', text)}
+
+
+def lacking(module, cells):
+    "The functions and classes of a module that no visible cell of its page uses"
+    shown = {name for c in cells if is_shown(c) for name in names_used(python(source(c)))}
+    return [n for n in public(module) if n not in shown and n not in by_name(module, public(module))]
+
+
+def test_a_page_of_the_api_has_an_example_of_each_name():
+    books = notebooks()
+    found = {module: {*lacking(module, books[name])}-{*ELSEWHERE.get(module, ())}
+             for module, name in modules().items() if module!='cli'}
+    assert {module: names for module, names in found.items() if names}=={}
+
+
+def test_a_name_without_an_example_is_found():
+    assert lacking('rows.turns', [])!=[] and 'role_of' in lacking('rows.turns', [])
