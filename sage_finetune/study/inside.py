@@ -23,6 +23,7 @@ from ..model.loss import evaluating, head_and_transform, mean_loss
 from ..inference.exam import examine, ExamQuestion, general_questions, load_exam
 from ..inference.generate import answers, as_messages, base_of
 from ..runs.run import Run
+from .scores import compare_scores, PairedScores
 
 # %% ../../nbs/study/06_inside.ipynb #021186bb
 @dataclass
