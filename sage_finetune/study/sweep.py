@@ -11,7 +11,6 @@ __all__ = ['grid_points', 'point_name', 'parsed_grid', 'point_config', 'lent_mod
 # %% ../../nbs/study/02_sweep.ipynb #fc23d802
 import copy,itertools,math,threading,time,warnings
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import sage_finetune.base.loading # before transformers: it quiets bitsandbytes
