@@ -8,14 +8,14 @@ Docs: https://sage-finetune.github.io/sage_finetune/study/bench.html.md"""
 __all__ = ['loaded_by_name', 'ask', 'answers_table', 'save_answers', 'ask_both', 'harness_task', 'HarnessResult', 'ask_harness']
 
 # %% ../../nbs/study/01_bench.ipynb #7d2d9f46
-import json,tempfile
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.disk import SageError, write_json, write_text
 from ..core.display import Shown, Table
-from ..core.run_folder import find_run, is_run
-from ..inference.exam import Exam, examine, examine_general, load_exam
+from ..core.run_folder import find_run
+from ..inference.exam import Exam, examine, load_exam
 from ..inference.generate import load_for_chat, load_plain
 from .scores import compare_scores, PairedScores
 
