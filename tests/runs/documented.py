@@ -60,7 +60,7 @@ def pairs(n=16, image=None):
 def judged(n=16): return [dict(prompt=p['prompt'], completion=p['chosen'], label=i%2==0) for i,p in enumerate(pairs(n))]
 
 
-def asked(n=16):
+def questions(n=16):
     "Questions with a number for an answer"
     return [dict(prompt=[dict(role='user', content=f'{i} plus 1?')], solution=f'{i+1}') for i in range(n)]
 
@@ -104,7 +104,7 @@ def of_trl(words, place, steps=2, peft=False):
     asked = tool_command(shlex.split(words))
     s,script = dict(asked.settings),asked.settings['trl']
     vision = 'vlm' in words
-    rows = dict(sft=talks, dpo=pairs, kto=judged, orpo=pairs, grpo=asked).get(script, talks)
+    rows = dict(sft=talks, dpo=pairs, kto=judged, orpo=pairs, grpo=questions).get(script, talks)
     made = rows(image=place.image) if vision else rows()
     s |= dict(model_name_or_path=str(place.vision) if vision else 'sage-tiny', max_steps=steps,
               dataset_name=place.split(f'{script}{"_vision"*vision}', made))
