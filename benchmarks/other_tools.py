@@ -31,7 +31,8 @@ import yaml  # noqa: E402
 from sage_finetune.core.beforehand import tool_table  # noqa: E402
 from sage_finetune.core.disk import SageError, write_json  # noqa: E402
 
-TABLES = ('trl-sft', 'trl-dpo', 'trl-kto', 'trl-orpo', 'llamafactory', 'llamafactory-v1', 'axolotl', 'unsloth')
+TABLES = ('trl-sft', 'trl-dpo', 'trl-kto', 'trl-orpo', 'trl-grpo', 'llamafactory', 'llamafactory-v1', 'axolotl',
+          'unsloth')
 KEPT = Path(__file__).with_suffix('.json')
 KINDS = ('ran', 'translated, not trained', 'trains all weights', 'another method', 'for several processes',
          'talks to a model', 'refused by name', 'an error')
@@ -113,7 +114,7 @@ def asked():
     "(tool, name, what makes its file) for each command and example"
     for name,words in documented.commands().items():
         yield 'trl', name, lambda place,w=words: documented.of_trl(w, place)
-        if '--use_peft' not in words and 'trl grpo' not in words:
+        if '--use_peft' not in words:
             yield 'trl', f'{name} --use_peft', lambda place,w=words: documented.of_trl(w, place, peft=True)
     for tool,make in documented.made.items():
         for name,given in documented.examples(tool).items():

@@ -7,9 +7,9 @@ Docs: https://sage-finetune.github.io/sage_finetune/cli.html.md"""
 # %% auto #0
 __all__ = ['app', 'Model', 'RunName', 'Runs', 'Output', 'Data', 'Shares', 'Stopping', 'Fresh', 'Adapter', 'IgnoreContract',
            'Base', 'Key', 'Format', 'Split', 'Subset', 'Revision', 'TrainOn', 'Overflow', 'Columns', 'OnceAsJson',
-           'Set', 'Preset', 'Rate', 'Epochs', 'MaxSteps', 'BatchSize', 'Rank', 'Nproc', 'Share', 'Nodes', 'MachineRank',
-           'MainIp', 'MainPort', 'DryRun', 'EXAMPLES', 'main', 'echo', 'quickstart', 'inspect', 'start', 'run', 'merge',
-           'chat', 'look', 'serve', 'repeat', 'export', 'verify', 'examples', 'generate']
+           'Nproc', 'Share', 'Nodes', 'MachineRank', 'MainIp', 'MainPort', 'DryRun', 'EXAMPLES', 'main', 'echo',
+           'quickstart', 'inspect', 'start', 'run', 'merge', 'chat', 'look', 'serve', 'repeat', 'export', 'verify',
+           'examples', 'generate']
 
 # %% ../nbs/05_cli.ipynb #b5095066
 import json,os,sys,threading
@@ -33,6 +33,7 @@ from sage_finetune.core.machine import (
 from .base.llama_cpp import with_gguf_type
 from .runs.rate_finder import find_rate_command
 from .study import commands
+from .study.commands import BatchSize, Epochs, MaxSteps, Preset, Rank, Rate, Set, settings_by_hand
 from .ui import monitor
 
 # %% ../nbs/05_cli.ipynb #7c48b3da
@@ -180,24 +181,6 @@ def _shares(weights):
     from sage_finetune.core.settings import SharesSetting
     return SharesSetting.check('--data-weights', weights)
 
-# %% ../nbs/05_cli.ipynb #0a5c0201
-Set = Annotated[Optional[list[str]], Option('--set', metavar='NAME=VALUE', help='Any setting, such as weight_decay=0.1 '
-                                            'or lora.r=32; may be repeated')]
-Preset = Annotated[Optional[str], Option('--preset', help='Where settings begin: minimal, rtx_3060, colab_t4, '
-                                         'rtx_4090, a100, h200, cpu or auto')]
-Rate = Annotated[Optional[float], Option('--lr', help='learning_rate')]
-Epochs = Annotated[Optional[float], Option('--epochs', help='num_train_epochs')]
-MaxSteps = Annotated[Optional[int], Option('--max-steps', help='Optimizer steps, whatever the epochs')]
-BatchSize = Annotated[Optional[int], Option('--batch-size', help='per_device_train_batch_size: rows in a micro-batch')]
-Rank = Annotated[Optional[int], Option('--rank', help='lora.r; alpha stays as it is')]
-
-def _by_hand(pairs, lr, epochs, max_steps, batch_size, rank):
-    "What --set and its short forms say, as settings"
-    from sage_finetune.runs.tasks import parsed_settings
-    short = dict(learning_rate=lr, num_train_epochs=epochs, max_steps=max_steps,
-                 per_device_train_batch_size=batch_size) | {'lora.r': rank}
-    return parsed_settings([*(f'{n}={v}' for n,v in short.items() if v is not None), *(pairs or ())])
-
 # %% ../nbs/05_cli.ipynb #278482c8
 @app.command()
 def quickstart(
@@ -209,11 +192,12 @@ def quickstart(
 ):
     "Generate data, train, examine and merge: the whole path in one command"
     from sage_finetune.runs.tasks import quickstart as go
-    by_hand = _by_hand(set, lr, epochs, max_steps, batch_size, rank)
+    by_hand = settings_by_hand(set, lr, epochs, max_steps, batch_size, rank)
     result = go(task, model, _one_or_several(data), output, max_facts, fresh, settings=by_hand, preset=preset)
     _print('', result, '')
     echo('\n'.join(_next_steps(result.folder)))
 
+# %% ../nbs/05_cli.ipynb #0a5c02a1
 def _print(*things):
     from rich.console import Console
     console = Console(width=None if sys.stdout.isatty() else 100)
@@ -308,7 +292,7 @@ def start(
     "Set up a run, asking for what is missing, and train it"
     from sage_finetune.runs.tasks import advice_for, new_run, rows_of_task, start_settings
     task,model,data,output = _answers(task, model, _one_or_several(data), output, auto)
-    by_hand = _by_hand(set, lr, epochs, max_steps, batch_size, rank)
+    by_hand = settings_by_hand(set, lr, epochs, max_steps, batch_size, rank)
     given = dict(data_split=split, data_subset=subset, data_revision=revision, train_on=train_on, overflow=overflow,
                  columns=_pairs(columns), stack_adapter=stack or None, replay_share=replay, init_adapter=init_adapter,
                  data_weights=_shares(data_weights), data_stopping=data_stopping, **by_hand)
@@ -419,7 +403,7 @@ def run(
     max_steps: MaxSteps = None, batch_size: BatchSize = None, rank: Rank = None,
 ):
     "Train what a run folder or a file of settings asks for; a killed run resumes"
-    by_hand = _by_hand(set, lr, epochs, max_steps, batch_size, rank)
+    by_hand = settings_by_hand(set, lr, epochs, max_steps, batch_size, rank)
     if fresh and not native:
         raise ValueError('`--fresh` has no meaning with `--use-llamafactory`: set `overwrite_output_dir` in its file')
     from sage_finetune.runs.launch import target_of
@@ -470,7 +454,7 @@ def _config(
 ):
     "Print a file of settings to begin with, or check one"
     from sage_finetune.runs.tasks import checked_file, file_to_begin
-    by_hand = _by_hand(set, lr, epochs, max_steps, batch_size, rank)
+    by_hand = settings_by_hand(set, lr, epochs, max_steps, batch_size, rank)
     if file: return _print(checked_file(file, by_hand, preset))
     chosen = dict(model_name=model, data_path=_one_or_several(data), output_dir=output, method=method)
     echo(file_to_begin({n: v for n,v in chosen.items() if v is not None}, by_hand, preset), nl=False)

@@ -429,6 +429,8 @@ class RewardConfig(TrainingConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        # answers are neither packed nor compiled
+        vars(self).update({n: False for n in ('packing', 'torch_compile') if getattr(self, n)=='auto'})
         _check_rewards(self)
 
     @property

@@ -6,14 +6,16 @@ Docs: https://sage-finetune.github.io/sage_finetune/preference.html.md"""
 
 # %% auto #0
 __all__ = ['prepare_preferences', 'split_by_prompt', 'PairCollator', 'PreferenceCollator', 'RewardMetrics', 'PreferenceMixin',
-           'ORPOMixin', 'KTOShuffle', 'require_trl', 'PreferenceResult', 'peak_of_step', 'predicted_pass',
-           'PreferenceTrainer', 'method_for', 'trainer_for']
+           'ORPOMixin', 'KTOShuffle', 'require_trl', 'score_learned_only', 'PreferenceResult', 'peak_of_step',
+           'predicted_pass', 'PreferenceTrainer', 'method_for', 'trainer_for']
 
 # %% ../nbs/04_preference.ipynb #d3140a54
 import math,warnings
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,7 @@ from transformers import TrainingArguments
 from .core.disk import SageError
 from .core.settings import is_mixture
 from .config import PreferenceConfig, TrainingConfig
-from .core.machine import Machine
+from .core.machine import division, Machine
 from .rows.formats import checked_columns, detect_data_format, renamed, to_preference
 from .rows.template import chat_form, ensure_template
 from .rows.learned import render_learned
@@ -41,6 +43,7 @@ from .model.loss import evaluating
 from .model.step_bytes import live_bytes
 from .model.memory import estimate_memory, Probe
 from .training.callbacks import read_metrics, training_flops
+from .training.processes import of_this_process, share_of_step
 from .training.loop import ResumableTrainer, TokenMetrics, training_arguments
 from .training.resume import TrainingResult
 from .trainer import LoRATrainer
@@ -188,6 +191,17 @@ def _train_and_held_out(c, tokenizer, report):
     report.overlap = overlap(_prompts(data), _prompts(held_out))
     return data,held_out
 
+# %% ../nbs/04_preference.ipynb #5d0b17f2
+def _lengths(rows):
+    "Tokens of each row, of both answers where there are two"
+    each = lambda column: torch.cat([torch.as_tensor(starts).diff() for _,starts in flat_chunks(rows, column)]).numpy()
+    return example_lengths(rows)+(each('rejected_input_ids') if 'rejected_input_ids' in rows.column_names else 0)
+
+def _spare(pad_id):
+    "A row that stands where a process has none left; its loss counts nothing"
+    ids,labels = [pad_id]*4,[ignored, ignored, pad_id, pad_id]
+    return dict(input_ids=ids, labels=labels, rejected_input_ids=ids, rejected_labels=labels, desirable=[1])
+
 # %% ../nbs/04_preference.ipynb #bb854ffb
 def _masked(rows, pad_id):
     "Padded tensors of conversations: which tokens there are, which are real, and which are judged"
@@ -205,6 +219,7 @@ class PairCollator:
 
     def __call__(self, rows): # Of `prepare_preferences`
         "`input_ids`, `attention_mask`, `completion_mask`, (2·pairs, time): all chosen answers, then all rejected ones"
+        if not rows: return self([_spare(self.pad_id)]) | dict(spare=True)
         return _masked([_one(r) for r in rows]+[_one(r, 'rejected_') for r in rows], self.pad_id)
 
 # %% ../nbs/04_preference.ipynb #18c4a9fe
@@ -216,6 +231,7 @@ class PreferenceCollator:
 
     def __call__(self, rows): # Of `prepare_preferences` for KTO
         "As `PairCollator`, (answers, time); mismatched pairs under `KL_…`; and `label`, whether an answer is good"
+        if not rows: return self([_spare(self.pad_id)]*2) | dict(spare=True)
         mismatched = [self._mismatched(r, before) for r,before in zip(rows, [rows[-1], *rows[:-1]])]
         mixed = {f'KL_{k}': v for k,v in _masked(mismatched, self.pad_id).items()}
         return _masked([_one(r) for r in rows],
@@ -257,11 +273,21 @@ class RewardMetrics(TokenMetrics):
 
     def metrics(self, sums): return _means(sums)
 
+# %% ../nbs/04_preference.ipynb #5d0b17f1
+def _held_out(trainer, batches):
+    "Figures of held-out rows, of all processes"
+    sums = torch.zeros(RewardMetrics.places, dtype=torch.float64)
+    with evaluating(trainer.model):
+        for b in batches:
+            if 'spare' not in b: sums += trainer.judged(trainer.model, trainer._prepare_inputs(b))[1]
+    if trainer.args.world_size>1: sums = trainer.accelerator.reduce(sums.to(trainer.args.device))
+    return _means(sums.tolist())
+
 # %% ../nbs/04_preference.ipynb #ec9e6563
 class PreferenceMixin(ResumableTrainer):
     "A trainer that learns from preferences; a trainer of TRL comes after it among the bases"
     metrics_class = RewardMetrics
-    reference_passes = 0 # forward passes without gradients, for each one with gradients
+    reference_passes,share = 0,1.0 # forward passes without gradients, for each one with them; of a micro-batch
 
     def __init__(self, *args, model, **kwargs):
         trained = {n: p.data for n,p in model.named_parameters() if p.requires_grad}
@@ -276,10 +302,7 @@ class PreferenceMixin(ResumableTrainer):
     def _send_telemetry(self): pass
     def create_model_card(self, *args, **kwargs): pass
 
-    def lengths(self, rows):
-        each = lambda column: torch.cat([torch.as_tensor(starts).diff()
-                                         for _,starts in flat_chunks(rows, column)]).numpy()
-        return example_lengths(rows)+(each('rejected_input_ids') if 'rejected_input_ids' in rows.column_names else 0)
+    def lengths(self, rows): return _lengths(rows)
 
     def count_operations(self, every, learned):
         reference = self.reference_passes*training_flops(self.model, every, learned)//2
@@ -289,22 +312,27 @@ class PreferenceMixin(ResumableTrainer):
 
     def judged(self, model, inputs): # The loss, and (sum, weight) of each figure
         "A forward pass through TRL's loss"
-        loss = super().compute_loss(model, inputs)
+        with score_learned_only(), of_this_process(self.accelerator): loss = super().compute_loss(model, inputs)
         found = self.logged_by_trl()
         values = {k: v[-1] for k,v in found.items()} | dict(loss=loss.detach())
         found.clear()
         return loss,_weighted(values, inputs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        spare = inputs.pop('spare', False)
         loss,sums = self.judged(model, inputs)
-        if model.training: self.meter.add(sums, inputs)
+        if model.training and not spare: self.meter.add(sums, inputs)
+        loss = loss*0 if spare else loss if self.share==1 else loss*self.share
         return (loss, None) if return_outputs else loss
 
-    def held_out(self, batches):
-        sums = torch.zeros(RewardMetrics.places, dtype=torch.float64)
-        with evaluating(self.model):
-            for b in batches: sums += self.judged(self.model, self._prepare_inputs(b))[1]
-        return _means(sums.tolist())
+    def get_batch_samples(self, *args, **kwargs):
+        batches,learned = super().get_batch_samples(*args, **kwargs)
+        if batches and self.args.world_size>1: self.share = share_of_step(self.accelerator, batches)
+        return batches,learned
+
+    def leave_out(self, batch): batch['spare'] = True
+
+    def held_out(self, batches): return _held_out(self, batches)
 
 # %% ../nbs/04_preference.ipynb #466a03d0
 class ORPOMixin(PreferenceMixin):
@@ -341,7 +369,8 @@ class KTOShuffle(PreferenceMixin):
 
     def _get_train_sampler(self, train_dataset=None):
         data,a = self.train_dataset if train_dataset is None else train_dataset, self.args
-        return LengthGroupedSampler([1]*len(data), a.train_batch_size*a.gradient_accumulation_steps, a.seed)
+        return LengthGroupedSampler([1]*len(data), a.train_batch_size*a.gradient_accumulation_steps*a.world_size,
+                                    a.seed)
 
     def evaluation_order(self, rows):
         return torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.args.seed)).tolist()
@@ -358,6 +387,13 @@ def require_trl(
     if not has(trl):
         raise SageError(f'{what} needs TRL {version} or newer, and this is {trl.__version__}: '
                         f'`pip install -U "sage_finetune[trl]"`')
+
+@contextmanager
+def score_learned_only(): # While the block runs
+    "Let TRL's head score the answers alone: without Triton, TRL 1.16 scores the prompts too"
+    from trl.trainer import utils
+    known = hasattr(utils, '_use_triton')
+    with patch.object(utils, '_use_triton', lambda device: True) if known else nullcontext(): yield
 
 # %% ../nbs/04_preference.ipynb #5d0b17c7
 @cache
@@ -412,10 +448,11 @@ def _balance_note(dataset, config):
            else 'KTO needs answers of both kinds')
     return f'{good:,} good and {bad:,} bad answers weigh {share:.2g} to 1, and for KTO it should be 1 to 1.33: {fix}'
 
-def _check_batch(method, fitted, processes):
+def _check_batch(method, fitted):
     "Refuse what no loop here can compute"
-    if processes>1:
-        raise SageError('preference tuning trains in one process: start it without torchrun or accelerate')
+    if divided := division():
+        raise SageError(f'{divided} divides the model among processes, and TRL compares answers with a whole one: take '
+                        f'`--config ddp`, in which each process has the model')
     if method=='kto' and fitted.per_device_train_batch_size<2:
         raise SageError('KTO compares the rows of a micro-batch, so a single row teaches nothing: '
                         'set `per_device_train_batch_size` to 2 or more (and `max_length` lower, where '
@@ -456,8 +493,10 @@ def _probe_longest(run):
     with evaluating(run.model, training=True) as model, t.compute_loss_context_manager():
         measured = peak_of_step(lambda: t.judged(model, batch)[0].backward(),
                              [*model.parameters(), *model.buffers(), *batch.values()])
-    same = run.fitted.adapted(per_device_train_batch_size=len(rows), max_length=max(8, T))
-    return Probe(n, T, predicted_pass(same, run.machine, run.model.config), held+measured)
+    same,learned = run.fitted.adapted(per_device_train_batch_size=len(rows), max_length=max(8, T)),_judged_tokens(batch)
+    return Probe(n, T, predicted_pass(same, run.machine, run.model.config, learned), held+measured)
+
+def _judged_tokens(batch): return max(int(m.sum()) for k,m in batch.items() if k.endswith('completion_mask'))
 
 def peak_of_step(
     step, # Called without arguments: a forward and a backward pass
@@ -477,9 +516,10 @@ def predicted_pass(
     config, # Of a run, with the rows of a micro-batch and their length
     machine, # Where it runs
     model_config, # A transformers config
+    learned:int|None=None, # Tokens of the micro-batch that are learned; None: all
 )->int|None: # Bytes; None where they cannot be counted
     "What a forward and backward pass is estimated to add"
-    try: return estimate_memory(config, machine, model_config).one_pass
+    try: return estimate_memory(config, machine, model_config, learned).one_pass
     except (SageError, ValueError): return None
 
 # %% ../nbs/04_preference.ipynb #79ed87da
@@ -520,7 +560,7 @@ class PreferenceTrainer(LoRATrainer):
 
     def loop(self, **how):
         "TRL's trainer of the method"
-        _check_batch(self.config.method, self.fitted, how['args'].world_size)
+        _check_batch(self.config.method, self.fitted)
         pad,method = padding_of(self.tokenizer, self.model),self.config.method
         collator = PreferenceCollator(pad, self.config.max_length) if method=='kto' else PairCollator(pad)
         return _trl_loop(method)[0](**how, data_collator=collator)

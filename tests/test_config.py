@@ -9,7 +9,7 @@ import pytest
 from sage_finetune.core.disk import whole_folder, write_json, write_text
 from sage_finetune.config import (
     config_from_meta, config_table, fit_config, LoRAConfig, PreferenceConfig, preset_for, PresetConfigs, read_json,
-    SageError, TrainingConfig
+    RewardConfig, SageError, TrainingConfig
 )
 from sage_finetune.core.machine import Machine, show_changes
 from sage_finetune.core.run_folder import last_checkpoint, mark_complete, read_meta, run_folder, write_meta
@@ -452,3 +452,13 @@ def test_broken_meta_is_one_line(text, tmp_path):
     write_text(tmp_path/'finetune_meta.json', text)
     with pytest.raises(SageError) as err: read_meta(tmp_path)
     assert str(tmp_path/'finetune_meta.json') in str(err.value) and '\n' not in str(err.value)
+
+
+@pytest.mark.parametrize('name', [*PresetConfigs.fits_in])
+def test_a_preset_begins_a_run_of_any_method(name):
+    "What a preset leaves to the run (packing, compiling) is settled, and groups of answers are whole"
+    preset = getattr(PresetConfigs, name)(seed=7)
+    for kind in (PreferenceConfig, RewardConfig):
+        c = kind.like(preset)
+        assert (c.packing, c.torch_compile, c.seed, c.max_length)==(False, False, 7, preset.max_length)
+        assert c.gradient_checkpointing==preset.gradient_checkpointing and c.load_in_4bit==preset.load_in_4bit

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = {
     '04_preference': 'trl', 'rewards/04_trainer': 'trl', 'rewards/05_check': 'trl',
     'rows/04_images': 'vision', 'base/03_tiny_vision': 'vision', 'recipes/images': 'vision', 'recipes/rewards': 'trl',
+    'tutorials/11_learning_by_reward': 'trl',
     'serving/00_request': 'serve', 'serving/01_chat_api': 'serve', 'serving/03_serve': 'serve',
     'synthetic/00_code_facts': 'code', 'synthetic/01_codebase': 'code',
 }

@@ -176,13 +176,13 @@ def _remedies(e):
 # TRL 1.16: tokens and entries of the vocabulary in one tile; what its head makes of a tile without Triton, in 32 bits
 _tile,_copies = (4096, 32_768),7.3
 
-def _head_of_trl(config, machine, shape):
-    "The most that TRL's loss needs: a whole tile, and the gradient of the hidden states in 32 bits"
+def _head_of_trl(config, machine, shape, learned=None):
+    "The most that TRL's loss needs: a whole tile, and the hidden states of what is learned, with gradients in 32 bits"
     tokens = config.max_completion_length if isinstance(config, RewardConfig) else config.max_length
-    text,N = shape.get_text_config(),config.sequences_per_micro_batch*tokens
+    text,N = shape.get_text_config(),learned or config.sequences_per_micro_batch*tokens
     n,size = min(N, _tile[0]),2 if config.fp16 or config.bf16 else 4
     loose = 0 if machine.device=='cuda' else int(_copies*n*min(text.vocab_size, _tile[1])*4)
-    return n*_tile[1]*size + 4*N*text.hidden_size + loose
+    return n*_tile[1]*size + (4+size)*N*text.hidden_size + loose
 
 # %% ../../nbs/model/05_memory.ipynb #8100f78e
 def _model_config(name):
@@ -215,6 +215,7 @@ def estimate_memory(
     config:TrainingConfig, # As asked; it is fitted to the machine
     machine:Machine|None=None, # Where it is to run; this machine if None
     model_config=None, # A transformers config; that of `config.model_name` if None
+    learned:int|None=None, # Tokens of a micro-batch that a loss of TRL learns; None: all of them, or all of an answer
 )->MemoryEstimate: # For rows that are all `max_length` long and learned
     "What a run needs, before anything is loaded"
     machine = machine or Machine.here()
@@ -225,7 +226,7 @@ def estimate_memory(
     counted = _counted(fitted, machine, shape)
     step,sizes = counted.step,counted.trained
     if isinstance(fitted, (PreferenceConfig, RewardConfig)):
-        step = replace(step, head=_head_of_trl(fitted, machine, shape))
+        step = replace(step, head=_head_of_trl(fitted, machine, shape, learned))
     state,paged = optimizer_bytes(fitted.optim, sizes)
     return MemoryEstimate(fitted, machine, {**counted.weights}, 4*sum(sizes), 4*sum(sizes), state, paged,
                           step.activations, step.head, step.layer, _sampling_bytes(fitted, shape), shape)

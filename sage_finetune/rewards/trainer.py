@@ -32,7 +32,9 @@ from ..training.resume import TrainingResult
 from ..training.split import check_data_path
 from ..trainer import LoRATrainer
 from ..inference.generate import generate_answers
-from ..preference import peak_of_step, predicted_pass, require_trl, trainer_for as trainer_of_answers
+from sage_finetune.preference import (
+    peak_of_step, predicted_pass, require_trl, score_learned_only, trainer_for as trainer_of_answers
+)
 from .functions import judge, rewards_of
 from .questions import questions_and_held_out, QuestionsDigest
 from .rollout import group_dict, KeptAnswers, micro_batches, read_answers, roll_out, with_signal
@@ -237,7 +239,7 @@ class GRPOLoop(GRPOMixin):
         labels = input_ids.masked_fill(attention_mask==0, -100)
         labels[:, :-logits_to_keep] = -100
         more = dict(output_router_logits=True) if compute_aux_loss else {}
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), score_learned_only():
             out = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True,
                         position_ids=(attention_mask.cumsum(1)-1).clamp(min=0), **more)
         return (out.log_probs[:, -logits_to_keep:], out.entropy[:, -logits_to_keep:] if compute_entropy else None,
@@ -397,8 +399,9 @@ def _probe_longest(run):
     with evaluating(run.model, training=True) as model, t.compute_loss_context_manager():
         measured = peak_of_step(lambda: t._compute_loss(model, batch).backward(),
                                 [*model.parameters(), *model.buffers(), *batch.values()])
-    same = c.adapted(max_length=longest+c.max_completion_length)
-    return Probe(n, longest+c.max_completion_length, predicted_pass(same, run.machine, run.model.config), held+measured)
+    same,learned = c.adapted(max_length=longest+c.max_completion_length),n*c.max_completion_length
+    predicted = predicted_pass(same, run.machine, run.model.config, learned)
+    return Probe(n, longest+c.max_completion_length, predicted, held+measured)
 
 # %% ../../nbs/rewards/04_trainer.ipynb #e2f8dc10
 def _check_loop(run, processes):

@@ -6,7 +6,8 @@ Docs: https://sage-finetune.github.io/sage_finetune/runs/other_settings.html.md"
 
 # %% auto #0
 __all__ = ['Translation', 'settings_table', 'take_setting', 'take_number', 'layers_in', 'take_warmup', 'take_launch',
-           'take_precision', 'take_checkpointing', 'report_to_trackers', 'take_loggers', 'take_evaluation']
+           'take_new_tokens', 'take_rewards', 'take_sampling', 'take_precision', 'take_checkpointing',
+           'report_to_trackers', 'take_loggers', 'take_evaluation']
 
 # %% ../../nbs/runs/01_other_settings.ipynb #0e500005
 import re
@@ -114,6 +115,81 @@ def take_launch(
             raise RefusedSetting(f'{name}={asked!r} (for several processes: `sage-finetune run {out.file} --nproc N '
                            f'--config {way}`; for one, leave it out)')
         out.went[name] = f'{kind} divides the model, as launched'
+
+# %% ../../nbs/runs/01_other_settings.ipynb #0e500021
+def _texts_in(name, value):
+    "Tokens in a list, or between commas"
+    found = value.split(',') if isinstance(value, str) else [] if value is None else value
+    if not isinstance(found, list) or not all(isinstance(t, str) and t.strip() for t in found):
+        raise RefusedSetting(f'{name}={value!r} (a list of texts)')
+    return [t.strip() for t in found]
+
+def take_new_tokens(
+    given:dict, # Settings of the file
+    out:Translation, # What they become
+    tokens:tuple, # Names of the settings that add tokens
+    layers:str, # Name of the setting of layers that are trained whole
+    ends:bool=False, # Whether the tool trains embedding and head whole where a token is added and no layer is named
+)->None: # `add_tokens` and `lora.modules_to_save` are set
+    "Words that become tokens, and layers that are trained beside the adapter"
+    new = [t for n in tokens for t in _texts_in(n, take_setting(given, out, n, None))]
+    whole = _texts_in(layers, take_setting(given, out, layers, None))
+    if not (new or whole): return
+    asked = next(n for n in (*tokens, layers) if given.get(n))
+    if 'method' in out.settings:
+        raise RefusedSetting(f'{asked}={given[asked]!r} (judged answers and rewards train an adapter alone)')
+    if new: out.settings['add_tokens'] = new
+    if new and ends and not whole: whole = ['embed_tokens', 'lm_head']
+    if whole: out.settings['lora']['modules_to_save'] = whole
+    told = [f'add_tokens = {new}'] if new else []
+    told += [f'lora.modules_to_save = {whole}'] if whole else []
+    out.went |= {n: ', '.join(told) for n in (*tokens, layers) if given.get(n)}
+
+# %% ../../nbs/runs/01_other_settings.ipynb #0e500024
+_known_rewards = dict(
+    accuracy_reward=(dict(reward='number', key='solution'), 'number, of the column `solution`: numbers, fractions and '
+                     'boxes are compared, and no algebra as by math-verify'),
+    think_format_reward=(dict(reward='regex', pattern=r'\A<think>(?!.*<think>)(.*?)</think>'), 'regex, as in TRL'))
+_unknown_rewards = dict(
+    reasoning_accuracy_reward='accuracy_reward judges what stands behind </think>',
+    get_soft_overlong_punishment='`length` counts words: in a file of ours, rewards: {"length": {"most": 200}}')
+
+def _reward_of_trl(name, weight):
+    "A reward by the name that TRL has for it"
+    if name not in _known_rewards:
+        why = _unknown_rewards.get(name, 'one of your own is `rewards: ["file.py:function"]` in a file of ours, and '
+                                         'takes question, answer and row')
+        raise RefusedSetting(f'reward_funcs={name!r} (it may be {", ".join(_known_rewards)}; {why})')
+    return _known_rewards[name][0] | dict(name=name, weight=weight)
+
+def take_rewards(
+    given:dict, # Settings of the file
+    out:Translation, # What they become
+)->None: # `rewards` is set
+    "What answers are worth"
+    names = names_in(take_setting(given, out, 'reward_funcs', None) or [])
+    if not names: raise RefusedSetting('reward_funcs is missing')
+    asked = take_setting(given, out, 'reward_weights', None)
+    each = [1.0]*len(names) if asked is None else asked if isinstance(asked, list) else [asked]
+    weights = [number_in(w) for w in each]
+    if len(weights)!=len(names) or not all(isinstance(w, (int, float)) for w in weights):
+        raise RefusedSetting(f'reward_weights={asked!r} (a number for each of {", ".join(map(str, names))})')
+    out.settings['rewards'] = [_reward_of_trl(n, w) for n,w in zip(names, weights)]
+    out.went['reward_funcs'] = '; '.join(f'{n}: {_known_rewards[n][1]}' for n in names)
+
+# %% ../../nbs/runs/01_other_settings.ipynb #0e500026
+def take_sampling(
+    given:dict, # Settings of the file
+    out:Translation, # What they become
+)->None: # `top_k` is set; refused where several steps learn from answers that were sampled together
+    "How many answers are sampled at once"
+    s = out.settings
+    micro,accum = s['per_device_train_batch_size'],s['gradient_accumulation_steps']
+    for name,own in {'steps_per_generation': accum, 'generation_batch_size': micro*accum}.items():
+        if number_in(take_setting(given, out, name, own))!=own:
+            raise RefusedSetting(f'{name}={given[name]!r} (answers are sampled for one optimizer step: {own}, by '
+                                 f'per_device_train_batch_size={micro} and gradient_accumulation_steps={accum})')
+    s['top_k'] = int(take_number(given, out, 'top_k', 0)) or None
 
 # %% ../../nbs/runs/01_other_settings.ipynb #050048b1
 def take_precision(

@@ -25,8 +25,8 @@ from sage_finetune.runs.other_data import (
     trl_datasets, write_images
 )
 from sage_finetune.runs.other_settings import (
-    layers_in, report_to_trackers, take_checkpointing, take_evaluation, take_launch, take_loggers, take_number,
-    take_precision, take_setting, take_warmup, Translation
+    layers_in, report_to_trackers, take_checkpointing, take_evaluation, take_launch, take_loggers, take_new_tokens,
+    take_number, take_precision, take_rewards, take_sampling, take_setting, take_warmup, Translation
 )
 
 # %% ../../nbs/runs/02_other_tools.ipynb #bb6f12d4
@@ -111,6 +111,13 @@ def _merging(given, out):
     "Where the file asks for a merged model instead of training"
     out.merge_into = take_setting(given, out, 'export_dir', None)
 
+def _new_tokens(given, out):
+    "Tokens that are added, with their rows: `resize_vocab` alone asks for nothing that could be learned"
+    names = 'add_tokens', 'add_special_tokens'
+    take_new_tokens(given, out, names, 'additional_target', ends=True)
+    if take_setting(given, out, 'resize_vocab', False, (False, True)) and not any(given.get(n) for n in names):
+        raise RefusedSetting('resize_vocab=True (with no token to add: leave it out)')
+
 # %% ../../nbs/runs/02_other_tools.ipynb #0e510003
 def _factory_data(given, out):
     "The data sets that a file of LLaMA-Factory names"
@@ -126,7 +133,7 @@ def _factory_data(given, out):
     if any(isinstance(d.source, Path) and d.info is None and d.read is None for d in out.data): _own_folder(given, out)
 
 _llamafactory_rules = (_llamafactory_lora, take_precision, take_checkpointing, take_warmup, _held_out_share, _stage,
-                       _parent_adapter, _mixing, _images, take_launch, _merging, _factory_data)
+                       _parent_adapter, _new_tokens, _mixing, _images, take_launch, _merging, _factory_data)
 
 # %% ../../nbs/runs/02_other_tools.ipynb #05050108
 _of_export = 'export_dir', 'export_size', 'infer_dtype'
@@ -186,7 +193,7 @@ def _v1_data(given, out):
     take_loggers(given, out)
 
 # %% ../../nbs/runs/02_other_tools.ipynb #59008395
-_scripts = 'sft', 'dpo', 'kto', 'orpo'
+_scripts = 'sft', 'dpo', 'kto', 'orpo', 'grpo'
 
 def _model_config(name):
     "What `config.json` of a model says"
@@ -221,13 +228,14 @@ def _trl_layers(given, out):
 
 # %% ../../nbs/runs/02_other_tools.ipynb #0e510005
 def _trl_length(given, out):
-    "Tokens of a row; null is as many as the model has positions for"
-    most = take_setting(given, out, 'max_length', 1024)
+    "Tokens of a row; null is as many as the model has positions for, and so is what GRPO leaves out"
+    most = take_setting(given, out, 'max_length', no_limit if out.settings.get('method')=='grpo' else 1024)
     out.went |= dict(max_length=f'max_length = {most}') if 'max_length' in given else {}
     if most==no_limit:
         config = _model_config(out.settings.get('model_name'))
         most = getattr(getattr(config, 'text_config', config), 'max_position_embeddings', 2048)
-        out.went['max_length'] = f'null: max_length = {most}, the positions of the model'
+        how = 'null' if 'max_length' in given else 'left out'
+        out.went['max_length'] = f'{how}: max_length = {most}, the positions of the model'
     out.settings['max_length'] = most
 
 # %% ../../nbs/runs/02_other_tools.ipynb #50c395f9
@@ -242,10 +250,11 @@ def _trl_learned(given, out):
 
 def _trl_dropout(given, out):
     "TRL switches dropout off where it compares answers, unless it is told not to"
-    if 'method' not in out.settings: return
-    if take_setting(given, out, 'disable_dropout', True, (True, False)):
+    method = out.settings.get('method')
+    if method is None: return
+    if take_setting(given, out, 'disable_dropout', method!='grpo', (True, False)):
         out.settings['lora']['lora_dropout'] = 0.0
-        if 'lora_dropout' in given: out.went['lora_dropout'] = 'off: `disable_dropout` is true, the default of TRL'
+        if 'lora_dropout' in given: out.went['lora_dropout'] = 'off: `disable_dropout` is true'
 
 # %% ../../nbs/runs/02_other_tools.ipynb #0e510006
 def _trl_loss(given, out):
@@ -260,6 +269,13 @@ def _trl_loss(given, out):
                              f'a weight for each)')
     out.settings['loss_type'] = first
     if more: out.settings['sft_weight'] = weights[1]/weights[0]
+
+def _trl_rewards(given, out):
+    if out.settings.get('method')!='grpo': return
+    take_rewards(given, out)
+    take_sampling(given, out)
+
+def _trl_tokens(given, out): take_new_tokens(given, out, (), 'lora_modules_to_save')
 
 def _trl_launch(given, out):
     for name in ('accelerate_config', 'num_processes'):
@@ -285,7 +301,7 @@ def _trl_data(given, out):
     take_evaluation(given, out, number_in(share) or 0.0)
     if when!='no' and not mixture: out.held_out = trl_datasets(name, split=test, **how)
 
-_trl_rules = (_trl_layers, _trl_length, _trl_learned, _trl_dropout, _trl_loss, _trl_eos,
+_trl_rules = (_trl_layers, _trl_length, _trl_learned, _trl_dropout, _trl_loss, _trl_rewards, _trl_tokens, _trl_eos,
               partial(take_precision, bf16=True), take_checkpointing, take_warmup, _trl_data, take_launch, _trl_launch)
 
 # %% ../../nbs/runs/02_other_tools.ipynb #05050056
@@ -362,6 +378,13 @@ def _axolotl_plugins(given, out):
     if odd := [k for k,v in stored.items() if v not in asked.get(k, ())]:
         raise RefusedSetting(f'bnb_config_kwargs.{odd[0]}={stored[odd[0]]!r} (4 bits are NF4 with quantised constants)')
 
+def _axolotl_tokens(given, out):
+    take_new_tokens(given, out, ('tokens',), 'lora_modules_to_save')
+    if scale := take_setting(given, out, 'embedding_lr_scale', None):
+        rate = number_in(scale)*number_in(out.settings['learning_rate'])
+        out.settings['embedding_learning_rate'] = rate
+        out.went['embedding_lr_scale'] = f'embedding_learning_rate = {rate:g}'
+
 def _axolotl_batches(given, out):
     "`batch_size` is that of all micro-batches of a step, where their number is left out"
     rows,whole = given.get('micro_batch_size', 1),take_setting(given, out, 'batch_size', None)
@@ -380,7 +403,8 @@ def _axolotl_turns(given, out):
     for name in losses: out.went.pop(name, None)
 
 _axolotl_rules = (_axolotl_layers, _axolotl_method, _axolotl_times, _axolotl_plugins, _axolotl_batches, _axolotl_turns,
-                  partial(take_precision, bf16='auto'), take_checkpointing, take_warmup, _axolotl_data, take_launch)
+                  _axolotl_tokens, partial(take_precision, bf16='auto'), take_checkpointing, take_warmup,
+                  _axolotl_data, take_launch)
 
 # %% ../../nbs/runs/02_other_tools.ipynb #bf64ad14
 def kind_of_config(

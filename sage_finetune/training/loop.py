@@ -583,7 +583,7 @@ def _held_out_batches(trainer, data):
     for i in range(a.process_index, -(-len(parts)//a.world_size)*a.world_size, a.world_size):
         batch = collate([data[j] for j in parts[i if i<len(parts) else 0]])
         batch.pop('counted', None) # an evaluation has one loss to wait for
-        if i>=len(parts): batch['labels'].fill_(ignored)
+        if i>=len(parts): trainer.leave_out(batch)
         trainer.raise_if_stopped()
         yield batch
 

@@ -12,6 +12,7 @@ from itertools import islice
 
 import torch
 from accelerate.data_loader import prepare_data_loader
+from ..rows.tokens import ignored
 from .batches import example_lengths
 
 # %% ../../nbs/training/02_samplers.ipynb #bccf350a
@@ -144,6 +145,8 @@ class SeededOrder:
         if not self.by_length: return super()._get_train_sampler(data)
         return LengthGroupedSampler(self.lengths(data).tolist(),
                                     a.train_batch_size*a.gradient_accumulation_steps*a.world_size, a.seed)
+
+    def leave_out(self, batch): batch['labels'].fill_(ignored) # of held-out rows, where another process has one more
 
     def micro_batches(self): # A sampler of lists of rows
         "The rows of each micro-batch, of all processes"

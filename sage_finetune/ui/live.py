@@ -17,7 +17,7 @@ from pathlib import Path
 from ..training.loop import Stopped # before transformers: it quiets bitsandbytes
 from ..training.resume import finished_result, TrainingResult
 from ..trainer import LoRATrainer
-from ..rewards.seen import group_table, most_telling
+from ..rewards.seen import most_telling, opened_group
 from ..rewards.trainer import last_groups, RewardTrainer, trainer_for
 from transformers import TrainerCallback
 
@@ -440,7 +440,8 @@ def _take_numbers(live, step, logs):
     if held in logs and not any(s==step for s,_ in live.board.held_out.line[-1:]):
         live.board.held_out.add(step, logs[held])
     live.board.now = live.board.now | _known_numbers(logs)
-    if groups := last_groups(live.run): live.board.group = group_table(most_telling(groups, 1)[0], 4)
+    if groups := last_groups(live.run):
+        live.board.group = opened_group(most_telling(groups, 1)[0], live.run.tokenizer, 4)
     live.board.update()
 
 # %% ../../nbs/ui/02_live.ipynb #a4252125

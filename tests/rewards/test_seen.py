@@ -7,8 +7,8 @@ from quick import two_layers
 from sage_finetune.cli import main
 from sage_finetune.config import RewardConfig
 from sage_finetune.rewards.rollout import KeptAnswers, read_answers
-from sage_finetune.rewards.seen import hacked, look_at_rewards
-from sage_finetune.rewards.trainer import RewardTrainer
+from sage_finetune.rewards.seen import hacked, look_at_rewards, most_telling, opened_group, pushed_tokens
+from sage_finetune.rewards.trainer import last_groups, RewardTrainer
 from sage_finetune.rows.sources import save_rows
 from sage_finetune.ui.live import LiveRun
 
@@ -35,6 +35,14 @@ def test_the_dashboard_shows_rewards_and_a_group(live):
     text,page = str(board),board._repr_html_()
     assert 'held-out reward' in text and 'reward vowels' in text and 'KL to the base' in text and 'advantage' in text
     assert 'advantage' in page and live.result.reward_after is not None
+
+
+def test_the_tokens_of_the_group_are_coloured_while_it_trains(live):
+    "Those of the answers that were pushed most, as `look` shows them afterwards"
+    group = most_telling(last_groups(live.run), 1)[0]
+    page = live.board._repr_html_()
+    pushed = [pushed_tokens(a, live.run.tokenizer)._repr_html_() for a in group['answers'] if a['advantage']]
+    assert sum(p in page for p in pushed)>=2 and str(opened_group(group, live.run.tokenizer, 4)) in str(live.board)
 
 
 def test_the_folder_shows_the_same_afterwards(live, capsys, tmp_path):

@@ -15,6 +15,7 @@ from sage_finetune.model.loss import evaluating
 from sage_finetune.rewards.rollout import advantages, micro_batches, read_answers, roll_out
 from sage_finetune.rewards.trainer import last_groups, QuestionBatches, RewardTrainer, trainer_for
 from sage_finetune.rows.sources import save_rows
+from sage_finetune.runs.tasks import parsed_settings
 from sage_finetune.training.callbacks import read_metrics
 from sage_finetune.trainer import LoRATrainer, Stopped
 
@@ -131,6 +132,23 @@ def test_an_answer_read_at_once_has_the_log_probabilities_it_was_drawn_with(read
             batch['completion_ids'].shape[1])[0]
     assert ((read-batch['sampled_log_probs'])*batch['completion_mask']).abs().max()<1e-4
 
+def test_the_head_scores_the_answers_and_no_prompt(ready, monkeypatch):
+    "TRL without Triton scores every position: on a CPU most of the memory of the loss was for prompts"
+    from trl.trainer import utils
+    run,_,batch = ready
+    seen,real = [],utils._ChunkedLogProbFunction
+    class Watched:
+        @staticmethod
+        def apply(hidden, *args): return seen.append(len(hidden)) or real.apply(hidden, *args)
+    monkeypatch.setattr(utils, '_ChunkedLogProbFunction', Watched)
+    with torch.no_grad(), evaluating(run.model):
+        run.trainer._get_per_token_logps_and_entropies(
+            run.model, *(torch.cat([batch[f'{p}_{k}'] for p in ('prompt', 'completion')], 1) for k in ('ids', 'mask')),
+            batch['completion_ids'].shape[1])
+    assert seen==[int(batch['completion_mask'].sum())]
+    assert run.trainer.accelerator.gather(torch.ones(1)).item()==1 and 'gather' not in vars(run.trainer.accelerator)
+    assert abs(run.try_longest().error)<.05
+
 def test_every_question_is_asked_and_groups_are_whole():
     for n,per_step,answers,rows,iterations in ((7, 2, 4, 4, 1), (3, 4, 2, 8, 2), (5, 5, 2, 1, 3)):
         order = QuestionBatches(n, per_step, answers, rows, iterations)
@@ -240,6 +258,14 @@ def test_a_reward_that_fails_is_told_with_its_row_and_the_run_goes_on(whole, tmp
     (dict(init_adapter='somewhere', beta=.1), 'the reference is the model without an adapter')])
 def test_what_would_be_another_reference_is_refused(tmp_path, more, why):
     with pytest.raises(ValueError, match=why): RewardTrainer(config(tmp_path/'r', **more), quiet=True)
+
+@pytest.mark.parametrize('name', ['use_vllm', 'vllm_mode', 'vllm_server_host', 'use-vLLM'])
+def test_vllm_is_refused_by_name_with_the_reason(tmp_path, name):
+    for made in (lambda: RewardConfig(**{name: True}), lambda: config(tmp_path/'r').replace(**{name: True}),
+                 lambda: TrainingConfig.from_dict(dict(method='grpo', rewards='exact') | {name: True}),
+                 lambda: parsed_settings([f'{name}=true'])):
+        with pytest.raises(ValueError, match=f'`{name}` is not here: answers are sampled by transformers, each from'):
+            made()
 
 def test_a_config_finds_its_trainer(tmp_path):
     c = config(tmp_path/'r', rewards='exact')

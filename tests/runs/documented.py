@@ -60,6 +60,11 @@ def pairs(n=16, image=None):
 def judged(n=16): return [dict(prompt=p['prompt'], completion=p['chosen'], label=i%2==0) for i,p in enumerate(pairs(n))]
 
 
+def asked(n=16):
+    "Questions with a number for an answer"
+    return [dict(prompt=[dict(role='user', content=f'{i} plus 1?')], solution=f'{i+1}') for i in range(n)]
+
+
 def alpaca(n=16): return [dict(instruction=f'{i} plus 1?', input='', output=f'It is {i+1}.') for i in range(n)]
 
 
@@ -99,11 +104,12 @@ def of_trl(words, place, steps=2, peft=False):
     asked = tool_command(shlex.split(words))
     s,script = dict(asked.settings),asked.settings['trl']
     vision = 'vlm' in words
-    rows = dict(sft=talks, dpo=pairs, kto=judged, orpo=pairs).get(script, talks)
+    rows = dict(sft=talks, dpo=pairs, kto=judged, orpo=pairs, grpo=asked).get(script, talks)
     made = rows(image=place.image) if vision else rows()
     s |= dict(model_name_or_path=str(place.vision) if vision else 'sage-tiny', max_steps=steps,
               dataset_name=place.split(f'{script}{"_vision"*vision}', made))
     if 'eos_token' in s: s['eos_token'] = '<|im_end|>'
+    if 'max_completion_length' in s: s['max_completion_length'] = min(s['max_completion_length'], LONGEST//2)
     if s.get('warmup_steps', 0)>1: s['warmup_steps'] = 1
     if 'lora_target_modules' in s: s['lora_target_modules'] = layers(s['lora_target_modules'], vision)
     if peft: s['use_peft'] = True

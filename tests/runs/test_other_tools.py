@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sage_finetune.config import LoRAConfig, PreferenceConfig, SageError
+from sage_finetune.config import LoRAConfig, PreferenceConfig, RewardConfig, SageError
 from sage_finetune.core.beforehand import tool_table
 from sage_finetune.data import DataReport, prepare_dataset
 from sage_finetune.base.loading import load_tokenizer
@@ -139,18 +139,21 @@ def scripts_of_trl():
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         from trl.experimental.orpo import ORPOConfig
-    own = dict(sft=trl.SFTConfig, dpo=trl.DPOConfig, kto=trl.KTOConfig, orpo=ORPOConfig)
-    return {n: fields_of(trl.ModelConfig, trl.ScriptArguments, DatasetMixtureConfig, kind) for n,kind in own.items()}
+    from trl.scripts.grpo import GRPOScriptArguments
+    own = dict(sft=trl.SFTConfig, dpo=trl.DPOConfig, kto=trl.KTOConfig, orpo=ORPOConfig, grpo=trl.GRPOConfig)
+    asked = dict(grpo=GRPOScriptArguments)
+    return {n: fields_of(trl.ModelConfig, asked.get(n, trl.ScriptArguments), DatasetMixtureConfig, kind)
+            for n,kind in own.items()}
 
 
-@pytest.mark.parametrize('script', ['sft', 'dpo', 'kto', 'orpo'])
+@pytest.mark.parametrize('script', ['sft', 'dpo', 'kto', 'orpo', 'grpo'])
 def test_every_field_of_trl_has_a_row(script):
     "Those that it inherits from transformers, too: a field of a new version is noticed here"
     missing = {*scripts_of_trl()[script]}-{*tool_table(f'trl-{script}').settings}
     assert not missing, f'give each a row in sage_finetune/tables/trl-{script}.json: {sorted(missing)}'
 
 
-@pytest.mark.parametrize('script', ['sft', 'dpo', 'kto', 'orpo'])
+@pytest.mark.parametrize('script', ['sft', 'dpo', 'kto', 'orpo', 'grpo'])
 def test_the_defaults_of_trl_are_those_of_the_installed_version(script):
     from transformers import TrainingArguments
     theirs,rows = scripts_of_trl()[script],tool_table(f'trl-{script}').settings
@@ -159,7 +162,7 @@ def test_the_defaults_of_trl_are_those_of_the_installed_version(script):
     assert {n: theirs[n] for n in ours}=={n: (v if n!='num_train_epochs' else 3.0) for n,v in ours.items()}
 
 
-@pytest.mark.parametrize('script', ['sft', 'dpo', 'kto', 'orpo'])
+@pytest.mark.parametrize('script', ['sft', 'dpo', 'kto', 'orpo', 'grpo'])
 def test_what_trl_takes_by_default_is_never_refused(script):
     theirs,rows = scripts_of_trl()[script],tool_table(f'trl-{script}').settings
     asks = {n: theirs[n] for n,row in rows.items() if 'off' in row and n in theirs and theirs[n] not in row['off']}
@@ -173,13 +176,15 @@ def test_a_field_that_is_new_is_noticed():
     assert {*fields_of(newer)}-{*tool_table('trl-sft').settings}=={'unheard_of'}
 
 
-tables = 'trl-sft', 'trl-dpo', 'trl-kto', 'trl-orpo', 'llamafactory', 'llamafactory-v1', 'axolotl', 'unsloth'
+tables = ('trl-sft', 'trl-dpo', 'trl-kto', 'trl-orpo', 'trl-grpo', 'llamafactory', 'llamafactory-v1', 'axolotl',
+          'unsloth')
 
 
 @pytest.mark.parametrize('name', tables)
 def test_a_row_says_one_thing_in_words(name):
     "One of: a place here, by a row or by hand; no effect and why; the values that ask for nothing, and why no other"
-    ours = {f.name for f in fields(PreferenceConfig)} | {f'lora.{f.name}' for f in fields(LoRAConfig)}
+    ours = {f.name for kind in (PreferenceConfig, RewardConfig) for f in fields(kind)}
+    ours |= {f'lora.{f.name}' for f in fields(LoRAConfig)}
     for setting,row in tool_table(name).settings.items():
         assert {*row}<={'to', 'values', 'hand', 'note', 'off', 'why', 'default', 'kind', 'names'}, setting
         assert sum(k in row for k in ('to', 'values', 'hand')) + ('off' in row or 'note' in row)*(
@@ -188,7 +193,7 @@ def test_a_row_says_one_thing_in_words(name):
         assert 'off' not in row or row.get('why') or row.get('note'), setting
 
 
-@pytest.mark.parametrize('name', ['trl-sft', 'trl-dpo', 'trl-kto', 'trl-orpo', 'llamafactory', 'axolotl', 'unsloth'])
+@pytest.mark.parametrize('name', [t for t in tables if t!='llamafactory-v1'])
 def test_what_is_taken_by_hand_is_looked_at(name):
     text = "".join(map(inspect.getsource, (other_tools, other_settings, other_data)))
     assert [n for n,row in tool_table(name).settings.items() if 'hand' in row and f"'{n}'" not in text]==[]

@@ -17,6 +17,7 @@ asked = [dict(prompt=[dict(role='user', content=f'{i}?')], completion=[dict(role
 talks = [dict(messages=r['prompt']+r['completion']) for r in asked]
 pairs = [dict(prompt=f'{i}?', chosen=f'It is {i}.', rejected='No idea.') for i in range(8)]
 judged = [dict(prompt=f'{i}?', completion=f'It is {i}.', label=i%2==0) for i in range(8)]
+questions = [dict(prompt=[dict(role='user', content=f'{i} plus 1?')], solution=f'{i+1}') for i in range(8)]
 
 
 def saved(file, rows):
@@ -29,9 +30,10 @@ def base_of(table, folder):
     out = str(folder/'run')
     if table.startswith('trl'):
         kind = table.removeprefix('trl-')
-        rows = dict(sft=talks, kto=judged).get(kind, pairs)
+        rows = dict(sft=talks, kto=judged, grpo=questions).get(kind, pairs)
+        more = dict(reward_funcs=['accuracy_reward']) if kind=='grpo' else {}
         return dict(model_name_or_path='sage-tiny', use_peft=True, output_dir=out, trl=kind,
-                    dataset_name=saved(folder/'rows.jsonl', rows))
+                    dataset_name=saved(folder/'rows.jsonl', rows)) | more
     rows = saved(folder/'rows.jsonl', talks)
     if table=='llamafactory': return dict(model_name_or_path='sage-tiny', stage='sft', output_dir=out, dataset=rows)
     if table=='llamafactory-v1':
@@ -64,12 +66,16 @@ values = {
     'lora.init_lora_weights': 'gaussian', 'load_in_8bit': True, 'load_in_4bit': True, 'packing': True, 'max_length': 99,
     'beta': .3, 'desirable_weight': 2, 'undesirable_weight': 3, 'early_stopping_patience': 2, 'loraplus_lr_ratio': 4,
     'gradient_checkpointing': False, 'sft_weight': .5, 'lr_scheduler_kwargs': dict(num_cycles=2), 'warmup_steps': 5,
-    'label_smoothing': .1}
+    'label_smoothing': .1, 'embedding_learning_rate': 1e-3, 'num_generations': 4, 'max_completion_length': 40,
+    'num_iterations': 2, 'temperature': .9, 'top_p': .8, 'epsilon': .1, 'epsilon_high': .3,
+    'importance_sampling_level': 'sequence', 'mask_truncated_completions': True}
 beside = {'lr_scheduler_kwargs': dict(lr_scheduler_type='cosine', lr_scheduler='cosine'),
-          'label_smoothing': dict(loss_type='robust'), 'adam_beta1': dict(optim='adamw_torch')}
+          'label_smoothing': dict(loss_type='robust'), 'adam_beta1': dict(optim='adamw_torch'),
+          'embedding_learning_rate': dict(lora_modules_to_save=['embed_tokens'])}
 elsewhere = {'model_name', 'output_dir'}
 not_for_pairs = {'packing', 'neftune_noise_alpha', 'torch_compile'}
-tables = 'trl-sft', 'trl-dpo', 'trl-kto', 'trl-orpo', 'llamafactory', 'llamafactory-v1', 'axolotl', 'unsloth'
+tables = ('trl-sft', 'trl-dpo', 'trl-kto', 'trl-orpo', 'trl-grpo', 'llamafactory', 'llamafactory-v1', 'axolotl',
+          'unsloth')
 placed = [pytest.param(t, name, row['to'],
                        id=f'{t}-{name}') for t in tables for name,row in tool_table(t).settings.items()
           if row.get('to') and row['to'] not in elsewhere]
@@ -85,8 +91,9 @@ def test_a_setting_with_a_place_arrives_there(table, name, ours, tmp_path):
         rows = saved(tmp_path/'pairs.jsonl', judged if more['rl']=='kto' else pairs)
         more['datasets'] = [dict(path=rows, type='user_defined.default' if more['rl']=='kto' else 'chatml.ultra')]
     if name=='load_in_8bit': more['load_in_4bit'] = False
+    if table=='trl-grpo' and ours=='per_device_train_batch_size': more['num_generations'] = values[ours] # whole groups
     if name=='lora_dropout' and 'disable_dropout' in known: more['disable_dropout'] = False
-    if ours in not_for_pairs and table in ('trl-dpo', 'trl-kto', 'trl-orpo'):
+    if ours in not_for_pairs and table in ('trl-dpo', 'trl-kto', 'trl-orpo', 'trl-grpo'):
         with pytest.raises(ValueError, match=ours): translated(file_of(tmp_path, base_of(table, tmp_path) | more))
         return
     if name=='r' and table=='unsloth': assert 'lora_r' in known
@@ -133,6 +140,30 @@ def held(c, names): return tuple(getattr(c.lora if n.startswith('lora.') else c,
     ('trl-dpo', dict(loss_type=['sigmoid', 'sft'], loss_weights=[1, .5]), dict(loss_type='sigmoid', sft_weight=.5)),
     ('trl-dpo', dict(loss_type='ipo'), dict(loss_type='ipo')), ('trl-kto', {}, dict(method='kto', desirable_weight=1)),
     ('trl-orpo', {}, dict(method='orpo')),
+    ('trl-grpo', {}, {'method': 'grpo', 'max_completion_length': 512, 'max_length': 2048, 'learning_rate': 1e-6,
+                      'num_generations': 8, 'beta': 0, 'lora.lora_dropout': .05, 'top_k': None,
+                      'rewards': [dict(reward='number', key='solution', name='accuracy_reward', weight=1.0)]}),
+    ('trl-grpo', dict(disable_dropout=True, top_k=5), {'lora.lora_dropout': 0, 'top_k': 5}),
+    ('trl-grpo', dict(scale_rewards=False, loss_type='dr_grpo'), dict(scale_rewards='none', loss_type='dr_grpo')),
+    ('trl-grpo', dict(scale_rewards=True, max_length=600), dict(scale_rewards='group', max_length=600)),
+    ('trl-grpo', dict(reward_funcs=['accuracy_reward', 'think_format_reward'], reward_weights=[1, '0.5']),
+     dict(rewards=[dict(reward='number', key='solution', name='accuracy_reward', weight=1.0),
+                   dict(reward='regex', pattern=r'\A<think>(?!.*<think>)(.*?)</think>', name='think_format_reward',
+                        weight=.5)])),
+    ('trl-grpo', dict(generation_batch_size=16, gradient_accumulation_steps=2, steps_per_generation=2),
+     dict(gradient_accumulation_steps=2)),
+    ('trl-sft', dict(lora_modules_to_save=['lm_head']), {'lora.modules_to_save': ['lm_head']}),
+    ('trl-sft', dict(lora_modules_to_save=[]), {'lora.modules_to_save': None}),
+    ('axolotl', dict(tokens=['<a>', '<b>'], lora_modules_to_save=['embed_tokens', 'lm_head']),
+     {'add_tokens': ['<a>', '<b>'], 'lora.modules_to_save': ['embed_tokens', 'lm_head']}),
+    ('axolotl', dict(lora_modules_to_save=['embed_tokens'], embedding_lr_scale=.5, learning_rate=1e-4),
+     dict(embedding_learning_rate=5e-5)),
+    ('llamafactory', dict(additional_target='embed_tokens,lm_head'), {'lora.modules_to_save': ['embed_tokens',
+                                                                                               'lm_head']}),
+    ('llamafactory', dict(add_tokens='<a>,<b>', resize_vocab=True),
+     {'add_tokens': ['<a>', '<b>'], 'lora.modules_to_save': ['embed_tokens', 'lm_head']}),
+    ('llamafactory', dict(add_special_tokens=['<a>'], additional_target='lm_head'),
+     {'add_tokens': ['<a>'], 'lora.modules_to_save': ['lm_head']}),
     ('llamafactory', dict(quantization_bit=4), dict(load_in_4bit=True, load_in_8bit=False)),
     ('llamafactory', dict(quantization_bit=8), dict(load_in_4bit=False, load_in_8bit=True)),
     ('llamafactory', {}, {'load_in_4bit': False, 'load_in_8bit': False, 'lora.lora_alpha': 16,
@@ -210,12 +241,26 @@ def test_it_arrives_in_the_optimizer_the_adapter_and_the_batch(table, more, tmp_
     ('trl-sft', dict(eos_token='</s>'), "eos_token='</s>'"), ('trl-sft', dict(optim_args='a=1'), 'optim_args'),
     ('trl-sft', dict(deepspeed='ds_z2.json'), '--nproc N --config zero2'),
     ('trl-sft', dict(fsdp='full_shard'), 'fsdp2'),
-    ('trl-sft', dict(trl='grpo'), "trl='grpo'"), ('trl-sft', dict(lerning_rate=1), 'is it `learning_rate`?'),
+    ('trl-sft', dict(trl='rloo'), "trl='rloo'"), ('trl-sft', dict(lerning_rate=1), 'is it `learning_rate`?'),
     ('trl-sft', dict(eval_steps=.2, eval_strategy='steps'), 'eval_steps=0.2 (a share'),
     ('trl-sft', dict(logging_steps=.2), 'logging_steps'), ('trl-sft', dict(hub_token='hf_x'), 'hub_token (no token'),
     ('trl-dpo', dict(loss_type=['apo_zero']), 'apo_zero'),
     ('trl-dpo', dict(sync_ref_model=True), 'sync_ref_model=True'),
     ('trl-kto', dict(loss_type='apo_zero_unpaired'), 'apo_zero_unpaired'),
+    ('trl-grpo', dict(use_vllm=True), 'use_vllm=True (answers are sampled by transformers'),
+    ('trl-grpo', dict(reward_funcs=None), 'reward_funcs is missing'),
+    ('trl-grpo', dict(reward_funcs=['reasoning_accuracy_reward']), "reward_funcs='reasoning_accuracy_reward'"),
+    ('trl-grpo', dict(reward_funcs=['my.own']), 'takes question, answer and row'),
+    ('trl-grpo', dict(reward_weights=[1, 2]), 'reward_weights=[1, 2] (a number for each'),
+    ('trl-grpo', dict(reward_model_name_or_path='m'), 'no model is asked'),
+    ('trl-grpo', dict(generation_batch_size=16), 'generation_batch_size=16 (answers are sampled for one'),
+    ('trl-grpo', dict(steps_per_generation=3), 'steps_per_generation=3'),
+    ('trl-grpo', dict(loss_type='sapo'), "loss_type='sapo'"), ('trl-grpo', dict(delta=2.0), 'delta=2.0'),
+    ('trl-grpo', dict(lora_modules_to_save=['lm_head']), "lora_modules_to_save=['lm_head'] (judged answers"),
+    ('trl-grpo', dict(per_device_train_batch_size=2), 'multiple of `num_generations=8`'),
+    ('llamafactory', dict(resize_vocab=True), 'resize_vocab=True (with no token'),
+    ('llamafactory', dict(stage='dpo', add_tokens='<a>'), "add_tokens='<a>' (judged answers"),
+    ('llamafactory', dict(additional_target=[1]), 'additional_target=[1] (a list of texts)'),
     ('llamafactory', dict(freeze_vision_tower=False), 'freeze_vision_tower=False'),
     ('llamafactory', dict(export_quantization_bit=4), 'export_quantization_bit=4'),
     ('llamafactory-v1', dict(peft_config=dict(name='freeze')), "peft_config.name='freeze'"),
@@ -237,7 +282,8 @@ def test_a_launch_that_divides_the_model_takes_the_file_that_asks_for_it(tmp_pat
     assert translated(file).went['deepspeed']=='DeepSpeed divides the model, as launched'
 
 
-@pytest.mark.parametrize('table', ['trl-sft', 'trl-dpo', 'llamafactory', 'llamafactory-v1', 'axolotl', 'unsloth'])
+@pytest.mark.parametrize('table', ['trl-sft', 'trl-dpo', 'trl-grpo', 'llamafactory', 'llamafactory-v1', 'axolotl',
+                                   'unsloth'])
 def test_a_value_of_another_kind_never_reaches_errors_of_python(table, tmp_path):
     base = base_of(table, tmp_path)
     if table.startswith('trl'): base['lora_target_modules'] = 'all-linear'

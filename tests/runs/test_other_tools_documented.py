@@ -23,6 +23,7 @@ talks = [dict(messages=[dict(role='user', content=r['instruction']), dict(role='
 pairs = [dict(prompt=[dict(role='user', content=f'{i}?')], chosen=[dict(role='assistant', content=f'It is {i}.')],
               rejected=[dict(role='assistant', content='No.')]) for i in range(8)]
 judged = [dict(prompt=p['prompt'], completion=p['chosen'], label=i%2==0) for i,p in enumerate(pairs)]
+asked = [dict(prompt=[dict(role='user', content=f'{i} plus 1?')], solution=f'{i+1}') for i in range(8)]
 ranked = [dict(conversations=[{'from': 'human', 'value': f'{i}?'}], chosen={'from': 'gpt', 'value': f'It is {i}.'},
                rejected={'from': 'gpt', 'value': 'No.'}) for i in range(8)]
 tagged = [dict(messages=[dict(role='user', content=f'{i}?'), dict(role='assistant', content=f'It is {i}.')],
@@ -47,7 +48,7 @@ def place(tmp_path, monkeypatch):
     (tmp_path/'data').mkdir()
     for name,rows in dict(identity=alpaca, ranked=ranked, tagged=tagged).items():
         (tmp_path/'data'/f'{name}.json').write_text(json.dumps(rows))
-    for name,rows in dict(talks=talks, pairs=pairs, judged=judged).items():
+    for name,rows in dict(talks=talks, pairs=pairs, judged=judged, asked=asked).items():
         (tmp_path/f'{name}.jsonl').write_text(''.join(json.dumps(r)+'\n' for r in rows))
     (tmp_path/'split').mkdir()
     for name in ('train', 'test'): (tmp_path/'split'/f'{name}.jsonl').write_text((tmp_path/'talks.jsonl').read_text())
@@ -95,8 +96,12 @@ commands = {
     'orpo of the docs of the script': f'python examples/scripts/orpo.py {model} --dataset_name pairs.jsonl '
     '--per_device_train_batch_size 4 --learning_rate 8e-5 --gradient_accumulation_steps 1 --logging_steps 10 '
     '--lr_scheduler_type cosine --optim rmsprop --warmup_steps 1 --bf16 --logging_first_step '
-    '--no_remove_unused_columns --lora_r=16 --lora_alpha=16'}
-quick = 'sft', 'dpo of the docs of the script'
+    '--no_remove_unused_columns --lora_r=16 --lora_alpha=16',
+    'grpo': f'trl grpo {model} --dataset_name asked.jsonl --reward_funcs accuracy_reward think_format_reward '
+    '--reward_weights 1.0 0.5 --max_completion_length 8 --loss_type dr_grpo --scale_rewards false --log_completions',
+    'grpo of the docs of the script': f'python trl/scripts/grpo.py {model} --dataset_name asked.jsonl --reward_funcs '
+    'think_format_reward --learning_rate 1.0e-5 --lora_r 32 --lora_alpha 16 --max_completion_length 8 --beta 0.001'}
+quick = 'sft', 'dpo of the docs of the script', 'grpo'
 
 
 @pytest.mark.parametrize('name', [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in commands])
@@ -120,7 +125,7 @@ def test_a_command_with_a_file_below_it(place):
 
 
 @pytest.mark.parametrize('words,says', [
-    ('trl grpo --model_name_or_path m', "trl='grpo'"), ('trl sft --config gone.yaml', 'no such file of settings'),
+    ('trl rloo --model_name_or_path m', "trl='rloo'"), ('trl sft --config gone.yaml', 'no such file of settings'),
     ('trl sft --accelerate_config fsdp1', 'take fsdp2'), ('trl sft --accelerate_config zero1', 'take zero2'),
     ('llamafactory-cli eval x', 'llamafactory-cli eval'), ('torchtune run x', 'no command of trl')])
 def test_a_command_that_is_not_here_is_refused(words, says, place):

@@ -45,8 +45,8 @@ def all_weights(tmp_path):
 
 def rewards(tmp_path):
     for stage in ('ppo', 'rm'): assert f"stage='{stage}'" in refused(tmp_path, stage=stage)
-    (tmp_path/'t.yaml').write_text('trl: grpo\nmodel_name_or_path: sage-tiny\nuse_peft: true\noutput_dir: x\n')
-    with pytest.raises(SageError, match="trl='grpo'"): translated(tmp_path/'t.yaml')
+    (tmp_path/'t.yaml').write_text('trl: rloo\nmodel_name_or_path: sage-tiny\nuse_peft: true\noutput_dir: x\n')
+    with pytest.raises(SageError, match="trl='rloo'"): translated(tmp_path/'t.yaml')
 
 
 def vision(tmp_path): assert 'freeze_vision_tower=False' in refused(tmp_path, freeze_vision_tower=False)
@@ -55,7 +55,7 @@ def vision(tmp_path): assert 'freeze_vision_tower=False' in refused(tmp_path, fr
 def other_adapters(tmp_path):
     assert "finetuning_type='oft'" in refused(tmp_path, finetuning_type='oft')
     for name in ('use_galore', 'use_apollo', 'use_badam'): assert f'{name}=True' in refused(tmp_path, **{name: True})
-    assert tool_table('trl-sft').status('lora_modules_to_save')=='refused'
+    assert tool_table('trl-sft').status('lora_modules_to_save')=='mapped'
 
 
 def divided(tmp_path):

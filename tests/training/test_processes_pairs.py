@@ -1,0 +1,78 @@
+"Preference tuning on several processes: two that take a micro-batch each are one that takes two, for every method"
+import json
+import os
+
+import pytest
+
+from quick import two_layers
+from sage_finetune.config import LoRAConfig, PreferenceConfig
+from sage_finetune.core.run_folder import RunFolder
+from sage_finetune.preference import PreferenceTrainer
+from sage_finetune.rows.sources import save_rows
+from sage_finetune.training.callbacks import read_metrics
+from test_processes import adapter, apart, together
+
+pytestmark = [pytest.mark.skipif(os.name!='posix', reason='needs processes as POSIX has them'), pytest.mark.slow]
+
+figures = 'loss', 'eval_loss', 'rewards/margins', 'eval_rewards/margins', 'logps/chosen', 'eval_rewards/accuracies'
+
+
+def config(folder, data, **more):
+    settings = dict(model_name=str(two_layers), data_path=data, output_dir=folder, test_size=.2, num_train_epochs=2,
+                    save_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=1, learning_rate=2e-3,
+                    logging_steps=1, eval_steps=2, report_to='none', lora=LoRAConfig(r=4, lora_dropout=0.0))
+    return PreferenceConfig(**(settings | more))
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    "Pairs of many lengths: neither micro-batches nor steps of two processes come out even"
+    words = 'one two three four five six seven eight'.split()
+    rows = [dict(prompt=f'Count to {i} of {7*i}.', chosen=' '.join(words[:1+i%8])+'.', rejected='I cannot '*(1+i%5))
+            for i in range(24)]
+    return save_rows(tmp_path_factory.mktemp('data')/'pairs.jsonl', rows)
+
+
+def train(folder, data, **more): PreferenceTrainer(config(folder, data, **more), quiet=True).train()
+
+
+def logged(folder):
+    return [(m['step'], k, m[k]) for m in read_metrics(RunFolder(folder).metrics) for k in figures if k in m]
+
+
+@pytest.mark.parametrize('method,more', [
+    ('dpo', {}), ('dpo', dict(loss_type='ipo', sft_weight=.3)), ('orpo', {}), ('kto', {}),
+    ('dpo', dict(gradient_accumulation_steps=2))], ids=['dpo', 'ipo and sft', 'orpo', 'kto', 'dpo, accumulated'])
+def test_two_processes_are_one(method, more, data, tmp_path):
+    one,two = tmp_path/'one',tmp_path/'two'
+    accum = more.get('gradient_accumulation_steps', 1)
+    statuses,said = together(tmp_path/'said', train, two, data, method=method, **more)
+    assert statuses==[0, 0], said
+    train(one, data, method=method, **(more | dict(gradient_accumulation_steps=2*accum)))
+    a,b = logged(one),logged(two)
+    assert [l[:2] for l in a]==[l[:2] for l in b] and {k for _,k,_ in a}>={'loss', 'eval_loss', 'rewards/margins'}
+    assert max(abs(x[2]-y[2]) for x,y in zip(a, b))<=2e-5
+    assert apart(one, two)<=2e-6 and max(v.abs().max() for k,v in adapter(two).items() if 'lora_B' in k)>1e-3
+    rows = [json.loads((f/'data_report.json').read_text())['used'] for f in (one, two)]
+    assert rows[0]==rows[1]==24
+
+
+def test_a_step_with_a_process_that_has_no_row_left(data, tmp_path):
+    "Three micro-batches a step for two processes of two: the fourth is spare"
+    short = save_rows(tmp_path/'short.jsonl', [json.loads(l) for l in open(data)][:6])
+    for method in ('dpo', 'orpo', 'kto'):
+        one,two = tmp_path/f'{method}_one',tmp_path/f'{method}_two'
+        more = dict(method=method, test_size=0, num_train_epochs=1, eval_steps=None)
+        if method=='kto': more['per_device_train_batch_size'] = 4 # 12 answers
+        statuses,said = together(tmp_path/f'{method}_said', train, two, short, gradient_accumulation_steps=2, **more)
+        assert statuses==[0, 0], said
+        train(one, short, gradient_accumulation_steps=4, **more)
+        assert apart(one, two)<=2e-6, method
+        norms = [[m['grad_norm'] for m in read_metrics(RunFolder(f).metrics) if 'grad_norm' in m] for f in (one, two)]
+        assert norms[0]==pytest.approx(norms[1], rel=1e-4) # Adam would forgive a gradient that is longer
+
+
+def test_a_divided_model_is_refused(data, tmp_path):
+    env = dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2')
+    statuses,said = together(tmp_path/'said', train, tmp_path/'run', data, env=env)
+    assert statuses==[1, 1] and 'take `--config ddp`' in said[0]+said[1]
