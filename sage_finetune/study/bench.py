@@ -8,7 +8,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/study/bench.html.md"""
 __all__ = ['loaded_by_name', 'ask', 'answers_table', 'save_answers', 'ask_both', 'harness_task', 'HarnessResult', 'ask_harness']
 
 # %% ../../nbs/study/01_bench.ipynb #7d2d9f46
-import json,tempfile
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
