@@ -37,7 +37,7 @@ def number_text(
     "A number to three significant digits, without an exponent where it can be without"
     if isinstance(value, int) or not math.isfinite(value) or value==0: return f'{value:,}'.removesuffix('.0')
     digits,_,power = f'{value:.2e}'.partition('e')
-    if not -6<=int(power)<15: return f'{digits.rstrip("0").rstrip(".")}e{int(power)}'
+    if not -5<=int(power)<15: return f'{digits.rstrip("0").rstrip(".")}e{int(power)}'
     text = f'{float(f"{value:.2e}") if int(power)<3 else value:,.{max(0, 2-int(power))}f}'
     return text.rstrip('0').rstrip('.') if '.' in text else text
 

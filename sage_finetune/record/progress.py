@@ -43,7 +43,7 @@ def progress_line(
     while len('  '.join(parts))>width and len(parts)>1: parts.pop(-2 if len(parts)>2 else -1)
     return '  '.join(parts)[:width]
 
-# %% ../../nbs/record/04_progress.ipynb #04d6901b
+# %% ../../nbs/record/04_progress.ipynb #44d21983
 @dataclass
 class Progressing:
     "What is known of a run while it trains, and how it is shown"
@@ -67,6 +67,14 @@ class Progressing:
         if self.lines and self.lines[-1]['step']==step: self.lines[-1] |= known
         else: self.lines.append(dict(known, step=step))
         if len(self.lines)>4000: self.lines = self.lines[::2] # every second
+    def begin(self,
+        history:list, # What was logged up to here, in earlier processes too
+    ):
+        "Take up what is known, each step once"
+        known = {}
+        for m in (m for m in (*self.lines, *history) if m['step']<=self.step):
+            known.setdefault(m['step'], {}).update({k: v for k,v in m.items() if isinstance(v, (int, float))})
+        self.lines = [known[s] for s in sorted(known)]
     def last(self, key): return next((m[key] for m in reversed(self.lines) if m.get(key) is not None), None)
     def line(self, width=None): # One line
         "It as a line"
@@ -104,18 +112,19 @@ def loss_lines(
     key = 'reward' if any('reward' in m for m in lines) else 'loss'
     return [Line('training', series(lines, key)), Line('held out', series(lines, f'eval_{key}'), dots=True)]
 
-# %% ../../nbs/record/04_progress.ipynb #4ad77652
+# %% ../../nbs/record/04_progress.ipynb #a863624c
 def _page(p):
     "Bar, figures, table and curve as one piece of HTML"
     share = p.step/p.steps if p.steps else 0
     bar = (f'<div style="height:6px;max-width:600px;border-radius:3px;background:rgba(128,128,128,.25);'
            f'margin:.35em 0"><div '
            f'style="height:6px;border-radius:3px;width:{share:.1%};background:#4c8bd6"></div></div>')
-    words = '  '.join(p.line().split('  ')[1:]) if p.lines else p.line().split('  ')[-1]
+    words = p.line().split('  ')[1:] if p.lines else p.line().split('  ')[-1:]
+    said = ' · '.join(['']+[w for w in words if p.phase!='Trained' or not w.endswith(' left')])
     epoch = p.last('epoch')
     head = (f'<div style="line-height:1.4"><b>{html.escape(p.phase)}</b> step {p.step:,} of {p.steps:,}'
-            +(f', epoch {epoch:.2f}' if epoch else '')+f' · {duration_text(p.seconds)} so far · '
-            f'{html.escape(words)}{bar}</div>')
+            +(f', epoch {epoch:.2f}' if epoch else '')
+            +f' · {duration_text(p.seconds)} so far{html.escape(said)}{bar}</div>')
     if not p.lines: return head
     drawn = ''.join(f'<div style="flex:2 1 380px;max-width:600px">{Drawing(l, "loss")._repr_html_()}</div>'
                     for l in [loss_lines(p.lines)] if any(len(x.points)>1 for x in l))
@@ -139,7 +148,7 @@ def _plan(run):
     yield 'machine',str(run.machine)
     yield 'folder',f'{c.output_dir} ({run.folder.state})'
 
-# %% ../../nbs/record/04_progress.ipynb #39e56488
+# %% ../../nbs/record/04_progress.ipynb #4f368c24
 def run_overview(
     run, # A trainer
 )->Panel: # Shows itself
@@ -154,7 +163,7 @@ def run_overview(
         return Panel(f'{kind}: {ready}; `train()` begins', parts)
     lines = read_metrics(folder.metrics)
     drawn = [Drawing(loss_lines(lines), 'loss')] if any(len(l.points)>1 for l in loss_lines(lines)) else []
-    return Panel(f'{kind}: {folder.state}', [*parts, *drawn, *ended(folder).parts])
+    return Panel(f'{kind}: {folder.state}', [*parts, *drawn, *ended(folder, in_notebook()).parts])
 
 class ShownTrainer(Shown):
     "A trainer that shows what it will do, and what it did"

@@ -391,14 +391,15 @@ class Progress(TrainerCallback):
     def __init__(self, lines=10): self.lines,self.shown,self.show,self.now = lines,0,None,None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.now = Progressing(steps=state.max_steps, step=state.global_step, first=state.global_step)
-        for m in state.log_history: self.now.log(m['step'], m) # of a run that resumes
+        before,at = self.now.lines if self.now else [],state.global_step # measured before training, or logged earlier
+        self.now = Progressing(steps=state.max_steps, step=at, first=at, lines=before)
+        self.now.begin(state.log_history)
         if state.is_world_process_zero: self.show = self.show or _shower()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not self.now: return # measured before training
+        begun,self.now = bool(self.show),self.now or Progressing()
         self.now.log(state.global_step, dict(logs or {}, epoch=state.epoch))
-        if in_notebook(): self._show(state, due=False)
+        if begun and in_notebook(): self._show(state, due=False)
 
     def on_step_end(self, args, state, control, **kwargs):
         part = state.global_step*self.lines//state.max_steps

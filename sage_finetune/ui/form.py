@@ -407,9 +407,9 @@ def _make_widgets(view):
     import ipywidgets as w
     view.presets = {n: _button(n, getattr(PresetConfigs, n).__doc__ or '') for n in _presets}
     view.inputs = {f.name: _input(f) for f in _form_fields}
-    view.wrong = {n: w.HTML(layout=w.Layout(margin='0 0 0 9.3em')) for n in (*view.inputs, '')}
+    view.wrong = {n: w.HTML(layout=w.Layout(margin='0 0 0 9.6em')) for n in (*view.inputs, '')}
     view.memory,view.code,view.looked = w.HTML(),w.HTML(),w.HTML()
-    view.words = w.ToggleButtons(options=[*_words], style=dict(button_width='6em'))
+    view.words = w.ToggleButtons(options=[*_words], style=dict(button_width='7em'))
     view.pick,view.look = _data_widgets(view)
     view.remedies = [_button('Do it', flex='0 0 auto') for _ in range(6)]
     view.helps = [w.HTML() for _ in view.remedies]
@@ -462,8 +462,9 @@ def _show_errors(view):
 def _name_line(name):
     "The name of a setting below its field, with what it does and costs for the mouse"
     if not name: return ''
-    return (f'<code style="font-size:11px;opacity:.75" title="{html.escape(_by_name[name].about)}">'
-            f'{html.escape(name)}</code>')
+    names = dict(precision='fp16, bf16', weights='load_in_8bit, load_in_4bit').get(name, name)
+    return (f'<div style="line-height:1.3;font-size:11px;opacity:.75" title="{html.escape(_by_name[name].about)}">'
+            f'<code>{html.escape(names)}</code></div>')
 
 # %% ../../nbs/ui/03_form.ipynb #a0f00013
 def _show_code(view):

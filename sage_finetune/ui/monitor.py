@@ -283,13 +283,14 @@ def clean_command(
     if not paths: return [_none_of(root, every) if (every := listed_runs(root)) else f'No runs in {root}.']
     for p in paths: check_removable(p) # all of them, before the first is moved
     runs = f'{len(paths)} run{"s" if len(paths)>1 else ""}'
-    print('\n'.join(f'  {p}' for p in paths))
+    told = '\n'.join(f'  {p}' for p in paths)
+    if not force: print(told)
     question = f'Remove {runs} for good?' if for_good else f'Move {runs} into the trash?'
     if not force and not confirm(question, default=False):
         return ['Nothing was removed.']
     done = [f'{size_text(sum(map(remove_run, paths)))} freed.'] if for_good else _moved(paths)
     left = [str(p) for p in paths if p.exists()]
-    return done+([f'What else was in {", ".join(left)} is left alone.'] if left else [])
+    return [told]*force+done+([f'What else was in {", ".join(left)} is left alone.'] if left else [])
 
 # %% ../../nbs/ui/07_monitor.ipynb #a0c0000b
 def _moved(paths):

@@ -344,7 +344,7 @@ def _how_widgets(talk):
     import ipywidgets as w
     system = w.Text(value=talk.system, placeholder='System message', layout=w.Layout(flex='1 1 20em', width='auto'))
     heat = w.FloatSlider(value=talk.temperature, min=0, max=2, step=.1, description='temperature', readout_format='.1f',
-                         layout=w.Layout(width='20em'))
+                         layout=w.Layout(width='20em'), style=dict(description_width='initial'))
     turns = w.Checkbox(value=talk.remember, description='remember', indent=False, layout=w.Layout(width='8em'))
     for widget,name in ((system, 'system'), (heat, 'temperature'), (turns, 'remember')):
         widget.observe(lambda change,name=name: setattr(talk, name, change['new']), 'value')
