@@ -67,7 +67,7 @@ bench: $(READY) ## Measure: data and training against TRL, a million rows, the h
 	$(BIN)/python benchmarks/dashboard.py
 
 lab: $(READY) ## Open the notebooks in JupyterLab, at the first page
-	cd nbs && ../$(BIN)/python -m jupyterlab index.ipynb
+	$(BIN)/python -m jupyterlab --notebook-dir=nbs --LabApp.default_url=/lab/tree/index.ipynb
 
 readme: $(READY) ## Write README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py

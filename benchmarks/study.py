@@ -1,7 +1,8 @@
 """A sweep of six runs against six single runs, and an exam that chooses against a loss that chooses
 
     python benchmarks/study.py sweep smollm2-135m    wall time and memory of both, and whether the bits are the same
-        (--folder DIR keeps what was measured, so that the same command goes on where it was stopped)
+        (--folder DIR keeps what was measured, so that the same command goes on where it was stopped; --steps N)
+    python benchmarks/study.py together smollm2-135m what one pass for six runs could bring over one pass for each
     python benchmarks/study.py choose                sage-tiny: the adapter by the exam against the one by the loss
 """
 import argparse
@@ -32,18 +33,19 @@ def facts(
 
 def timed(
     command, # Words
-): # Seconds, peak bytes of the process
+): # Seconds, seconds of processors, peak bytes of the process
     "Run a process and measure it"
     began = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _,status,used = os.wait4(process.pid, 0)
     if status: raise SystemExit(f'{command} ended with {status}')
-    return time.monotonic()-began,used.ru_maxrss*1024
+    return time.monotonic()-began,used.ru_utime+used.ru_stime,used.ru_maxrss*1024
 
 
 def compare_sweep(
     model, # Name of the base
     folder, # A new one
+    steps, # Of each run
 ): # One dict of figures
     "Six runs one by one, each a process of its own, and the same six as one sweep"
     from sage_finetune.config import TrainingConfig
@@ -53,7 +55,7 @@ def compare_sweep(
     room = facts(PEOPLE[:10])
     rows = save_rows(folder/'rooms.json', [dict(question=w.format(p), answer=f'{p} works in the {room[p]}.')
                                            for p in room for w in LEARNED])
-    config = TrainingConfig(model_name=model, data_path=rows, output_dir=folder/'sweep', max_steps=4, test_size=.1,
+    config = TrainingConfig(model_name=model, data_path=rows, output_dir=folder/'sweep', max_steps=steps, test_size=.1,
                             per_device_train_batch_size=4, gradient_accumulation_steps=1, max_length=64,
                             report_to='none', lora=dict(target_modules='all-linear'))
     single = [point_config(config.replace(output_dir=folder/'single'), p) for p in grid_points(GRID)]
@@ -65,11 +67,45 @@ def compare_sweep(
         kept.write_text(json.dumps(figures))
     asked = [f'--grid={k}={",".join(map(str, v))}' for k,v in GRID.items()]
     file = str(config.save(folder/'sweep.json'))
-    seconds,memory = timed([*python, 'sweep', file, '--output', str(folder/'sweep'), *asked])
+    seconds,busy,memory = timed([*python, 'sweep', file, '--output', str(folder/'sweep'), *asked])
     far = max(adapter_difference(Run(c.output_dir), Run(folder/'sweep'/c.output_dir.name)) for c in single)
-    return dict(model=model, runs=len(single), single_seconds=round(sum(s for s,_ in figures), 1),
-                single_memory=max(m for _,m in figures), sweep_seconds=round(seconds, 1), sweep_memory=memory,
-                faster=round(sum(s for s,_ in figures)/seconds, 2), largest_difference=far)
+    alone = [round(sum(x), 1) for x in list(zip(*figures))[:2]]
+    return dict(model=model, runs=len(single), steps=steps, single_seconds=alone[0], single_processor_seconds=alone[1],
+                single_memory=max(m for *_,m in figures), sweep_seconds=round(seconds, 1),
+                sweep_processor_seconds=round(busy, 1), sweep_memory=memory, faster=round(alone[0]/seconds, 2),
+                less_processor_time=round(alone[1]/busy, 2), largest_difference=far)
+
+
+def compare_pass(
+    name, # Of the base
+    runs=6, # Side by side
+    rows=4, # In the batch of each
+    times=3, # Each is measured; the fastest counts
+): # Tokens of a row → seconds of a run's pass, forward and backward: alone, side by side; their ratio; the same bits?
+    "What one pass for several runs could bring: the rows of all through the base at once, the adapters' share left out"
+    import torch
+    from sage_finetune.base.loading import load_model
+    from sage_finetune.config import LoRAConfig
+    from sage_finetune.model.adapter import add_lora
+    from sage_finetune.model.loss import loss_sum
+    model = add_lora(load_model(name), LoRAConfig(r=8, lora_dropout=0.0, target_modules='all-linear')).train()
+    def seconds(n, tokens):
+        ids = torch.randint(5, 4000, (n*rows, tokens))
+        found = []
+        for _ in range(times):
+            began = time.process_time()
+            loss_sum(model, input_ids=ids, labels=ids)[0].backward()
+            found.append((time.process_time()-began)/torch.get_num_threads())
+        return min(found)/n
+    def same_bits(tokens):
+        ids = torch.randint(5, 4000, (runs*rows, tokens))
+        with torch.no_grad(): whole,part = (model(input_ids=i, use_cache=False).logits for i in (ids, ids[:rows]))
+        return torch.equal(whole[:rows], part)
+    found = {}
+    for tokens in (16, 64):
+        alone,together = seconds(1, tokens),seconds(runs, tokens)
+        found[tokens] = round(alone, 3),round(together, 3),round(alone/together, 2),same_bits(tokens)
+    return dict(model=name, runs=runs, rows=rows, threads=torch.get_num_threads(), seconds_of_a_run=found)
 
 
 def compare_choice(
@@ -107,14 +143,17 @@ def compare_choice(
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument('what', choices=('sweep', 'choose'))
+    parser.add_argument('what', choices=('sweep', 'together', 'choose'))
     parser.add_argument('model', nargs='?', default='sage-tiny')
     parser.add_argument('--folder', help='Where runs and figures are kept')
+    parser.add_argument('--steps', type=int, default=4, help='Of each run')
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(asked.folder or place)
         folder.mkdir(parents=True, exist_ok=True)
-        print(json.dumps(compare_sweep(asked.model, folder) if asked.what=='sweep' else compare_choice(folder)))
+        measure = dict(sweep=lambda: compare_sweep(asked.model, folder, asked.steps),
+                       together=lambda: compare_pass(asked.model), choose=lambda: compare_choice(folder))
+        print(json.dumps(measure[asked.what]()))
 
 
 if __name__=='__main__': main()

@@ -67,7 +67,7 @@ def _is_packaged(run, step): # a step of a user's subclass may need what came be
 # %% ../nbs/02_trainer.ipynb #2f01f0d0
 class RunState(ShownTrainer):
     "The state of a run: its config as asked and as fitted, what its steps have made, and who sees its messages"
-    is_preference,config_kind = False,TrainingConfig # Whether it learns from preferences; what it is told to do
+    is_preference,config_kind,_announced = False,TrainingConfig,False # Whether it learns from preferences; its config
 
     def __init__(self,
         config:TrainingConfig, # As asked; it is fitted to the machine when it is used
@@ -80,7 +80,7 @@ class RunState(ShownTrainer):
         self.trainer = self.data_report = self.probe = self._before = self._base = None # `probe`: of the longest batch
         self.choices,self.while_running,self.evaluation_rows = [],[],None # Changes that nobody gave by hand, or memory
         self.stop_signal,self.unfinished,self.watcher = StopSignal(),None,None # `watcher`: `heard(what)`, `callbacks()`
-        self._fitted_rows,self._digest,self._announced,self.load_model = (None, None),RowsDigest(),False,load_model
+        self._fitted_rows,self._digest,self.load_model,self.base_digest = (None,),RowsDigest(),load_model,base_digest
 
     @property
     def changes(self)->list: # Of `Change`
@@ -267,7 +267,7 @@ def _run_missing_steps(run, fresh=False):
         if run.dataset is None: run.dataset = made
     if not isinstance(run.model, PeftModel): run.apply_lora()
     if run.trainer is not None: return
-    run._base = one_after_another(lambda: base_digest(run.config.model_name)) # whole files, read once
+    run._base = one_after_another(lambda: run.base_digest(run.config.model_name)) # whole files, read once
     if not fresh: _remember(run)
     run.setup_trainer()
 
@@ -295,7 +295,7 @@ def _record(run):
     "Content of `training_config.json`"
     c,parent = run.config,parent_adapter(run.config)
     return run_record(c, run.changes, run.machine, run._digest(run.dataset, run.eval_dataset), run.evaluation_rows,
-                      parent and parent.digest, run._base or base_digest(c.model_name), exam_digest(c))
+                      parent and parent.digest, run._base or run.base_digest(c.model_name), exam_digest(c))
 
 def _resume_point(run, fresh):
     "The checkpoint to resume from, or None; from here on the folder holds this run"

@@ -126,6 +126,8 @@ def test_a_conversation(run, terminal, tmp_path):
     assert t.ask('/reset')=='forgotten\n' and t.ask('/system -')=='system message: none\n'
     assert t.ask(question).strip()==tuned
     assert '/compare' in t.ask('/help')
+    why = t.ask('/why')
+    assert 'These rows pushed it most' in why and 'from checkpoints 30' in why, why
     t.type('/exit\n')
     assert t.status()==0, t.text
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import Annotated, Optional
 
-from typer import Argument, echo, Option
+from typer import echo, Option
 
 from ..core.disk import SageError
 from ..core.display import figure_file, on_any_background, Panel, save_figure, Shown, shown_figure, Table

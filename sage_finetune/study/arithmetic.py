@@ -21,7 +21,7 @@ from ..model.contract import save_witness, witness_file
 from ..inference.generate import load_adapter
 from ..inference.merge_weights import merge_plan, put_adapters
 from ..runs.run import Run
-from .inside import ExamTable, exam_score, general_loss
+from .inside import ExamTable, questions_of
 
 # %% ../../nbs/study/07_arithmetic.ipynb #ab1e52f0
 def adapter_folder(
@@ -83,7 +83,7 @@ def _ways(n):
 # %% ../../nbs/study/07_arithmetic.ipynb #0c746cc5
 def mixtures(
     adapters:dict, # Name → `Run`, name of a run, path of its folder, or folder of an adapter
-    exam, # Rows that end with an answer, or a function of model and tokenizer
+    exam, # A file of questions, rows, or a function of model and tokenizer
     ways:dict|None=None, # Name → one factor for each adapter; None takes each alone, added and averaged
     general:bool=False, # Whether general questions are asked too
 )->ExamTable: # Shows itself
@@ -92,30 +92,32 @@ def mixtures(
     ways = {m: [float(m==x) for x in names] for m in names} | _ways(n) if ways is None else ways
     if bad := [w for w,f in ways.items() if len(f)!=n]:
         raise ValueError(f'`ways`: {bad[0]!r} needs one factor for each of {n} adapters, got {len(ways[bad[0]])}')
+    exam = questions_of(exam)
     model,tokenizer = load_together(adapters)
-    of,lines = dict(zip(['default', *names[1:]], range(n))),[]
+    of,table = dict(zip(['default', *names[1:]], range(n))),ExamTable(f'{n} adapters on one base')
     for way,factors in {**ways, 'base': [0]*n}.items():
         with scaled(model, lambda adapter,layer,module: factors[of[adapter]]):
-            lines.append((way, exam_score(model, tokenizer, exam), general_loss(model, tokenizer) if general else None))
-    return ExamTable(f'{n} adapters on one base', lines)
+            table.ask(way, model, tokenizer, exam, general)
+    return table
 
 # %% ../../nbs/study/07_arithmetic.ipynb #b3589bda
 def layer_scores(
     run, # `Run`, name of a run, path of its folder, or folder of an adapter
-    exam, # Rows that end with an answer, or a function of model and tokenizer
+    exam, # A file of questions, rows, or a function of model and tokenizer
     factor:float=0., # Of the adapter in the one layer; 1 in all others
     general:bool=False, # Whether general questions are asked too
 )->ExamTable: # Shows itself
     "What an adapter scores with one layer of it scaled, for each layer"
+    exam = questions_of(exam)
     model,tokenizer = load_together(dict(default=run))
     names = [n for n,_ in model.named_modules() if n.endswith('.lora_A')]
     numbers = sorted({int(p) for n in names for p in n.split('.') if p.isdigit()})
-    def line(name, chosen):
-        with scaled(model, lambda adapter,layer,module: factor if layer==chosen else 1):
-            return name,exam_score(model, tokenizer, exam),general_loss(model, tokenizer) if general else None
+    table = ExamTable(f'{adapter_folder(run).parent.name}, a layer at a time')
     what = 'without' if factor==0 else f'{factor:g} ×'
-    return ExamTable(f'{adapter_folder(run).parent.name}, a layer at a time',
-                     [line('all layers', None), *(line(f'{what} layer {i}', i) for i in numbers)])
+    for chosen in (None, *numbers):
+        with scaled(model, lambda adapter,layer,module: factor if layer==chosen else 1):
+            table.ask('all layers' if chosen is None else f'{what} layer {chosen}', model, tokenizer, exam, general)
+    return table
 
 # %% ../../nbs/study/07_arithmetic.ipynb #c9377fa0
 def _summed(adapters, layers):

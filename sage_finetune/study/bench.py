@@ -14,8 +14,8 @@ from pathlib import Path
 
 from ..core.disk import SageError, write_json, write_text
 from ..core.display import Shown, Table
-from ..core.run_folder import find_run, is_run
-from ..inference.exam import Exam, examine, examine_general, load_exam
+from ..core.run_folder import find_run
+from ..inference.exam import Exam, examine, load_exam
 from ..inference.generate import load_for_chat, load_plain
 from .scores import compare_scores, PairedScores
 

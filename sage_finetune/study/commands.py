@@ -44,7 +44,8 @@ def exam(
     if save and (against or not questions):
         raise ValueError('`--save` writes the answers of one model to `--questions`')
     if checks: runpy.run_path(checks)
-    from sage_finetune.study.bench import answers_table, ask, ask_both, examine_general, loaded_by_name, save_answers
+    from sage_finetune.inference.exam import examine_general
+    from sage_finetune.study.bench import answers_table, ask, ask_both, loaded_by_name, save_answers
     if against: return [ask_both(name, against, questions, max_new_tokens)]
     found = ask(name, questions, max_new_tokens) if questions else None
     if save: save_answers(found, save)

@@ -6,12 +6,12 @@ Docs: https://sage-finetune.github.io/sage_finetune/study/inside.html.md"""
 
 # %% auto #0
 __all__ = ['Parts', 'parts_of', 'Lens', 'logit_lens', 'matrices_of', 'writers', 'WrittenWords', 'written_words', 'Intruder',
-           'intruding', 'Intruders', 'intruders', 'without_intruders', 'exam_score', 'general_loss', 'ExamTable',
-           'intruder_cost', 'looked_into']
+           'intruding', 'Intruders', 'intruders', 'without_intruders', 'questions_of', 'exam_score', 'general_loss',
+           'ExamTable', 'intruder_cost', 'looked_into']
 
 # %% ../../nbs/study/06_inside.ipynb #179fd08d
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -20,9 +20,10 @@ from ..core.display import Shown, Table
 from ..rows.formats import to_messages
 from ..rows.tokens import encode, ignored
 from ..model.loss import evaluating, head_and_transform, mean_loss
-from ..inference.exam import examine, general_questions
+from ..inference.exam import examine, ExamQuestion, general_questions, load_exam
 from ..inference.generate import answers, as_messages, base_of
 from ..runs.run import Run
+from .scores import compare_scores, PairedScores
 
 # %% ../../nbs/study/06_inside.ipynb #021186bb
 @dataclass
@@ -316,14 +317,21 @@ def without_intruders(
         for name,data in held.items(): layers[name].get_base_layer().weight.data = data
 
 # %% ../../nbs/study/06_inside.ipynb #e8d551c5
+def questions_of(
+    exam, # A file of questions, rows of one, or a function of model and tokenizer
+): # The function, or a list of `ExamQuestion`
+    "An exam with its questions read and checked, before any model is asked"
+    if callable(exam): return exam
+    return exam if isinstance(exam, list) and exam and isinstance(exam[0], ExamQuestion) else load_exam(exam)
+
 def exam_score(
     model, # A causal language model, in evaluation mode
     tokenizer, # With a chat template
-    exam, # Rows that end with an answer, or a function of model and tokenizer
+    exam, # As for `questions_of`
 )->float: # Share of right answers, or what the function gives
     "How a model does on an exam"
     if callable(exam): return float(exam(model, tokenizer))
-    return examine(model, tokenizer, exam, 64).share
+    return examine(model, tokenizer, questions_of(exam), 64).share
 
 def general_loss(
     model, # A causal language model
@@ -339,33 +347,66 @@ def general_loss(
 class ExamTable(Shown):
     "Scores of several variants of a model on one exam"
     title:str # Of the table
-    lines:list # Of (variant, score, loss on general questions or None)
+    lines:list = field(default_factory=list) # Of (variant, score, loss on general questions or None)
+    exams:dict = field(default_factory=dict) # Variant → `Exam`, where questions were asked
+    against:str|None = None # Variant that the others are compared with, below the table
 
-    def shown(self):
-        general = any(l[2] is not None for l in self.lines)
-        rows = [(n, f'{s:.3g}', *([f'{g:.3f}'] if general else [])) for n,s,g in self.lines]
-        return Table(['', 'exam', *(['loss on general questions'] if general else [])], rows, self.title)
+    def ask(self,
+        variant:str, # Its name
+        model, # A causal language model, in evaluation mode, as it is in this variant
+        tokenizer, # With a chat template
+        exam, # From `questions_of`
+        general:bool=False, # Whether general questions are asked too
+    )->None: # Nothing: the table has a line more
+        "Ask a variant of the model"
+        if not callable(exam): self.exams[variant] = examine(model, tokenizer, exam, 64)
+        score = exam_score(model, tokenizer, exam) if callable(exam) else self.exams[variant].share
+        self.lines.append((variant, score, general_loss(model, tokenizer) if general else None))
     def score(self, variant:str)->float: # On the exam
         "The score of a variant"
         return next(s for n,s,_ in self.lines if n==variant)
+    def compared(self, variant:str, other:str)->PairedScores: # Shows itself, with a verdict
+        "Whether a variant differs from another, or only seems to: their answers, pair by pair"
+        return compare_scores(*(self.exams[n].correct for n in (other, variant)), (other, variant))
+    def shown(self): return _exam_table(self)
+
+# %% ../../nbs/study/06_inside.ipynb #5e1a77c4
+def _exam_table(table):
+    "One line for each variant, with the interval of its score, and below what may be said of the differences"
+    general,exams = any(g is not None for *_,g in table.lines),table.exams
+    columns = ['', 'exam', *(['with 95 % probability'] if exams else []),
+               *(['loss on general questions'] if general else [])]
+    def row(name, score, loss):
+        sure = ['{:.0%} to {:.0%}'.format(*exams[name].interval) if name in exams else ''] if exams else []
+        return [name, f'{score:.1%}' if name in exams else f'{score:.3g}', *sure, *([f'{loss:.3f}'] if general else [])]
+    others = [n for n in exams if n!=table.against] if table.against in exams else []
+    return Table(columns, [row(*line) for line in table.lines], table.title,
+                 '\n'.join(f'{n}: {table.compared(n, table.against).verdict}' for n in others))
 
 # %% ../../nbs/study/06_inside.ipynb #c8c0227e
+def _own_exam(run):
+    "The questions that a run was asked while it trained"
+    path = None if isinstance(run, tuple) else (run if isinstance(run, Run) else Run(run)).config.exam_path
+    if path is None: raise ValueError('`exam` is missing, and the run has no `exam_path`: give a file of questions, '
+                                      'rows, or a function of model and tokenizer')
+    return path
+
 def intruder_cost(
     run, # `Run`, name of a run, path of its folder, or (model, tokenizer)
-    exam, # Rows that end with an answer, or a function of model and tokenizer
+    exam=None, # A file of questions, rows, or a function of model and tokenizer; None takes the run's `exam_path`
     found=None, # From `intruders`; None looks for them
     keep:float=0., # Share of them that stays
     general:bool=True, # Whether general questions are asked too
-)->ExamTable: # Shows itself
+)->ExamTable: # Shows itself, with the intervals of the scores and a verdict on their difference
     "What an adapter scores with and without the directions that its base did not have"
+    exam = questions_of(_own_exam(run) if exam is None else exam)
     model,tokenizer = _loaded(run)
     found = intruders((model, tokenizer)) if found is None else found
-    def line(name):
-        return name,exam_score(model, tokenizer, exam),general_loss(model, tokenizer) if general else None
-    lines = [line('tuned')]
-    with without_intruders(model, found, keep): lines.append(line('without new directions'))
-    with base_of(model): lines.append(line('base'))
-    return ExamTable(f'{len(found.found)} directions that the base did not have', lines)
+    table = ExamTable(f'{len(found.found)} directions that the base did not have', against='tuned')
+    table.ask('tuned', model, tokenizer, exam, general)
+    with without_intruders(model, found, keep): table.ask('without new directions', model, tokenizer, exam, general)
+    with base_of(model): table.ask('base', model, tokenizer, exam, general)
+    return table
 
 # %% ../../nbs/study/06_inside.ipynb #5ba92fdf
 def looked_into(

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from ..core.disk import SageError, write_json, write_text
 from ..core.display import falling, size_text, Table
-from ..config import TrainingConfig
 from ..inference.exam import exact_interval, read_exams
 from ..runs.run import compare, Run
 from .scores import compare_exams, kept_scores

@@ -347,7 +347,7 @@ class Packing:
         try:
             _check_packable(self.rows, config.max_length)
             self.prove(config, rows)
-        except ValueError as e: return ' '.join(str(e).split()).replace('; set `packing=False`', '')
+        except ValueError as e: return one_line(e, 1000).replace('; set `packing=False`', '')
 
     def pack(self, tokens, behind):
         "Packed rows of at most `tokens`, and their report, which is told; `behind` of them are behind a step"

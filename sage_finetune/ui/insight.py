@@ -68,11 +68,12 @@ def plot_lens(
 def plot_scores(
     table:ExamTable, # From `mixtures`, `layer_scores` or `intruder_cost`
 ): # A matplotlib figure
-    "The scores of several variants as bars"
+    "The scores of several variants as bars, with the intervals of those that were asked questions"
     names,scores = [n for n,*_ in table.lines],[s for _,s,_ in table.lines]
     fig = shown_figure(figsize=(6.4, .9+.28*len(names)), layout='constrained')
-    ax = fig.add_subplot()
-    bars = ax.barh(range(len(names)), scores, color='#0072b2')
+    bars = (ax := fig.add_subplot()).barh(range(len(names)), scores, color='#0072b2')
+    for y,name in enumerate(names): # where questions were asked, the score is known that far only
+        if name in table.exams: ax.plot(table.exams[name].interval, [y, y], color='#808080', linewidth=1.5)
     ax.bar_label(bars, [f'{s:.3g}' for s in scores], padding=3, fontsize='small', color='#808080')
     ax.set(yticks=range(len(names)), yticklabels=names, xlabel='exam', title=table.title)
     ax.invert_yaxis()

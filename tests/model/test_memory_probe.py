@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sage_finetune.base.loading import load_model, quantisation_of
+from sage_finetune.base.loading import dtype_of, load_model, quantisation_of
 from sage_finetune.config import LoRAConfig, TrainingConfig
 from sage_finetune.core.machine import Machine
 from sage_finetune.model.adapter import add_lora, ready_for_quantised_training
@@ -32,8 +32,9 @@ def loaded(name, config, lora):
     "A model as a run loads it"
     if name in kinds:
         kind,shape = kinds[name]
-        return add_lora(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape)), lora)
-    model = load_model(name, torch.float32, 'cpu', quantisation_of(config))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape)).to(dtype_of(config))
+        return add_lora(model, lora)
+    model = load_model(name, dtype_of(config), 'cpu', quantisation_of(config))
     if config.load_in_8bit or config.load_in_4bit: model = ready_for_quantised_training(model)
     return add_lora(model, lora)
 

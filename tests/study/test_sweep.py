@@ -7,13 +7,15 @@ import sys
 
 import pytest
 
-from quick import two_layers
+from quick import few, two_layers
 from sage_finetune.config import TrainingConfig
 from sage_finetune.data import save_rows
 from sage_finetune.core.disk import SageError
 from sage_finetune.runs.run import Run
 from sage_finetune.study.sweep import _halve, grid_points, point_config, point_name, Sweep, sweep
 from sage_finetune.trainer import LoRATrainer
+from sage_finetune.training import loop
+from sage_finetune.training.callbacks import LastSteps
 from sage_finetune.training.loop import Stopped
 
 
@@ -33,6 +35,12 @@ grid = {'learning_rate': [1e-3, 5e-3]}
 def weights(folder): return (folder/'lora_weights'/'adapter_model.safetensors').read_bytes()
 
 
+def figures(run):
+    "All that was logged but times and memory"
+    times = 'second', 'memory', 'matmul', 'flos', 'runtime'
+    return [{k: v for k,v in m.items() if not any(t in k for t in times)} for m in run.metrics]
+
+
 def of(config, name): return config.replace(output_dir=config.output_dir.parent/name)
 
 
@@ -45,6 +53,27 @@ def test_each_run_has_the_bits_of_the_same_run_alone(config, whole):
     LoRATrainer(alone, quiet=True).train()
     assert weights(alone.output_dir)==weights(whole[1].config.output_dir)
     assert len({weights(p.config.output_dir) for p in whole.points})==2
+
+
+@pytest.mark.parametrize('kind', few(['exam', 'plain', 'dora', 'best', 'general']))
+def test_the_untouched_base_is_measured_once_and_told_by_all(config, kind, tmp_path, monkeypatch):
+    asked,measure = [],loop._held_out_batches
+    def noted(trainer, data): return asked.append(trainer.state.global_step) or measure(trainer, data)
+    monkeypatch.setattr(loop, '_held_out_batches', noted)
+    exam = dict(exam_path=config.output_dir.parent/'exam.jsonl', exam_tokens=3)
+    more = dict(plain={}, dora=dict(lora=dict(r=2, use_dora=True)), exam=exam, general=exam|dict(exam_general=True),
+                best=exam|dict(load_best_model_at_end=True, best_by='exam'))[kind]
+    c = config.replace(**dict(output_dir=tmp_path/'all', max_steps=1, eval_steps=None)|more)
+    found = sweep(c, grid, quiet=True)
+    assert asked.count(0)==(2 if kind=='dora' else 1)
+    first,second = [Run(p.config.output_dir) for p in found.points]
+    alone = point_config(c.replace(output_dir=tmp_path/'alone'), found[1].settings)
+    LoRATrainer(alone, quiet=True).train()
+    told = [figures(Run(alone.output_dir)), figures(second)]
+    assert told[0]==told[1] and first.results['loss_before']==second.results['loss_before']
+    assert weights(alone.output_dir)==weights(second.folder.path)
+    if kind not in ('plain', 'dora'):
+        assert len({(r.folder.path/'exam.jsonl').read_text() for r in (second, Run(alone.output_dir))})==1
 
 
 def test_the_best_is_the_one_with_the_lowest_held_out_loss(whole):
@@ -102,6 +131,38 @@ def test_halving_by_the_exam_says_what_is_noise(config):
     assert sorted(p.state for p in found.points)==['ended early', 'ended early', 'trained']
     assert all(len(p.scores)==1 for p in found.points)
     assert 'exam' in found.table.columns
+
+
+ends = dict(evaluated=dict(eval_steps=1), between=dict(eval_steps=2), epoch=dict(eval_steps=None, test_size=.85),
+            accumulated=dict(eval_steps=1, gradient_accumulation_steps=2, per_device_train_batch_size=2),
+            saved=dict(eval_steps=1, save_steps=1), unkept=dict(eval_steps=1), exam=dict(eval_steps=1, exam_tokens=2),
+            exam_between=dict(eval_steps=2, exam_tokens=2))
+
+
+@pytest.mark.parametrize('kind', few(ends))
+def test_a_run_that_is_ended_keeps_its_last_step(config, kind, tmp_path, monkeypatch):
+    "At a step that is evaluated, or the last of an epoch, the stop came within the evaluation and lost the step"
+    if kind=='unkept': monkeypatch.setattr(LastSteps, 'of', classmethod(lambda cls, model, processes: None))
+    exam = dict(exam_path=config.output_dir.parent/'exam.jsonl') if 'exam' in kind else {}
+    c = config.replace(**dict(output_dir=tmp_path/kind, max_steps=2, save_steps=2)|ends[kind]|exam)
+    found = sweep(c, grid, halving=2, quiet=True)
+    ended, = [p for p in found.points if p.state=='ended early']
+    run = Run(ended.config.output_dir)
+    assert run.state=='stopped' and json.loads(run.folder.stopped.read_text())['step']==1
+    assert (run.folder.checkpoints/'checkpoint-1'/'COMPLETE').is_file()
+    held = [m for m in run.metrics if m['step']==1 and 'eval_loss' in m]
+    assert len(held)==(kind not in ('between', 'exam_between')) # nothing of the comparison stands in the run's log
+    assert not held or ended.scores['0.5'][1 if 'exam' in kind else 0]==held[0]['eval_loss']
+    found.prolong(ended.name)
+    monkeypatch.undo()
+    alone = c.replace(output_dir=tmp_path/'alone', **ended.settings)
+    LoRATrainer(alone, quiet=True).train()
+    assert weights(alone.output_dir)==weights(ended.config.output_dir)
+
+
+def test_one_step_is_not_halved(config, tmp_path):
+    found = sweep(config.replace(output_dir=tmp_path/'one', max_steps=1, eval_steps=None), grid, halving=2, quiet=True)
+    assert [p.state for p in found.points]==['trained', 'trained'] and found.best
 
 
 def test_what_was_decided_is_not_decided_again(config):
