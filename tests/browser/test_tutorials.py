@@ -86,7 +86,7 @@ def steered(page, cell, notebook, images):
     first = lab.beyond(page, cell, 200, 0)
     page.press('Pause')
     page.see('Paused', cell)
-    page.see('time left', cell)
+    page.see(r'time\s+\d.* left', cell)
     page.see(r'tokens/s', cell)
     page.see(r'memory so far\s*[\d.]+ [GM]i?B of [\d.]+ GiB', cell)
     page.page.wait_for_timeout(1500)
