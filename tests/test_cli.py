@@ -163,6 +163,7 @@ def two_files(folder):
     return ['--data', folder/'a.jsonl', '--data', folder/'b.jsonl']
 
 
+@pytest.mark.slow
 def test_data_may_be_repeated_with_shares(tmp_path, capsys):
     "`start` writes what `run` reads: two sources and their shares"
     folder = tmp_path/'run'

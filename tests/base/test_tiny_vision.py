@@ -308,6 +308,7 @@ def tuned(models, tmp_path_factory):
                                 test_size=.1, lora=dict(r=16, lora_alpha=32, target_modules='all-linear')), quiet=True)
     return folder,run,run.train()
 
+@pytest.mark.slow
 def test_only_the_image_tells_and_the_answers_are_right(tuned, capsys):
     folder,run,result = tuned
     assert result.loss_before>3 and result.loss_after<.3
@@ -321,6 +322,7 @@ def test_only_the_image_tells_and_the_answers_are_right(tuned, capsys):
     parts = [dict(role='user', content=[shows(str(folder/'0.png')), dict(type='text', text='Which colour is it?')])]
     assert answers(model, tokenizer, [parts])[0].text=='It is red.'
 
+@pytest.mark.slow
 def test_it_merges_with_proof_and_answers_on_the_command_line(tuned, capsys):
     from sage_finetune.cli import main
     folder = tuned[0]
@@ -337,6 +339,7 @@ def test_it_merges_with_proof_and_answers_on_the_command_line(tuned, capsys):
     assert (main(['chat', 'x', '--url', 'http://127.0.0.1:9', '--image', 'a.png', '--prompt', '?'])==1
             and '`--image` is for a model that is loaded here' in capsys.readouterr().err)
 
+@pytest.mark.slow
 def test_its_form_is_written_down(tuned, tmp_path):
     from sage_finetune.serving.export import export_folder
     folder = tuned[0]
@@ -348,6 +351,7 @@ def test_its_form_is_written_down(tuned, tmp_path):
     assert (export_folder(folder/'run', tmp_path/'out', 'adapter')/'processor_config.json').is_file()
 
 @pytest.mark.parametrize('kind', ['adapter', 'merged'])
+@pytest.mark.slow
 def test_the_card_says_how_to_use_it(kind, tuned, models, tmp_path, monkeypatch, capsys):
     from sage_finetune.serving.export import export_folder
     out = export_folder(tuned[0]/'run', tmp_path/'out', kind)
@@ -358,12 +362,14 @@ def test_the_card_says_how_to_use_it(kind, tuned, models, tmp_path, monkeypatch,
         "name, base = 'run', 'llava'", f'name, base = {str(out)!r}, {models("llava")!r}'), {})
     assert capsys.readouterr().out=='It is green.\n'
 
+@pytest.mark.slow
 def test_the_dashboard_of_tokens_sees_the_picture(tuned):
     from sage_finetune.runs.run import Run
     from sage_finetune.ui.token_losses import worst_rows
     seen = worst_rows(Run(tuned[0]/'run'), 2)
     assert all(after<.5 for after in seen.means) # without its image a row would be a guess among four
 
+@pytest.mark.slow
 def test_a_talk_about_a_picture(tuned, tmp_path):
     from sage_finetune.data import load_training_data
     from sage_finetune.merge_chat import converse, speaker

@@ -125,6 +125,7 @@ def test_what_lies_beside_the_file_is_no_part_of_it(tmp_path):
     assert len(load_tokenizer(str(file)))==len(load_tokenizer('sage-tiny'))
 
 
+@pytest.mark.slow
 def test_another_file_of_the_same_name_is_another_model(tmp_path):
     first = resolve_model(str(write_gguf(tmp_path/'tiny.gguf')))
     assert resolve_model(str(write_gguf(tmp_path/'tiny.gguf', 'F32')))!=first

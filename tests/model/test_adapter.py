@@ -310,6 +310,7 @@ def test_the_best_adapter_is_kept_and_a_stop_stays_a_stop(config):
     assert read_json(c.output_dir/'results.json')['best_step']==step
 
 
+@pytest.mark.slow
 def test_the_best_of_epochs_is_in_the_checkpoint_of_its_step(config):
     # four steps an epoch
     c = config.replace(data_path=None, max_steps=12, learning_rate=2e-2, load_best_model_at_end=True, save_steps=4,

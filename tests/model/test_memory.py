@@ -106,7 +106,8 @@ def test_few_layers_give_all(kind):
 
 def test_less_of_anything_is_less():
     base = dict(max_length=512, per_device_train_batch_size=4, gradient_checkpointing=False, **DENSE)
-    def peak(machine=H200, **changes): return estimate_memory(TrainingConfig(**(base|changes)), machine, CODER).peak
+    small = shape(Qwen2Config, 1536, 6, 12, 2, 8960, 151_936, True)
+    def peak(machine=H200, **changes): return estimate_memory(TrainingConfig(**(base|changes)), machine, small).peak
     whole = peak()
     smaller = dict(batch=dict(per_device_train_batch_size=2), length=dict(max_length=256),
                    checkpointing=dict(gradient_checkpointing=True),

@@ -59,7 +59,7 @@ def written(folder, path, settings):
 
 def steps(run): return run.train(), run.trainer
 
-always = 'extras/loraplus/llama3_lora_sft', 'extras/fsdp_qlora/llama3_lora_sft'
+always = 'extras/fsdp_qlora/llama3_lora_sft',
 
 @pytest.mark.parametrize('name', [n if n in always else pytest.param(n, marks=pytest.mark.slow) for n in examples])
 def test_an_example_of_llama_factory_runs_with_its_hyperparameters(name, folder, tmp_path):

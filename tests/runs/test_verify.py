@@ -300,6 +300,7 @@ def test_as_many_threads_as_the_run_had(trained):
         assert '1 threads → 2' in run_module.not_exact(Run(trained))
     finally: torch.set_num_threads(1)
 
+@pytest.mark.slow
 def test_where_bits_do_not_repeat_two_ways_tell_how_far_apart_they_are(trained, monkeypatch):
     "A machine that adds in an order of its own, played by noise on the weights at the end of each step"
     class Noise(loop.TrainerCallback):

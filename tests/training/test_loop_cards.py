@@ -123,6 +123,7 @@ def test_words_of_a_full_card(words): assert out_of_memory(RuntimeError(words))
     RuntimeError('Expected all tensors to be on the same device')])
 def test_other_words(error): assert not out_of_memory(error)
 
+@pytest.mark.slow
 def test_cublas_without_memory_halves_the_batch(tmp_path):
     class Full(LoRATrainer):
         def callbacks(self):
@@ -148,6 +149,7 @@ def test_what_was_decided_by_free_memory_is_kept(tmp_path):
     assert remembered_fit(run.folder, c, Machine()) is None # another machine
     with pytest.raises(TypeError): Change(setting='x')
 
+@pytest.mark.slow
 def test_another_fit_is_told(tmp_path):
     c = config(tmp_path, max_steps=4)
     run,_,_ = trained_on_a_t4(c)
@@ -164,7 +166,8 @@ def test_a_cpu_opens_without_settings_that_nobody_asked_for(tmp_path):
     run.load_model_and_tokenizer()
     opening = said[0]
     assert not any(n in opening for n in ('fp16', 'load_in_8bit', 'paged', 'checkpointing'))
-    assert '4 defaults are others' in opening and len(opening.splitlines())==2 and len(run.changes)==4
+    assert '4 defaults are others' in opening and len(run.changes)==4
+    assert len([line for line in opening.splitlines() if line])==2
     wished = LoRATrainer(config(tmp_path, fp16=True), machine=Machine(cores=2))
     wished.say = lambda what: said.append(str(what))
     wished.load_model_and_tokenizer()

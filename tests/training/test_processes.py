@@ -279,6 +279,7 @@ def test_the_loss_of_one_is_no_number(base, data):
     assert all('NotFinite: the loss is not finite (NaN or infinity) at step' in s for s in said), said
     assert last_checkpoint(RunFolder(base/'nan').checkpoints) is None or RunFolder(base/'nan').state=='started'
 
+@pytest.mark.slow
 def test_another_number_of_processes(base, data, one):
     folder = base/'fewer'
     codes,said = together(base/'crew_fewer', train, folder, data, at=4, who=0, do=term)

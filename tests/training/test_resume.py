@@ -428,6 +428,7 @@ def limited(folder, data):
         resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY)))).train()
 
 @needs_posix
+@pytest.mark.slow
 def test_a_file_may_not_grow(base, data, undisturbed, told):
     folder = base/'limited'
     code,said = finished(start(limited, folder, data))
