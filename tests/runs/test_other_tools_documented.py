@@ -101,7 +101,7 @@ commands = {
     '--reward_weights 1.0 0.5 --max_completion_length 8 --loss_type dr_grpo --scale_rewards false --log_completions',
     'grpo of the docs of the script': f'python trl/scripts/grpo.py {model} --dataset_name asked.jsonl --reward_funcs '
     'think_format_reward --learning_rate 1.0e-5 --lora_r 32 --lora_alpha 16 --max_completion_length 8 --beta 0.001'}
-quick = 'sft',, 'grpo'
+quick = 'sft', 'grpo'
 
 
 @pytest.mark.parametrize('name', [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in commands])
