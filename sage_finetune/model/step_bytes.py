@@ -388,6 +388,7 @@ def count_run(
     settings = {k: v for k,v in config.to_dict().items() if k not in _no_bytes or config.add_tokens}
     key = json.dumps([settings, type(config).__name__, machine.device, machine.bf16, division(), head_bytes, learned,
                       type(model_config).__name__, model_config.to_dict()], sort_keys=True, default=str)
-    if key not in _counts: _counts[key] = _count_run(config, machine, model_config, learned)
-    while len(_counts)>256: _counts.pop(next(iter(_counts)), None)
-    return _counts[key]
+    if known := _counts.get(key): return known
+    found = _counts[key] = _count_run(config, machine, model_config, learned)
+    while len(_counts)>256: _counts.pop(next(iter(_counts)), None) # another thread may do the same
+    return found

@@ -195,10 +195,11 @@ def _no_such(name, listed):
 
 def _ordered(found, key, down):
     "Numbers before texts, what is not known last"
-    last = [r for r in found if r.value(key) in (None, (), '')]
-    place = lambda v: (_number(v) is None, _number(v) or 0.0, str(v).lower())
-    rest = sorted((r for r in found if r not in last), key=lambda r: place(r.value(key)), reverse=down)
-    return [*rest, *last]
+    values = [(r.value(key), r) for r in found]
+    place = lambda pair: (_number(pair[0]) is None, _number(pair[0]) or 0.0, str(pair[0]).lower())
+    unknown = lambda pair: pair[0] in (None, (), '')
+    rest = sorted((p for p in values if not unknown(p)), key=place, reverse=down)
+    return [r for _,r in [*rest, *filter(unknown, values)]]
 
 # %% ../../nbs/record/02_labels.ipynb #31c04dff
 def ago(

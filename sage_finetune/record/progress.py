@@ -11,7 +11,6 @@ __all__ = ['progress_line', 'Progressing', 'progress_table', 'loss_lines', 'run_
 # %% ../../nbs/record/04_progress.ipynb #aa870f5f
 import html,time
 from dataclasses import dataclass, field
-from pathlib import Path
 from shlex import quote
 
 from ..core.disk import read_json, SageError
@@ -39,7 +38,8 @@ def progress_line(
     parts = [f'{step}/{steps}', *known, *([f'{speed:,.0f} tokens/s'] if speed else []), left]
     bar = lambda n: '━'*round(n*step/max(1, steps))+'╌'*(n-round(n*step/max(1, steps)))
     for n in (24, 12, 6):
-        if width is None or len(line := f'{bar(n)} {"  ".join(parts)}')<=width: return f'{bar(n)} {"  ".join(parts)}'
+        line = f'{bar(n)} {"  ".join(parts)}'
+        if width is None or len(line)<=width: return line
     while len('  '.join(parts))>width and len(parts)>1: parts.pop(-2 if len(parts)>2 else -1)
     return '  '.join(parts)[:width]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from ..core.disk import SageError
 from ..core.display import Clickable, Panel, show_widgets, Shown, size_text
 from ..core.settings import config_table, refuse_unknown
-from ..config import fit_config, precision_of, preset_for, PresetConfigs, TrainingConfig
+from ..config import precision_of, preset_for, PresetConfigs, TrainingConfig
 from ..core.machine import Machine
 from ..core.text_stream import one_line
 from ..model.advice import suggest
@@ -159,21 +159,10 @@ def _advised(config, name, machine, preset):
     return form
 
 # %% ../../nbs/ui/03_form.ipynb #fe6ca027
-_counted,_counting = {},threading.Lock()
-_counts = ('model_name', 'per_device_train_batch_size', 'max_length', 'packing', 'gradient_checkpointing',
-           'load_in_8bit', 'load_in_4bit', 'fp16', 'bf16', 'optim')
-
 def _memory_of(config, machine):
-    "The `MemoryEstimate` of a config, counted once for the settings that matter; a line where there is none"
-    fitted = fit_config(config, machine)[0]
-    lora = fitted.lora.replace(lora_alpha=1, lora_dropout=0.)
-    key = machine,str(lora.to_dict()),*(getattr(fitted, n) for n in _counts)
-    with _counting:
-        if key not in _counted:
-            try: _counted[key] = estimate_memory(config, machine)
-            except (SageError, ValueError, OSError) as e: return one_line(e, 10_000)
-            while len(_counted)>64: _counted.pop(next(iter(_counted)))
-    return replace(_counted[key], config=fitted)
+    "The `MemoryEstimate` of a config; a line where there is none"
+    try: return estimate_memory(config, machine)
+    except (SageError, ValueError, OSError) as e: return one_line(e, 10_000)
 
 # %% ../../nbs/ui/03_form.ipynb #77c9316d
 def _remedy_words(changes, config):
