@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from ..base.attention import autocast_dtype
+from ..base.fused import fused, fused_parts
 import sage_finetune.base.loading # before peft: it quiets bitsandbytes
 from peft.tuners.lora import LoraLayer
 
@@ -248,12 +249,14 @@ def _forward(group, i):
 def lora_path(
     groups, # Lists of layers that share an input, from `prove_lora_path`
     outputs=None, # What computes a group; `group_outputs` if None
+    parts=(), # Norms and positions in fewer passes, from `fused_parts`
 ): # While the block runs
     "Compute the adapters of each group together"
     made = [_Group(layers, outputs or group_outputs) for layers in groups]
     for group in made:
         for i,layer in enumerate(group.layers): layer.forward = _forward(group, i)
-    try: yield
+    try:
+        with fused(dict(parts)): yield
     finally:
         for group in made:
             group.waiting = {}
@@ -327,24 +330,25 @@ def _by_peft(layers, x): return tuple(type(l).forward(l, x) for l in layers)
 
 @contextmanager
 def _rounded_otherwise(layers, eps):
-    "The results of peft's layers, each number moved by one rounding"
-    def move(layer, args, y): return (y.float()*(1+eps*(2*torch.randint_like(y, 2).float()-1))).to(y.dtype)
+    "The results of layers, each number moved by one rounding"
+    def move(layer, args, y):
+        if torch.is_tensor(y): return (y.float()*(1+eps*(2*torch.randint_like(y, 2).float()-1))).to(y.dtype)
     handles = [l.register_forward_hook(move) for l in layers]
     try: yield
     finally:
         for h in handles: h.remove()
 
 # %% ../../nbs/model/01_lora_path.ipynb #0c6705f1
-def _model_proof(model, groups, ids, autocast, allowed):
+def _model_proof(model, groups, ids, autocast, allowed, parts=()):
     "The largest difference of the whole model, and what speaks against the path or None"
     layers,own = [l for group in groups for l in group],[]
     theirs = _whole(model, ids, autocast, seen=own)
     with _fork(model), autocast(), lora_path(groups, _by_peft): wired = _logits(model, ids)
     if not torch.equal(own[0], wired): return torch.inf,'layers would get results of others'
-    ours = _whole(model, ids, autocast, lora_path(groups))
+    ours = _whole(model, ids, autocast, lora_path(groups, parts=parts))
     difference,of_loss = _difference(ours, theirs),_difference(ours[:1], theirs[:1])
     if not difference<=allowed:
-        moved = _difference(_whole(model, ids, autocast, _rounded_otherwise(layers, allowed/8)), theirs)
+        moved = _difference(_whole(model, ids, autocast, _rounded_otherwise([*layers, *parts], allowed/8)), theirs)
         if not (difference<=4*moved and of_loss<=allowed):
             return difference,f'the model would differ by {difference:.0e}, and by rounding only by {moved:.0e}'
     return difference,None
@@ -359,6 +363,7 @@ class LoraPath:
     model_difference:float = 0. # The same of the model's loss and gradients
     kept:dict = field(default_factory=dict) # Reason → layers that keep peft's path
     allowed:float = 0. # What a group may differ by
+    parts:dict = field(default_factory=dict) # Norms and positions in fewer passes, as `fused_parts` has them
     earlier:bool = False # Whether the proof was made before, on another model of the same shape
 
     @property
@@ -369,6 +374,7 @@ class LoraPath:
         own = ', '.join(f'{n} {why}' for why,n in self.kept.items())
         return (f'adapters: {sum(map(len, self.groups))} layers in {len(self.groups)} products '
                 f'({", ".join(self.names)}), proved {self.on} to give the numbers of peft within {self.allowed:.0e}'
+                + (f', {len(self.parts)} norms and rotary positions with them' if self.parts else '')
                 + (f'; by peft itself: {own}' if own else ''))
 
 # %% ../../nbs/model/01_lora_path.ipynb #a970c6a8
@@ -419,9 +425,10 @@ def prove_lora_path(
         errors = [of_kind[k] for k,at in kinds.items() for _ in at]
         good = [found[i][0] for i in sorted(i for k,at in kinds.items() if of_kind[k]<=allowed for i in at)]
         if n := len(layers)-sum(kept.values())-sum(map(len, good)): kept['no proof'] = n
-        whole,against = _model_proof(model, good, ids, autocast, allowed)
-    if against: good,kept = [],{against: len(layers)}
-    return LoraPath(good, _kinds(model, good), max((e for e in errors if e<=allowed), default=0.), whole, kept, allowed)
+        whole,against = _model_proof(model, good, ids, autocast, allowed, parts := fused_parts(model) if good else {})
+    if against: good,kept,parts = [],{against: len(layers)},{}
+    most = max((e for e in errors if e<=allowed), default=0.)
+    return LoraPath(good, _kinds(model, good), most, whole, kept, allowed, parts)
 
 # %% ../../nbs/model/01_lora_path.ipynb #c0a17e13
 _proofs = {} # Shape of a model → what was proved of it in this process
@@ -444,6 +451,7 @@ def known_lora_path(
     if shape not in _proofs:
         path = prove_lora_path(model, autocast)
         names = {m: n for n,m in model.named_modules()}
-        _proofs[shape] = replace(path, groups=[[names[l] for l in g] for g in path.groups], earlier=True)
+        _proofs[shape] = replace(path, groups=[[names[l] for l in g] for g in path.groups], parts={}, earlier=True)
         return path
-    return replace(known := _proofs[shape], groups=[[*map(model.get_submodule, g)] for g in known.groups])
+    return replace(known := _proofs[shape], groups=[[*map(model.get_submodule, g)] for g in known.groups],
+                   parts=fused_parts(model) if known.groups else {})

@@ -443,19 +443,19 @@ class WholeCheckpoints:
 # %% ../../nbs/training/04_loop.ipynb #1a0e17c3
 _paths = WeakKeyDictionary() # model → `LoraPath`
 
-def _proved_groups(trainer):
-    "Groups of layers that compute their adapters together; what was proved, or why nothing was, is told once"
+def _proved_path(trainer):
+    "How the adapters are computed; what was proved, or why nothing was, is told once"
     model,a = trainer.model,trainer.args
-    if not any(isinstance(m, LoraLayer) for m in model.modules()): return []
+    if not any(isinstance(m, LoraLayer) for m in model.modules()): return LoraPath()
     why = ('`fused_lora=False`' if not getattr(a, 'fused_lora', True) else '`torch_compile`'
            if a.torch_compile else f'{division()} divides the layers' if division() else None)
     if why: path = LoraPath(kept={why: 0})
-    elif path := _paths.get(model): return path.groups
+    elif path := _paths.get(model): return path
     else:
         with evaluating(model, training=True): path = known_lora_path(model, trainer.accelerator.autocast)
         _paths[model] = path
     trainer.say(path)
-    return path.groups
+    return path
 
 @contextmanager
 def training_once(
@@ -475,7 +475,8 @@ def _as_proved(trainer):
     if trainer.args.world_size==1 and not trainer.steps:
         trainer.say('The last steps are not kept in memory, which is too small for them: what goes wrong resumes from '
                     'the last checkpoint')
-    with (same_bits(getattr(trainer.args, 'deterministic', False)), lora_path(_proved_groups(trainer)),
+    path = _proved_path(trainer)
+    with (same_bits(getattr(trainer.args, 'deterministic', False)), lora_path(path.groups, parts=path.parts),
           training_once(trainer.model), ExitStack() as trainer.meanwhile): yield
 
 # %% ../../nbs/training/04_loop.ipynb #9f125347
