@@ -86,7 +86,9 @@ def _added(norm):
         except (RuntimeError, TypeError, ValueError): _norms[kind] = None # it asks for something else
     return _norms[kind]
 
-# %% ../../nbs/base/07_fused.ipynb #f05ed020
+# %% ../../nbs/base/07_fused.ipynb #f05ed02c
+def _at_work(): return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
 _name = 'apply_rotary_pos_emb'
 
 def _own_positions(layer):
@@ -103,6 +105,7 @@ def _fused_positions(own):
         return Rotary.apply(q, k, cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim))
     return positions
 
+# %% ../../nbs/base/07_fused.ipynb #f05ed020
 def _turns(own):
     "Whether a function of positions is `Rotary`"
     if own not in _positions:
@@ -112,7 +115,21 @@ def _turns(own):
         except (RuntimeError, TypeError, ValueError): _positions[own] = False
     return _positions[own]
 
-def _at_work(): return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+# %% ../../nbs/base/07_fused.ipynb #f05ed02a
+def _with_norm(norm, added):
+    own,eps = norm.forward,_eps(norm)
+    def forward(x):
+        w = norm.weight
+        if not (x.dtype==w.dtype==torch.float32 and _at_work()): return own(x)
+        return RmsNorm.apply(x, w+added if added else w, eps)
+    return forward
+
+def _with_positions(layer, own):
+    forward = type(layer).forward
+    made = FunctionType(forward.__code__, forward.__globals__ | {_name: _fused_positions(own)}, forward.__name__,
+                        forward.__defaults__, forward.__closure__)
+    made.__kwdefaults__ = forward.__kwdefaults__
+    return MethodType(made, layer)
 
 # %% ../../nbs/base/07_fused.ipynb #f05ed022
 def fused_parts(
@@ -130,21 +147,7 @@ def fused_parts(
         if made is not None: found[m] = made
     return found
 
-def _with_norm(norm, added):
-    own,eps = norm.forward,_eps(norm)
-    def forward(x):
-        w = norm.weight
-        if not (x.dtype==w.dtype==torch.float32 and _at_work()): return own(x)
-        return RmsNorm.apply(x, w+added if added else w, eps)
-    return forward
-
-def _with_positions(layer, own):
-    forward = type(layer).forward
-    made = FunctionType(forward.__code__, forward.__globals__ | {_name: _fused_positions(own)}, forward.__name__,
-                        forward.__defaults__, forward.__closure__)
-    made.__kwdefaults__ = forward.__kwdefaults__
-    return MethodType(made, layer)
-
+# %% ../../nbs/base/07_fused.ipynb #f05ed02b
 @contextmanager
 def fused(
     parts:dict, # From `fused_parts`

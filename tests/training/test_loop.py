@@ -276,7 +276,8 @@ def test_adapters_computed_together_end_as_those_of_peft_do(tmp_path):
     proved, = together.heard # on this model, or by an earlier test on one of the same shape
     where = '(on this model|in this process on a model of the same shape)'
     assert re.fullmatch(r'adapters: 8 layers in 4 products \(q_proj\+k_proj\+v_proj, o_proj\), proved '
-                        f'{where} to give the numbers of peft within 1e-06, 7 norms and rotary positions with them', proved)
+                        f'{where} to give the numbers of peft within 1e-06, 7 norms and rotary positions with them',
+                        proved)
     assert peft.heard==["adapters: peft's path (`fused_lora=False`)"]
     assert torch.allclose(w, v, atol=2e-5) and not torch.equal(w, v) # B is not normalised, so Adam lifts what is small
     files = lambda run: {f.name: f.stat().st_size for f in (run.folder.checkpoints/'checkpoint-2').iterdir()}
