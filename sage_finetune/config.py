@@ -423,6 +423,7 @@ class RewardConfig(TrainingConfig):
     num_iterations: int = 1 # Optimizer steps on the same answers
     mask_truncated_completions: bool = False # Learn nothing from answers that were cut off
     answers_at_once: int|None = None # Answers that are generated together; None: all of a step
+    vllm: OptionsSetting = None # Let vLLM draw the answers, by TRL's settings without `vllm_`: dict(mode='colocate')
     kept_answers: int = 256 # MiB of sampled answers to keep in the run folder
 
     _rules,trained_by = _reward_rules,'rewards.trainer.RewardTrainer'

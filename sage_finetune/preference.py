@@ -279,7 +279,9 @@ def _held_out(trainer, batches):
     sums = torch.zeros(RewardMetrics.places, dtype=torch.float64)
     with evaluating(trainer.model):
         for b in batches:
-            if 'spare' not in b: sums += trainer.judged(trainer.model, trainer._prepare_inputs(b))[1]
+            if (spare := b.pop('spare', False)) and not division(): continue
+            found = trainer.judged(trainer.model, trainer._prepare_inputs(b))[1] # a divided model asks all processes
+            if not spare: sums += found
     if trainer.args.world_size>1: sums = trainer.accelerator.reduce(sums.to(trainer.args.device))
     return _means(sums.tolist())
 
@@ -450,9 +452,9 @@ def _balance_note(dataset, config):
 
 def _check_batch(method, fitted):
     "Refuse what no loop here can compute"
-    if divided := division():
-        raise SageError(f'{divided} divides the model among processes, and TRL compares answers with a whole one: take '
-                        f'`--config ddp`, in which each process has the model')
+    if division()=='DeepSpeed':
+        raise SageError(f'`method="{method}"` with DeepSpeed: it has not been shown that several processes are as one; '
+                        f'take `--config fsdp2`, which divides the model too, or `--config ddp`')
     if method=='kto' and fitted.per_device_train_batch_size<2:
         raise SageError('KTO compares the rows of a micro-batch, so a single row teaches nothing: '
                         'set `per_device_train_batch_size` to 2 or more (and `max_length` lower, where '

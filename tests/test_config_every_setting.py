@@ -320,6 +320,7 @@ reward = dict(
     mask_truncated_completions=[Seen(True, rolled, max_completion_length=2, temperature=5.0)],
     answers_at_once=[Seen(1, rolled)],
     kept_answers=[Seen(1, looped)],
+    vllm=[Seen(dict(mode='server', server_port=8001), rolled), Refused('fast', 'must be a dict of names and plain')],
     lora=[Refused(dict(modules_to_save=['norm']), 'does not go together with rewards')])
 
 source = dict(

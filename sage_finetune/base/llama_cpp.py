@@ -18,6 +18,7 @@ from pathlib import Path
 from shutil import which
 
 from ..core.disk import cannot_write, read_json, SageError
+from ..core.machine import usable_cores
 from ..core.settings import refuse_unknown
 
 # %% ../../nbs/base/05_llama_cpp.ipynb #9a000009
@@ -163,11 +164,11 @@ def _pack(lib, gguf, tensor, kind):
     if kind=='F16': return values.astype(np.float16),out_type
     block,size = gguf.GGML_QUANT_SIZES[out_type]
     out = np.empty((len(rows), width//block*size), np.uint8)
-    step = max(1, len(rows)//(4*(os.cpu_count() or 1)))
+    step = max(1, len(rows)//(4*usable_cores()))
     call = lambda i,n: quantize(_ids[kind], rows[i:].ctypes.data, out[i:].ctypes.data, 0, n, width, None)
     call(0, 1) # the first call sets up its tables
     pack = lambda i: call(i, min(step, len(rows)-i))
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool: list(pool.map(pack, range(0, len(rows), step)))
+    with ThreadPoolExecutor(usable_cores()) as pool: list(pool.map(pack, range(0, len(rows), step)))
     return out.reshape(*values.shape[:-1], -1),out_type
 
 # %% ../../nbs/base/05_llama_cpp.ipynb #9a000014
@@ -271,7 +272,7 @@ class _Engine:
         how.n_ctx = how.n_batch = how.n_ubatch = length
         self.context = self.lib.llama_init_from_model(self.model, how)
         if not self.context: raise SageError(f'llama.cpp has no room for {length} tokens with {file}')
-        self.lib.llama_set_n_threads(self.context, *[os.cpu_count() or 1]*2)
+        self.lib.llama_set_n_threads(self.context, *[usable_cores()]*2)
         self.vocab = self.lib.llama_model_get_vocab(self.model)
         self.size = self.lib.llama_vocab_n_tokens(self.vocab)
 

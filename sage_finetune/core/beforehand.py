@@ -201,7 +201,7 @@ class OptionsSetting:
         def __set__(self, config:object, value:dict|str|None)->None: ...
     @staticmethod
     def check(name, value):
-        words = f'`{name}` must be a dict such as {{"num_cycles": 2}}, got {value!r}'
+        words = f'`{name}` must be a dict of names and plain values such as {{"num_cycles": 2}}, got {value!r}'
         if isinstance(value, str):
             try: value = json.loads(value)
             except ValueError: raise ValueError(words) from None

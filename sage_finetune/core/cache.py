@@ -271,6 +271,7 @@ def leaves(
     import numpy as np, torch
     if isinstance(value, np.ndarray): value = torch.from_numpy(value.copy().view(f'i{value.itemsize}'))
     if isinstance(value, (list, tuple)) and not _is_plain(value): value = dict(enumerate(value))
+    if hasattr(value, '__tensor_flatten__'): value = {n: getattr(value, n) for n in value.__tensor_flatten__()[0]}
     if not isinstance(value, dict): return {name: list(value) if isinstance(value, tuple) else value}
     return {k: v for key,x in value.items() for k,v in leaves(x, f'{name}.{key}' if name else str(key)).items()}
 

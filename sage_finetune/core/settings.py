@@ -105,9 +105,8 @@ _habits = dict(
     scheduler='lr_scheduler_type', output='output_dir', load_in_8bits='load_in_8bit', load_in_4bits='load_in_4bit',
     lora_r='r', lora_rank='r', lora_target='target_modules', model_name_or_path='model_name', val_size='test_size',
     bits='load_in_4bit', warmup='warmup_ratio', target_modules='target_modules', lora_alpha='lora_alpha',
-    lora_dropout='lora_dropout', r='r', betas='adam_beta1', epoch='num_train_epochs', clip='max_grad_norm')
-_no_vllm = ('answers are sampled by transformers, each from a seed of its own: TRL seeds vLLM once, when it starts, so '
-            'a run that goes on after a kill would be another one')
+    lora_dropout='lora_dropout', r='r', betas='adam_beta1', epoch='num_train_epochs', clip='max_grad_norm',
+    use_vllm='vllm', vllm_mode='vllm')
 _of_lora = 'r', 'lora_alpha', 'lora_dropout', 'target_modules'
 
 def _meant_by_habit(name, known):
@@ -124,8 +123,6 @@ def refuse_unknown(
     known = list(known)
     for name in names:
         if name in known: continue
-        if what.endswith('setting') and 'vllm' in str(name).lower():
-            raise ValueError(f'`{name}` is not here: {_no_vllm}')
         near = [m] if (m := _meant_by_habit(name, known)) else get_close_matches(str(name), known, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
         raise ValueError(f"unknown {what} `{name}`; {hint}")

@@ -202,9 +202,15 @@ def _counted(config, machine, model_config):
                         f'({one_line(e, 150)}); train, and look at the probe') from None
 
 # %% ../../nbs/model/05_memory.ipynb #0c141f79
+def _vllm_bytes(config, machine):
+    "What vLLM holds of the card by name: a share of it, or nothing where it is elsewhere"
+    asked = getattr(config, 'vllm', None) or dict(mode='server')
+    if asked.get('mode', 'colocate')=='server': return {}
+    return dict(vLLM=round(asked.get('gpu_memory_utilization', .3)*(machine.memory or 0)))
+
 def _sampling_bytes(config, shape):
     "What sampling needs: keys and values of every token of the answers, and scores of the last, in 64 bits"
-    if not isinstance(config, RewardConfig): return 0
+    if not isinstance(config, RewardConfig) or config.vllm: return 0
     text,n = shape.get_text_config(),config.answers_at_once or config.effective_batch_size
     width = getattr(text, 'head_dim', None) or text.hidden_size//text.num_attention_heads
     heads = getattr(text, 'num_key_value_heads', None) or text.num_attention_heads
@@ -228,7 +234,8 @@ def estimate_memory(
     if isinstance(fitted, (PreferenceConfig, RewardConfig)):
         step = replace(step, head=_head_of_trl(fitted, machine, shape, learned))
     state,paged = optimizer_bytes(fitted.optim, sizes)
-    return MemoryEstimate(fitted, machine, {**counted.weights}, 4*sum(sizes), 4*sum(sizes), state, paged,
+    weights = {**counted.weights, **_vllm_bytes(fitted, machine)}
+    return MemoryEstimate(fitted, machine, weights, 4*sum(sizes), 4*sum(sizes), state, paged,
                           step.activations, step.head, step.layer, _sampling_bytes(fitted, shape), shape)
 
 # %% ../../nbs/model/05_memory.ipynb #b3478191

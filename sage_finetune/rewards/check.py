@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from ..core.disk import SageError
 from ..core.display import Panel, Shown, size_text, Table
+from ..record.metrics import duration_text
 from ..config import RewardConfig
 from ..model.loss import evaluating
 from ..model.memory import estimate_memory

@@ -9,9 +9,11 @@ __all__ = ['QuestionBatches', 'GroupMetrics', 'RewardWatch', 'GRPOMixin', 'GRPOL
            'RewardTrainer', 'last_groups', 'trainer_for']
 
 # %% ../../nbs/rewards/04_trainer.ipynb #b36ec005
-import json,warnings
-from dataclasses import dataclass, replace
+import json,os,warnings
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -20,9 +22,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..core.disk import SageError
 from ..core.machine import Machine
+from ..core.settings import refuse_unknown
 from ..config import RewardConfig, TrainingConfig
 from ..rows.report import DataReport
 from ..model.adapter import changes_base
+from ..model.contract import stop_ids
 from ..model.loss import evaluating
 from ..model.memory import Probe
 from ..training.batches import padding_of
@@ -37,7 +41,9 @@ from sage_finetune.preference import (
 )
 from .functions import judge, rewards_of
 from .questions import questions_and_held_out, QuestionsDigest
-from .rollout import group_dict, KeptAnswers, micro_batches, read_answers, roll_out, with_signal
+from sage_finetune.rewards.rollout import (
+    draw_seed, group_dict, KeptAnswers, micro_batches, read_answers, roll_out, vllm_answers, vllm_ratio, with_signal
+)
 
 # %% ../../nbs/rewards/04_trainer.ipynb #311eec16
 class QuestionBatches(torch.utils.data.Sampler):
@@ -99,12 +105,21 @@ def _log_probs(trainer, batch):
     T = batch['completion_ids'].shape[1]
     return trainer._get_per_token_logps_and_entropies(trainer.model, ids, real, T)[0].cpu()
 
+def _weigh_vllm(args, batch):
+    "Add the weight of each token, or answer, that vLLM drew; a token it has no probability for has that of training"
+    old,sampled = batch['old_per_token_logps'],batch['sampled_log_probs']
+    batch['importance_sampling_ratio'] = vllm_ratio(
+        old, sampled, batch['completion_mask'], args.vllm_importance_sampling_mode,
+        args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max)
+    batch['sampled_log_probs'] = torch.where(sampled.isnan(), old, sampled)
+
 def _with_log_probs(trainer, batches):
     "Micro-batches with the log-probabilities the loss compares with; and (sum, tokens) of the KL to the reference"
     divergence,tokens = 0.0,0
     for b in batches:
         with trainer.model.disable_adapter(): reference = _log_probs(trainer, b)
-        if trainer.iterations>1: b['old_per_token_logps'] = _log_probs(trainer, b)
+        if trainer.iterations>1 or trainer.use_vllm: b['old_per_token_logps'] = _log_probs(trainer, b)
+        if trainer.use_vllm: _weigh_vllm(trainer.args, b)
         b['ref_per_token_logps'] = reference
         ratio,mask = (reference-b['sampled_log_probs']).double(),b['completion_mask']
         divergence += ((ratio.exp()-ratio-1)*mask).sum().item()
@@ -112,12 +127,24 @@ def _with_log_probs(trainer, batches):
     return divergence,tokens
 
 # %% ../../nbs/rewards/04_trainer.ipynb #c9f3b0a7
+def _drawn_by_vllm(trainer, asked, step):
+    "Answers of vLLM, which has been given the weights of this step"
+    def layers(): return ((n, p.data) for n,p in trainer.model.named_parameters() if '.base_layer.' in n)
+    before = {n: w.to('cpu', copy=True) for n,w in layers()}
+    trainer.vllm_generation.sync_weights()
+    for n,w in layers(): w.copy_(before[n]) # TRL merges the adapter and takes it out again, which rounds
+    c,tokenizer = trainer.config,trainer.processing_class
+    return vllm_answers(trainer.vllm_generation, tokenizer, [q['input_ids'] for q in asked], c.num_generations,
+                        stop_ids(trainer.model, tokenizer), draw_seed(c.seed, step)>>31)
+
 def _answered(trainer, rows, step):
     "The micro-batches of new answers to the questions of a step; they are kept, told and counted"
     c = trainer.config
     asked = [q for b in rows for q in b['rows']][::c.num_generations]
     with evaluating(trainer.model), trainer.accelerator.autocast():
-        made = roll_out(trainer.model, trainer.processing_class, asked, trainer.rewards, c, step+1, trainer.at_once)
+        drawn = _drawn_by_vllm(trainer, asked, step+1) if trainer.use_vllm else None
+        made = roll_out(trainer.model, trainer.processing_class, asked, trainer.rewards, c, step+1, trainer.at_once,
+                        drawn)
         rows_at_once = trainer.args.per_device_train_batch_size
         batches = micro_batches(made, rows_at_once, trainer.pad_id, c.mask_truncated_completions)
         divergence = _with_log_probs(trainer, batches)
@@ -175,7 +202,8 @@ class GRPOMixin(ResumableTrainer):
         trained = {n: p.data for n,p in model.named_parameters() if p.requires_grad}
         text,told = model.config.get_text_config(),model.generation_config
         pads = processing_class.pad_token,text.pad_token_id,told.pad_token_id
-        super().__init__(*args, model=model, processing_class=processing_class, reward_funcs=[_no_reward], **kwargs)
+        with _same_environment():
+            super().__init__(*args, model=model, processing_class=processing_class, reward_funcs=[_no_reward], **kwargs)
         processing_class.pad_token,text.pad_token_id,told.pad_token_id = pads # as they were
         # without a beta in its arguments it makes no second reference
         self.data_collator,self.beta = _as_they_are,config.beta
@@ -201,6 +229,15 @@ class GRPOMixin(ResumableTrainer):
 def _as_they_are(rows): return dict(rows=rows) # a rollout makes the tensors
 
 def _no_reward(prompts, **kwargs): return [0.0]*len(prompts)
+
+@contextmanager
+def _same_environment():
+    "For vLLM in its own process TRL sets what makes the next run believe that it was started by torchrun"
+    before = dict(os.environ)
+    try: yield
+    finally:
+        for n in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'):
+            if n not in before: os.environ.pop(n, None)
 
 # %% ../../nbs/rewards/04_trainer.ipynb #adddd207
 class GRPOLoop(GRPOMixin):
@@ -306,12 +343,37 @@ def _trl_loop():
     return type('GrpoLoop', (GRPOEvaluation, trl.GRPOTrainer), {}),trl.GRPOConfig
 
 # %% ../../nbs/rewards/04_trainer.ipynb #76bc21d1
+def _vllm_settings(c):
+    "What TRL is told of vLLM"
+    if c.vllm is None: return {}
+    known = [f.name.removeprefix('vllm_') for f in fields(_trl_loop()[1]) if f.name.startswith('vllm_')]
+    refuse_unknown(c.vllm, known, 'setting of `vllm`')
+    if (mode := c.vllm.get('mode', 'colocate')) not in ('colocate', 'server'):
+        raise ValueError(f'`vllm`: `mode` must be "colocate" or "server", got {mode!r}')
+    return dict(use_vllm=True, top_p=c.top_p, top_k=c.top_k or 0) | {f'vllm_{n}': v for n,v in c.vllm.items()}
+
+def _without_vllm(machine):
+    "Why vLLM cannot draw answers here, or None"
+    if machine.device!='cuda': return 'needs a card of NVIDIA or AMD, and this machine has none'
+    if not find_spec('vllm'): return 'needs vLLM, which is not installed: `pip install "trl[vllm]"`'
+
+def _check_vllm(config, machine):
+    "Refuse vLLM where it cannot be, before anything is loaded"
+    _vllm_settings(config)
+    if config.vllm is None: return
+    if config.load_in_8bit or config.load_in_4bit:
+        raise ValueError('`vllm` is given the base with the adapter merged into it, which would be rounded to '
+                         f'{4 if config.load_in_4bit else 8} bits: set `load_in_4bit=False` and `load_in_8bit=False`, '
+                         'or leave `vllm` out')
+    if why := _without_vllm(machine):
+        raise SageError(f'`vllm` {why}; leave it out, and transformers draws the answers')
+
 def _loss_settings(c):
     "What TRL's loss is set to"
     same = ('num_generations', 'max_completion_length', 'temperature', 'loss_type', 'epsilon', 'epsilon_high',
             'importance_sampling_level', 'num_iterations')
     more = dict(beta=0.0, num_generations_eval=1, disable_dropout=not c.lora.lora_dropout)
-    return {n: getattr(c, n) for n in same} | more
+    return {n: getattr(c, n) for n in same} | more | _vllm_settings(c)
 
 # %% ../../nbs/rewards/04_trainer.ipynb #108396a5
 def _checked(config):
@@ -392,7 +454,8 @@ def _probe_longest(run):
     batch = dict(prompt_ids=ids(longest), prompt_mask=ones(longest), completion_ids=ids(c.max_completion_length),
                  completion_mask=ones(c.max_completion_length), advantages=torch.ones(n),
                  num_items_in_batch=torch.tensor(n*c.max_completion_length),
-                 ref_per_token_logps=torch.zeros(n, c.max_completion_length))
+                 **{k: torch.zeros(n, c.max_completion_length) for k in (
+                     'ref_per_token_logps', *(('importance_sampling_ratio',) if t.use_vllm else ()))})
     batch = Trainer._prepare_inputs(t, batch)
     held = 4*sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     t.current_gradient_accumulation_steps = c.gradient_accumulation_steps
@@ -432,6 +495,7 @@ class RewardTrainer(LoRATrainer):
     def load_model_and_tokenizer(self):
         "Load the model, once it is known that its questions can be read and that TRL is there"
         _trl_loop()
+        _check_vllm(self.fitted, self.machine)
         if self.dataset is None and type(self).prepare_data is RewardTrainer.prepare_data: check_data_path(self.config)
         super().load_model_and_tokenizer()
 

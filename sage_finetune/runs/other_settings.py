@@ -181,8 +181,8 @@ def take_rewards(
 def take_sampling(
     given:dict, # Settings of the file
     out:Translation, # What they become
-)->None: # `top_k` is set; refused where several steps learn from answers that were sampled together
-    "How many answers are sampled at once"
+)->None: # `top_k` and `vllm` are set; refused where several steps learn from answers that were sampled together
+    "How many answers are sampled at once, and by what"
     s = out.settings
     micro,accum = s['per_device_train_batch_size'],s['gradient_accumulation_steps']
     for name,own in {'steps_per_generation': accum, 'generation_batch_size': micro*accum}.items():
@@ -190,6 +190,9 @@ def take_sampling(
             raise RefusedSetting(f'{name}={given[name]!r} (answers are sampled for one optimizer step: {own}, by '
                                  f'per_device_train_batch_size={micro} and gradient_accumulation_steps={accum})')
     s['top_k'] = int(take_number(given, out, 'top_k', 0)) or None
+    of_vllm = {n.removeprefix('vllm_'): v for n,v in given.items() if n.startswith('vllm_')}
+    if used := take_setting(given, out, 'use_vllm', False, (False, True)): s['vllm'] = dict(mode='colocate') | of_vllm
+    out.went |= {f'vllm_{n}': 'vllm' if used else 'without effect: `use_vllm` is off' for n in of_vllm}
 
 # %% ../../nbs/runs/01_other_settings.ipynb #050048b1
 def take_precision(

@@ -15,7 +15,6 @@ from sage_finetune.model.loss import evaluating
 from sage_finetune.rewards.rollout import advantages, micro_batches, read_answers, roll_out
 from sage_finetune.rewards.trainer import last_groups, QuestionBatches, RewardTrainer, trainer_for
 from sage_finetune.rows.sources import save_rows
-from sage_finetune.runs.tasks import parsed_settings
 from sage_finetune.training.callbacks import read_metrics
 from sage_finetune.trainer import LoRATrainer, Stopped
 
@@ -258,14 +257,6 @@ def test_a_reward_that_fails_is_told_with_its_row_and_the_run_goes_on(whole, tmp
     (dict(init_adapter='somewhere', beta=.1), 'the reference is the model without an adapter')])
 def test_what_would_be_another_reference_is_refused(tmp_path, more, why):
     with pytest.raises(ValueError, match=why): RewardTrainer(config(tmp_path/'r', **more), quiet=True)
-
-@pytest.mark.parametrize('name', ['use_vllm', 'vllm_mode', 'vllm_server_host', 'use-vLLM'])
-def test_vllm_is_refused_by_name_with_the_reason(tmp_path, name):
-    for made in (lambda: RewardConfig(**{name: True}), lambda: config(tmp_path/'r').replace(**{name: True}),
-                 lambda: TrainingConfig.from_dict(dict(method='grpo', rewards='exact') | {name: True}),
-                 lambda: parsed_settings([f'{name}=true'])):
-        with pytest.raises(ValueError, match=f'`{name}` is not here: answers are sampled by transformers, each from'):
-            made()
 
 def test_a_config_finds_its_trainer(tmp_path):
     c = config(tmp_path/'r', rewards='exact')

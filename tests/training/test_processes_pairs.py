@@ -10,7 +10,7 @@ from sage_finetune.core.run_folder import RunFolder
 from sage_finetune.preference import PreferenceTrainer
 from sage_finetune.rows.sources import save_rows
 from sage_finetune.training.callbacks import read_metrics
-from test_processes import adapter, apart, together
+from test_processes import adapter, apart, fsdp2, together
 
 pytestmark = [pytest.mark.skipif(os.name!='posix', reason='needs processes as POSIX has them'), pytest.mark.slow]
 
@@ -40,13 +40,15 @@ def logged(folder):
     return [(m['step'], k, m[k]) for m in read_metrics(RunFolder(folder).metrics) for k in figures if k in m]
 
 
-@pytest.mark.parametrize('method,more', [
-    ('dpo', {}), ('dpo', dict(loss_type='ipo', sft_weight=.3)), ('orpo', {}), ('kto', {}),
-    ('dpo', dict(gradient_accumulation_steps=2))], ids=['dpo', 'ipo and sft', 'orpo', 'kto', 'dpo, accumulated'])
-def test_two_processes_are_one(method, more, data, tmp_path):
+@pytest.mark.parametrize('method,more,env', [
+    ('dpo', {}, {}), ('dpo', dict(loss_type='ipo', sft_weight=.3), {}), ('orpo', {}, {}), ('kto', {}, {}),
+    ('dpo', dict(gradient_accumulation_steps=2), {}), ('dpo', {}, fsdp2), ('orpo', {}, fsdp2), ('kto', {}, fsdp2)],
+    ids=['dpo', 'ipo and sft', 'orpo', 'kto', 'dpo, accumulated', 'dpo, divided', 'orpo, divided', 'kto, divided'])
+def test_two_processes_are_one(method, more, env, data, tmp_path):
+    "Each with the whole model, or with its half of it (FSDP)"
     one,two = tmp_path/'one',tmp_path/'two'
     accum = more.get('gradient_accumulation_steps', 1)
-    statuses,said = together(tmp_path/'said', train, two, data, method=method, **more)
+    statuses,said = together(tmp_path/'said', train, two, data, method=method, env=env, within=240, **more)
     assert statuses==[0, 0], said
     train(one, data, method=method, **(more | dict(gradient_accumulation_steps=2*accum)))
     a,b = logged(one),logged(two)
@@ -72,7 +74,8 @@ def test_a_step_with_a_process_that_has_no_row_left(data, tmp_path):
         assert norms[0]==pytest.approx(norms[1], rel=1e-4) # Adam would forgive a gradient that is longer
 
 
-def test_a_divided_model_is_refused(data, tmp_path):
-    env = dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2')
+def test_deepspeed_is_refused(data, tmp_path):
+    pytest.importorskip('deepspeed')
+    env = dict(ACCELERATE_USE_DEEPSPEED='true')
     statuses,said = together(tmp_path/'said', train, tmp_path/'run', data, env=env)
-    assert statuses==[1, 1] and 'take `--config ddp`' in said[0]+said[1]
+    assert statuses==[1, 1] and 'take `--config fsdp2`' in said[0]+said[1]
