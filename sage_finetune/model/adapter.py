@@ -466,6 +466,21 @@ def check_layers(
     config, # A `TrainingConfig`, as fitted to the machine
 )->None: # Nothing: the adapter fits; or the model cannot be built from its config, which is told where it is loaded
     "Refuse an adapter that does not fit the layers of its model, before any weight is loaded"
+    asked = _asked_of_layers(config)
+    if asked in _fitting: return
+    _look_at_layers(config)
+    _fitting.add(asked)
+
+_fitting = set() # what was looked at in this process: the runs of a sweep have one shape
+
+def _asked_of_layers(config):
+    "What decides whether an adapter fits its model"
+    place = Path(resolve_model(config.model_name))
+    files = [place] if place.is_file() else sorted(place.iterdir()) if place.is_dir() else []
+    return (str(place), tuple((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files),
+            str([vars(config.lora), config.add_tokens, config.stack_adapter]))
+
+def _look_at_layers(config):
     try: model = empty_model(config.model_name)
     except Exception: return
     lora,stored = config.lora,stored_as(resolve_model(config.model_name))
