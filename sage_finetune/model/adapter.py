@@ -461,7 +461,7 @@ def check_settings(
         raise ValueError(f'`{needing}={getattr(config, needing)}` needs held-out rows: '
                          f'set `test_size` above 0 or `eval_data_path`')
 
-# %% ../../nbs/model/00_adapter.ipynb #08be3003
+# %% ../../nbs/model/00_adapter.ipynb #08be3005
 def check_layers(
     config, # A `TrainingConfig`, as fitted to the machine
 )->None: # Nothing: the adapter fits; or the model cannot be built from its config, which is told where it is loaded
@@ -497,6 +497,7 @@ def _look_at_layers(config):
         raise ValueError('`stack_adapter=True` adds products of matrices, which an adapter on experts is not: '
                          'leave it out, or name layers such as "q_proj" in `target_modules`')
 
+# %% ../../nbs/model/00_adapter.ipynb #08be3003
 def check_run(
     config, # A `TrainingConfig`, as fitted to the machine
     device:str='cpu', # "cuda", "mps" or "cpu"
