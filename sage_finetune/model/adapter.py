@@ -298,6 +298,12 @@ def save_lora_init(
     "Keep how an adapter began beside the adapter"
     if start := getattr(model, 'adapter_start', None): save_file(start, Path(folder)/start_file)
 
+def _move_base(name, layer, now, then):
+    product = lambda start: start[f'{name}.lora_B.weight'] @ start[f'{name}.lora_A.weight']
+    W = layer.get_base_layer().weight
+    change = layer.scaling['default']*(product(now)-product(then))
+    W.data += (change.T if layer.fan_in_fan_out else change).to(W.device, W.dtype)
+
 # %% ../../nbs/model/00_adapter.ipynb #25ebc8f7
 @torch.no_grad()
 def load_lora_init(
@@ -313,13 +319,6 @@ def load_lora_init(
         if isinstance(layer, LoraLayer): _move_base(name, layer, now, then)
     model.adapter_start = then
     return True
-
-# %% ../../nbs/model/00_adapter.ipynb #158ee7cb
-def _move_base(name, layer, now, then):
-    product = lambda start: start[f'{name}.lora_B.weight'] @ start[f'{name}.lora_A.weight']
-    W = layer.get_base_layer().weight
-    change = layer.scaling['default']*(product(now)-product(then))
-    W.data += (change.T if layer.fan_in_fan_out else change).to(W.device, W.dtype)
 
 # %% ../../nbs/model/00_adapter.ipynb #94b9819c
 def lora_plus(
