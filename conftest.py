@@ -80,6 +80,8 @@ class NotebookFile(pytest.File):
 
 
 DRAWN = '01_display', '03_callbacks', '02_trainer', '05_cli' # lessons whose curve of losses is drawn
+# Lessons of a trained run, which several of them train alike before they begin
+OF_A_RUN = ('03_merge_chat', '00_generate', '02_exam', '04_merging', '04_adapter_sizes', '05_token_losses', '06_talk')
 
 
 class NotebookFailed(Exception): "A cell raised; the runner has already written its traceback to stderr"
@@ -97,9 +99,11 @@ class NotebookItem(pytest.Item):
     def _isolated(run, *args, **kwargs):
         "Call `run`, then put back what a notebook may leave changed: environment, import path, folder, Ctrl-C"
         before_path,before_folder,before_interrupt = sys.path[:],os.getcwd(),signal.getsignal(signal.SIGINT)
-        curve = contextlib.nullcontext() if args[0].stem in DRAWN else cheaper.without_curve()
+        name,same = args[0].stem,contextlib.nullcontext()
+        curve = same if name in DRAWN else cheaper.without_curve()
+        first = cheaper.first_run_once() if name in OF_A_RUN else same
         try:
-            with mock.patch.dict(os.environ), curve: return run(*args, **kwargs)
+            with mock.patch.dict(os.environ), curve, first: return run(*args, **kwargs)
         finally:
             sys.path[:] = before_path
             os.chdir(before_folder)

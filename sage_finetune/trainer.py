@@ -187,7 +187,7 @@ class LoRATrainer(LoopParts):
 # %% ../nbs/02_trainer.ipynb #2f01f0e3
 def _begin(run):
     "Report the machine, what was changed for it, and the expected memory, once; and load the tokenizer"
-    if run._announced: return tokenizer_for(run.config)
+    if run._announced: return tokenizer_for(run.config) if run.tokenizer is None else run.tokenizer
     check_run(run.fitted, run.machine.device, run.dataset is not None or not _is_packaged(run, 'prepare_data'))
     run.say(opening(run.machine, run.changes))
     run._announced = True

@@ -3,8 +3,12 @@
 Imported by `conftest.py`, and by the process that others are forked from.
 """
 import gc
+import hashlib
+import json
 import os
 import re
+import shutil
+import tempfile
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from unittest import mock
@@ -42,6 +46,33 @@ def without_curve():
         if 'loss.png' not in Path(str(file)).name: return draw(self, file, **more)
         Path(file).write_bytes(b'curve')
     return mock.patch.object(Figure, 'savefig', quick)
+
+
+def _kept_run(config):
+    "Where a run of such settings and rows is kept, wherever it and its rows lie"
+    settings = {k: v for k,v in config.to_dict().items() if k not in ('data_path', 'output_dir')}
+    asked = json.dumps(settings, sort_keys=True, default=str).encode() + Path(config.data_path).read_bytes()
+    return Path(os.environ['SAGE_TESTS'])/'runs'/hashlib.sha256(asked).hexdigest()[:16]
+
+
+def first_run_once():
+    """A context in which the first run of a lesson is trained once for all lessons that begin with such a run: the
+    others find a copy of its folder, and read the finished run back
+    """
+    from sage_finetune.trainer import LoRATrainer
+    train,begun = LoRATrainer.train,[]
+    def once(self, fresh=False):
+        if begun: return train(self, fresh)
+        begun.append(kept := _kept_run(self.config))
+        if kept.is_dir(): shutil.copytree(kept, self.folder.path)
+        result = train(self, fresh)
+        if not kept.is_dir():
+            kept.parent.mkdir(exist_ok=True)
+            whole = Path(shutil.copytree(self.folder.path, tempfile.mkdtemp(dir=kept.parent), dirs_exist_ok=True))
+            try: whole.rename(kept)
+            except OSError: shutil.rmtree(whole) # another worker was first
+        return result
+    return mock.patch.object(LoRATrainer, 'train', once)
 
 
 def _rarer_collections():

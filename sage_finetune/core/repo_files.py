@@ -12,6 +12,7 @@ import os,re,subprocess,warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -147,6 +148,7 @@ def _given_secrets(text, form, kind, words):
     for at,line in _lines_with(text, words):
         yield from (at+m.start() for m in form.finditer(line) if not _is_stand_in(m[2], kind or m[1]))
 
+@lru_cache(256)
 def find_secret(
     text:str, # Text of a file
 )->str: # Kind and line, such as `GitHub token, line 3`; empty if there is none

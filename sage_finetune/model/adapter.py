@@ -298,6 +298,12 @@ def save_lora_init(
     "Keep how an adapter began beside the adapter"
     if start := getattr(model, 'adapter_start', None): save_file(start, Path(folder)/start_file)
 
+def _move_base(name, layer, now, then):
+    product = lambda start: start[f'{name}.lora_B.weight'] @ start[f'{name}.lora_A.weight']
+    W = layer.get_base_layer().weight
+    change = layer.scaling['default']*(product(now)-product(then))
+    W.data += (change.T if layer.fan_in_fan_out else change).to(W.device, W.dtype)
+
 # %% ../../nbs/model/00_adapter.ipynb #25ebc8f7
 @torch.no_grad()
 def load_lora_init(
@@ -313,13 +319,6 @@ def load_lora_init(
         if isinstance(layer, LoraLayer): _move_base(name, layer, now, then)
     model.adapter_start = then
     return True
-
-# %% ../../nbs/model/00_adapter.ipynb #158ee7cb
-def _move_base(name, layer, now, then):
-    product = lambda start: start[f'{name}.lora_B.weight'] @ start[f'{name}.lora_A.weight']
-    W = layer.get_base_layer().weight
-    change = layer.scaling['default']*(product(now)-product(then))
-    W.data += (change.T if layer.fan_in_fan_out else change).to(W.device, W.dtype)
 
 # %% ../../nbs/model/00_adapter.ipynb #94b9819c
 def lora_plus(
@@ -461,11 +460,26 @@ def check_settings(
         raise ValueError(f'`{needing}={getattr(config, needing)}` needs held-out rows: '
                          f'set `test_size` above 0 or `eval_data_path`')
 
-# %% ../../nbs/model/00_adapter.ipynb #08be3003
+# %% ../../nbs/model/00_adapter.ipynb #08be3005
 def check_layers(
     config, # A `TrainingConfig`, as fitted to the machine
 )->None: # Nothing: the adapter fits; or the model cannot be built from its config, which is told where it is loaded
     "Refuse an adapter that does not fit the layers of its model, before any weight is loaded"
+    asked = _asked_of_layers(config)
+    if asked in _fitting: return
+    _look_at_layers(config)
+    _fitting.add(asked)
+
+_fitting = set() # what was looked at in this process: the runs of a sweep have one shape
+
+def _asked_of_layers(config):
+    "What decides whether an adapter fits its model"
+    place = Path(resolve_model(config.model_name))
+    files = [place] if place.is_file() else sorted(place.iterdir()) if place.is_dir() else []
+    return (str(place), tuple((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files),
+            str([vars(config.lora), config.add_tokens, config.stack_adapter]))
+
+def _look_at_layers(config):
     try: model = empty_model(config.model_name)
     except Exception: return
     lora,stored = config.lora,stored_as(resolve_model(config.model_name))
@@ -482,6 +496,7 @@ def check_layers(
         raise ValueError('`stack_adapter=True` adds products of matrices, which an adapter on experts is not: '
                          'leave it out, or name layers such as "q_proj" in `target_modules`')
 
+# %% ../../nbs/model/00_adapter.ipynb #08be3003
 def check_run(
     config, # A `TrainingConfig`, as fitted to the machine
     device:str='cpu', # "cuda", "mps" or "cpu"

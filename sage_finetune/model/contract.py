@@ -207,10 +207,15 @@ def answered(
     model, # A causal language model
     rows:list, # Lists of token ids
 )->list: # A list of log-probabilities for each row
-    "How likely a model finds the tokens of some rows"
+    "How likely a model finds the tokens of some rows; those of one length are asked together"
+    found,alike = [None]*len(rows),{}
+    for i,r in enumerate(rows): alike.setdefault(len(r), []).append(i)
     with evaluating(model):
-        return [log_probs_of(model(input_ids=torch.tensor([r], device=model.device), use_cache=False).logits[0], r)
-                for r in rows]
+        for same in alike.values():
+            asked = torch.tensor([rows[i] for i in same], device=model.device)
+            for i,logits in zip(same, model(input_ids=asked, use_cache=False).logits):
+                found[i] = log_probs_of(logits, rows[i])
+    return found
 
 # %% ../../nbs/model/03_contract.ipynb #c0a17e61
 _last = WeakKeyDictionary() # model → what it was when it last answered, and its answers

@@ -13,6 +13,7 @@ import re,warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from zlib import crc32
 
@@ -78,13 +79,16 @@ def _shown_codebase(book):
 # %% ../../nbs/synthetic/01_codebase.ipynb #03be1585
 _readers = {'.py': python_facts, '.md': markdown_facts, '.ipynb': notebook_facts, **{s: code_facts for s in LANGUAGES}}
 
+@lru_cache(256)
+def _facts_in(text, name, suffix):
+    "The facts that a text states; a small codebase, which is read again and again, is parsed once"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore') # escapes that Python warns of are not our reader's concern
+        return tuple(_readers[suffix](text, name))
+
 def _read_file(path, name, book):
     "The facts in one file; a file that cannot be read is noted in `book`"
-    try:
-        text = read_source(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore') # escapes that Python warns of are not our reader's concern
-            found = _readers[path.suffix.lower()](text, name)
+    try: found = _facts_in(read_source(path), name, path.suffix.lower())
     except PassedOver as e:
         book.skipped[name] = str(e)
         return []
