@@ -108,6 +108,7 @@ class Board(Shown):
         self.log,self.smooth,self.others = False,0.0,[] # Axis; weight of what came before; `Line`s of other runs
         self.answers = {prompt_text(p): [] for p in self.prompts}
         self.questions,self.notes = deque(maxlen=12),deque(maxlen=24) # `Question`s; messages of the run
+        self.talk = None # What was asked in the dashboard: it shows itself, and has its `exchanges`
 
     def update(self, **values):
         "Set some of the attributes"
@@ -292,7 +293,8 @@ def as_panel(
     return Panel(headline(board), [facts_table(board), *([_Plot(board)] if plot else []),
                                    *([board.group] if board.group else []),
                                    *([answers_table(board)] if any(board.answers.values()) else []),
-                                   *([questions_table(board)] if board.questions else [])])
+                                   *([questions_table(board)] if board.questions else []),
+                                   *([board.talk] if board.talk and board.talk.exchanges else [])])
 
 # %% ../../nbs/ui/01_board.ipynb #b0a20002
 def kept_line(
