@@ -352,10 +352,16 @@ def _middle_html(board):
     "The curve, and the answers beside it"
     side = 'flex:1 1 300px;min-width:280px;max-height:420px;overflow:auto'
     answers = f'<div style="{side}">{answers_table(board, 5)._repr_html_()}</div>' if board.answers else ''
-    return (f'<div style="display:flex;flex-wrap:wrap;gap:1.2em;align-items:flex-start"><div style="flex:2 1 '
+    return (f'<div style="display:flex;flex-wrap:wrap;gap:1.2em;align-items:flex-start;{_close}"><div style="flex:2 1 '
             f'380px;max-width:600px">{curve_svg(board)}</div>{answers}</div>')
 
-def _facts_html(board): return facts_table(board)._repr_html_()+(board.group._repr_html_() if board.group else '')
+_close = 'line-height:1.35' # widgets are as high as a button
 
-board_panes = dict(head=_head_html, middle=_middle_html, facts=_facts_html,
-                   talk=lambda board: questions_table(board)._repr_html_() if board.questions else '')
+def _facts_html(board):
+    group = board.group._repr_html_() if board.group else ''
+    return f'<div style="{_close}">{facts_table(board)._repr_html_()}{group}</div>'
+
+def _questions_html(board):
+    return f'<div style="{_close}">{questions_table(board)._repr_html_()}</div>' if board.questions else ''
+
+board_panes = dict(head=_head_html, middle=_middle_html, facts=_facts_html, talk=_questions_html)

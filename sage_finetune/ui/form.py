@@ -303,7 +303,8 @@ class _Code:
     def __init__(self, text): self.text = text
     def __str__(self): return self.text
     def _repr_html_(self):
-        style = 'text-align:left;white-space:pre-wrap;font-size:12.5px;margin:.4em 0'
+        style = ('text-align:left;white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;font-size:12.5px;'
+                 'margin:.4em 0')
         return f'<pre style="{style}">{html.escape(self.text)}</pre>'
 
 def _short_yaml(config):
@@ -426,7 +427,7 @@ def _arranged(view):
     half = dict(flex='1 1 24em', min_width='20em')
     rows = dict(flex_flow='row wrap', align_items='flex-start')
     machine = html.escape(view.form.machine.name or view.form.machine.device)
-    under = w.Layout(margin='0 0 0 9.3em', width='auto')
+    under = w.Layout(margin='0 .9em 0 9.6em', width='auto')
     data = [w.HBox([view.pick, view.look], layout=under), view.looked]
     fields = [w.VBox([view.inputs[n], view.wrong[n], *(data if n=='data_path' else [])]) for n in view.inputs]
     left = w.VBox([*fields, view.wrong['']], layout=w.Layout(**half))

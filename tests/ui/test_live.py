@@ -103,7 +103,9 @@ def test_a_script_that_ends_without_waiting_saves_what_was_done(tmp_path, data):
     assert RunFolder(tmp_path/'left').state=='stopped'
     again = LiveRun(LoRATrainer(asked, quiet=True)).start()
     until(lambda: again.board.phase=='training' and again.board.step>=4)
-    assert again.board.loss.line[0][0]==1 # what was written down before is on the curve
+    steps,held = [s for s,_ in again.board.loss.line],[s for s,_ in again.board.held_out.line]
+    assert (steps[0], held[0])==(1, 0), 'what was written down before is on both curves'
+    assert steps==sorted({*steps}) and held==sorted({*held}) and held[-1]<=steps[-1]
     again.stop()
     assert again.wait() is None
 
