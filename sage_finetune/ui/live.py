@@ -512,7 +512,8 @@ def _buttons(live):
 
 def _kept(live): return '' if live.board.over else kept_line(live.run.folder.path, live.board.step)
 
-def _kept_html(live): return f'<div style="font-size:smaller;opacity:.8;line-height:1.35">{html.escape(_kept(live))}</div>'
+def _kept_html(live):
+    return f'<div style="font-size:smaller;opacity:.8;line-height:1.35">{html.escape(_kept(live))}</div>'
 
 def _as_left(live):
     "The page of a run as it is found where the kernel is gone"
