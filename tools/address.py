@@ -35,7 +35,7 @@ if packages:
     print(done.stdout, end='')
     if done.returncode: raise NotInstalled(f'Stopped: pip could not install {{[*packages]}}; its reason is above')
 '''
-RELEASED = re.compile(r'(<!-- released: begin -->\n).*?(\n<!-- released: end -->)', re.S)
+RELEASED = re.compile(r'(<!-- released: begin -->).*?(<!-- released: end -->)', re.S)
 CHANGES = re.compile(r'(?:^\[[\w.]+\]: \S+\n)+\Z', re.M)
 TEXTS = ('pyproject.toml', 'CHANGELOG.md', 'CONTRIBUTING.md', 'AGENTS.md', 'benchmarks/README.md',
          'sage_finetune/models/sage-tiny/README.md')

@@ -266,6 +266,7 @@ def config_file(
     except HFValidationError: return None
     return Path(found) if isinstance(found, str) else None
 
+# %% ../../nbs/core/08_beforehand.ipynb #08be0108
 def absent_model(
     name:str, # As asked for
     reached:bool=True, # Whether the Hub could be asked
@@ -275,6 +276,7 @@ def absent_model(
            'is neither a folder here nor in the cache, and the hub cannot be reached: connect')
     return f'model {name!r} {why}, give the folder of a model, or use "sage-tiny" or "smollm2-135m"'
 
+# %% ../../nbs/core/08_beforehand.ipynb #08be0109
 def model_fault(
     name:str, # As asked for
     place:str, # A folder, or a name on the Hub

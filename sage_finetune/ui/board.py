@@ -107,8 +107,7 @@ class Board(Shown):
         self.seconds,self.now,self.group = 0.0,{},None # of training; the last of each number; answers side by side
         self.log,self.smooth,self.others = False,0.0,[] # Axis; weight of what came before; `Line`s of other runs
         self.answers = {prompt_text(p): [] for p in self.prompts}
-        self.questions,self.notes = deque(maxlen=12),deque(maxlen=24) # `Question`s; messages of the run
-        self.talk = None # What was asked in the dashboard: it shows itself, and has its `exchanges`
+        self.questions,self.notes,self.talk = deque(maxlen=12),deque(maxlen=24),None
 
     def update(self, **values):
         "Set some of the attributes"

@@ -223,6 +223,7 @@ def _no_base(model):
     try: return '' if BaseSwitch(model) else ''
     except SageError as e: return f'({e})'
 
+# %% ../../nbs/ui/07_live.ipynb #1a700032
 class LiveTalk(Talk):
     "A talk with a model that trains, and with its base"
     def __init__(self,
@@ -276,6 +277,7 @@ def _start(live, fresh=False):
     live._thread.start()
     return live
 
+# %% ../../nbs/ui/07_live.ipynb #1a70001c
 def _continue(live):
     if live.board.phase in ('pausing', 'paused'):
         live.board.update(phase='training' if live.board.steps else 'preparing')
@@ -371,6 +373,7 @@ def _refuse_own_thread(live):
     if threading.current_thread() is live._thread:
         raise SageError('the thread that trains cannot wait for itself: use `answers` of `inference.generate`')
 
+# %% ../../nbs/ui/07_live.ipynb #1a70001e
 def _chat(live, prompt, *how):
     _refuse_own_thread(live)
     question = live.ask(prompt, *how)

@@ -256,8 +256,7 @@ class Talk:
         if model is not None: check_base(model)
         self.model,self.tokenizer,self.name,self.system = model,tokenizer,name,system
         self.max_new_tokens,self.temperature,self.remember = max_new_tokens,temperature,remember
-        self.exchanges,self.strength,self.no_base = [],1.0,'' # Third: what stands where no base can answer
-        self._last,self._lock = None,threading.Lock()
+        self.exchanges,self.strength,self.no_base,self._last,self._lock = [],1.0,'',None,threading.Lock()
 
     def ask(self,
         prompt:str, # The question
@@ -278,8 +277,7 @@ class Talk:
         "Begin a new conversation; what was said stays to be seen"
         self._last = None
 
-    def _hold(self, exchange, heard):
-        with self._lock: write_answers(self, exchange, heard)
+    def _hold(self, exchange, heard): _answer_alone(self, exchange, heard)
     def __str__(self):
         return '\n\n'.join(map(str, self.exchanges)) or f'Nothing was asked yet: {self.name or "talk"}.ask("…")'
     def __repr__(self): return str(self)
@@ -291,6 +289,9 @@ class Talk:
 def _panel(talk):
     return Panel(f'{talk.name}: base and tuned' if talk.name else 'Base and tuned',
                  talk.exchanges or ['Nothing was asked yet.'])
+
+def _answer_alone(talk, exchange, heard):
+    with talk._lock: write_answers(talk, exchange, heard)
 
 def _earlier(talk):
     "The turns that a next question goes on from; an answer that was stopped is none"

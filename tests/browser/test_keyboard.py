@@ -3,8 +3,8 @@ import lab
 from test_dashboard import prompts, setup
 
 # of the outputs of a cell: the controls that are to be seen and act, each with a number
-_controls = """e => [...e.querySelectorAll(`button, input, select, textarea, summary, a[href], [role=slider], [tabindex="0"],
-    [contenteditable="true"]`)]
+_controls = """e => [...e.querySelectorAll(`button, input, select, textarea, summary, a[href], [role=slider],
+    [tabindex="0"], [contenteditable="true"]`)]
   .filter(c => c.checkVisibility() && !c.disabled)
   .map((c, i) => (c.dataset.told = i, c.outerHTML.slice(0, 120)))"""
 # of what has the focus: its number, its name as it is read out, and how it looks

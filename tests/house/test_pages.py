@@ -54,7 +54,8 @@ GOOD = ('[a](../00_one.ipynb)', '[a](../00_one.ipynb#what-it-is-and-why)', '[a](
         '<img src="../here.png" alt="here">', '[a](https://example.org/gone)',
         f'[![a](https://x.org/b.svg)]({COLAB}nbs/more/two.ipynb)', f'[a]({SOURCE}_quarto.yml)',
         '[a](https://me.github.io/it/one.html#thing)',
-        '<!-- begin -->\n**a**\n<!-- end -->\nb', '`[a](gone.png)`', '```\n[a](gone.png)\n```', '[a](mailto:me@example.org)')
+        '<!-- begin -->\n**a**\n<!-- end -->\nb',
+        '`[a](gone.png)`', '```\n[a](gone.png)\n```', '[a](mailto:me@example.org)')
 
 BAD = {'[a](three.ipynb)': 'three.ipynb does not exist', '[a](../00_one.ipynb#gone)': '00_one.ipynb has '
        'no such heading', '[a](#gone)': 'two.ipynb has no such heading', '![a](gone.png)': 'gone.png does not exist',
