@@ -354,6 +354,7 @@ def _middle_html(board):
     return (f'<div style="display:flex;flex-wrap:wrap;gap:1.2em;align-items:flex-start;{_close}"><div style="flex:2 1 '
             f'380px;max-width:600px">{curve_svg(board)}</div>{answers}</div>')
 
+# %% ../../nbs/ui/01_board.ipynb #a87fa6af
 _close = 'line-height:1.35' # widgets are as high as a button
 
 def _facts_html(board):

@@ -360,6 +360,7 @@ def _ask(live, prompt, *how):
     _queue(live, question)
     return question
 
+# %% ../../nbs/ui/07_live.ipynb #1a70001d
 def _queue(live, question):
     "Leave a question to the thread that trains; where nothing trains, it is answered at once"
     with live._wake:

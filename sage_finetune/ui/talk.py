@@ -298,6 +298,7 @@ def _earlier(talk):
     last = talk._last
     return () if last is None else last.earlier if last.stopped else (*last.earlier, last)
 
+# %% ../../nbs/ui/06_talk.ipynb #a0e00004
 def _asked(talk, exchange, heard):
     talk._hold(exchange, heard)
     talk.exchanges.append(exchange)
