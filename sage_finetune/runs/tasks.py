@@ -327,13 +327,6 @@ def _check_model(name):
     from sage_finetune.base.loading import check_model # imports torch, so only when everything else is in order
     check_model(name)
 
-def _refuse_absent(config):
-    "Say what is not there before libraries are loaded that take seconds"
-    for given,evaluation in ((config.data_path, False), (config.eval_data_path, True)):
-        for s in sources_of(config, evaluation) if given else (): source_files(s.path, s.where['split'])
-    name = config.model_name
-    if not model_in_file(name) and (fault := model_fault(name, resolve_model(name))): raise SageError(fault)
-
 # %% ../../nbs/runs/04_tasks.ipynb #bd4c3aa0
 def _to_stderr(line): print(visible(line), file=sys.stderr)
 
@@ -406,6 +399,13 @@ def config_of(
     if base is None: return config
     place = Path(base).expanduser()
     return config.replace(model_name=str(place.resolve()) if place.is_dir() else base)
+
+def _refuse_absent(config):
+    "Say what is not there before libraries are loaded that take seconds"
+    for given,evaluation in ((config.data_path, False), (config.eval_data_path, True)):
+        for s in sources_of(config, evaluation) if given else (): source_files(s.path, s.where['split'])
+    name = config.model_name
+    if not model_in_file(name) and (fault := model_fault(name, resolve_model(name))): raise SageError(fault)
 
 # %% ../../nbs/runs/04_tasks.ipynb #ce3d1359
 def trainer_of(

@@ -223,7 +223,6 @@ def _no_base(model):
     try: return '' if BaseSwitch(model) else ''
     except SageError as e: return f'({e})'
 
-# %% ../../nbs/ui/07_live.ipynb #1a700032
 class LiveTalk(Talk):
     "A talk with a model that trains, and with its base"
     def __init__(self,
@@ -277,7 +276,6 @@ def _start(live, fresh=False):
     live._thread.start()
     return live
 
-# %% ../../nbs/ui/07_live.ipynb #1a70001c
 def _continue(live):
     if live.board.phase in ('pausing', 'paused'):
         live.board.update(phase='training' if live.board.steps else 'preparing')
