@@ -512,16 +512,6 @@ def _buttons(live):
         hold.disabled = stop.disabled = live.board.over or live.board.phase=='stopping'
     return widgets.HBox([hold, stop]),follow
 
-def _kept(live): return '' if live.board.over else kept_line(live.run.folder.path, live.board.step)
-
-def _kept_html(live):
-    return f'<div style="font-size:smaller;opacity:.8;line-height:1.35">{html.escape(_kept(live))}</div>'
-
-def _as_left(live):
-    "The page of a run as it is found where the kernel is gone"
-    panel = as_panel(live.board)
-    return panel if live.board.over else replace(panel, parts=[*panel.parts, _kept(live)])
-
 # %% ../../nbs/ui/07_live.ipynb #1a700016
 def _widget_view(live):
     "A widget, and a function of the names of panes that brings them up to date"
@@ -580,6 +570,16 @@ def _follow(live, first, second, renew, draw, seconds=1.0):
     with suppress(Exception):
         first.update(CurveImage(live.board))
         second.update(as_panel(live.board, plot=False))
+
+def _kept(live): return '' if live.board.over else kept_line(live.run.folder.path, live.board.step)
+
+def _kept_html(live):
+    return f'<div style="font-size:smaller;opacity:.8;line-height:1.35">{html.escape(_kept(live))}</div>'
+
+def _as_left(live):
+    "The page of a run as it is found where the kernel is gone"
+    panel = as_panel(live.board)
+    return panel if live.board.over else replace(panel, parts=[*panel.parts, _kept(live)])
 
 # %% ../../nbs/ui/07_live.ipynb #2c5c78cf
 def show_live(
