@@ -49,7 +49,7 @@ def is_lesson(path):
 LONG = ('test_resume', 'test_merging', 'test_memory', 'test_faults', 'test_merging_kinds', 'test_adapter', 'test_loop',
         'test_processes', 'test_serve', '02_trainer', 'test_tiny_vision', 'test_pipeline', 'test_live', 'test_cli',
         'test_tasks', '04_tasks', '04_preference', '08_a_second_task', 'test_preference', '05_memory', 'test_sources',
-        '02_live', 'test_loss', '05_qlora_on_a_small_card', '04_how_much_rank', '04_step_bytes', 'test_public_contract',
+        '07_live', 'test_loss', '05_qlora_on_a_small_card', '04_how_much_rank', '04_step_bytes', 'test_public_contract',
         'test_incremental', '03_merging', '03_your_own_trainer', '01_first_run', 'test_token_losses', 'test_pages',
         '02_what_it_learns', 'test_split', '06_your_codebase', 'test_contract', '03_form', 'test_merge_chat')
 

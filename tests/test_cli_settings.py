@@ -1,6 +1,7 @@
 "Settings on the command line, files of settings to begin with, what is printed at the end, and how wide help is"
 import io
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -41,6 +42,26 @@ def test_help_fits_80_columns(command, monkeypatch):
     shown = CliRunner().invoke(app, [*([command] if command else []), '--help'], env=dict(COLUMNS='80'))
     assert shown.exit_code==0 and shown.output.startswith('Usage: ')
     assert [line for line in shown.output.splitlines() if len(line)>80]==[]
+
+
+@pytest.mark.parametrize('given, said', [
+    (dict(data_path='gone.jsonl'), 'data file not found: gone.jsonl'),
+    (dict(eval_data_path='gone.jsonl'), 'data file not found: gone.jsonl'),
+    (dict(model_name='/no/such/folder'), "model '/no/such/folder' cannot be loaded"),
+    (dict(model_name='nobody/nothing'), "model 'nobody/nothing' is neither a folder here nor in the cache"),
+    (dict(model_name='gone.gguf'), 'there is no file gone.gguf'),
+])
+def test_what_is_not_there_is_said_before_anything_heavy_is_loaded(given, said, tmp_path):
+    "Loading torch, transformers and peft takes seconds"
+    (tmp_path/'rows.jsonl').write_text('{"question": "a", "answer": "b"}\n')
+    (tmp_path/'settings.json').write_text(json.dumps(dict(model_name='sage-tiny', data_path='rows.jsonl',
+                                                          output_dir='run') | given))
+    code = ("import sys; from sage_finetune.cli import main; status = main(['run', 'settings.json']); "
+            "sys.exit(3 if 'torch' in sys.modules or 'transformers' in sys.modules else status)")
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, 'HF_HUB_OFFLINE': '1'})
+    assert done.returncode==1 and said in done.stderr and done.stderr.count('\n')==1, done
+    assert not (tmp_path/'run').exists()
 
 
 def test_the_version_is_told_without_loading_torch():

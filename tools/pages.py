@@ -71,6 +71,8 @@ def silent_pictures(
         yield from (f'the picture {target} has no alt text' for alt,target in PICTURE.findall(text) if not alt.strip())
         for tag in re.findall(r'<img\b[^>]*>', text):
             if not re.search(r'\balt="[^"]', tag): yield f'a picture has no alt text: {tag[:60]}'
+        if found := re.search(r'^<!--.*-->[ \t]*\S.*', text, re.M):
+            yield f'what stands behind a comment is shown as it is typed: {found[0][:60]}'
         if found := re.search(r'\bonclick=|\btabindex="-', text): yield f'a keyboard does not reach {found[0]}'
     drawn = any('image/png' in output.get('data', {}) for output in cell.get('outputs', []))
     if drawn and not re.search(r'^#\|\s*fig-alt:[ \t]*\S', ''.join(cell.source), re.M):

@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
-from ..core.beforehand import stored_as
+from ..core.beforehand import absent_model, model_fault, stored_as
 from ..core.cache import gguf_words
 from ..core.disk import read_json, SageError
 from ..config import resolve_model, TrainingConfig
@@ -167,11 +167,7 @@ def no_model(
         return SageError(f'model {name!r} is gated: accept its terms on its page, then log in with `hf auth login`')
     offline = any(w in text.lower() for w in ('connect', 'offline', 'cache', 'resolve', 'network'))
     if isinstance(err, ImportError): return SageError(f'model {name!r} needs a package that is missing: {text[:200]}')
-    if offline:
-        return SageError(f'model {name!r} is neither a folder here nor in the cache, and the hub cannot be reached: '
-                         'connect, give the folder of a model, or use "sage-tiny" or "smollm2-135m"')
-    return SageError(f'model {name!r} cannot be loaded: check the name, give the folder of a model, or use '
-                     f'"sage-tiny" or "smollm2-135m" ({text[:200]})')
+    return SageError(absent_model(name, False) if offline else f'{absent_model(name)} ({text[:200]})')
 
 # %% ../../nbs/base/01_loading.ipynb #d1b3664a
 def _protect_quantised(model):
@@ -384,23 +380,10 @@ def limits_of(
     except Exception: return ModelLimits() # reported where it is loaded
 
 # %% ../../nbs/base/01_loading.ipynb #c18d61f4
-def _no_network(name):
-    "Whether `name` needs the hub, and its address cannot be found"
-    import socket
-    from urllib.parse import urlparse
-    from urllib.request import getproxies
-    from huggingface_hub import constants, try_to_load_from_cache
-    if Path(name).is_dir() or getproxies() or constants.HF_HUB_OFFLINE: return False
-    if name.count('/')<=1 and isinstance(try_to_load_from_cache(name, 'config.json'), str): return False
-    try: socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
-    except OSError: return True
-    return False
-
 def check_model(
     name:str, # Hub name, folder, or "sage-tiny"
 )->None: # Nothing: the model can be had
     "Refuse a model that cannot be loaded, before anything depends on it"
-    try:
-        if _no_network(resolve_model(name)): raise OSError('no network')
-        AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False)
+    if fault := model_fault(name, resolve_model(name)): raise SageError(fault)
+    try: AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False)
     except _load_errors as e: raise no_model(name, e) from None

@@ -6,18 +6,20 @@ Docs: https://sage-finetune.github.io/sage_finetune/core/beforehand.html.md"""
 
 # %% auto #0
 __all__ = ['known_trackers', 'is_of_bitsandbytes', 'check_optimizer', 'same_steps', 'check_betas', 'check_schedule',
-           'try_optimizer', 'try_schedule', 'OptionsSetting', 'TokensSetting', 'StoredAs', 'config_file', 'stored_as',
-           'fit_stored', 'ToolTable', 'package_file', 'tool_table', 'number_in', 'names_in', 'take_by_table',
-           'unknown_to_table', 'tracker_names', 'are_trackers']
+           'try_optimizer', 'try_schedule', 'OptionsSetting', 'TokensSetting', 'StoredAs', 'config_file',
+           'absent_model', 'model_fault', 'stored_as', 'fit_stored', 'ToolTable', 'package_file', 'tool_table',
+           'number_in', 'names_in', 'take_by_table', 'unknown_to_table', 'tracker_names', 'are_trackers']
 
 # %% ../../nbs/core/08_beforehand.ipynb #08be0005
-import json,os
+import json,os,socket
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlparse
+from urllib.request import getproxies
 
 from .disk import read_json
 from .machine import Change
@@ -263,6 +265,34 @@ def config_file(
     try: found = try_to_load_from_cache(name, 'config.json')
     except HFValidationError: return None
     return Path(found) if isinstance(found, str) else None
+
+# %% ../../nbs/core/08_beforehand.ipynb #08be0108
+def absent_model(
+    name:str, # As asked for
+    reached:bool=True, # Whether the Hub could be asked
+)->str: # One line
+    "What is said of a model that cannot be had"
+    why = ('cannot be loaded: check the name' if reached else
+           'is neither a folder here nor in the cache, and the hub cannot be reached: connect')
+    return f'model {name!r} {why}, give the folder of a model, or use "sage-tiny" or "smollm2-135m"'
+
+# %% ../../nbs/core/08_beforehand.ipynb #08be0109
+def model_fault(
+    name:str, # As asked for
+    place:str, # A folder, or a name on the Hub
+)->str|None: # One line; None where it is here, or where the Hub has to be asked
+    "Why a model cannot be had, where that is known before a library is loaded that takes seconds"
+    if Path(place).is_dir() or config_file(place): return None
+    from huggingface_hub import constants
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    try: validate_repo_id(place)
+    except HFValidationError: return absent_model(name)
+    return absent_model(name, False) if constants.HF_HUB_OFFLINE or _no_network(constants.ENDPOINT) else None
+
+def _no_network(address):
+    "Whether an address cannot be found; behind a proxy it is not looked up here"
+    try: return not getproxies() and not socket.getaddrinfo(urlparse(address).hostname, 443)
+    except OSError: return True
 
 # %% ../../nbs/core/08_beforehand.ipynb #08be0022
 def stored_as(

@@ -326,7 +326,7 @@ _read_each_time = 2**24 # Bytes of the largest file whose checksum is not rememb
 def _text_digest(text): return hashlib.blake2b(text.encode('utf-8', 'surrogatepass'), digest_size=16).hexdigest()
 
 def _read_digest(path):
-    digest,block = hashlib.blake2b(digest_size=16),memoryview(bytearray(2**20))
+    digest,block = hashlib.blake2b(digest_size=16),memoryview(bytearray(min(2**20, os.path.getsize(path)+1)))
     with open(path, 'rb', buffering=0) as f:
         while n := f.readinto(block): digest.update(block[:n])
     return digest.hexdigest()
@@ -341,9 +341,9 @@ def file_digest(
     again:bool=False, # Read it even where its checksum is remembered
 )->str: # 32 hexadecimal digits
     "BLAKE2b of a whole file; that of a large one is remembered while its size, times and inode are the same"
-    path = Path(os.path.realpath(path))
     state = _state_of(path)
     if state[0]<_read_each_time: return _read_digest(path)
+    path = Path(os.path.realpath(path))
     note = cache_root()/'digests'/f'{_text_digest(str(path))}.json'
     with suppress(SageError, OSError, ValueError):
         known = read_json(note)
@@ -426,7 +426,7 @@ def _file_fault(folder, name, expected):
         if not size and path.name in _places: same = _entry(path)[:2]==expected[:2]
         elif (now := path.stat().st_size)!=size: return f'its file {name} has {now:,} of {size:,} bytes'
         elif isinstance(digest, int): same = _crc(path)==digest
-        else: same = digest in (file_digest(path), file_digest(path, again=True))
+        else: same = any(digest==file_digest(path, again) for again in (False, True))
     except (OSError, ValueError) as e: return f'its file {name} cannot be read ({e})'
     return None if same else f'its file {name} has changed since it was written'
 

@@ -41,8 +41,9 @@ def _config_of(run):
     try:
         with as_written_here(f.config): config = TrainingConfig.from_dict(record)
     except ValueError as e: raise ValueError(f'{f.config}: {e}') from None
-    return config.replace(output_dir=f.path,
-                          **{n: _found(getattr(config, n), f.path) for n in ('data_path', 'eval_data_path')})
+    now = dict(output_dir=f.path) | {n: _found(getattr(config, n), f.path) for n in ('data_path', 'eval_data_path')}
+    moved = {n: v for n,v in now.items() if v!=getattr(config, n)}
+    return config.replace(**moved) if moved else config
 
 # %% ../../nbs/runs/05_run.ipynb #a66c2980
 def _lines(path):

@@ -17,8 +17,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from ..synthetic.codebase import held_out_rows, read_codebase, sample_facts, train_rows
+from ..core.beforehand import model_fault
 from ..core.disk import read_json, SageError, write_json
-from ..core.cache import small_model
+from ..core.cache import model_in_file, small_model
 from sage_finetune.core.settings import (
     checked, data_sources, DataPathSetting, is_mixture, refuse_unknown, Settings, source_words
 )
@@ -28,13 +29,13 @@ from sage_finetune.config import (
     config_class, config_from_meta, embedded_model, LoRAConfig, PreferenceConfig, PresetConfigs, resolve_model,
     RewardConfig, show_config, TrainingConfig
 )
-from ..rows.sources import load_training_data, read_rows, save_rows
+from ..rows.sources import load_training_data, read_rows, save_rows, source_files
 from sage_finetune.rows.formats import (
     checked_columns, detect_data_format, renamed, sample_rows, to_messages, to_preference
 )
 from ..rows.template import images_of
 from ..rows.tokens import encode
-from ..data import conversations, source_of
+from ..data import conversations, source_of, sources_of
 from ..model.advice import Advice, suggest
 from .other_tools import config_from_other_tool, kind_of_config, read_settings, translated
 
@@ -399,6 +400,13 @@ def config_of(
     place = Path(base).expanduser()
     return config.replace(model_name=str(place.resolve()) if place.is_dir() else base)
 
+def _refuse_absent(config):
+    "Say what is not there before libraries are loaded that take seconds"
+    for given,evaluation in ((config.data_path, False), (config.eval_data_path, True)):
+        for s in sources_of(config, evaluation) if given else (): source_files(s.path, s.where['split'])
+    name = config.model_name
+    if not model_in_file(name) and (fault := model_fault(name, resolve_model(name))): raise SageError(fault)
+
 # %% ../../nbs/runs/04_tasks.ipynb #ce3d1359
 def trainer_of(
     target, # As for `config_of`
@@ -408,6 +416,7 @@ def trainer_of(
 ): # A `LoRATrainer`; a `PreferenceTrainer` where the settings have a `method` or the rows are judged answers
     "The trainer of what `target` asks for"
     config = config_of(target, quiet, base, fresh) # what is wrong with it is said before the libraries are loaded
+    _refuse_absent(config)
     from sage_finetune.rewards.trainer import trainer_for
     return trainer_for(config, quiet)
 

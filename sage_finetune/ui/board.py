@@ -107,7 +107,7 @@ class Board(Shown):
         self.seconds,self.now,self.group = 0.0,{},None # of training; the last of each number; answers side by side
         self.log,self.smooth,self.others = False,0.0,[] # Axis; weight of what came before; `Line`s of other runs
         self.answers = {prompt_text(p): [] for p in self.prompts}
-        self.questions,self.notes = deque(maxlen=12),deque(maxlen=24) # `Question`s; messages of the run
+        self.questions,self.notes,self.talk = deque(maxlen=12),deque(maxlen=24),None
 
     def update(self, **values):
         "Set some of the attributes"
@@ -292,7 +292,8 @@ def as_panel(
     return Panel(headline(board), [facts_table(board), *([_Plot(board)] if plot else []),
                                    *([board.group] if board.group else []),
                                    *([answers_table(board)] if any(board.answers.values()) else []),
-                                   *([questions_table(board)] if board.questions else [])])
+                                   *([questions_table(board)] if board.questions else []),
+                                   *([board.talk] if board.talk and board.talk.exchanges else [])])
 
 # %% ../../nbs/ui/01_board.ipynb #b0a20002
 def kept_line(
@@ -350,10 +351,17 @@ def _middle_html(board):
     "The curve, and the answers beside it"
     side = 'flex:1 1 300px;min-width:280px;max-height:420px;overflow:auto'
     answers = f'<div style="{side}">{answers_table(board, 5)._repr_html_()}</div>' if board.answers else ''
-    return (f'<div style="display:flex;flex-wrap:wrap;gap:1.2em;align-items:flex-start"><div style="flex:2 1 '
+    return (f'<div style="display:flex;flex-wrap:wrap;gap:1.2em;align-items:flex-start;{_close}"><div style="flex:2 1 '
             f'380px;max-width:600px">{curve_svg(board)}</div>{answers}</div>')
 
-def _facts_html(board): return facts_table(board)._repr_html_()+(board.group._repr_html_() if board.group else '')
+# %% ../../nbs/ui/01_board.ipynb #a87fa6af
+_close = 'line-height:1.35' # widgets are as high as a button
 
-board_panes = dict(head=_head_html, middle=_middle_html, facts=_facts_html,
-                   talk=lambda board: questions_table(board)._repr_html_() if board.questions else '')
+def _facts_html(board):
+    group = board.group._repr_html_() if board.group else ''
+    return f'<div style="{_close}">{facts_table(board)._repr_html_()}{group}</div>'
+
+def _questions_html(board):
+    return f'<div style="{_close}">{questions_table(board)._repr_html_()}</div>' if board.questions else ''
+
+board_panes = dict(head=_head_html, middle=_middle_html, facts=_facts_html, talk=_questions_html)

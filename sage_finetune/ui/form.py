@@ -303,7 +303,8 @@ class _Code:
     def __init__(self, text): self.text = text
     def __str__(self): return self.text
     def _repr_html_(self):
-        style = 'text-align:left;white-space:pre-wrap;font-size:12.5px;margin:.4em 0'
+        style = ('text-align:left;white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;font-size:12.5px;'
+                 'margin:.4em 0')
         return f'<pre style="{style}">{html.escape(self.text)}</pre>'
 
 def _short_yaml(config):
@@ -375,8 +376,9 @@ def _looked_at(form):
 def _data_widgets(view):
     "A list of files to pick from, and a button that looks at the rows"
     import ipywidgets as w
-    first = 'pick a file …'
-    pick = w.Dropdown(options=[first, *_data_files()], layout=w.Layout(flex='1 1 12em', width='auto'))
+    first = 'pick one …'
+    pick = w.Dropdown(options=[first, *_data_files()], description='or a file', style=dict(description_width='9em'),
+                      layout=w.Layout(flex='1 1 12em', width='auto'))
     look = _button('Look', 'Read the rows with the tokenizer of the model: what is used, dropped, learned')
     def picked(change):
         if change['new']==first: return
@@ -426,8 +428,7 @@ def _arranged(view):
     half = dict(flex='1 1 24em', min_width='20em')
     rows = dict(flex_flow='row wrap', align_items='flex-start')
     machine = html.escape(view.form.machine.name or view.form.machine.device)
-    under = w.Layout(margin='0 0 0 9.3em', width='auto')
-    data = [w.HBox([view.pick, view.look], layout=under), view.looked]
+    data = [w.HBox([view.pick, view.look], layout=w.Layout(width='97%')), view.looked]
     fields = [w.VBox([view.inputs[n], view.wrong[n], *(data if n=='data_path' else [])]) for n in view.inputs]
     left = w.VBox([*fields, view.wrong['']], layout=w.Layout(**half))
     words = w.HBox([title('The same as&nbsp;'), view.words], layout=w.Layout(flex_flow='row wrap'))

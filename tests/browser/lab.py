@@ -222,6 +222,28 @@ class Page:
         at = self.page.locator('.jp-Notebook .jp-Cell').count() if at is None else at
         self.page.evaluate(_run_cell, [at, code])
         return at
+    def fits(self, cell):
+        "Whether nothing in the outputs of a cell is wider than they are"
+        return self.cell(cell).locator('.jp-Cell-outputArea').evaluate('e => e.scrollWidth <= e.clientWidth+1')
+    def in_four_ways(self, folder, **cells):
+        """Pictures of cells, or of the whole page (None): light and dark, 1280 and 800 wide, as `name_light.png`,
+        `name_dark_800.png`
+        """
+        for width in (800, 1280):
+            self.page.set_viewport_size(dict(width=width, height=1500))
+            highest = max((self.cell(c).bounding_box()['height'] for c in cells.values() if c is not None), default=0)
+            self.page.set_viewport_size(dict(width=width, height=max(1500, int(highest)+300)))
+            for theme in ('Dark', 'Light'):
+                self.theme(theme)
+                for name,cell in cells.items():
+                    file = folder/f'{name}_{theme.lower()}{"" if width==1280 else f"_{width}"}.png'
+                    self.whole(file) if cell is None else self.picture(file, cell)
+            for cell in cells.values(): assert cell is None or self.fits(cell), f'cell {cell} at {width}'
+    def whole(self, path):
+        "The page as it stands in the window, as a PNG of few colours"
+        from PIL import Image
+        self.page.locator('.jp-NotebookPanel:not(.lm-mod-hidden)').screenshot(path=str(path), animations='disabled')
+        with Image.open(path) as image: image.convert('RGB').quantize(128, dither=0).save(path, optimize=True)
     def leave(self):
         "Close the page and end its kernel"
         self.page.evaluate("() => window.jupyterapp.shell.currentWidget?.sessionContext.shutdown()")

@@ -44,6 +44,7 @@ def test_the_first_page_draws_its_diagram_and_its_links_open_notebooks(tmp_path,
         person = opens(address, 'index.ipynb', run=False)
         page = person.page
         page.wait_for_selector('.jp-RenderedMermaid :is(svg, img)', timeout=60_000)
+        person.in_four_ways(images, first_page=None)
         shown,tab = '.jp-NotebookPanel:not(.lm-mod-hidden) ','#jp-main-dock-panel .lm-TabBar-tab.lm-mod-current'
         for alt in page.eval_on_selector_all(f'{shown}.jp-MarkdownCell img', 'es => es.map(e => e.alt)'): assert alt
         for name in ('how_it_works', 'tutorials/01_first_run', 'recipes/own_data', 'when_something_is_wrong'):

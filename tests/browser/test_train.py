@@ -16,11 +16,6 @@ trainer = LoRATrainer(TrainingConfig(
 def nothing_wrong(page): assert (page.faults(), page.strangers, page.wrong)==([], [], [])
 
 
-def fits(page, cell):
-    "Whether nothing in the outputs of a cell is wider than they are"
-    return page.cell(cell).locator('.jp-Cell-outputArea').evaluate('e => e.scrollWidth <= e.clientWidth+1')
-
-
 def test_plain_training(root, visit, images):
     lab.notebook(root/'train.ipynb', *cells)
     page = visit('train.ipynb', run=None)
@@ -39,12 +34,6 @@ def test_plain_training(root, visit, images):
     page.see('LoRATrainer: trained', 3)
     page.see('load_in_8bit', 4)
     page.see('main memory', 5)
-    for width in (1280, 800):
-        page.page.set_viewport_size(dict(width=width, height=1500))
-        for theme in ('Dark', 'Light'):
-            page.theme(theme)
-            name = f'train_{theme.lower()}.png' if width==1280 else f'train_{theme.lower()}_{width}.png'
-            page.picture(images/name, 2)
-            page.picture(images/name.replace('train_', 'trainer_'), 3)
-        assert [fits(page, i) for i in (1, 2, 3, 4, 5)]==[True]*5, width
+    page.in_four_ways(images, train=2, trainer=3)
+    assert [page.fits(i) for i in (1, 4, 5)]==[True]*3
     nothing_wrong(page)

@@ -97,19 +97,25 @@ def steered(page, cell, notebook, images):
     left = page.saved(notebook, cell, 'Paused', f'{still} of 200', 'Tell me where the coffee is.')
     assert [sorted(o.data) for o in left]==[['application/vnd.jupyter.widget-view+json', 'text/plain'],
                                             ['text/html', 'text/plain']]
-    page.enter('Where is the printer?', hint='Ask the model')
-    assert int(page.see(r'(\d+)\s+Where is the printer\?\s+\S', cell)[1])==still
+    page.enter('Where is the printer?', hint='Ask both')
+    assert int(page.see(r'Where is the printer\?\s+base\s+\S[^▌]+tuned, step (\d+)\s+[^▌\s]', cell)[1])==still
+    turns = page.cell(cell).locator('input[type=checkbox]')
+    turns.check()
+    page.enter('And the ladder?', hint='Ask both')
+    page.see(r'2\. And the ladder\?\s+base\s+\S[^▌]+tuned, step \d+\s+[^▌\s]', cell)
+    turns.uncheck()
     page.press('Go on')
     page.see('Training', cell)
     later = lab.beyond(page, cell, 200, still)
-    page.enter('Where is the ladder?', hint='Ask the model') # while it trains
-    assert int(page.see(r'(\d+)\s+Where is the ladder\?\s+\S', cell)[1])>=later
+    page.enter('Where is the ladder?', hint='Ask both') # while it trains
+    asked = page.see(r'Where is the ladder\?\s+base\s+\S[^▌]+tuned, step (\d+)\s+[^▌\s]', cell)
+    assert int(asked[1])>=later
     lab.beyond(page, cell, 200, 60)
     page.press('Pause')
     page.see('Paused', cell)
-    for theme in ('Dark', 'Light'):
-        page.theme(theme)
-        page.picture(images/f'dashboard_{theme.lower()}.png', cell)
+    page.press('Again') # the last question once more; its base is known
+    page.see(r'Where is the ladder\?\s+base\s+\S[^▌]+tuned, step (6\d|[7-9]\d|\d{3})\s+Look here: cellar\.', cell)
+    page.in_four_ways(images, dashboard=cell)
     page.press('Stop and save')
     stopped = int(page.see(r'stopped at step (\d+) of 200', cell, seconds=90)[1])
     page.settled(cell)

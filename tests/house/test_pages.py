@@ -54,6 +54,7 @@ GOOD = ('[a](../00_one.ipynb)', '[a](../00_one.ipynb#what-it-is-and-why)', '[a](
         '<img src="../here.png" alt="here">', '[a](https://example.org/gone)',
         f'[![a](https://x.org/b.svg)]({COLAB}nbs/more/two.ipynb)', f'[a]({SOURCE}_quarto.yml)',
         '[a](https://me.github.io/it/one.html#thing)',
+        '<!-- begin -->\n**a**\n<!-- end -->\nb',
         '`[a](gone.png)`', '```\n[a](gone.png)\n```', '[a](mailto:me@example.org)')
 
 BAD = {'[a](three.ipynb)': 'three.ipynb does not exist', '[a](../00_one.ipynb#gone)': '00_one.ipynb has '
@@ -64,7 +65,8 @@ BAD = {'[a](three.ipynb)': 'three.ipynb does not exist', '[a](../00_one.ipynb#go
        'gone.html does not exist', '[![a](gone.svg)](https://x.org)': 'gone.svg does not exist',
        '![](../here.png)': 'here.png has no alt text', '![ ](../here.png)': 'has no alt text',
        '<img src="../here.png">': 'a picture has no alt text', '<img src="../here.png" alt="">': 'has no alt text',
-       '<b onclick="go()">a</b>': 'a keyboard does not reach', '<i tabindex="-1">a</i>': 'a keyboard does not reach'}
+       '<b onclick="go()">a</b>': 'a keyboard does not reach', '<i tabindex="-1">a</i>': 'a keyboard does not reach',
+       '<!-- begin -->**a**<!-- end --> b': 'what stands behind a comment is shown as it is typed'}
 
 
 @pytest.mark.parametrize('text', GOOD)

@@ -2,10 +2,12 @@
 import os
 import re
 import select
+import shutil
 import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -67,6 +69,8 @@ def test_a_watched_run_comes_to_the_same_bits(way, tmp_path, data):
     live.pause()
     until(lambda: live.board.phase=='paused' or not live.running)
     live.chat('Hm?', max_new_tokens=4, temperature=0.9)
+    live.talk.max_new_tokens,live.talk.temperature = 4,0.9
+    assert live.talk.ask('Hm?', strength=.5).step==live.board.step # its base beside it
     live.go_on()
     assert live.wait().steps==6 and live.board.phase=='done'
     assert live.prompts, [str(n) for n in live.board.notes] # empty where answering failed
@@ -99,7 +103,9 @@ def test_a_script_that_ends_without_waiting_saves_what_was_done(tmp_path, data):
     assert RunFolder(tmp_path/'left').state=='stopped'
     again = LiveRun(LoRATrainer(asked, quiet=True)).start()
     until(lambda: again.board.phase=='training' and again.board.step>=4)
-    assert again.board.loss.line[0][0]==1 # what was written down before is on the curve
+    steps,held = [s for s,_ in again.board.loss.line],[s for s,_ in again.board.held_out.line]
+    assert (steps[0], held[0])==(1, 0), 'what was written down before is on both curves'
+    assert steps==sorted({*steps}) and held==sorted({*held}) and held[-1]<=steps[-1]
     again.stop()
     assert again.wait() is None
 
@@ -122,6 +128,36 @@ def test_stop_ends_a_pause_and_a_long_answer(tmp_path, data):
     live.stop()
     assert live.wait(90) is None and live.board.phase=='stopped'
     assert question.done.is_set()
+
+
+def test_a_question_of_the_talk_that_waits_can_be_taken_back(tmp_path, data):
+    "Nobody waits for a slow micro-batch in order to stop what was not begun"
+    held = threading.Event()
+    class Held(LoRATrainer):
+        def prepare_data(self):
+            held.wait(60) # nothing is answered before it trains
+            super().prepare_data()
+    live = LiveRun(Held(config(tmp_path/'run', data, max_steps=5000), quiet=True))
+    live.start()
+    began = time.monotonic()
+    said = live.talk.ask('Are you there?', heard=lambda exchange: False)
+    assert (said.stopped, said.base+said.tuned, live._questions)==(True, '', type(live._questions)())
+    assert time.monotonic()-began<10 and not held.is_set() and live.talk.exchanges==[said]
+    held.set()
+    assert 'Are you there? (stopped)' in str(live.board)
+    live.stop()
+    live.wait(90)
+
+
+@pytest.mark.slow # one model more
+def test_where_the_base_cannot_answer_the_reason_stands_in_its_place(tmp_path, data):
+    base = shutil.copytree(two_layers, tmp_path/'base')
+    live = LiveRun(quiet(tmp_path/'run', data, model_name=str(base), max_steps=2,
+                         lora=LoRAConfig(r=4, init_lora_weights='pissa')))
+    live.start().wait()
+    (base/'model.safetensors').unlink() # what PiSSA took out of it
+    said = live.talk.ask('What is 2 plus 4?')
+    assert said.base.startswith('(the model in memory cannot answer as its base: ') and said.tuned and said.step==2
 
 
 def test_a_second_run_in_the_same_folder_is_refused_and_leaves_the_first(tmp_path, data):

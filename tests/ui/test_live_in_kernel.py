@@ -86,8 +86,13 @@ def test_the_buttons_act_while_a_cell_awaits_the_run(page):
     pressed = page.press('Pause')
     page.until(lambda: 'Paused' in page.text(cell), 20, 'paused by a button')
     page.until(lambda: answered(page, pressed), 10, 'the click was answered') # a page sends nothing more before that
-    page.enter('Ask the model as it is now', 'What is 30 plus 1?')
-    page.until(lambda: re.search(r'What is 30 plus 1\?\s+\S', page.text(cell)), 30, 'an answer during the pause')
+    page.enter('Ask both, and press Enter', 'What is 30 plus 1?')
+    answer = r'What is 30 plus 1\?\s+base\s+[^▌\s][^▌]*?tuned, step \d+\s+[^▌\s]'
+    page.until(lambda: re.search(answer, page.text(cell)) and '▌' not in page.text(cell), 60, 'answers in the pause')
+    page.tell(page.find(description='remember'), method='update', state=dict(value=True), buffer_paths=[])
+    page.enter('Ask both, and press Enter', 'And 4 plus 1?')
+    page.until(lambda: '2. And 4 plus 1?' in page.text(cell) and '▌' not in page.text(cell), 60, 'a second turn')
+    assert page.text(cell).index('What is 30')<page.text(cell).index('2. And 4'), 'the newest is at the bottom'
     page.until(lambda: len(all_steps(page, cell))==1, 20, 'every part of the page shows the same step')
     still = steps(page, cell)
     page.rest(2)
@@ -100,6 +105,7 @@ def test_the_buttons_act_while_a_cell_awaits_the_run(page):
     assert 'awaited None' in page.text(waits) and 'the next cell' in page.text(after)
     page.until(lambda: 'Stopped: stopped at step' in page.text(cell), 20, 'what is left')
     assert kernel.VIEW not in str(page.outputs[cell]), 'the widgets have made room'
+    assert '2. And 4 plus 1?' in page.text(cell), 'the talk stays'
 
 
 @pytest.mark.slow
