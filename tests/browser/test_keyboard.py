@@ -23,6 +23,7 @@ def walked(page, cell):
     area = page.cell(cell).locator('.jp-Cell-outputArea')
     there = area.evaluate(_controls)
     control = lambda number: area.locator(f'[data-told="{number}"]')
+    page.page.evaluate('() => document.activeElement.blur()') # what has the focus is not as it is without
     plain = [control(i).evaluate(_look) for i in range(len(there))]
     control(0).focus()
     found = {}
