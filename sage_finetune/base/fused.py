@@ -61,9 +61,8 @@ def _same(ours, theirs, *inputs):
     def results(f):
         made = f(*inputs)
         made = made if isinstance(made, tuple) else (made,)
-        torch.manual_seed(0)
-        return *made,*torch.autograd.grad(made, inputs, [torch.randn_like(y) for y in made])
-    with torch.random.fork_rng([]), torch.enable_grad():
+        return *made,*torch.autograd.grad(made, inputs, [_numbers(*y.shape) for y in made])
+    with torch.enable_grad():
         return all(a.shape==b.shape and a.dtype==b.dtype and (a-b).norm()<=_rounding*b.norm()
                    for a,b in zip(results(ours), results(theirs)))
 

@@ -220,8 +220,9 @@ class _Turn(Question):
 
 def _no_base(model):
     "Why a model that trains cannot answer as its base, in brackets; empty where it can"
-    try: return '' if BaseSwitch(model) else ''
+    try: BaseSwitch(model)
     except SageError as e: return f'({e})'
+    return ''
 
 class LiveTalk(Talk):
     "A talk with a model that trains, and with its base"
