@@ -5,6 +5,7 @@ to come as far.
 """
 import contextlib
 import gc
+import itertools
 import json
 import multiprocessing
 import os
@@ -29,6 +30,14 @@ def few(values, quick=1):
     "Members of a kind for `parametrize`: the first ones in every run, the others in `make test-slow`"
     several = lambda v: v if isinstance(v, tuple) else (v,)
     return [v if i<quick else pytest.param(*several(v), marks=pytest.mark.slow) for i,v in enumerate(values)]
+
+def chequered(*kinds):
+    """Kinds with each other for `parametrize`: the white fields of the board in every run, so that each member is in
+    some, the black ones in `make test-slow`
+    """
+    fields = itertools.product(*(enumerate(members) for members in kinds))
+    return [pytest.param(*(m for _,m in field), marks=[pytest.mark.slow]*(sum(i for i,_ in field)%2))
+            for field in fields]
 
 
 forked = multiprocessing.get_context('forkserver') if os.name=='posix' else None

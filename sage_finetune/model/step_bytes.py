@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ..config import TrainingConfig
 from ..core.machine import division, Machine
@@ -32,6 +32,26 @@ from ..base.new_tokens import add_token_rows, tokenizer_for
 from .loss import FrozenHead, head_bytes, LogitTransform
 
 # %% ../../nbs/model/04_step_bytes.ipynb #c3403b39
+_results = {} # Operation on `meta`, and what it was given → the shape, strides and format of its result
+
+def _asked(func, args, kwargs):
+    "What decides the result on `meta` of an operation that gives one tensor, a new one or its first; else None"
+    returned = func._schema.returns
+    if func.is_view or 'out' in kwargs or len(returned)!=1 or str(returned[0].type)!='Tensor': return None
+    leaves,form = tree_flatten((args, kwargs))
+    if any(isinstance(x, torch.Tensor) and not x.is_meta for x in leaves): return None
+    return func,form,*((x.shape, x.stride(), x.dtype) if isinstance(x, torch.Tensor) else (type(x), x) for x in leaves)
+
+def _result(func, args, kwargs):
+    "What an operation gives; on `meta` it is worked out once for the same shapes, as layers that are alike ask for it"
+    key = _asked(func, args, kwargs)
+    if made := _results.get(key):
+        return args[0] if func._schema.is_mutable else torch.empty_strided(*made[:2], dtype=made[2], device='meta')
+    out = func(*args, **kwargs)
+    made = (out.shape, out.stride(), out.dtype) if key and out.is_meta else None
+    if made and (not func._schema.is_mutable or (out is args[0] and made==key[2:5])): _results[key] = made
+    return out
+
 class _LiveBytes(TorchDispatchMode):
     "Bytes of the storages that are made while the mode is on"
     def __init__(self, ignore):
@@ -40,7 +60,7 @@ class _LiveBytes(TorchDispatchMode):
         self.sizes = {t.untyped_storage()._cdata: 0 for t in ignore}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+        out = _result(func, args, kwargs or {})
         for t in tree_leaves(out):
             if hasattr(t, 'untyped_storage'): self.see(t.untyped_storage())
         return out

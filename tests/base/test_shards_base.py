@@ -6,6 +6,7 @@ import torch
 from peft import IA3Config, LoraConfig, PromptTuningConfig, VeraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from quick import chequered
 from sage_finetune.config import LoRAConfig, TrainingConfig
 from sage_finetune.core.disk import SageError
 from sage_finetune.core.run_folder import RunFolder
@@ -70,8 +71,7 @@ def is_base(model, where, dtype=torch.float32):
     assert trains=={n: p.requires_grad for n,p in model.named_parameters()}
 
 
-@pytest.mark.parametrize('name', own)
-@pytest.mark.parametrize('tied', [False, True])
+@pytest.mark.parametrize('name,tied', chequered(own, [False, True]))
 def test_in_training_and_loaded_from_what_was_saved(tmp_path, name, tied):
     where,lora = base(tmp_path/'base', tied=tied), LoRAConfig(**dict(r=4, target_modules='all-linear') | own[name])
     model = moved(add_lora(load_model(where), lora))

@@ -4,7 +4,7 @@ import torch
 from peft import get_peft_model, LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from quick import two_layers
+from quick import chequered, two_layers
 from sage_finetune.core.disk import SageError
 from sage_finetune.inference.generate import base_of, load_adapter, load_plain, put_adapter
 from sage_finetune.inference.merging import merge_adapters
@@ -45,8 +45,7 @@ def adapter(folder, place, grown=False, **more):
     return model(ids).logits.detach(),untouched
 
 
-@pytest.mark.parametrize('what', brings)
-@pytest.mark.parametrize('tied', [True, False], ids=['tied', 'untied'])
+@pytest.mark.parametrize('what,tied', chequered(brings, [True, False]))
 def test_it_is_loaded_and_merged_to_the_logits_of_peft(what, tied, tmp_path):
     more = dict(brings[what])
     if more.pop('tied', tied)!=tied: pytest.skip('the head is too small there, which is refused below')

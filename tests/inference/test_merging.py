@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from quick import few
+from quick import chequered, few
 from sage_finetune.inference import merge_weights, merging
 from sage_finetune.model.adapter import ready_for_quantised_training
 from sage_finetune.core.disk import write_json, write_manifest
@@ -434,9 +434,8 @@ heads = dict(tied_file=lambda t: t.pop('lm_head.weight'), same=lambda t: t.updat
     {'lm_head.weight': t['model.embed_tokens.weight']*.5}))
 
 
-@pytest.mark.parametrize('stored', ['other', 'same'])
-@pytest.mark.parametrize('target', ['q_proj', 'lm_head', 'embed_tokens'])
-@pytest.mark.parametrize('streamed', [False, True])
+@pytest.mark.parametrize('stored,target,streamed', chequered(
+    ['other', 'same'], ['q_proj', 'lm_head', 'embed_tokens'], [False, True]))
 def test_a_base_that_only_says_that_its_head_is_tied(tmp_path, monkeypatch, stored, target, streamed):
     where = base(tmp_path/'base', 'qwen2', tied=True)
     index = read_json(where/'model.safetensors.index.json')

@@ -9,7 +9,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
-from quick import few, two_layers
+from quick import chequered, few, two_layers
 from sage_finetune.model.adapter import (
     add_lora, best_adapter_file, best_evaluation, check_settings, ready_for_quantised_training, save_adapter
 )
@@ -71,9 +71,8 @@ def test_all_linear_reaches_every_layer_but_the_head(kind):
 forms = [dict(), dict(use_rslora=True), dict(use_dora=True), dict(use_rslora=True, use_dora=True, bias='all')]
 
 
-@pytest.mark.parametrize('kind', ['qwen2', 'gpt2'])
-@pytest.mark.parametrize('init', [True, 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_4', 'olora'])
-@pytest.mark.parametrize('form', forms, ids=['lora', 'rslora', 'dora', 'all'])
+@pytest.mark.parametrize('kind,init,form', chequered(
+    ['qwen2', 'gpt2'], [True, 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_4', 'olora'], forms))
 def test_saved_adapter_fits_the_published_base(tmp_path, kind, init, form):
     lora = LoRAConfig(r=4, target_modules='all-linear', lora_dropout=0.0, init_lora_weights=init, **form)
     if (kind, init)==('gpt2', 'olora'):

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from quick import chequered
 from sage_finetune.config import LoRAConfig, TrainingConfig
 from sage_finetune.core.disk import read_json, SageError, write_json, write_manifest
 from sage_finetune.core.run_folder import RunFolder
@@ -53,8 +54,7 @@ def trained(run, where, **lora):
     return model
 
 
-@pytest.mark.parametrize('name', kinds)
-@pytest.mark.parametrize('tied', [False, True])
+@pytest.mark.parametrize('name,tied', chequered(kinds, [False, True]))
 def test_what_is_loaded_is_what_was_trained(tmp_path, name, tied):
     where = base(tmp_path/'base', tied=tied)
     if tied and name in ('pissa_head', 'olora_head', 'quick_head'):

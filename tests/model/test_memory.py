@@ -8,7 +8,7 @@ import torch
 from transformers import (Gemma2Config, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig, OPTConfig,
                           Qwen2Config, Qwen3Config, Qwen3MoeConfig)
 
-from quick import few, forked, run_in_fork, two_layers
+from quick import chequered, few, forked, run_in_fork, two_layers
 from sage_finetune.config import fit_config, LoRAConfig, PresetConfigs, SageError, TrainingConfig
 from sage_finetune.core.machine import Machine
 from sage_finetune.model.step_bytes import (attention_kernel, build_on_meta, count_run, live_bytes, packed_bytes,
@@ -232,13 +232,12 @@ def tiny_model(**settings):
 
 def batch_of(rows, tokens): return dict(input_ids=torch.full((rows, tokens), 7), labels=torch.full((rows, tokens), 7))
 
-@pytest.mark.parametrize('rows,tokens', [(1, 64), (3, 128), (8, 32)])
-@pytest.mark.parametrize('settings', [dict(), dict(target_modules='all-linear', r=32), dict(lora_dropout=0.0),
-                                      dict(use_dora=True)])
-def test_counted_is_what_a_real_pass_takes(rows, tokens, settings):
+@pytest.mark.parametrize('shape,settings', chequered([(1, 64), (3, 128), (8, 32)], [
+    dict(), dict(target_modules='all-linear', r=32), dict(lora_dropout=0.0), dict(use_dora=True)]))
+def test_counted_is_what_a_real_pass_takes(shape, settings):
     config = TrainingConfig(model_name=two_layers, fp16=False, load_in_8bit=False, optim='adamw_torch',
                             gradient_checkpointing=False, lora=LoRAConfig(**settings))
-    probe = probe_step(tiny_model(**settings), batch_of(rows, tokens), config, Machine())
+    probe = probe_step(tiny_model(**settings), batch_of(*shape), config, Machine())
     assert abs(probe.error)<0.02, str(probe)
 
 @pytest.mark.parametrize('settings', [dict(), dict(target_modules='all-linear', r=32), dict(lora_dropout=0.0)])

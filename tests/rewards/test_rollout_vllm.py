@@ -131,11 +131,13 @@ def trained(folder, **more):
 def run(tmp_path_factory): return trained(tmp_path_factory.mktemp('vllm'))
 
 
+@pytest.mark.slow # TRL is imported anew
 def test_one_engine_is_made_with_what_the_config_says(run):
     assert run['engines']==1 and run['given']['gpu_memory_utilization']==.2 and run['given']['max_model_len']==64
     assert run['given']['logprobs_mode']=='processed_logprobs' and run['left'], 'the environment is as it was'
 
 
+@pytest.mark.slow # TRL is imported anew
 def test_each_step_asks_for_whole_groups_with_a_seed_of_its_own(run):
     assert [a['n'] for a in run['asked']]==[4]*3 and len({a['seed'] for a in run['asked']})==3
     assert all(a['temperature']==.9 and a['max_tokens']==6 and a['top_k']==0 and a['stops'] for a in run['asked'])
@@ -143,13 +145,14 @@ def test_each_step_asks_for_whole_groups_with_a_seed_of_its_own(run):
     assert all(len(a['ids'])==len(a['log_probs']) for g in run['answers'] for a in g['answers'])
 
 
+@pytest.mark.slow # TRL is imported anew
 def test_the_engine_has_the_weights_of_the_step_and_the_base_keeps_its_bits(run):
     assert run['apart']<1e-4<run['from_base'] and run['same']
     steps = [m for m in run['metrics'] if 'kl' in m]
     assert steps[0]['kl']<1e-6<steps[-1]['kl'], 'what was drawn is compared with the base'
 
 
-@pytest.mark.slow
+@pytest.mark.slow # TRL is imported anew
 def test_the_same_seed_draws_the_same_answers(run, tmp_path):
     again = trained(tmp_path)
     assert [g['answers'] for g in again['answers']]==[g['answers'] for g in run['answers']]

@@ -77,6 +77,7 @@ def all_steps(page, cell):
 def steps(page, cell): return int((re.search(r'([\d,]+) of 400', page.text(cell)) or ['', '-1'])[1])
 
 
+@pytest.mark.slow # `make test-browser` presses them in JupyterLab
 def test_the_buttons_act_while_a_cell_awaits_the_run(page):
     cell = page.run("live = train_live(Slowly(config('steered')), prompts=['What is 2 plus 4?'], every=20)")
     view = [o['data'] for o in page.outputs[cell] if kernel.VIEW in o.get('data', {})]
