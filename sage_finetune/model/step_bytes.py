@@ -36,10 +36,9 @@ _results = {} # Operation on `meta`, and what it was given → the shape, stride
 
 def _asked(func, args, kwargs):
     "What decides the result on `meta` of an operation that gives one tensor, a new one or its first; else None"
-    returned = func._schema.returns
-    if func.is_view or 'out' in kwargs or len(returned)!=1 or str(returned[0].type)!='Tensor': return None
-    leaves,form = tree_flatten((args, kwargs))
-    if any(isinstance(x, torch.Tensor) and not x.is_meta for x in leaves): return None
+    returned,(leaves,form) = func._schema.returns,tree_flatten((args, kwargs))
+    if (func.is_view or 'out' in kwargs or len(returned)!=1 or str(returned[0].type)!='Tensor'
+        or any(isinstance(x, torch.Tensor) and not x.is_meta for x in leaves)): return None
     return func,form,*((x.shape, x.stride(), x.dtype) if isinstance(x, torch.Tensor) else (type(x), x) for x in leaves)
 
 def _result(func, args, kwargs):
