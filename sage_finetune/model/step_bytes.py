@@ -369,6 +369,7 @@ def step_bytes(
     "What a training step takes besides weights, adapter, gradients and optimizer"
     half = torch.float16 if config.fp16 else torch.bfloat16 if config.bf16 else None
     packed,room = config.packing is True,head_bytes.get(machine.device, head_bytes['cpu'])
+    if len(_results)>5000: _results.clear() # some hundreds for each shape of a micro-batch
     with _on_meta(half, room), _AsOn(machine, half, packed):
         loss,path = partial(_loss_on_meta, half=half, learned=learned),partial(_adapters_as_computed, model, config)
         return _count_step(_prepared(model, config), _full_rows(config), loss, path, exact)
