@@ -128,7 +128,8 @@ def _with_positions(layer, own):
     made = FunctionType(forward.__code__, forward.__globals__ | {_name: _fused_positions(own)}, forward.__name__,
                         forward.__defaults__, forward.__closure__)
     made.__kwdefaults__ = forward.__kwdefaults__
-    return MethodType(made, layer)
+    def turned(layer, *args, **kwargs): return (made if _at_work() else forward)(layer, *args, **kwargs)
+    return MethodType(turned, layer)
 
 # %% ../../nbs/base/07_fused.ipynb #f05ed022
 def fused_parts(

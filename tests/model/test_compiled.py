@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from quick import few, two_layers
+from sage_finetune.base.attention import use_documents
 from sage_finetune.base.loading import load_model
 from sage_finetune.config import LoRAConfig, TrainingConfig
 from sage_finetune.model import compiled as module
 from sage_finetune.model.adapter import add_lora
 from sage_finetune.model.compiled import choose_compiled, compiled_layers, decoder_layers, Trial, try_compiled
+from sage_finetune.model.lora_path import lora_path, prove_lora_path
 from sage_finetune.model.loss import evaluating, loss_sum
 from sage_finetune.rows.formats import create_sample_data
 from sage_finetune.trainer import LoRATrainer
@@ -36,6 +38,19 @@ def test_what_is_wrong_is_left_as_it_is(model, wrong):
     assert ('no C++ compiler' in why)==(wrong=='raises')
     assert all(layer._compiled_call_impl is None for layer in decoder_layers(model))
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_a_model_with_all_that_a_run_changes_is_compiled(model, packed):
+    "Adapters together, norms and positions in fewer passes, documents by themselves"
+    rows = batch | dict(position_ids=torch.tensor([[*range(8)]*2]*2)) if packed else batch
+    assert use_documents(model)
+    path = prove_lora_path(model)
+    assert path.groups and path.parts
+    torch.compiler.reset()
+    with lora_path(path.groups, parts=path.parts): trial = try_compiled(model, rows, 10, backend='eager')
+    torch.compiler.reset()
+    assert not trial.fault and trial.cost>0, trial
 
 
 def test_what_is_no_training_is_computed_as_it_is(model):
