@@ -12,7 +12,7 @@ __all__ = ['app', 'Model', 'RunName', 'Runs', 'Output', 'Data', 'Shares', 'Stopp
            'examples', 'generate']
 
 # %% ../nbs/05_cli.ipynb #b5095066
-import json,os,sys,threading
+import json,os,sys,threading,warnings
 from contextlib import suppress
 from functools import wraps
 from pathlib import Path
@@ -26,7 +26,7 @@ from typer.main import get_command
 
 from .core.beforehand import package_file
 from .core.disk import SageError
-from .core.display import visible
+from .core.display import falling, visible
 from sage_finetune.core.machine import (
     goes_on, last_words, program_name, refuse_other_encodings, stop_raises, use_utf8, versions_text
 )
@@ -66,7 +66,7 @@ def main(
     words,argv = argv,sys.argv[1:] if argv is None else argv
     try:
         with stop_raises():
-            if words is None: use_utf8()
+            if words is None: _own_process()
             _prepare_process()
             refuse_other_encodings(argv)
             return get_command(app).main(with_gguf_type(argv), prog_name='sage-finetune', standalone_mode=False) or 0
@@ -76,6 +76,11 @@ def main(
         return _say_end(e, argv) if status is None else status
 
 # %% ../nbs/05_cli.ipynb #b7041afd
+def _own_process():
+    "The encoding of a process of its own, and warnings as one line"
+    use_utf8()
+    warnings.formatwarning = lambda message, *_: f'warning: {message}\n'
+
 def _prepare_process():
     "Quiet libraries, and no failure on a terminal that cannot show a letter"
     for name,value in dict(TRANSFORMERS_VERBOSITY='error', HF_HUB_VERBOSITY='error',
@@ -300,7 +305,8 @@ def start(
     advice = advice_for(model, rows_of_task(task, data), given)
     settings = start_settings(model, preset, advice.size, **given)
     run,notes = new_run(task, model, data, output, format, settings, fresh=fresh)
-    echo('\n'.join([*notes, '', str(advice), '', f'Written: {run.meta}']))
+    _print(*notes, '', advice, '')
+    echo(f'Written: {run.meta}')
     _train(run.path, fresh)
 
 # %% ../nbs/05_cli.ipynb #8cb00b4e
@@ -333,10 +339,10 @@ def _train(target, fresh, live=False, prompts=(), base=None):
 def _show_result(result, folder):
     what,sign = ('reward', -1) if hasattr(result, 'reward_before') else ('loss', 1)
     before,after = result.loss_before,result.loss_after
-    held = '' if before is None else f', held-out {what} {sign*before:.3f} → {sign*after:.3f}'
+    held = '' if before is None else f', held-out {what} {falling(sign*before, sign*after)}'
     echo(f'Trained {result.steps} steps{held}. Adapter: {folder}/lora_weights')
     if result.earlier_after is not None:
-        echo(f'On rows of the parent run: held-out loss {result.earlier_before:.3f} → {result.earlier_after:.3f}')
+        echo(f'On rows of the parent run: held-out loss {falling(result.earlier_before, result.earlier_after)}')
     echo(f'Next: {program_name()} chat {_short(folder)}   or   {program_name()} merge {_short(folder)}')
 
 # %% ../nbs/05_cli.ipynb #aade896f

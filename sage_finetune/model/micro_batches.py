@@ -17,7 +17,7 @@ import numpy as np
 
 from ..core.disk import SageError
 from ..core.display import size_text
-from ..core.machine import Change, division, Machine, processes, show_changes
+from ..core.machine import Change, Changes, division, Machine, processes
 from ..config import TrainingConfig
 from ..rows.images import processor_of
 from ..base.loading import model_limits
@@ -181,5 +181,5 @@ def fit_rows(
     return _told(FittedRows(packing.rows, changes), packing)
 
 def _told(found, packing):
-    if found.changes: packing.say(show_changes(found.changes))
+    if found.changes: packing.say(Changes(found.changes))
     return found

@@ -264,15 +264,20 @@ def merge_asked(
     return merge_run(find_run(adapters[0]).path, asked.merge_into, base=base)
 
 # %% ../../nbs/runs/07_pipeline.ipynb #57a8e4dd
-def _lora_code(lora):
+def _call(name, words, width, before):
+    "A call; one that is wider has a line for each argument"
+    line = f"{name}({', '.join(words)})"
+    return line if len(line)<=width else f'{name}(\n{before}'+f',\n{before}'.join(words)+')'
+
+def _lora_code(lora, width):
     default = LoRAConfig()
     own = {f.name: getattr(lora, f.name) for f in fields(lora)
            if f.name in lora.given or getattr(lora, f.name)!=getattr(default, f.name)}
-    return f"LoRAConfig({', '.join(f'{n}={v!r}' for n,v in own.items())})"
+    return _call('LoRAConfig', [f'{n}={v!r}' for n,v in own.items()], width, ' '*8)
 
-def _value_code(value):
+def _value_code(value, width=100):
     "A value as Python"
-    if isinstance(value, LoRAConfig): return _lora_code(value)
+    if isinstance(value, LoRAConfig): return _lora_code(value, width)
     if isinstance(value, list) and value and isinstance(value[0], DataSource):
         return f"[{', '.join(repr(str(s.path)) if [*s.to_dict()]==['path'] else repr(s) for s in value)}]"
     return repr(str(value)) if isinstance(value, Path) else repr(value)
@@ -299,9 +304,8 @@ def config_code(
     "The Python that makes a config"
     preset,settings = _shortest(config)
     name = f'PresetConfigs.{preset}' if preset else 'TrainingConfig'
-    words = [f'{k}={_value_code(v)}' for k,v in settings.items()]
-    line = f"{name}({', '.join(words)})"
-    return line if len(line)<=width else f'{name}(\n    '+',\n    '.join(words)+')'
+    words = [f'{k}={_value_code(v, width-10)}' for k,v in settings.items()] # with `    lora=` before it
+    return _call(name, words, width, ' '*4)
 
 # %% ../../nbs/runs/07_pipeline.ipynb #33ddfa5b
 def config_script(

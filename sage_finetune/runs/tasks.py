@@ -24,7 +24,7 @@ from sage_finetune.core.settings import (
     checked, data_sources, DataPathSetting, is_mixture, refuse_unknown, Settings, source_words
 )
 from ..core.run_folder import find_run, is_own_run, is_run, only_run, read_meta, run_folder, RunFolder
-from ..core.display import Panel, Shown, Table, visible
+from ..core.display import number_text, Panel, Shown, size_text, Table, visible
 from sage_finetune.config import (
     config_class, config_from_meta, embedded_model, LoRAConfig, PreferenceConfig, PresetConfigs, resolve_model,
     RewardConfig, show_config, TrainingConfig
@@ -56,7 +56,7 @@ class TaskRows:
     train: list # Rows
     held_out: list # Rows whose questions are not in `train`
     source: str # For people to read
-    notes: list = field(default_factory=list) # What was left out, and why
+    notes: list = field(default_factory=list) # What was left out, and why: tables that show themselves
 
 def _installed_package():
     import sage_finetune
@@ -71,8 +71,8 @@ def code_rows(
     book = read_codebase(root)
     if not book.facts: raise SageError(f'{root} holds no file with something to ask about')
     facts = sample_facts(book.facts, max_facts)
-    source = f'{len(facts)} of {len(book.facts)} facts in {len(book.files)} files of {root}'
-    return TaskRows(train_rows(facts, n_wordings=6), held_out_rows(facts), source, str(book).splitlines()[1:])
+    source = f'{len(facts):,} of {len(book.facts):,} facts in {len(book.files):,} files of {root}'
+    return TaskRows(train_rows(facts, n_wordings=6), held_out_rows(facts), source, book.shown().parts)
 
 # %% ../../nbs/runs/04_tasks.ipynb #12f791c6
 def advice_for(
@@ -225,7 +225,7 @@ def _check_row(row, format_type, columns):
 
 # %% ../../nbs/runs/04_tasks.ipynb #120f2c93
 def _prepared(task, data, max_facts, sample):
-    "Rows of the files to write, by name; the data file of a task that has one; lines that say what was made from what"
+    "Rows of the files to write, by name; the data file of a task that has one; lines and tables that say what was made from what"
     if task=='code':
         if is_mixture(data):
             raise ValueError(f'`data`: the task `code` reads one folder of code, got {len(data)}: give one that holds '
@@ -299,7 +299,7 @@ def new_run(
     max_facts:int=120, # Facts to take from a codebase
     fresh:bool=False, # Replace what the folder asked for before
     sample:bool=False, # Without `data`, make a small file of sums
-)->tuple: # `RunFolder`, and lines that say what it was made from
+)->tuple: # `RunFolder`, and lines and tables that say what it was made from
     "Write the folder of a run that can be trained"
     refuse_unknown([task], TASKS, 'task')
     run = RunFolder(output) if output else run_folder(task)
@@ -505,7 +505,7 @@ def _quickstart_panel(r):
         Table(['question', 'base', 'tuned'], [[e['prompt'], e['base'][:160], e['tuned']] for e in r.examples]),
         f"Merged model against base and adapter: largest logit difference {r.merge['difference']:.1e}, "
         f"divergence {r.merge['divergence']:.1e} nats a token (bound {r.merge['bound']:g}).",
-        f'{r.source}. {r.seconds:.0f} s in all' + (f', {r.memory/2**30:.1f} GiB of memory.' if r.memory else '.')])
+        f'{r.source}. {r.seconds:.0f} s in all' + (f', {size_text(r.memory)} of memory.' if r.memory else '.')])
 
 # %% ../../nbs/runs/04_tasks.ipynb #c5041347
 def _figures_table(r):
@@ -515,9 +515,9 @@ def _figures_table(r):
             ['ended by itself', '', *map(percent, (r.stopped_after, r.stopped_merged))]]
     if r.loss_before:
         lower = f'{1-r.loss_after/r.loss_before:.1%} lower'
-        rows.insert(0, ['held-out loss', f'{r.loss_before:.3f}', f'{r.loss_after:.3f} ({lower})', ''])
+        rows.insert(0, ['held-out loss', number_text(r.loss_before), f'{number_text(r.loss_after)} ({lower})', ''])
     if g := r.general:
-        rows += [['general questions right', *g['right']], ['loss on their answers', *(f'{x:.3f}' for x in g['loss'])]]
+        rows += [['general questions right', *g['right']], ['loss on their answers', *map(number_text, g['loss'])]]
     return Table(['', 'base', 'tuned', 'merged'], rows,
                  note=f'{r.questions} questions, none of them trained on. Correct: the expected answer word for word, '
                       f'ended by itself.' + (f" {g['questions']} general questions: what was forgotten." if g else ''))

@@ -353,6 +353,7 @@ class Packing:
         "Packed rows of at most `tokens`, and their report, which is told; `behind` of them are behind a step"
         report = PackingReport()
         packed = one_after_another(lambda: pack_dataset(self.rows, tokens, report))
-        self.say(f'{report}\nA row is a packed one from here on: '
+        self.say(report)
+        self.say('A row is a packed one from here on: '
                  f'{behind:,} of them, about {behind*report.documents/report.rows:,.0f} documents, behind each step')
         return packed,report

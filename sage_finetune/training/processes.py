@@ -19,7 +19,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from ..core.disk import SageError
-from ..core.display import in_notebook, visible
+from ..core.display import html_of, in_notebook, visible
 from ..core.machine import division, process, processes
 from ..config import TrainingConfig
 from .loop import backend_arguments
@@ -106,7 +106,8 @@ def tell(
     if process(): return
     if in_notebook():
         from IPython.display import display
-        display(what) if hasattr(what, '_repr_html_') else print(visible(what), flush=True)
+        if hasattr(what, '_repr_html_'): display(what)
+        else: display({'text/plain': visible(what), 'text/html': html_of(what)}, raw=True)
     elif sys.stderr.isatty() and hasattr(what, '__rich__'):
         from rich.console import Console
         Console(stderr=True).print(what)

@@ -317,7 +317,7 @@ def board_figure(
     figure = shown_figure(figsize=(7.2, 4.2), layout='constrained', facecolor='none')
     top,low = figure.subplots(2, 1, sharex=True, gridspec_kw=dict(height_ratios=(4, 1)))
     lines = {name: getattr(board, k).line for k,name in _names.items()}
-    draw_curves(top, {f'{n} {line[-1][1]:.4f}' if line else n: line for n,line in lines.items()},
+    draw_curves(top, {f'{n} {number_text(line[-1][1])}' if line else n: line for n,line in lines.items()},
                 [_colours[k] for k in _names])
     if board.rate.line: low.plot(*zip(*board.rate.line), color=_colours['rate'])
     top.set_ylabel(_loss_label(board))

@@ -169,9 +169,9 @@ def _remedy_words(changes, config):
     "What the changes of a `Remedy` do to a config that does not fit, in words"
     if 'per_device_train_batch_size' in changes:
         rows,steps = changes['per_device_train_batch_size'],changes['gradient_accumulation_steps']
-        return (f"take {rows} instead of {config.per_device_train_batch_size} rows in a micro-batch, "
-                f"and {steps} micro-batches: "
-                f"the effective batch stays {config.effective_batch_size}")
+        return (f"take {rows:,} instead of {config.per_device_train_batch_size:,} rows in a micro-batch, "
+                f"and {steps:,} micro-batches: "
+                f"the effective batch stays {config.effective_batch_size:,}")
     if 'gradient_checkpointing' in changes:
         return 'compute activations twice instead of keeping them (checkpointing): a third slower, the same result'
     if 'load_in_4bit' in changes: return 'hold the frozen weights in 4 bits: a little less exact'
@@ -192,8 +192,8 @@ _bad = f'color:{_red};{_good};overflow-wrap:anywhere'
 def _verdict(e):
     "One line, and whether it is bad news"
     c = e.config
-    batch = (f'{c.per_device_train_batch_size} × {c.max_length:,} tokens in a micro-batch, '
-             f'effective batch {c.effective_batch_size}')
+    batch = (f'{c.per_device_train_batch_size:,} × {c.max_length:,} tokens in a micro-batch, '
+             f'effective batch {c.effective_batch_size:,}')
     if e.card is None: return f'{size_text(e.peak)} ({batch})',False
     if e.fits(): return f'fits: {size_text(e.peak)} of {size_text(e.card)} ({batch})',False
     return (f'does not fit: {size_text(e.peak)}, and {e.machine.name or e.machine.device} has '

@@ -27,6 +27,8 @@ def test_plain_training(root, visit, images):
     text = page.shown(2)
     for word in ('training loss', 'held-out loss', 'gradient norm', 'tokens/s', 'epoch', 'so far', 'next', 'talk(',
                  ' merge ', ' compare '): assert word in text, word
+    # a line is broken between its words; what is printed is not
+    assert page.cell(2).locator('p', has_text='trained of').count()==1
     assert '│' not in text and '━━━' not in text, 'a table of letters'
     assert page.cell(2).locator('svg polyline').count()>=2
     page.run_cells(3, 5)

@@ -42,6 +42,12 @@ def test_many_are_rows_and_few_are_columns(root, capsys):
     assert any(line.split()[:2]==['run', 'learning_rate'] for line in many.out.splitlines())
 
 
+def test_a_damaged_run_is_told_in_a_line_and_not_in_python(root, program):
+    (root/'run-0'/'checksums.json').write_text(json.dumps({'finetune_meta.json': [1, '0'*32]}))
+    done = program('compare', '--dir', root)
+    assert done.returncode==0 and f'warning: {root/"run-0"}' in done.stderr and '.py' not in done.stderr, done.stderr
+
+
 def test_one_run_alone_is_no_comparison(root, capsys):
     status, out = said(capsys, 'compare', 'run-0', '--dir', root)
     assert status and '`compare` needs at least two runs, got 1' in out.err
