@@ -11,7 +11,7 @@ __all__ = ['known_trackers', 'is_of_bitsandbytes', 'check_optimizer', 'same_step
            'number_in', 'names_in', 'take_by_table', 'unknown_to_table', 'tracker_names', 'are_trackers']
 
 # %% ../../nbs/core/08_beforehand.ipynb #08be0005
-import json,os,socket
+import json,os,socket,warnings
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -142,7 +142,9 @@ def _one_step(name, device='cpu'):
     kind,how = Trainer.get_optimizer_cls_and_kwargs(asked, holder)
     optimizer = kind([holder.weight], **how)
     holder.weight.grad = torch.ones_like(holder.weight)
-    optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore') # of a trial
+        optimizer.step()
     return holder.weight.detach()
 
 # %% ../../nbs/core/08_beforehand.ipynb #08be0102

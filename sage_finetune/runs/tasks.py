@@ -225,7 +225,7 @@ def _check_row(row, format_type, columns):
 
 # %% ../../nbs/runs/04_tasks.ipynb #120f2c93
 def _prepared(task, data, max_facts, sample):
-    "Rows of the files to write, by name; the data file of a task that has one; lines and tables that say what was made from what"
+    "Rows of the files to write, by name; the data file of a task that has one; what it was made from"
     if task=='code':
         if is_mixture(data):
             raise ValueError(f'`data`: the task `code` reads one folder of code, got {len(data)}: give one that holds '
