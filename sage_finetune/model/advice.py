@@ -78,7 +78,7 @@ def _epochs(name, rows, method):
     "Epochs, reason, source"
     if name==embedded_model: times = 8 if (rows or 0)<=1000 else max(1, round(8000/rows))
     elif rows is None: return 3,'how many rows there are is not known','the usual number'
-    else: times = next(n for n,most in ((8, 150), (4, 400), (3, 5000), (2, 50_000), (1, math.inf)) if rows<=most)
+    else: times = next(n for n,most in ((8, 150), (6, 400), (3, 5000), (2, 50_000), (1, math.inf)) if rows<=most)
     if method: return max(1, min(times, 3)),f'{rows or "some"} judged rows','rule of thumb'
     words = 'an unknown number of rows' if rows is None else f'{rows:,} {"row" if rows==1 else "rows"}'
     return times,f'{words}: few are read more often','our runs; Alpaca and QLoRA take 1 to 3'
