@@ -31,26 +31,33 @@ from ..base.loading import dtype_of, model_class
 from ..base.new_tokens import add_token_rows, tokenizer_for
 from .loss import FrozenHead, head_bytes, LogitTransform
 
-# %% ../../nbs/model/04_step_bytes.ipynb #c3403b39
+# %% ../../nbs/model/04_step_bytes.ipynb #c3403b38
 _results = {} # Operation on `meta`, and what it was given → the shape, strides and format of its result
 
 def _asked(func, args, kwargs):
-    "What decides the result on `meta` of an operation that gives one tensor, a new one or its first; else None"
+    "What decides the result on `meta` of an operation that gives one tensor and no view; else None"
     returned,(leaves,form) = func._schema.returns,tree_flatten((args, kwargs))
     if (func.is_view or 'out' in kwargs or len(returned)!=1 or str(returned[0].type)!='Tensor'
         or any(isinstance(x, torch.Tensor) and not x.is_meta for x in leaves)): return None
     return func,form,*((x.shape, x.stride(), x.dtype) if isinstance(x, torch.Tensor) else (type(x), x) for x in leaves)
 
+def _shares(out, given):
+    "Whether a result lies in the storage of a tensor that was given"
+    mine = out.untyped_storage()._cdata
+    return any(isinstance(t, torch.Tensor) and t.untyped_storage()._cdata==mine for t in tree_leaves(given))
+
 def _result(func, args, kwargs):
     "What an operation gives; on `meta` it is worked out once for the same shapes, as layers that are alike ask for it"
-    key = _asked(func, args, kwargs)
+    key,in_place = _asked(func, args, kwargs),func._schema.is_mutable
     if made := _results.get(key):
-        return args[0] if func._schema.is_mutable else torch.empty_strided(*made[:2], dtype=made[2], device='meta')
+        return args[0] if in_place else torch.empty_strided(*made[:2], dtype=made[2], device='meta')
     out = func(*args, **kwargs)
-    made = (out.shape, out.stride(), out.dtype) if key and out.is_meta else None
-    if made and (not func._schema.is_mutable or (out is args[0] and made==key[2:5])): _results[key] = made
+    if key is None or not out.is_meta: return out
+    made = out.shape,out.stride(),out.dtype
+    if (out is args[0] and made==key[2:5]) if in_place else not _shares(out, (args, kwargs)): _results[key] = made
     return out
 
+# %% ../../nbs/model/04_step_bytes.ipynb #c3403b39
 class _LiveBytes(TorchDispatchMode):
     "Bytes of the storages that are made while the mode is on"
     def __init__(self, ignore):
@@ -113,7 +120,6 @@ class _PackedLinear(torch.nn.Linear):
         product = _PackedProduct.apply(x, self)
         return product if self.bias is None else product + self.bias.to(x.dtype)
 
-# %% ../../nbs/model/04_step_bytes.ipynb #61ff2f5a
 def _pack(model, bits, computes):
     "Give the layers that bitsandbytes would pack its sizes"
     head = model.get_output_embeddings()
