@@ -79,7 +79,7 @@ def main(
 def _own_process():
     "The encoding of a process of its own, and warnings as one line"
     use_utf8()
-    warnings.formatwarning = lambda message, *_: f'warning: {message}\n'
+    warnings.formatwarning = lambda message, *_: f'warning: {visible(message)}\n'
 
 def _prepare_process():
     "Quiet libraries, and no failure on a terminal that cannot show a letter"

@@ -43,9 +43,12 @@ def test_many_are_rows_and_few_are_columns(root, capsys):
 
 
 def test_a_damaged_run_is_told_in_a_line_and_not_in_python(root, program):
-    (root/'run-0'/'checksums.json').write_text(json.dumps({'finetune_meta.json': [1, '0'*32]}))
+    named = (root/'run-1').rename(root/'run-\x1b[2J') # which would clear the terminal
+    for run in (root/'run-0', named):
+        (run/'checksums.json').write_text(json.dumps({'finetune_meta.json': [1, '0'*32]}))
     done = program('compare', '--dir', root)
     assert done.returncode==0 and f'warning: {root/"run-0"}' in done.stderr and '.py' not in done.stderr, done.stderr
+    assert f'warning: {root}/run-\\x1b[2J' in done.stderr and '\x1b' not in done.stderr, done.stderr
 
 
 def test_one_run_alone_is_no_comparison(root, capsys):
