@@ -19,7 +19,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode, TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ..config import TrainingConfig
@@ -47,8 +47,10 @@ def _shares(out, given):
     return any(isinstance(t, torch.Tensor) and t.untyped_storage()._cdata==mine for t in tree_leaves(given))
 
 def _result(func, args, kwargs):
-    "What an operation gives; on `meta` it is worked out once for the same shapes, as layers that are alike ask for it"
-    key,in_place = _asked(func, args, kwargs),func._schema.is_mutable
+    """What an operation gives; on `meta` it is worked out once for the same shapes, as layers that are alike ask for it,
+    unless another mode beneath this one wants to see every operation
+    """
+    key,in_place = None if _get_current_dispatch_mode() else _asked(func, args, kwargs),func._schema.is_mutable
     if made := _results.get(key):
         return args[0] if in_place else torch.empty_strided(*made[:2], dtype=made[2], device='meta')
     out = func(*args, **kwargs)
