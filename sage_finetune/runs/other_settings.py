@@ -168,7 +168,7 @@ def take_rewards(
 )->None: # `rewards` is set
     "What answers are worth"
     names = names_in(take_setting(given, out, 'reward_funcs', None) or [])
-    if not names: raise RefusedSetting('reward_funcs is missing')
+    if not names: raise RefusedSetting(f'reward_funcs is missing (it may be {", ".join(_known_rewards)})')
     asked = take_setting(given, out, 'reward_weights', None)
     each = [1.0]*len(names) if asked is None else asked if isinstance(asked, list) else [asked]
     weights = [number_in(w) for w in each]

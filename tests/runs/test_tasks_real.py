@@ -1,4 +1,5 @@
 """What the pages promise for a real model, held on one: SmolLM2-135M, from PyPI's wheel"""
+import ast
 import json
 from pathlib import Path
 
@@ -41,6 +42,47 @@ def test_tutorial_1_with_its_two_lines_changed(tmp_path, monkeypatch):
     path.write_text(json.dumps(nb), encoding='utf-8')
     assert run_notebook(path, skip_flags=['notest', 'slow', 'cuda'], basepath=ROOT, cell_timeout=3600)[0]
     assert int((tmp_path/'right.txt').read_text())>=9
+
+
+def recorded(source, log):
+    "A cell whose assertions write what they assert and whether it holds, and go on"
+    lines = source.splitlines()
+    for node in sorted((n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Assert)), key=lambda n: -n.lineno):
+        asserted = ast.unparse(node.test)
+        write = f'__import__("json").dumps([{asserted!r}, bool({asserted})])'
+        lines[node.lineno-1:node.end_lineno] = [f'{" "*node.col_offset}print({write}, file=open({log!r}, "a"))']
+    return '\n'.join(lines)
+
+
+# What each page asserts of `sage-tiny` alone
+TINY = {'02_what_it_learns': {"'harp' not in tenth.tuned and whole.tuned != fifth.tuned"},
+        '03_your_own_trainer': set(),
+        '04_how_much_rank': {'shares[1] < best and enough < 16'},
+        '05_qlora_on_a_small_card': set(),
+        '06_your_codebase': set(),
+        '08_a_second_task': set(),
+        '09_new_words': set()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', TINY)
+def test_a_tutorial_with_its_two_lines_changed(name, tmp_path, monkeypatch):
+    "It runs to its end, and what it asserts holds, but for what its text says of `sage-tiny` alone"
+    need_small_model(monkeypatch)
+    from nbdev.test import test_nb as run_notebook
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT/f'nbs/tutorials/{name}.ipynb').read_text(encoding='utf-8')
+    assert "'smollm2-135m'" in text and 'for a real one: 1e-3' in text # what is run here is what the page says
+    path = changed(f'tutorials/{name}.ipynb', tmp_path, model_name='smollm2-135m', learning_rate=1e-3)
+    nb,log,asserted = json.loads(path.read_text(encoding='utf-8')),tmp_path/'asserted.jsonl',0
+    for cell in (c for c in nb['cells'] if c['cell_type']=='code' and '#| cuda' not in c['source']):
+        asserted += sum(isinstance(n, ast.Assert) for n in ast.walk(ast.parse(cell['source'])))
+        cell['source'] = recorded(cell['source'], str(log))
+    path.write_text(json.dumps(nb), encoding='utf-8')
+    assert run_notebook(path, skip_flags=['notest', 'cuda'], basepath=ROOT, cell_timeout=3600)[0]
+    found = [json.loads(line) for line in log.read_text(encoding='utf-8').splitlines()]
+    assert len(found)==asserted>0
+    assert {what for what,holds in found if not holds}<=TINY[name]
 
 
 CONTRACT = ['learning_rate=5e-5', 'lora.r=8', 'lora.lora_alpha=16', 'lora.lora_dropout=0.05',
