@@ -452,9 +452,6 @@ def _balance_note(dataset, config):
 
 def _check_batch(method, fitted):
     "Refuse what no loop here can compute"
-    if division()=='DeepSpeed':
-        raise SageError(f'`method="{method}"` with DeepSpeed: it has not been shown that several processes are as one; '
-                        f'take `--config fsdp2`, which divides the model too, or `--config ddp`')
     if method=='kto' and fitted.per_device_train_batch_size<2:
         raise SageError('KTO compares the rows of a micro-batch, so a single row teaches nothing: '
                         'set `per_device_train_batch_size` to 2 or more (and `max_length` lower, where '

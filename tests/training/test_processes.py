@@ -35,6 +35,10 @@ fsdp2 = dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2', FSDP_AUTO_WRAP_POLICY
              FSDP_STATE_DICT_TYPE='FULL_STATE_DICT',
              # what accelerate makes of `launch.ways['fsdp2']`
              FSDP_RESHARD_AFTER_FORWARD='true', FSDP_CPU_RAM_EFFICIENT_LOADING='true')
+zero2 = dict(ACCELERATE_USE_DEEPSPEED='true', ACCELERATE_DEEPSPEED_ZERO_STAGE='2', ACCELERATE_MIXED_PRECISION='no',
+             ACCELERATE_CONFIG_DS_FIELDS='')
+zero3 = dict(zero2, ACCELERATE_DEEPSPEED_ZERO_STAGE='3', ACCELERATE_DEEPSPEED_ZERO3_INIT='false',
+             ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL='true')
 
 
 # What is trained: 23 counted words, 21 of them to learn from, so that neither rows nor passes come out even
@@ -369,13 +373,10 @@ def test_deepspeed(way, base, data, one, tmp_path):
 @pytest.mark.slow
 def test_deepspeed_goes_on_after_a_kill(base, data, one):
     pytest.importorskip('deepspeed')
-    folder,made = base/'zero_killed',dict(ACCELERATE_USE_DEEPSPEED='true', ACCELERATE_DEEPSPEED_ZERO_STAGE='3',
-                                          ACCELERATE_DEEPSPEED_ZERO3_INIT='false',
-                                          ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL='true',
-                                          ACCELERATE_MIXED_PRECISION='no', ACCELERATE_CONFIG_DS_FIELDS='')
-    codes,said = together(base/'crew_zero', train, folder, data, env=made, at=5, who=1, do=die, within=300)
+    folder = base/'zero_killed'
+    codes,said = together(base/'crew_zero', train, folder, data, env=zero3, at=5, who=1, do=die, within=300)
     assert codes==[1, -signal.SIGKILL] and last_checkpoint(RunFolder(folder).checkpoints).name=='checkpoint-3', said
-    codes,said = together(base/'crew_zero', train, folder, data, env=made, within=300)
+    codes,said = together(base/'crew_zero', train, folder, data, env=zero3, within=300)
     assert codes==[0, 0] and near(one, folder)<=2e-5, said
 
 
