@@ -354,7 +354,9 @@ def _vllm_settings(c):
 
 def _without_vllm(machine):
     "Why vLLM cannot draw answers here, or None"
-    if machine.device!='cuda': return 'needs a card of NVIDIA or AMD, and this machine has none'
+    if machine.device!='cuda':
+        return ('needs a card of NVIDIA or AMD, and this machine has none: without one TRL cannot renew the weights '
+                'that vLLM draws with')
     if not find_spec('vllm'): return 'needs vLLM, which is not installed: `pip install "trl[vllm]"`'
 
 def _check_vllm(config, machine):

@@ -257,7 +257,7 @@ def test_what_vllm_cannot_do_is_refused_before_anything_is_loaded(tmp_path, more
 
 
 def test_without_a_card_it_is_refused(tmp_path):
-    with pytest.raises(SageError, match='needs a card of NVIDIA or AMD, and this machine has none'):
+    with pytest.raises(SageError, match='needs a card of NVIDIA or AMD, .* TRL cannot renew the weights'):
         RewardTrainer(config(tmp_path/'r'), quiet=True, machine=Machine()).load_model_and_tokenizer()
 
 
