@@ -36,12 +36,12 @@ test: $(READY) ## Run every notebook and every test
 test-slow: $(READY) ## Run the property tests on 10,000 cases each, and what takes too long for `make test`
 	SAGE_EXAMPLES=10000 $(BIN)/python -m pytest tests/test_data.py tests/rows/test_sources.py tests/rows/test_files_formats.py \
 	  tests/synthetic/test_codebase.py -k any
-	$(BIN)/python -m pytest -m slow --ignore=tests/faults
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --ignore=tests/faults -n 2 --dist loadscope
 
 FAULTS := .pytest_cache/faults.jsonl
 test-faults: $(READY) ## Plant faults at moments of writing in every command, and write their table (SAGE_FAULTS=every: at all)
 	mkdir -p $(dir $(FAULTS))
-	SAGE_FAULTS_LOG=$(FAULTS) $(BIN)/python -m pytest -m slow tests/faults; status=$$?; \
+	SAGE_FAULTS_LOG=$(FAULTS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/faults -n 2; status=$$?; \
 	  $(BIN)/python tests/faults/table.py $(FAULTS) benchmarks/README.md; exit $$status
 
 test-browser: $(READY) ## Run the tutorials in a real JupyterLab in Chromium, and use their form, dashboard, chat and slider (installs what is missing)

@@ -47,8 +47,8 @@ def _shares(out, given):
     return any(isinstance(t, torch.Tensor) and t.untyped_storage()._cdata==mine for t in tree_leaves(given))
 
 def _result(func, args, kwargs):
-    """What an operation gives; on `meta` it is worked out once for the same shapes, as layers that are alike ask for it,
-    unless another mode beneath this one wants to see every operation
+    """What an operation gives; on `meta` it is worked out once for the same shapes, as layers that are alike ask for
+    it, unless another mode beneath this one wants to see every operation
     """
     key,in_place = None if _get_current_dispatch_mode() else _asked(func, args, kwargs),func._schema.is_mutable
     if made := _results.get(key):
