@@ -57,7 +57,7 @@ def recorded(source, log):
 # What each page asserts of `sage-tiny` alone
 TINY = {'02_what_it_learns': {"'harp' not in tenth.tuned and whole.tuned != fifth.tuned"},
         '03_your_own_trainer': set(),
-        '04_how_much_rank': {'shares[1] < best and enough < 16'},
+        '04_how_much_rank': {'enough < 16'},
         '05_qlora_on_a_small_card': set(),
         '06_your_codebase': set(),
         '08_a_second_task': set(),
