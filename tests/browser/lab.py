@@ -81,7 +81,7 @@ def server(root, scratch, kernels=True):
                *([] if kernels else ['--KernelSpecManager.ensure_native_kernel=False',
                                      '--KernelSpecManager.allowed_kernelspecs=none'])]
     env = {**os.environ, 'JUPYTER_CONFIG_DIR': str(scratch/'config'), 'JUPYTER_RUNTIME_DIR': str(scratch/'runtime'),
-           'JUPYTER_DATA_DIR': str(scratch/'data'), 'OMP_NUM_THREADS': '1',
+           'JUPYTER_DATA_DIR': str(scratch/'data'), 'HOME': str(scratch), 'OMP_NUM_THREADS': '1',
            # the first cell of a tutorial installs what is installed
            'PIP_NO_INDEX': '1', 'PIP_DISABLE_PIP_VERSION_CHECK': '1'}
     process = subprocess.Popen(command, stdout=log.open('w'), stderr=subprocess.STDOUT, start_new_session=True, env=env)

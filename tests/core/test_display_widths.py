@@ -1,4 +1,4 @@
-"A table in a terminal of any width: no line is wider, no word and no number with its unit is torn, and no letter is lost"
+"A table in a terminal of any width: no line is wider, no word and no quantity is torn, no letter is lost"
 import random
 import re
 from io import StringIO
@@ -14,7 +14,8 @@ from sage_finetune.core.settings import config_table
 from sage_finetune.record.progress import progress_table
 from sage_finetune.ui.monitor import Watched, WatchedRuns
 
-words = 'loss', 'q_proj', '12.0 MiB', 'up to 3.5 → 0.649 nats', 'Qwen/Qwen2.5-1.5B-Instruct', 'It is in the second drawer.', '训练', 'a'*70, '', 'held out', 'run-017', 'x y z', '[red]'
+words = ('loss', 'q_proj', '12.0 MiB', 'up to 3.5 → 0.649 nats', 'Qwen/Qwen2.5-1.5B-Instruct',
+         'It is in the second drawer.', '训练', 'a'*70, '', 'held out', 'run-017', 'x y z', '[red]')
 numbers = 1, 12_345, 0.00031, 4.6875, -2e-9, 1e18, None
 
 
@@ -59,7 +60,8 @@ def whole_in(lines, row, numeric):
     text = ''.join(lines)
     for v,is_number in zip(row, numeric):
         if v is None: continue
-        wanted = [number_text(v)] if is_number else [*quantity.findall(str(v)), *(w for w in str(v).split() if len(w)<=30)]
+        words_of = [w for w in str(v).split() if len(w)<=30]
+        wanted = [number_text(v)] if is_number else [*quantity.findall(str(v)), *words_of]
         for w in wanted: assert any(w in line for line in lines), (w, text)
 
 
