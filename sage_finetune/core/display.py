@@ -129,6 +129,11 @@ def _plain_table(t):
 # %% ../../nbs/core/01_display.ipynb #dcd3ac17
 _left,_right = 'text-align:left;vertical-align:top;white-space:pre-wrap','text-align:right;vertical-align:top'
 
+def _html_text(text):
+    "Text as HTML, in which no line breaks between a number and its unit"
+    held = lambda m: f'<span style="white-space:nowrap">{m[0]}</span>'.replace('\xa0', ' ')
+    return re.sub(r'\S+(?:\xa0\S+)+', held, html.escape(_tied(text)))
+
 def _html_bar(share):
     "A share as a bar of letters, in the colour of the text around it"
     return ('' if share is None
@@ -136,15 +141,14 @@ def _html_bar(share):
 
 def _html_row(t, i, styles):
     "One row of a table"
-    text_of = lambda value: html.escape(_tied(_cell_text(value)))
     strong = lambda text: f'<b>{text}</b>' if i in t.marks and text else text
-    cells = ''.join(f'<td style="{s}">{strong(text_of(v))}</td>' for v,s in zip(t.rows[i], styles))
+    cells = ''.join(f'<td style="{s}">{strong(_html_text(_cell_text(v)))}</td>' for v,s in zip(t.rows[i], styles))
     return f"<tr>{cells}{f'<td>{_html_bar(t.bars[i])}</td>' if t.bars else ''}</tr>"
 
 # %% ../../nbs/core/01_display.ipynb #c0bec151
 def _html_line(text, bold=False):
     "The title or the note of a table; nothing where there is none"
-    text = html.escape(_tied(text))
+    text = _html_text(text)
     if bold: text = f'<b>{text}</b>'
     return f'<p style="text-align:left;margin:.4em 0">{text}</p>'
 
@@ -152,7 +156,7 @@ def _html_table(t):
     styles = [_right if n else _left for n in t.numeric]
     title,note = _html_line(t.title, bold=True) if t.title else '',_html_line(t.note) if t.note else ''
     if not t.rows: return title+note
-    head = ''.join(f'<th style="{s}">{html.escape(_tied(c))}</th>' for c,s in zip(t.columns, styles))
+    head = ''.join(f'<th style="{s}">{_html_text(c)}</th>' for c,s in zip(t.columns, styles))
     head = f'<thead><tr>{head}</tr></thead>' if any(t.columns) else ''
     rows = ''.join(_html_row(t, i, styles) for i in range(len(t.rows)))
     return f'{title}<table>{head}<tbody>{rows}</tbody></table>{note}'
@@ -250,7 +254,7 @@ def html_of(
         return page # a figure of matplotlib has one that says None
     if hasattr(thing, '_repr_png_'):
         return f'<img alt="figure" src="data:image/png;base64,{b64encode(thing._repr_png_()).decode()}">'
-    return f'<p style="white-space:pre-wrap;text-align:left;margin:.4em 0">{html.escape(_tied(thing))}</p>'
+    return f'<p style="white-space:pre-wrap;text-align:left;margin:.4em 0">{_html_text(thing)}</p>'
 
 def _rich_of(thing):
     "The form of a thing for a terminal"

@@ -225,6 +225,20 @@ class Page:
     def fits(self, cell):
         "Whether nothing in the outputs of a cell is wider than they are"
         return self.cell(cell).locator('.jp-Cell-outputArea').evaluate('e => e.scrollWidth <= e.clientWidth+1')
+    def torn(self, cell):
+        "Numbers in the outputs of a cell whose unit stands in the next line"
+        return self.cell(cell).locator('.jp-Cell-outputArea').evaluate(r"""area => {
+            const found = [], nodes = document.createTreeWalker(area, NodeFilter.SHOW_TEXT)
+            while (nodes.nextNode()) {
+                const text = nodes.currentNode
+                for (const m of text.data.matchAll(/\d[\d.,]* (?:[KMG]iB|s|min|h|nats|tokens\/s|%)(?!\w)/g)) {
+                    const range = document.createRange()
+                    range.setStart(text, m.index)
+                    range.setEnd(text, m.index+m[0].length)
+                    if (new Set([...range.getClientRects()].map(r => r.top)).size>1) found.push(m[0])
+                }
+            }
+            return found }""")
     def in_four_ways(self, folder, **cells):
         """Pictures of cells, or of the whole page (None): light and dark, 1280 and 800 wide, as `name_light.png`,
         `name_dark_800.png`
@@ -238,7 +252,9 @@ class Page:
                 for name,cell in cells.items():
                     file = folder/f'{name}_{theme.lower()}{"" if width==1280 else f"_{width}"}.png'
                     self.whole(file) if cell is None else self.picture(file, cell)
-            for cell in cells.values(): assert cell is None or self.fits(cell), f'cell {cell} at {width}'
+            for cell in filter(None, cells.values()):
+                assert self.fits(cell), f'cell {cell} at {width}'
+                assert self.torn(cell)==[], f'cell {cell} at {width}'
     def whole(self, path):
         "The page as it stands in the window, as a PNG of few colours"
         from PIL import Image

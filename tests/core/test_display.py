@@ -41,7 +41,7 @@ things = {
     'no changes': (lambda folder: Changes(), 'Nothing was changed for this machine.'),
     'codebase': (book, 'facts from 1 files files read 1 Python .env looks like a secret'),
     'board': (lambda folder: Board(['2 plus 2?']), 'Preparing step 0 of 0'),
-    'forgetting': (lambda folder: Forgetting(dict(prose=(10, 1., 2.))), 'prose 10 1 2 +1.000 × 2.72'),
+    'forgetting': (lambda folder: Forgetting(dict(prose=(10, 1., 2.))), 'prose 10 1 2 +1 × 2.72'),
     'comparison': (lambda folder: Comparison([dict(prompt='<b>?', base='[red]', tuned='4')]),
                    '<b>? [red] 4 0 of 1 answers are the same'),
     'config': (lambda folder: LoRAConfig(r=4), 'r 4 8 given by hand')}

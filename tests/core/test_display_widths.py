@@ -89,6 +89,12 @@ def test_a_hundred_runs_have_a_line_each():
         for row in (rows[0], rows[-1]): whole_in(lines_at(width, Table([*heads], [row])), row, [False]*9)
 
 
+def test_no_line_of_a_page_breaks_between_a_number_and_its_unit():
+    page = Table(['size', 'text'], [['12.0 MiB', 'took 3.5 s, and 2 h 03 min in all']], '4 of 60 steps')._repr_html_()
+    held = re.findall('<span style="white-space:nowrap">(.*?)</span>', page)
+    assert held==['4 of 60 steps', '12.0 MiB', '3.5 s,', '2 h 03 min'] and '\xa0' not in page
+
+
 @pytest.mark.parametrize('value, text', [
     (4.6875, '4.69'), (0.5, '0.5'), (1234.56, '1,235'), (999.6, '1,000'), (99.96, '100'), (0.000999, '0.000999'),
     (1e-7, '1e-7'), (-0.00031249, '-0.000312'), (0, '0'), (-0.0, '-0'), (10**6, '1,000,000'), (float('inf'), 'inf')])
