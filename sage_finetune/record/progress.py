@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from shlex import quote
 
 from ..core.disk import read_json, SageError
-from ..core.display import falling, in_notebook, number_text, Panel, share_text, Shown, Table
+from ..core.display import falling, html_text, in_notebook, number_text, Panel, share_text, Shown, Table
 from ..core.machine import program_name
 from ..core.run_folder import default_output_dir, RunFolder
 from ..core.settings import source_words
@@ -122,9 +122,9 @@ def _page(p):
     words = p.line().split('  ')[1:] if p.lines else p.line().split('  ')[-1:]
     said = ' · '.join(['']+[w for w in words if p.phase!='Trained' or not w.endswith(' left')])
     epoch = p.last('epoch')
-    head = (f'<div style="line-height:1.4"><b>{html.escape(p.phase)}</b> step {p.step:,} of {p.steps:,}'
-            +(f', epoch {number_text(epoch)}' if epoch else '')
-            +f' · {duration_text(p.seconds)} so far{html.escape(said)}{bar}</div>')
+    at = f'step {p.step:,} of {p.steps:,}'+(f', epoch {number_text(epoch)}' if epoch else '')
+    line = html_text(f'{at} · {duration_text(p.seconds)} so far{said}')
+    head = f'<div style="line-height:1.4"><b>{html.escape(p.phase)}</b> {line}{bar}</div>'
     if not p.lines: return head
     drawn = ''.join(f'<div style="flex:2 1 380px;max-width:600px">{Drawing(l, "loss")._repr_html_()}</div>'
                     for l in [loss_lines(p.lines)] if any(len(x.points)>1 for x in l))

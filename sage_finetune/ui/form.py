@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..core.disk import SageError
-from ..core.display import Clickable, Panel, place_text, show_widgets, Shown, size_text
+from ..core.display import Clickable, html_text, Panel, place_text, show_widgets, Shown, size_text
 from ..core.settings import config_table, refuse_unknown
 from ..config import precision_of, preset_for, PresetConfigs, TrainingConfig
 from ..core.machine import Machine
@@ -213,7 +213,7 @@ def _memory_bar(estimate):
                        f'{name} {size_text(size)}</span> ')
     line = (f'<div style="position:absolute;left:{round(100*estimate.card/whole, 2)}%;top:-4px;bottom:-4px;'
             f'border-left:3px solid {_red}"></div>' if bad else '')
-    return (f'<div style="{_bad if bad else _good}">{html.escape(verdict)}</div>'
+    return (f'<div style="{_bad if bad else _good}">{html_text(verdict)}</div>'
             f'<div style="position:relative;display:flex;height:16px;margin:6px 0;'
             f'border:1px solid rgba(128,128,128,.7)">{parts}{line}</div>'
             f'<div style="font-size:12px;line-height:1.6">{legend}</div>')

@@ -252,7 +252,7 @@ class Page:
                 for name,cell in cells.items():
                     file = folder/f'{name}_{theme.lower()}{"" if width==1280 else f"_{width}"}.png'
                     self.whole(file) if cell is None else self.picture(file, cell)
-            for cell in filter(None, cells.values()):
+            for cell in (c for c in cells.values() if c is not None):
                 assert self.fits(cell), f'cell {cell} at {width}'
                 assert self.torn(cell)==[], f'cell {cell} at {width}'
     def whole(self, path):
