@@ -281,7 +281,10 @@ class Page:
     def picture(self, path, cell, tallest=None):
         "The outputs of a cell, without the margin, as a PNG of few colours"
         if self.page.locator('.jp-Dialog').count(): self.no_kernel() # a slow machine asks late
-        area = self.cell(cell).locator('.jp-Cell-outputArea')
+        area,window = self.cell(cell).locator('.jp-Cell-outputArea'),self.page.viewport_size
+        highest = max(window['height'], int(area.bounding_box()['height'])+300) # nothing is cut off at the top
+        self.page.set_viewport_size(dict(width=window['width'], height=highest))
+        self.page.mouse.move(0, 0) # a row under the mouse is drawn otherwise
         area.scroll_into_view_if_needed()
         self.page.wait_for_timeout(300)
         margin = area.locator('.jp-OutputArea-output').first.bounding_box()['x']-area.bounding_box()['x']
