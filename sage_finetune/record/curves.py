@@ -171,7 +171,8 @@ def sparkline(
 def _tenths(x): return round(float(x), 1) # a place in a drawing
 
 def _label(x, y, text, anchor='middle', colour='currentColor'):
-    return f'<text x="{_tenths(x)}" y="{_tenths(y)}" text-anchor="{anchor}" fill="{colour}">{html.escape(visible(text))}</text>'
+    return (f'<text x="{_tenths(x)}" y="{_tenths(y)}" text-anchor="{anchor}" fill="{colour}">'
+            f'{html.escape(visible(text))}</text>')
 
 def _polyline(points, colour, dots):
     places = ' '.join(f'{_tenths(x)},{_tenths(y)}' for x,y in points)
@@ -182,7 +183,8 @@ def _grid(axes, place, box):
     left,top,right,bottom = box
     for v in round_ticks(axes.low, axes.high, log=axes.log):
         y = place(axes.first, v)[1]
-        yield (f'<line x1="{left}" x2="{right}" y1="{_tenths(y)}" y2="{_tenths(y)}" stroke="currentColor" opacity=".18"/>'
+        yield (f'<line x1="{left}" x2="{right}" y1="{_tenths(y)}" y2="{_tenths(y)}" stroke="currentColor" '
+               'opacity=".18"/>'
                +_label(left-6, y+4, number_text(v), 'end'))
     for s in round_ticks(axes.first, axes.last):
         if s==int(s): yield _label(place(s, axes.high)[0], bottom+16, f'{int(s):,}')

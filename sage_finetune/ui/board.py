@@ -307,7 +307,8 @@ def kept_line(
              if (m := re.fullmatch(r'checkpoint-([0-9]+)', p.parent.name))]
     last = (f'checkpoint {max(whole):,}, so the run continues there' if whole
             else 'no checkpoint yet, so the run would begin anew (`save_steps` says how often one is written)')
-    return (f'This page shows step {step:,}. If its kernel is gone: {place_text(Path(folder).absolute())} holds {last}. '
+    return (f'This page shows step {step:,}. If its kernel is gone: '
+            f'{place_text(Path(folder).absolute())} holds {last}. '
             'Run the cells again: `train_live` with the same config continues as the same run.')
 
 # %% ../../nbs/ui/01_board.ipynb #c713ed1a
