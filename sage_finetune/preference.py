@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from .core.display import falling, share_text
 from .base.loading import load_tokenizer # before transformers: it quiets bitsandbytes
 from transformers import TrainingArguments
 
@@ -467,10 +468,10 @@ class PreferenceResult(TrainingResult):
     accuracy_after: float|None = None # Share of held-out pairs whose chosen answer has the higher reward; None for KTO
 
     def shown(self):
-        panel,number = super().shown(),lambda x: '' if x is None else f'{x:.4f}'
-        more = [['margin, held out', f'{number(self.margin_before)} → {number(self.margin_after)}'],
-                ['accuracy, held out', '' if self.accuracy_after is None else f'{self.accuracy_after:.0%}']]
-        return replace(panel, rows=[*panel.rows, *(r for r in more if r[1].strip(' →'))])
+        panel = super().shown()
+        more = [['margin, held out', falling(self.margin_before, self.margin_after)],
+                ['accuracy, held out', '' if self.accuracy_after is None else share_text(self.accuracy_after)]]
+        return replace(panel, rows=[*panel.rows, *(r for r in more if r[1])])
 
 def _with_margins(outcome, metrics):
     "The result of a run, with the margins that its log has before the first step and at the step that was kept"

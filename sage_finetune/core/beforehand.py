@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 from urllib.request import getproxies
-
 from .disk import read_json
+from .display import number_text
 from .machine import Change
 from .settings import checked, refuse_unknown, value_words
 from .text_stream import one_line
@@ -191,8 +191,9 @@ def try_schedule(
     try: rates = _rates(name, options, learning_rate, warm, steps)
     except Exception as e: raise ValueError(f'{what}: {one_line(e, 200)}') from None
     if not all(0<=r<=learning_rate*(1+1e-6) for r in rates):
-        raise ValueError(f'{what} leads to a rate of {max(rates, key=abs):.3g}, and `learning_rate={learning_rate:g}` '
-                         f'is the highest: lower `min_lr` or `lr_end`, or raise `learning_rate`')
+        raise ValueError(f'{what} leads to a rate of {number_text(max(rates, key=abs))}, and '
+                         f'`learning_rate={learning_rate:g}` is the highest: lower `min_lr` or `lr_end`, or raise '
+                         f'`learning_rate`')
     if steps>warm+1 and not any(rates): raise ValueError(f'{what} gives a rate of 0 in every step')
     if own+warm>steps:
         raise ValueError(f'{what}: {own:g} steps and {warm} of the warm-up are more than the {steps} of the run')

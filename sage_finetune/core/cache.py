@@ -19,7 +19,7 @@ from io import StringIO
 from pathlib import Path
 from shlex import quote
 from zipfile import BadZipFile, ZipFile
-
+from .display import share_text
 from sage_finetune.core.disk import (
     cache_root, discard, file_digest, read_json, SageError, whole_folder, write_json
 )
@@ -194,7 +194,8 @@ def _alone(file):
 
 def _shares(kinds):
     total = sum(kinds.values())
-    return ', '.join(f'{n/total:.0%} {k}' for k,n in sorted(kinds.items(), key=lambda x: -x[1]) if n/total>=0.005)
+    most_first = sorted(kinds.items(), key=lambda x: -x[1])
+    return ', '.join(f'{share_text(n/total)} {k}' for k,n in most_first if n/total>=0.005)
 
 def gguf_words(
     folder, # Of a model

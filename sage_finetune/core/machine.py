@@ -243,11 +243,11 @@ def fit_bits(
     def needs(bits): return step_room(size, bits, tokens, config.gradient_checkpointing, config.lora.r,
                                       config.lora.target_modules=='all-linear')
     def words(bits):
-        return f'in {bits} bits a step needs up to {needs(bits)/2**30:.1f} of {machine.available/2**30:.1f} GiB'
+        return f'in {bits} bits a step needs up to {size_text(needs(bits))} of {size_text(machine.available)}'
     if needs(half)<=machine.available:
         yield Change(now, True, False, f'it fits without: {words(half)}, and is faster and exact')
     elif now=='load_in_8bit' and 1.1*size>machine.available and 'load_in_4bit' not in config.given:
-        yield Change(now, True, False, f'its weights alone need more: {1.1*size/2**30:.1f} GiB')
+        yield Change(now, True, False, f'its weights alone need more: {size_text(1.1*size)}')
         yield Change('load_in_4bit', False, True, words(4))
 
 # %% ../../nbs/core/03_machine.ipynb #fc000008

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from ..core.beforehand import package_file
 from ..core.disk import read_json, write_text
-from ..core.display import Shown, Table
+from ..core.display import share_text, Shown, Table
 from ..config import TrainingConfig
 from ..rows.formats import to_messages
 from ..rows.sources import source_digest
@@ -61,8 +61,8 @@ class Exam(Shown):
     def shown(self):
         words = 'right' if any('answer' not in q.checks for q in self.questions) else 'right, word for word'
         n,shares = len(self.correct),{words: self.share, 'ended by themselves': self.stopped}
-        note = 'right with 95 % probability: {:.0%} to {:.0%}'.format(*self.interval)
-        return Table(['', 'answers', 'share'], [[what, round(n*s), f'{s:.1%}'] for what,s in shares.items()],
+        note = f'right with 95 % probability: {" to ".join(map(share_text, self.interval))}'
+        return Table(['', 'answers', 'share'], [[what, round(n*s), share_text(s)] for what,s in shares.items()],
                      f'{n:,} questions', note='\n'.join([note, *self.faults]), bars=[*shares.values()])
 
 # %% ../../nbs/inference/02_exam.ipynb #e0a1d93d
@@ -112,7 +112,7 @@ class GeneralExam(Shown):
         return sum(self.right)/len(self.right)
 
     def shown(self):
-        row = [len(self.right), f'{self.loss:.3f}', sum(self.right)]
+        row = [len(self.right), self.loss, sum(self.right)]
         return Table(['general questions', 'loss', 'right'], [row])
 
 def _expected(row, tokenizer):

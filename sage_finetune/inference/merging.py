@@ -19,7 +19,7 @@ import torch
 from sage_finetune.core.disk import (
     read_json, refuse_foreign, SageError, whole_folder, write_json, write_manifest
 )
-from ..core.display import Shown, Table
+from ..core.display import Shown, size_text, Table
 from ..core.settings import checked
 from ..core.run_folder import hold_for, RunFolder, stopped_at
 from ..config import config_from_meta
@@ -327,7 +327,7 @@ def _check_room(plan, dtype):
     "Refuse a proof for which there is no memory, before anything is loaded"
     need,free = 1.1*_model_bytes(stored_tensors(local_folder(plan.base)), dtype),_free_memory()
     if free is None or need<free or (_streamed(plan, dtype) and not plan.bits): return
-    raise SageError(f'the proof loads the whole model, about {need/2**30:.1f} GiB, and {free/2**30:.1f} GiB are free: '
+    raise SageError(f'the proof loads the whole model, about {size_text(need)}, and {size_text(free)} are free: '
                     f'merge without it (`rows=0`), which needs a few copies of one weight, '
                     'or on a machine with more memory')
 

@@ -15,6 +15,7 @@ import math,os,re,warnings
 from pathlib import Path
 
 import torch
+from ..core.display import share_text
 from ..base.attention import autocast_dtype
 from ..base.loading import check_stored, empty_model, quiet_libraries, takes_images # before peft
 from ..base.new_tokens import add_token_rows, begin_rows, matrices_apart, tokenizer_for, trained_whole
@@ -192,7 +193,7 @@ def adapter_line(
     "How much of a model is trained"
     trained,every = model.get_nb_trainable_parameters()
     more = f'{_whole_line(model)}{_where(model)}{_bare_experts(model)}'
-    return f'{trained:,} trained of {every:,} parameters ({trained/every:.2%}){more}'
+    return f'{trained:,} trained of {every:,} parameters ({share_text(trained/every)}){more}'
 
 def _whole_line(model):
     "Which rows and layers are trained whole"

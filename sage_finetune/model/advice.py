@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ..core.beforehand import config_file
 from ..core.disk import read_json, SageError
-from ..core.display import Panel, Shown, Table
+from ..core.display import Panel, Shown, size_text, Table
 from ..core.machine import Machine, model_parameters, step_room
 from ..core.settings import data_sources
 from ..config import embedded_model, resolve_model, TrainingConfig
@@ -93,7 +93,7 @@ def _micro_batch(whole, parameters, tokens, machine, pairs):
     if not parameters or not there: return 1,'what fits here is not known'
     for rows in (n for n in (32, 16, 8, 4, 2, 1) if n<=whole):
         room = step_room(parameters, bits, rows*tokens*(2 if pairs else 1), False, 16, True)
-        if room<=there: return rows,f'up to {room/2**30:.1f} of {there/2**30:.1f} GiB'
+        if room<=there: return rows,f'up to {size_text(room)} of {size_text(there)}'
     return 1,'one at a time is the least; what does not fit is said before training'
 
 # %% ../../nbs/model/06_advice.ipynb #ad7c0034

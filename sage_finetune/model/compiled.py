@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 import sage_finetune.base.loading # before transformers: it quiets bitsandbytes
 from transformers import TrainerCallback
-
+from ..core.display import number_text
 from ..core.machine import Change, division, processes
 from .loss import evaluating, loss_sum
 
@@ -62,7 +62,7 @@ class Trial:
 
     def __str__(self):
         if self.fault: return f'layers are not compiled: {self.fault}'
-        both = f'a pass takes {self.compiled:.2g} s compiled and {self.plain:.2g} s as it is'
+        both = f'a pass takes {number_text(self.compiled)} s compiled and {number_text(self.plain)} s as it is'
         if not self.pays: return f'layers are not compiled: {both}, found out in {self.cost:.0f} s'
         return f'compiled: {both}; it took {self.cost:.0f} s, and saves about {self.saves/60:,.0f} minutes'
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 from ..core.disk import SageError
-from ..core.display import Panel, Shown, size_text, Table
+from ..core.display import Panel, share_text, Shown, size_text, Table
 from ..config import fit_config, PreferenceConfig, resolve_model, RewardConfig, TrainingConfig
 from ..core.machine import Machine
 from ..core.text_stream import one_line
@@ -254,7 +254,7 @@ class Probe(Shown):
         return None if self.predicted is None else round(self.predicted/self.measured - 1, 4)
     def shown(self):
         predicted = ('' if self.predicted is None
-                     else f', {size_text(self.predicted)} predicted ({round(self.error, 3)+0:+.1%})')
+                     else f', {size_text(self.predicted)} predicted ({share_text(self.error+0, signed=True)})') # no -0%
         spilled = ('' if not self.beyond else f'; {size_text(self.beyond)} more than the card had free, so the driver '
                    f'may have moved memory off it, which is many times slower: take fewer rows or tokens')
         return Table([], [], f'Longest batch ({self.rows} × {self.tokens:,} tokens): '

@@ -168,19 +168,23 @@ def sparkline(
     return ''.join('▁▂▃▄▅▆▇█'[round(7*(v-low)/(high-low or 1))] for v in values)
 
 # %% ../../nbs/record/01_curves.ipynb #fcf71704
+def _tenths(x): return round(float(x), 1) # a place in a drawing
+
 def _label(x, y, text, anchor='middle', colour='currentColor'):
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{html.escape(visible(text))}</text>'
+    return (f'<text x="{_tenths(x)}" y="{_tenths(y)}" text-anchor="{anchor}" fill="{colour}">'
+            f'{html.escape(visible(text))}</text>')
 
 def _polyline(points, colour, dots):
-    places = ' '.join(f'{x:.1f},{y:.1f}' for x,y in points)
-    circles = [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x,y in points] if dots else []
+    places = ' '.join(f'{_tenths(x)},{_tenths(y)}' for x,y in points)
+    circles = [f'<circle cx="{_tenths(x)}" cy="{_tenths(y)}" r="3" fill="{colour}"/>' for x,y in points] if dots else []
     return f'<polyline fill="none" stroke="{colour}" stroke-width="1.8" points="{places}"/>'+''.join(circles)
 
 def _grid(axes, place, box):
     left,top,right,bottom = box
     for v in round_ticks(axes.low, axes.high, log=axes.log):
         y = place(axes.first, v)[1]
-        yield (f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="currentColor" opacity=".18"/>'
+        yield (f'<line x1="{left}" x2="{right}" y1="{_tenths(y)}" y2="{_tenths(y)}" stroke="currentColor" '
+               'opacity=".18"/>'
                +_label(left-6, y+4, number_text(v), 'end'))
     for s in round_ticks(axes.first, axes.last):
         if s==int(s): yield _label(place(s, axes.high)[0], bottom+16, f'{int(s):,}')

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from shlex import quote
 
 from ..core.disk import read_json, SageError
-from ..core.display import falling, in_notebook, number_text, Panel, Shown, Table
+from ..core.display import falling, html_text, in_notebook, number_text, Panel, share_text, Shown, Table
 from ..core.machine import program_name
 from ..core.run_folder import default_output_dir, RunFolder
 from ..core.settings import source_words
@@ -91,7 +91,7 @@ _heads = {'loss': 'training loss', 'eval_loss': 'held-out loss', 'reward': 'rewa
 def _number_of(key, value):
     "A number of the log as text"
     if value is None: return ''
-    return f'{value:,.0f}' if key=='tokens_per_second' else f'{value:.0%}' if key=='exam' else number_text(value)
+    return f'{value:,.0f}' if key=='tokens_per_second' else share_text(value) if key=='exam' else number_text(value)
 
 def progress_table(
     lines:list, # Of what was logged, with `step`
@@ -118,13 +118,13 @@ def _page(p):
     share = p.step/p.steps if p.steps else 0
     bar = (f'<div style="height:6px;max-width:600px;border-radius:3px;background:rgba(128,128,128,.25);'
            f'margin:.35em 0"><div '
-           f'style="height:6px;border-radius:3px;width:{share:.1%};background:#4c8bd6"></div></div>')
+           f'style="height:6px;border-radius:3px;width:{round(100.0*share, 1)}%;background:#4c8bd6"></div></div>')
     words = p.line().split('  ')[1:] if p.lines else p.line().split('  ')[-1:]
     said = ' · '.join(['']+[w for w in words if p.phase!='Trained' or not w.endswith(' left')])
     epoch = p.last('epoch')
-    head = (f'<div style="line-height:1.4"><b>{html.escape(p.phase)}</b> step {p.step:,} of {p.steps:,}'
-            +(f', epoch {epoch:.2f}' if epoch else '')
-            +f' · {duration_text(p.seconds)} so far{html.escape(said)}{bar}</div>')
+    at = f'step {p.step:,} of {p.steps:,}'+(f', epoch {number_text(epoch)}' if epoch else '')
+    line = html_text(f'{at} · {duration_text(p.seconds)} so far{said}')
+    head = f'<div style="line-height:1.4"><b>{html.escape(p.phase)}</b> {line}{bar}</div>'
     if not p.lines: return head
     drawn = ''.join(f'<div style="flex:2 1 380px;max-width:600px">{Drawing(l, "loss")._repr_html_()}</div>'
                     for l in [loss_lines(p.lines)] if any(len(x.points)>1 for x in l))

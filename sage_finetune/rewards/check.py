@@ -12,7 +12,7 @@ import tempfile,time
 from dataclasses import dataclass
 
 from ..core.disk import SageError
-from ..core.display import Panel, Shown, size_text, Table
+from ..core.display import number_text, Panel, share_text, Shown, size_text, Table
 from ..record.metrics import duration_text
 from ..config import RewardConfig
 from ..model.loss import evaluating
@@ -68,20 +68,20 @@ def _warnings(check):
         yield ('no group has answers that differ in reward, so nothing would be learned: take easier questions, a '
                'reward in parts, more answers to each question (`num_generations`) or a higher `temperature`, or '
                'fine-tune on answers first')
-    elif known and check.signal<.2: yield f'only {check.signal:.0%} of the groups have something to learn from'
+    elif known and check.signal<.2: yield f'only {share_text(check.signal)} of the groups have something to learn from'
     cut = [s.ended for g in check.groups for s in g.samples]
     if cut.count(False)>len(cut)/2:
-        yield (f'{cut.count(False)/len(cut):.0%} of the answers are cut off at `max_completion_length='
+        yield (f'{share_text(cut.count(False)/len(cut))} of the answers are cut off at `max_completion_length='
                f'{check.config.max_completion_length}`')
 
 # %% ../../nbs/rewards/05_check.ipynb #a87e251c
 def _numbers(values):
     "Mean, standard deviation, least and most"
-    if not values: return ['']*4
+    if not values: return [None]*4
     mean = sum(values)/len(values)
-    return [f'{x:.3g}' for x in (mean, (sum((v-mean)**2 for v in values)/len(values))**.5, min(values), max(values))]
+    return [mean, (sum((v-mean)**2 for v in values)/len(values))**.5, min(values), max(values)]
 
-def _duration(s): return f'{s:.0f} s' if s<120 else f'{s/60:.0f} min' if s<7200 else f'{s/3600:.1f} h'
+def _duration(s): return f'{s:.0f} s' if s<120 else f'{s/60:.0f} min' if s<7200 else f'{number_text(s/3600)} h'
 
 # %% ../../nbs/rewards/05_check.ipynb #72e07414
 def _costs(check):
@@ -89,12 +89,12 @@ def _costs(check):
     c,lengths = check.config,[len(s.ids) for g in check.groups for s in g.samples]
     mean = sum(lengths)/len(lengths)
     yield ['steps', f'{check.steps:,}, of {c.questions_per_step} questions × {c.num_generations} answers']
-    yield ['tokens of an answer', f'{mean:.0f} on average, {max(lengths):,} at most '
+    yield ['tokens of an answer', f'{number_text(mean)} on average, {max(lengths):,} at most '
            f'(`max_completion_length` is {c.max_completion_length:,})']
     yield ['tokens to generate', f'{check.steps//c.num_iterations*c.effective_batch_size*mean:,.0f}']
     share = check.sampling/(check.sampling+c.num_iterations*check.learning)
-    yield ['time', f'about {_duration(check.seconds)}: {check.seconds/max(1, check.steps):.1f} s a step, '
-           f'{share:.0%} of it sampling']
+    yield ['time', f'about {_duration(check.seconds)}: {number_text(check.seconds/max(1, check.steps))} s a step, '
+           f'{share_text(share)} of it sampling']
     if check.memory:
         yield ['memory', f'{size_text(check.memory.peak)} estimated, '
                f'{size_text(check.memory.generation)} while answers are sampled']
@@ -110,7 +110,8 @@ def _panel(check):
     examples = Table(['question', 'reward', 'answer'], shown, 'Answers that differ')
     with_signal = round(check.signal*len(check.groups))
     parts = [table, Table(['', ''], [*_costs(check)], 'What it takes'), *check.warnings]
-    return Panel(f'{with_signal} of {len(check.groups)} groups have something to learn from ({check.signal:.0%})',
+    of = f'{with_signal} of {len(check.groups)} groups'
+    return Panel(f'{of} have something to learn from ({share_text(check.signal)})',
                  [*parts, *([examples] if examples.rows else [])])
 
 def _extremes(g):

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.disk import SageError
-from ..core.display import in_notebook, Panel, save_figure, Shown, shown_figure, Table, Views, visible
+from sage_finetune.core.display import (
+    in_notebook, number_text, Panel, save_figure, Shown, shown_figure, Table, Views, visible
+)
 from ..core.run_folder import find_run, RunFolder
 from ..training.callbacks import draw_curves, loss_curves, read_metrics, series
 from .rollout import read_answers
@@ -31,7 +33,8 @@ def group_table(
     parts = [*dict.fromkeys(n for a in group['answers'] for n in a['parts'])]
     shown = parts if len(parts)>1 else []
     rows = [[len(same), *(_short(same[0]['parts'].get(n)) for n in shown), _short(same[0]['reward']),
-             f"{same[0]['advantage']:+.2f}", same[0]['text']+('' if same[0]['ended'] else ' … (cut off)')]
+             number_text(same[0]['advantage'], signed=True),
+             same[0]['text']+('' if same[0]['ended'] else ' … (cut off)')]
             for same in order[:most]]
     left = sum(map(len, order[most:]))
     return Table(['×', *shown, 'reward', 'advantage', 'answer'], rows,
@@ -39,7 +42,7 @@ def group_table(
                  f'and {left} more answers' if left else '')
 
 # %% ../../nbs/rewards/06_seen.ipynb #dc91af5f
-def _short(value): return '' if value is None else f'{value:.3g}'
+def _short(value): return '' if value is None else number_text(value)
 
 # %% ../../nbs/rewards/06_seen.ipynb #d7346f23
 @dataclass
@@ -65,11 +68,12 @@ def _terminal_style(push):
 # %% ../../nbs/rewards/06_seen.ipynb #c458a591
 def _in_letters(token, push):
     "A token with a sign behind it where it was pushed"
-    return token if _strength(push)<.05 else f'{token}[{"+" if push>0 else "−"}{_strength(push):.1f}]'
+    return token if _strength(push)<.05 else f'{token}[{number_text(max(-1, min(1, push)), signed=True)}]'
 
 def _coloured(token, push):
     colour = '40,160,80' if push>0 else '210,60,60'
-    return (f'<span title="{push:+.3f}" style="background:rgba({colour},{.55*_strength(push):.2f})">'
+    style = f'background:rgba({colour},{round(.55*_strength(push), 2)})'
+    return (f'<span title="{number_text(push, signed=True)}" style="{style}">'
             f'{html.escape(visible(token)).replace(chr(10), "↵"+chr(10))}</span>')
 
 def pushed_tokens(
@@ -106,7 +110,7 @@ class Hacked(Shown):
     def shown(self):
         if not self.changes: return Table([], [], 'Too few answers were kept to compare early and late ones')
         table = Table(['', f'up to step {self.steps[0]}', f'from step {self.steps[1]}', ''],
-                      [[what, f'{a:.3g}', f'{b:.3g}', verdict] for what,a,b,verdict in self.changes])
+                      [[what, a, b, verdict] for what,a,b,verdict in self.changes])
         title = f'The sum rose while {", ".join(self.found)} fell' if self.found else 'No part fell while the sum rose'
         examples = Table(['part', 'question', 'answer', 'reward', 'of it'], self.examples, 'Late answers that show it')
         return Panel(title, [table, *([examples] if self.examples else [])])
@@ -161,7 +165,7 @@ def _shows(name, key, early, late, most=3):
     mean = _mean_and_error([a['reward'] for a in early])[0]
     part = _mean_and_error([v for a in early if (v := key(a)) is not None])[0]
     some = [a for a in late if a['reward']>mean and (v := key(a)) is not None and v<part]
-    return [[name, a['question'], a['text'], f"{a['reward']:.3g}", f'{key(a):.3g}'] for a in some[-most:]]
+    return [[name, a['question'], a['text'], a['reward'], key(a)] for a in some[-most:]]
 
 # %% ../../nbs/rewards/06_seen.ipynb #1e8a3561
 _panels = {'reward': 'reward', 'with_signal': 'share of groups with signal', 'kl': 'KL to the base (nats a token)',
@@ -215,9 +219,9 @@ def _figures_table(metrics):
     "First and last value of each figure"
     names = [*_panels, *dict.fromkeys(k for m in metrics for k in m if k.startswith('rewards/')), 'failed']
     found = {n: s for n in names if (s := series(metrics, n)) and (n!='failed' or any(v for _,v in s))}
-    rows = [[_panels.get(n, n), f'{s[0][1]:.4g}', f'{s[-1][1]:.4g}'] for n,s in found.items()]
+    rows = [[_panels.get(n, n), s[0][1], s[-1][1]] for n,s in found.items()]
     if held := series(metrics, 'eval_reward'):
-        rows.insert(1, ['reward, held out', f'{held[0][1]:.4g}', f'{held[-1][1]:.4g}'])
+        rows.insert(1, ['reward, held out', held[0][1], held[-1][1]])
     return Table(['', 'first', 'last'], rows)
 
 # %% ../../nbs/rewards/06_seen.ipynb #239ce947

@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from ..core.display import falling
 from ..base.loading import model_limits # before transformers: it quiets bitsandbytes
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -431,11 +432,11 @@ class RewardResult(TrainingResult):
     train_reward: float|None = None # Mean of the answers that were sampled in the last steps, `train_steps`
 
     def shown(self):
-        table,number = super().shown(),lambda x: '' if x is None else f'{x:.4f}'
+        table = super().shown()
         kept = [r for r in table.rows if 'loss' not in r[0]]
-        more = [['reward, held out', f'{number(self.reward_before)} → {number(self.reward_after)}'],
-                ['reward of the last answers', number(self.train_reward)]]
-        return replace(table, rows=[*kept[:1], *(r for r in more if r[1].strip(' →')), *kept[1:]])
+        more = [['reward, held out', falling(self.reward_before, self.reward_after)],
+                ['reward of the last answers', falling(self.train_reward)]]
+        return replace(table, rows=[*kept[:1], *(r for r in more if r[1]), *kept[1:]])
 
 # %% ../../nbs/rewards/04_trainer.ipynb #0eaf66c1
 def _with_figures(outcome, metrics):

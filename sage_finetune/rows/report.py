@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 
 from ..core.disk import SageError, write_json
-from ..core.display import Shown, Table
+from ..core.display import share_text, Shown, Table
 from .sources import source_files
 from .formats import ColumnCheck, idle_columns, names_in_file
 from .tokens import ignored
@@ -82,7 +82,7 @@ def _unused_keys(unused, most=8):
 # %% ../../nbs/rows/08_report.ipynb #7c400002
 def _facts(report):
     "(what, value) for each fact of a report that there is"
-    r,share = report,f' ({report.learned_tokens/report.tokens:.0%})' if report.tokens else ''
+    r,share = report,f' ({share_text(report.learned_tokens/report.tokens)})' if report.tokens else ''
     skipped = ', '.join(f'{k} ({v})' for k,v in [*r.passed_over.items()][:5])
     facts = [
         ('rows', True, f'{r.read:,} rows read = {r.used:,} used + {len(r.dropped):,} dropped'),
@@ -114,8 +114,8 @@ def _source_line(s):
              _many(s['examples'], 'example')]
     if s.get('held_out'): facts.append(f"{s['held_out']:,} held out")
     if 'taken' in s:
-        asked = f", {s['weight']:.1%} wanted" if s.get('weight') is not None else ''
-        facts.append(f"{s['taken']:,} taken ({s['share']:.1%} of the examples{asked})")
+        asked = f", {share_text(s['weight'])} wanted" if s.get('weight') is not None else ''
+        facts.append(f"{s['taken']:,} taken ({share_text(s['share'])} of the examples{asked})")
     words = dict(repeated='of them repeated', left_over='left over')
     facts += [f'{s[k]:,} {what}' for k,what in words.items() if s.get(k)]
     return f"{s['source']}: {', '.join(facts)}"

@@ -15,7 +15,7 @@ from pathlib import Path
 from shlex import quote
 
 from ..core.disk import read_json, SageError
-from ..core.display import Shown, Table
+from ..core.display import number_text, Shown, Table
 from ..core.settings import DataSource
 from ..config import LoRAConfig, PresetConfigs, TrainingConfig
 from .other_tools import kind_of_config, read_settings, translated
@@ -69,7 +69,7 @@ def _result_table(result):
     return Table(['', ''], [[k, _value_text(v)] for k,v in values.items()])
 
 def _value_text(value):
-    if isinstance(value, float): return f'{value:.4g}'
+    if isinstance(value, float): return number_text(value)
     if isinstance(value, list): return ' to '.join(map(str, value))
     if isinstance(value, dict): return ', '.join(f'{n:,} {k}' for k,n in value.items())
     return f'{value:,}' if isinstance(value, int) else value

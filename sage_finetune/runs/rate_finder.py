@@ -16,7 +16,9 @@ from typing import Annotated, Optional
 from typer import echo, Option
 
 from ..core.disk import SageError
-from ..core.display import figure_file, on_any_background, Panel, save_figure, Shown, shown_figure, Table
+from sage_finetune.core.display import (
+    falling, figure_file, on_any_background, Panel, save_figure, Shown, shown_figure, Table
+)
 from ..config import TrainingConfig
 
 # %% ../../nbs/runs/09_rate_finder.ipynb #09fa0009
@@ -41,7 +43,7 @@ def rate_of_ramp(
     mean = smoothed(losses)
     lowest = min(range(len(mean)), key=mean.__getitem__)
     if mean[0]-mean[lowest]<.02*abs(mean[0]):
-        raise SageError(f'the loss did not fall in any of {len(losses)} steps ({mean[0]:.3g} → {mean[lowest]:.3g}): '
+        raise SageError(f'the loss did not fall in any of {len(losses)} steps ({falling(mean[0], mean[lowest])}): '
                         f'give a higher `highest`, more `steps`, or look at the rows')
     return float(f'{rates[lowest]*share:.1e}')
 
@@ -77,7 +79,7 @@ def _ramp_panel(ramp):
     mean,n = smoothed(ramp.losses),len(ramp.rates)
     at = sorted({round(i*(n-1)/9) for i in range(min(10, n))})
     near = min(at, key=lambda i: abs(math.log(ramp.rates[i]/ramp.rate)))
-    rows = [[f'{ramp.rates[i]:.1e}', f'{ramp.losses[i]:.3f}', f'{mean[i]:.3f}'] for i in at]
+    rows = [[ramp.rates[i], ramp.losses[i], mean[i]] for i in at]
     note = f'Suggested: {ramp.rate:g}, a tenth of the rate at which the average is lowest.'
     table = Table(['rate', 'loss of a batch', 'averaged'], rows, marks=(at.index(near),))
     return Panel(f'Learning rates for {ramp.model}: {n} steps of {ramp.rows} rows', [table, note])

@@ -24,7 +24,7 @@ from sage_finetune.core.settings import (
     checked, data_sources, DataPathSetting, is_mixture, refuse_unknown, Settings, source_words
 )
 from ..core.run_folder import find_run, is_own_run, is_run, only_run, read_meta, run_folder, RunFolder
-from ..core.display import number_text, Panel, Shown, size_text, Table, visible
+from ..core.display import number_text, Panel, share_text, Shown, size_text, Table, visible
 from sage_finetune.config import (
     config_class, config_from_meta, embedded_model, LoRAConfig, PreferenceConfig, PresetConfigs, resolve_model,
     RewardConfig, show_config, TrainingConfig
@@ -503,18 +503,17 @@ def _quickstart_panel(r):
     return Panel('What came out', [
         _figures_table(r),
         Table(['question', 'base', 'tuned'], [[e['prompt'], e['base'][:160], e['tuned']] for e in r.examples]),
-        f"Merged model against base and adapter: largest logit difference {r.merge['difference']:.1e}, "
-        f"divergence {r.merge['divergence']:.1e} nats a token (bound {r.merge['bound']:g}).",
+        f"Merged model against base and adapter: largest logit difference {number_text(r.merge['difference'])}, "
+        f"divergence {number_text(r.merge['divergence'])} nats a token (bound {number_text(r.merge['bound'])}).",
         f'{r.source}. {r.seconds:.0f} s in all' + (f', {size_text(r.memory)} of memory.' if r.memory else '.')])
 
 # %% ../../nbs/runs/04_tasks.ipynb #c5041347
 def _figures_table(r):
     "Losses and shares of base, tuned and merged model"
-    percent = lambda x: f'{x:.0%}' if x in (0, 1) else f'{x:.1%}'
-    rows = [['answers correct', *map(percent, (r.share_before, r.share_after, r.share_merged))],
-            ['ended by itself', '', *map(percent, (r.stopped_after, r.stopped_merged))]]
+    rows = [['answers correct', *map(share_text, (r.share_before, r.share_after, r.share_merged))],
+            ['ended by itself', '', *map(share_text, (r.stopped_after, r.stopped_merged))]]
     if r.loss_before:
-        lower = f'{1-r.loss_after/r.loss_before:.1%} lower'
+        lower = f'{share_text(1-r.loss_after/r.loss_before)} lower'
         rows.insert(0, ['held-out loss', number_text(r.loss_before), f'{number_text(r.loss_after)} ({lower})', ''])
     if g := r.general:
         rows += [['general questions right', *g['right']], ['loss on their answers', *map(number_text, g['loss'])]]

@@ -19,7 +19,7 @@ from sage_finetune.core.disk import (
     file_digest, manifest_file, read_json, readable_json, refuse_foreign, SageError, whole_folder,
     write_json, write_manifest, write_text
 )
-from ..core.display import Shown, Table
+from ..core.display import number_text, Shown, size_text, Table
 from ..core.settings import refuse_unknown
 from ..core.text_stream import one_line
 from ..core.run_folder import find_run, hold_for, record_notes, stopped_at
@@ -176,7 +176,7 @@ def _head(source, base, license, license_name, license_link, language):
 def _number(x):
     "A value as people write it"
     if isinstance(x, bool) or x is None: return {True: 'yes', False: 'no', None: 'none'}[x]
-    return f'{x:,}' if isinstance(x, int) else f'{x:.4g}' if isinstance(x, float) else str(x)
+    return f'{x:,}' if isinstance(x, int) else number_text(x) if isinstance(x, float) else str(x)
 
 def _markdown_table(rows, *head):
     "Rows of values as a table of Markdown"
@@ -441,7 +441,7 @@ class GGUFReport(Shown):
 # %% ../../nbs/serving/04_export.ipynb #9c000001
 def _gguf_table(r):
     "Merged model and file side by side"
-    size = f'{r.size/2**20:,.1f} MiB; tensors: '+(', '.join(f'{n} {t}' for t,n in r.types.items()) or 'not read')
+    size = f'{size_text(r.size)}; tensors: '+(', '.join(f'{n} {t}' for t,n in r.types.items()) or 'not read')
     rows = [['loss (nats a token)', r.loss, r.loss_gguf, r.loss_gguf-r.loss],
             ['greedy answers', r.asked, f'{r.same} the same', '']] if r.rows else []
     compared = (f'compared on {r.tokens} tokens of {r.rows} rows, of which the largest differs by {r.largest:.2g} nats'

@@ -113,8 +113,7 @@ class HarnessResult(Shown):
     versions: dict # Task → version
 
     def shown(self):
-        rows = [[task, metric, f'{value:.4f}' if isinstance(value, float) else value]
-                for task,found in self.scores.items() for metric,value in found.items()]
+        rows = [[task, metric, value] for task,found in self.scores.items() for metric,value in found.items()]
         return Table(['task', 'metric', 'value'], rows, 'lm-evaluation-harness')
 
 # %% ../../nbs/study/01_bench.ipynb #823c2b1d

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from ..core.cache import cache_place, checkpoint_values, checksum, make_room, read_receipt
 from ..core.disk import file_digest, SageError, whole_folder, write_json
-from ..core.display import Panel, Shown, Table
+from ..core.display import Panel, share_text, Shown, Table
 from ..core.run_folder import checkpoint_fault, find_run, is_run
 from ..rows.tokens import encode, ignored
 from ..model.adapter import load_best_adapter, load_lora_init
@@ -315,7 +315,7 @@ def _taught_part(taught, part):
 
 def _taught_table(taught, numbers, title):
     "Some rows with their shares"
-    lines = [(f'{taught.shares[i]:+.1%}', i, _clipped(taught.text(i))) for i in numbers]
+    lines = [(share_text(taught.shares[i], signed=True), i, _clipped(taught.text(i))) for i in numbers]
     return Table(['push', 'row', 'it says'], lines, title if lines else f'{title}: none')
 
 def _taught_panel(taught):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..core.disk import SageError
-from ..core.display import Shown, Table
+from ..core.display import number_text, share_text, Shown, Table
 from ..rows.formats import to_messages
 from ..rows.tokens import encode, ignored
 from ..model.loss import evaluating, head_and_transform, mean_loss
@@ -106,7 +106,7 @@ def _lens_table(lens, place):
     if not -len(lens.wanted)<=place<len(lens.wanted):
         raise ValueError(f'`place` must be a token of the answer, below {len(lens.wanted)}, got {place}')
     sides = [(lens.says[s], lens.chance[s]) for s in ('base', 'tuned')]
-    lines = [[i or 'embedding', *(x for says,p in sides for x in (says[i][place], f'{p[i, place]:.1%}'))]
+    lines = [[i or 'embedding', *(x for says,p in sides for x in (says[i][place], share_text(p[i, place].item())))]
              for i in range(len(lens.chance['base']))]
     word = lens.wanted[place].strip() or lens.wanted[place]
     return Table(['after layer', 'base', f'"{word}"', 'tuned', f' "{word}"'], [[str(l[0]), *l[1:]] for l in lines],
@@ -271,7 +271,7 @@ class Intruders(Shown):
 
     def shown(self):
         each = {n: [i for i in self.found if i.name==n] for n in self.looked_at}
-        lines = [(n, len(of), f'{min(i.closest for i in of):.2f}', f'{max(i.value for i in of):.3g}')
+        lines = [(n, len(of), min(i.closest for i in of), max(i.value for i in of))
                  for n,of in sorted(each.items(), key=lambda x: -len(x[1])) if of]
         of = sum(self.looked_at.values())
         return Table(['layer', 'new', 'closest to the base', 'largest σ'], lines,
@@ -377,8 +377,8 @@ def _exam_table(table):
     columns = ['', 'exam', *(['with 95 % probability'] if exams else []),
                *(['loss on general questions'] if general else [])]
     def row(name, score, loss):
-        sure = ['{:.0%} to {:.0%}'.format(*exams[name].interval) if name in exams else ''] if exams else []
-        return [name, f'{score:.1%}' if name in exams else f'{score:.3g}', *sure, *([f'{loss:.3f}'] if general else [])]
+        sure = [' to '.join(map(share_text, exams[name].interval)) if name in exams else ''] if exams else []
+        return [name, (share_text if name in exams else number_text)(score), *sure, *([loss] if general else [])]
     others = [n for n in exams if n!=table.against] if table.against in exams else []
     return Table(columns, [row(*line) for line in table.lines], table.title,
                  '\n'.join(f'{n}: {table.compared(n, table.against).verdict}' for n in others))

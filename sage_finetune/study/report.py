@@ -13,7 +13,7 @@ from base64 import b64encode
 from pathlib import Path
 
 from ..core.disk import SageError, write_json, write_text
-from ..core.display import falling, size_text, Table
+from ..core.display import falling, number_text, share_text, size_text, Table
 from ..inference.exam import exact_interval, read_exams
 from ..runs.run import compare, Run
 from .scores import compare_exams, kept_scores
@@ -54,8 +54,9 @@ def exams_table(
             scores = [*kept_scores(r, exam).values()]
             low,high = exact_interval(sum(scores), len(scores))
             before = r.results.get(f'{exam}_before')
-            rows.append([r.name, words, '' if before is None else f'{before:.1%}', f'{sum(scores)/len(scores):.1%}',
-                         f'{low:.0%} to {high:.0%}', '' if r is asked[0] else _against(asked[0], r, exam)])
+            shares = '' if before is None else share_text(before),share_text(sum(scores)/len(scores))
+            rows.append([r.name, words, *shares, f'{share_text(low)} to {share_text(high)}',
+                         '' if r is asked[0] else _against(asked[0], r, exam)])
     return Table(['run', 'asked', 'before', 'after', 'with 95 % probability', 'against the first'], rows)
 
 # %% ../../nbs/study/03_report.ipynb #c9372266
@@ -78,7 +79,7 @@ def _costs(runs):
     for r in runs:
         memory,out = max((m['memory'] for m in r.metrics if m.get('memory')), default=None),r.results
         losses = falling(out.get('loss_before'), out.get('loss_after'))
-        seconds = f'{out["seconds"]:,.1f}' if 'seconds' in out else ''
+        seconds = number_text(out['seconds']) if 'seconds' in out else ''
         rows.append([r.name, r.state, out.get('steps', ''), losses, seconds, size_text(memory) if memory else '',
                      r.machine])
     columns = ['run', 'state', 'steps', 'held-out loss', 'seconds', 'memory of the process', 'machine']

@@ -14,7 +14,7 @@ from math import ceil, comb
 import torch
 
 from ..core.disk import SageError
-from ..core.display import Shown, Table
+from ..core.display import share_text, Shown, Table
 from ..inference.exam import exact_interval, read_exams
 from ..runs.run import Run
 
@@ -114,9 +114,10 @@ def _verdict(p):
 # %% ../../nbs/study/00_scores.ipynb #f99bd5ff
 def _paired_table(p):
     (a,b),(low,high) = p.names,p.interval
-    rows = [[n, f'{sum(s):g}', f'{sum(s)/len(s):.1%}', '{:.0%} to {:.0%}'.format(*exact_interval(sum(s), len(s)))]
+    rows = [[n, f'{sum(s):g}', share_text(sum(s)/len(s)), ' to '.join(map(share_text, exact_interval(sum(s), len(s))))]
             for n,s in ((a, p.first), (b, p.second))]
-    rows.append([f'{b} over {a}', f'{sum(p.differences):+g}', f'{p.gain:+.1%}', f'{low:+.0%} to {high:+.0%}'])
+    rows.append([f'{b} over {a}', f'{sum(p.differences):+g}', share_text(p.gain, signed=True),
+                 f'{share_text(low, signed=True)} to {share_text(high, signed=True)}'])
     return Table(['', 'right', 'share', 'with 95 % probability'], rows, f'{len(p.first)} questions', note=p.verdict)
 
 # %% ../../nbs/study/00_scores.ipynb #caf912e8

@@ -20,7 +20,8 @@ from transformers import TrainerCallback
 from ..core.cache import checksum
 from ..core.disk import read_json, SageError, write_json, write_text
 from sage_finetune.core.display import (
-    falling, in_notebook, on_any_background, Panel, Shown, show_widgets, shown_figure, size_text, Table
+    falling, in_notebook, number_text, on_any_background, Panel, share_text, show_widgets, Shown, shown_figure,
+    size_text, Table
 )
 from ..core.run_folder import RunFolder
 from ..core.text_stream import one_line
@@ -365,8 +366,8 @@ def _row(sweep, p, best):
     exam = done.get('exam_after')
     state,seconds = p.state+(f': {p.why}' if p.why else ''),done.get('seconds')
     return ['→' if p is best else '', *map(str, p.settings.values()), state, step,
-            falling(done.get('loss_after', last)) or '', '' if exam is None else f'{exam:.1%}',
-            '' if seconds is None else f'{seconds:,.1f}']
+            falling(done.get('loss_after', last)) or '', '' if exam is None else share_text(exam),
+            '' if seconds is None else number_text(seconds)]
 
 def _table(sweep):
     "One line for each run: what differs, and what came of it"
@@ -546,7 +547,8 @@ def _halve(sweep, share, rest):
     for place,p in enumerate(ranked[most:], most+1):
         loss = p.scores[str(share)][sweep.by=='exam']
         p.state = 'ended early'
-        p.why = f'place {place} of {len(ranked)} after {share:.0%} of the steps (held-out loss {loss:.4f})'
+        p.why = (f'place {place} of {len(ranked)} after {share_text(share)} of the steps '
+                 f'(held-out loss {number_text(loss)})')
     _keep(sweep)
 
 # %% ../../nbs/study/02_sweep.ipynb #1c29f63f

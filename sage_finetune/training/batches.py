@@ -12,7 +12,7 @@ __all__ = ['flat_chunks', 'example_lengths', 'pad_token_id', 'padding_of', 'Coun
 import math
 from dataclasses import dataclass
 
-from ..core.display import Table
+from ..core.display import share_text, Table
 from ..rows.images import image_inputs, images_of_row
 from ..rows.tokens import ignored
 from ..base.attention import document_ends
@@ -266,7 +266,7 @@ def show_batch(
         rows.append(_batch_row(i, ids, labels, positions[i] if positions else None, length, tokenizer))
     whole = sum(map(len, lists['input_ids']))
     title = (f"{len(rows)} × {whole//max(1, len(rows))} tokens, {sum(r[2] for r in rows)} learned, "
-            f"{sum(r[3] for r in rows)} of padding ({sum(r[3] for r in rows)/max(1, whole):.1%})")
+            f"{sum(r[3] for r in rows)} of padding ({share_text(sum(r[3] for r in rows)/max(1, whole))})")
     return Table(['row', 'tokens', 'learned', 'padding', 'documents', *(['begins with'] if tokenizer else [])],
                  rows, title, 'The bar is the share that is learned.',
                  bars=[r[2]/max(1, r[1]) for r in rows])

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..core.disk import cannot_write
-from ..core.display import Shown, Table
+from ..core.display import share_text, Shown, Table
 from ..core.machine import division, process
 from ..core.text_stream import one_line
 from ..rows.tokens import ignored
@@ -87,8 +87,8 @@ def _packing_table(r):
     "A row for each way to make batches, with a bar for the share of padding"
     share = {way: n/(r.tokens+n) if r.tokens else 0.0 for way,n in r.padding.items()}
     title = (f'{r.documents:,} documents with {r.tokens:,} tokens packed into {r.rows:,} rows of {r.max_length:,} '
-             f'(at least {r.least_rows:,}), {r.fill:.1%} full')
-    return Table(['', 'padding', 'of all places'], [[_ways[w], r.padding[w], f'{share[w]:.1%}'] for w in _ways],
+             f'(at least {r.least_rows:,}), {share_text(r.fill)} full')
+    return Table(['', 'padding', 'of all places'], [[_ways[w], r.padding[w], share_text(share[w])] for w in _ways],
                  title, bars=[share[w] for w in _ways])
 
 # %% ../../nbs/training/08_packing.ipynb #e42f656c

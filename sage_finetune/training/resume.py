@@ -24,7 +24,7 @@ from transformers import TrainerState
 
 from ..core.disk import read_json, refuse_foreign, SageError, whole_folder, write_json, write_manifest
 from ..core.cache import small_model
-from ..core.display import falling, held_out_name, Shown, Table, training_loss_name
+from ..core.display import falling, held_out_name, number_text, share_text, Shown, Table, training_loss_name
 from sage_finetune.core.machine import (
     Change, division, goes_on, Interrupted, leave_terminal, Machine, process, processes, stop_signals
 )
@@ -313,7 +313,7 @@ def keep_best(
     if config.early_stopping_patience and since>=config.early_stopping_patience:
         say(f'Stopped at step {trainer.state.global_step}: '
             f'{since} evaluations without a better {"exam" if config.best_by=="exam" else "held-out loss"} than '
-            f'at step {step} (held-out loss {loss:.4f})')
+            f'at step {step} (held-out loss {number_text(loss)})')
     kept = load_best_adapter(trainer.model, last_checkpoint(checkpoints)) if config.load_best_model_at_end else None
     if kept is not None: say(f'Kept the adapter of step {kept}, the best {_best_on[config.best_by]}')
     return kept
@@ -324,7 +324,7 @@ _best_on = dict(loss='on held-out rows', exam='in the exam')
 def _shares(name, before, after):
     "A row of a table: the share that was right, before and after"
     of = dict(exam='exam, right', general='general questions, right')[name]
-    return of,None if after is None else f'{"" if before is None else f"{before:.1%} → "}{after:.1%}'
+    return of,None if after is None else ' → '.join(share_text(s) for s in (before, after) if s is not None)
 
 def _scores(trainer, at):
     "Shares of the exam and of the general questions that were right, before and at a step"
@@ -358,7 +358,7 @@ class TrainingResult(Shown):
                 *(_shares(n, getattr(self, f'{n}_before'), getattr(self, f'{n}_after')) for n in ('exam', 'general')),
                 (training_loss_name(self.train_steps), falling(self.train_loss)), ('best step', self.best_step),
                 ('skipped steps', self.skipped and f'{self.skipped:,} (fp16: their gradient was not finite)'),
-                ('seconds', f'{self.seconds:,.1f}')]
+                ('seconds', number_text(self.seconds))]
         return Table(['', ''], [[*row] for row in rows if row[1]], 'Trained')
 
 # %% ../../nbs/training/05_resume.ipynb #5b01f0fd

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.display import on_any_background, Shown, shown_figure, Table
+from ..core.display import number_text, on_any_background, share_text, Shown, shown_figure, Table
 from ..runs.run import Run
 
 # %% ../../nbs/ui/04_adapter_sizes.ipynb #20010258
@@ -91,9 +91,9 @@ def _module_line(some):
     mean = lambda values: sum(values)/len(values)
     most = max(some, key=lambda l: l.norm)
     shares = [l.relative for l in some if l.relative is not None]
-    return (most.module, len(some), float(f'{mean([l.norm for l in some]):.3g}'),
-            f'{mean(shares):.1%}' if shares else '', f'{mean([l.stable_rank for l in some]):.1f} of {some[0].rank}',
-            f'{most.name} ({most.norm:.3g})')
+    return (most.module, len(some), mean([l.norm for l in some]),
+            share_text(mean(shares)) if shares else '', f'{number_text(mean([l.stable_rank for l in some]))} of '
+            f'{some[0].rank}', f'{most.name} ({number_text(most.norm)})')
 
 @dataclass(repr=False)
 class AdapterSizes(Shown):
@@ -173,7 +173,7 @@ def _module_map(ax, sizes, modules, what):
     layers = sorted({l.layer for l in sizes})
     grid = np.full((len(layers), len(modules)), np.nan)
     for l in sizes: grid[layers.index(l.layer), modules.index(l.module)] = _measured(l, what)
-    text = (lambda v: f'{v:.0%}') if what=='relative' else (lambda v: f'{v:.2g}')
+    text = share_text if what=='relative' else (lambda v: f'{v:.2g}')
     _heat_map(ax, grid, layers, _names[what], text if len(layers)<=16 else None)
     ax.set(xticks=range(len(modules)), ylabel='layer')
     ax.set_xticklabels(modules, rotation=35, ha='right', fontsize='small')

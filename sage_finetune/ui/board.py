@@ -15,7 +15,9 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.display import number_text, on_any_background, Panel, Shown, shown_figure, size_text, Table
+from sage_finetune.core.display import (
+    number_text, on_any_background, Panel, place_text, share_text, Shown, shown_figure, size_text, Table
+)
 from ..core.run_folder import complete_marker, find_run, RunFolder
 from ..record.curves import chart, Drawing, Line, lines_text, smoothed, sparkline, svg
 from ..record.metrics import duration_text, read_metrics, series
@@ -145,13 +147,13 @@ _shares = 'with_signal', 'cut_off', 'clipped'
 def _of_rewards(now):
     "(name, text) of what is known of answers and their rewards"
     for k,v in now.items():
-        if k.startswith('rewards/'): yield f'reward {k[8:]}',f'{v:.3g}'
-        elif k in reward_figures: yield reward_figures[k],f'{v:.0%}' if k in _shares else f'{v:.3g}'
+        if k.startswith('rewards/'): yield f'reward {k[8:]}',number_text(v)
+        elif k in reward_figures: yield reward_figures[k],share_text(v) if k in _shares else number_text(v)
 
 def _facts(board):
     "(name, text, share) of each figure"
     b,now = board,board.now
-    epoch = f', epoch {now["epoch"]:.2f}' if now.get('epoch') else ''
+    epoch = f', epoch {number_text(now["epoch"])}' if now.get('epoch') else ''
     yield 'step',f'{b.step:,} of {b.steps:,}{epoch}',b.step/b.steps if b.steps else None
     if b.done: yield 'time',duration_text(b.seconds)+('' if b.over else f', {duration_text(b.seconds_left)} left'),None
     if line := b.loss.line: yield b.figure,number_text(line[-1][1]),None
@@ -161,9 +163,9 @@ def _facts(board):
     yield from ((name, text, None) for name,text in _of_rewards(now))
     for name,what in (('exam', 'exam, right'), ('general', 'general questions, right')):
         if name in now:
-            between = '{:.0%} to {:.0%}'.format(now[f'{name}_low'], now[f'{name}_high'])
-            yield what,f'{now[name]:.1%} (with 95 % probability {between})',now[name]
-    if line := b.rate.line: yield 'learning rate',f'{line[-1][1]:.3g}',None
+            between = ' to '.join(share_text(now[f'{name}_{end}']) for end in ('low', 'high'))
+            yield what,f'{share_text(now[name])} (with 95 % probability {between})',now[name]
+    if line := b.rate.line: yield 'learning rate',number_text(line[-1][1]),None
     if now.get('grad_norm') is not None: yield 'gradient norm',number_text(now['grad_norm']),None
     if 'tokens_per_second' in now: yield 'speed',f"{now['tokens_per_second']:,.0f} tokens/s",None
     if now.get('memory'):
@@ -305,7 +307,8 @@ def kept_line(
              if (m := re.fullmatch(r'checkpoint-([0-9]+)', p.parent.name))]
     last = (f'checkpoint {max(whole):,}, so the run continues there' if whole
             else 'no checkpoint yet, so the run would begin anew (`save_steps` says how often one is written)')
-    return (f'This page shows step {step:,}. If its kernel is gone: {Path(folder).absolute()} holds {last}. '
+    return (f'This page shows step {step:,}. If its kernel is gone: '
+            f'{place_text(Path(folder).absolute())} holds {last}. '
             'Run the cells again: `train_live` with the same config continues as the same run.')
 
 # %% ../../nbs/ui/01_board.ipynb #c713ed1a
@@ -342,7 +345,8 @@ def _head_html(board):
     "The phase, and how far the run has come"
     share = board.step/board.steps if board.steps else 0
     bar = (f'<div style="height:6px;border-radius:3px;background:rgba(128,128,128,.25);margin:.35em 0"><div '
-           f'style="height:6px;border-radius:3px;width:{share:.1%};background:{_colours["loss"]}"></div></div>')
+           f'style="height:6px;border-radius:3px;width:{round(100.0*share, 1)}%;'
+           f'background:{_colours["loss"]}"></div></div>')
     notes = ('' if not board.over and board.phase!='preparing'
              else f'<small style="opacity:.8">{html.escape(board.message)}</small>')
     return f'<div style="line-height:1.4"><b>{phases[board.phase]}</b> {notes}{bar}</div>'

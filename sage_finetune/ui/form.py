@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..core.disk import SageError
-from ..core.display import Clickable, Panel, show_widgets, Shown, size_text
+from ..core.display import Clickable, html_text, Panel, place_text, show_widgets, Shown, size_text
 from ..core.settings import config_table, refuse_unknown
 from ..config import precision_of, preset_for, PresetConfigs, TrainingConfig
 from ..core.machine import Machine
@@ -72,7 +72,7 @@ _by_name = {f.name: f for f in _form_fields}
 def _as_typed(value):
     "A setting as somebody would type it"
     if isinstance(value, (list, tuple)): return ', '.join(_as_typed(getattr(v, 'path', v)) for v in value)
-    if isinstance(value, Path) and value.is_relative_to(Path.home()): return f'~/{value.relative_to(Path.home())}'
+    if isinstance(value, Path): return place_text(value)
     return '' if value is None else str(value)
 
 def _form_values(config):
@@ -207,13 +207,13 @@ def _memory_bar(estimate):
     whole,parts,legend = max(estimate.card or 0, estimate.peak),'',''
     for name,size,note,*_,colour in memory_parts(estimate):
         title = html.escape(f'{name}: {size_text(size)}, {note}')
-        if size: parts += f'<div title="{title}" style="width:{100*size/whole:.2f}%;background:{colour}"></div>'
+        if size: parts += f'<div title="{title}" style="width:{round(100*size/whole, 2)}%;background:{colour}"></div>'
         if size>=estimate.peak/200:
             legend += (f'<span style="white-space:nowrap;margin-right:.8em"><span style="color:{colour}">■</span> '
                        f'{name} {size_text(size)}</span> ')
-    line = (f'<div style="position:absolute;left:{100*estimate.card/whole:.2f}%;top:-4px;bottom:-4px;'
+    line = (f'<div style="position:absolute;left:{round(100*estimate.card/whole, 2)}%;top:-4px;bottom:-4px;'
             f'border-left:3px solid {_red}"></div>' if bad else '')
-    return (f'<div style="{_bad if bad else _good}">{html.escape(verdict)}</div>'
+    return (f'<div style="{_bad if bad else _good}">{html_text(verdict)}</div>'
             f'<div style="position:relative;display:flex;height:16px;margin:6px 0;'
             f'border:1px solid rgba(128,128,128,.7)">{parts}{line}</div>'
             f'<div style="font-size:12px;line-height:1.6">{legend}</div>')

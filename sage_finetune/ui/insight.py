@@ -8,7 +8,7 @@ Docs: https://sage-finetune.github.io/sage_finetune/ui/insight.html.md"""
 __all__ = ['plot_taught', 'plot_lens', 'plot_scores']
 
 # %% ../../nbs/ui/08_insight.ipynb #5384fd8f
-from ..core.display import on_any_background, shown_figure
+from ..core.display import number_text, on_any_background, share_text, shown_figure
 from ..study.influence import Taught
 from ..study.inside import ExamTable, Lens
 
@@ -39,7 +39,7 @@ def plot_taught(
     ax = fig.add_subplot()
     image = _grid(ax, parts, [t.strip() or '␣' for t in taught.tokens],
                   [f'{i}: {_row_label(taught.text(i))}' for i in rows], cmap='PuOr_r', vmin=-top, vmax=top)
-    fig.colorbar(image, ax=ax, format=lambda x,_: f'{x:+.0%}')
+    fig.colorbar(image, ax=ax, format=lambda x,_: share_text(x, signed=True))
     ax.set_title(f'what pushed "{_row_label(taught.answer)}"')
     return on_any_background(fig)
 
@@ -61,7 +61,7 @@ def plot_lens(
                 ax.text(j, i, word.strip()[:9], ha='center', va='center', fontsize=7,
                         color='black' if chance[i, j]>.6 else 'white')
         ax.set_title(side)
-    fig.colorbar(image, ax=fig.axes, format=lambda x,_: f'{x:.0%}', label='probability of the token')
+    fig.colorbar(image, ax=fig.axes, format=lambda x,_: share_text(x), label='probability of the token')
     return on_any_background(fig)
 
 # %% ../../nbs/ui/08_insight.ipynb #83b9458e
@@ -74,7 +74,7 @@ def plot_scores(
     bars = (ax := fig.add_subplot()).barh(range(len(names)), scores, color='#0072b2')
     for y,name in enumerate(names): # where questions were asked, the score is known that far only
         if name in table.exams: ax.plot(table.exams[name].interval, [y, y], color='#808080', linewidth=1.5)
-    ax.bar_label(bars, [f'{s:.3g}' for s in scores], padding=3, fontsize='small', color='#808080')
+    ax.bar_label(bars, [number_text(s) for s in scores], padding=3, fontsize='small', color='#808080')
     ax.set(yticks=range(len(names)), yticklabels=names, xlabel='exam', title=table.title)
     ax.invert_yaxis()
     ax.spines[['top', 'right']].set_visible(False)

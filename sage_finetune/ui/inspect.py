@@ -23,7 +23,7 @@ from ..rows.template import tokenizer_of
 from ..rows.report import DataReport
 from ..data import prepare_dataset
 from ..training.packing import pack_dataset, PackingReport
-from ..core.display import Panel, Shown, shown_figure, Views
+from ..core.display import Panel, share_text, Shown, shown_figure, Views
 
 # %% ../../nbs/ui/00_inspect.ipynb #57fa67d1
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class RowView:
     def summary(self)->str: # One line
         "The counts"
         n = sum(p.document>0 for p in self.pieces)
-        share = f' ({self.learned/self.tokens:.1%})' if self.tokens else ''
+        share = f' ({share_text(self.learned/self.tokens)})' if self.tokens else ''
         more = f', {n} document{"s"[:n>1]} packed' if n else ''
         return (f'example {self.i:,} of {self.of:,}: {self.tokens:,} tokens, {self.learned:,} learned{share}{more}'
                 + (f', {self.padding:,} of padding not shown' if self.padding else ''))

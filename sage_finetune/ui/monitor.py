@@ -152,7 +152,7 @@ def _table(all):
 def _machine():
     import psutil
     m = psutil.virtual_memory()
-    return (f'this machine: {psutil.cpu_count()} cores, load {psutil.getloadavg()[0]:.1f}; '
+    return (f'this machine: {psutil.cpu_count()} cores, load {number_text(psutil.getloadavg()[0])}; '
             f'{size_text(m.available)} of {size_text(m.total)} memory free')
 
 # %% ../../nbs/ui/02_monitor.ipynb #a0c00012

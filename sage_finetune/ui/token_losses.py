@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core.disk import SageError
-from ..core.display import Shown, Table, Views
+from ..core.display import falling, number_text, share_text, Shown, Table, Views
 from ..rows.formats import to_conversation
 from ..rows.images import image_inputs, images_of_row
 from ..rows.template import images_of
@@ -169,12 +169,12 @@ def _text_of(piece): return ''.join(s for _,parts in parts_shown([piece]) for s,
 def _summary(view):
     "Mean loss, and how many tokens fell and are still not known"
     n,(before,after) = len(view.learned),view.means
-    return (f'{view.name}: loss {before:.2f} → {after:.2f} nats over {n:,} learned; '
+    return (f'{view.name}: loss {falling(before, after)} nats over {n:,} learned; '
             f'it fell for {len(view.improved):,}; still above {_known:g}: {len(view.unknown):,}')
 
 def _token_table(view, most=40):
     "The learned pieces, one in each line"
-    lines = [(_text_of(p), f'{b:5.2f}', f'{a:5.2f}', f'{a-b:+6.2f}', '?' if a>_known else '') for p,b,a in view.learned]
+    lines = [(_text_of(p), b, a, number_text(a-b, signed=True), '?' if a>_known else '') for p,b,a in view.learned]
     more = f' (the first {most} of them)' if len(lines)>most else ''
     return Table(['token', 'before', 'after', 'change', ''], lines[:most], title=view.summary+more)
 
@@ -184,7 +184,7 @@ _blue,_orange = '0,114,178','213,94,0'
 def _html_token(view, piece, parts):
     "A piece in its colour, with its figures on hover"
     b,a = view.of(piece)
-    title = (f'{_text_of(piece)!r}: {b:.2f} → {a:.2f} nats ({math.exp(-b):.1%} → {math.exp(-a):.1%})'
+    title = (f'{_text_of(piece)!r}: {falling(b, a)} nats ({share_text(math.exp(-b))} → {share_text(math.exp(-a))})'
              if view.before[piece.at]==view.before[piece.at] else 'nothing stands before it')
     if not piece.learned: return piece_html(piece, parts, title, 'opacity:.55')
     alpha = (0, .16, .36, .6)[_level(a-b)]
@@ -248,7 +248,7 @@ class WorstRows:
         sample = f' (evenly taken from {self.of:,})' if len(self.means)<self.of else ''
         return Table(['row', 'before', 'after', 'worst tokens'], lines,
                      title=f'the worst {len(self.rows)} of {len(self.means):,} {self.which} rows{sample}; '
-                     f'half of them are below {sorted(self.means)[len(self.means)//2]:.2f}')
+                     f'half of them are below {number_text(sorted(self.means)[len(self.means)//2])}')
     def __str__(self): return str(self.table)
     def __repr__(self): return str(self)
     def _repr_html_(self): return Views([self.table, *self.rows])._repr_html_()
@@ -332,7 +332,8 @@ class Forgetting(Shown):
     @property
     def table(self)->Table:
         "One line for each text, and one for all"
-        line = lambda name,n,b,a: (name, n, round(b, 3), round(a, 3), f'{a-b:+.3f}', f'× {math.exp(a-b):.2f}')
+        line = lambda name,n,b,a: (name, n, round(b, 3), round(a, 3), number_text(a-b, signed=True),
+                                 f'× {number_text(math.exp(a-b))}')
         rows = [line(name, *v) for name,v in self.texts.items()]
         if len(rows)>1: rows.append(line('all tokens', self.tokens, self.before, self.after))
         return Table(['text', 'tokens', 'before', 'after', 'change', 'perplexity'], rows,

@@ -81,7 +81,7 @@ def server(root, scratch, kernels=True):
                *([] if kernels else ['--KernelSpecManager.ensure_native_kernel=False',
                                      '--KernelSpecManager.allowed_kernelspecs=none'])]
     env = {**os.environ, 'JUPYTER_CONFIG_DIR': str(scratch/'config'), 'JUPYTER_RUNTIME_DIR': str(scratch/'runtime'),
-           'JUPYTER_DATA_DIR': str(scratch/'data'), 'OMP_NUM_THREADS': '1',
+           'JUPYTER_DATA_DIR': str(scratch/'data'), 'HOME': str(scratch), 'OMP_NUM_THREADS': '1',
            # the first cell of a tutorial installs what is installed
            'PIP_NO_INDEX': '1', 'PIP_DISABLE_PIP_VERSION_CHECK': '1'}
     process = subprocess.Popen(command, stdout=log.open('w'), stderr=subprocess.STDOUT, start_new_session=True, env=env)
@@ -225,6 +225,20 @@ class Page:
     def fits(self, cell):
         "Whether nothing in the outputs of a cell is wider than they are"
         return self.cell(cell).locator('.jp-Cell-outputArea').evaluate('e => e.scrollWidth <= e.clientWidth+1')
+    def torn(self, cell):
+        "Numbers in the outputs of a cell whose unit stands in the next line"
+        return self.cell(cell).locator('.jp-Cell-outputArea').evaluate(r"""area => {
+            const found = [], nodes = document.createTreeWalker(area, NodeFilter.SHOW_TEXT)
+            while (nodes.nextNode()) {
+                const text = nodes.currentNode
+                for (const m of text.data.matchAll(/\d[\d.,]* (?:[KMG]iB|s|min|h|nats|tokens\/s|%)(?!\w)/g)) {
+                    const range = document.createRange()
+                    range.setStart(text, m.index)
+                    range.setEnd(text, m.index+m[0].length)
+                    if (new Set([...range.getClientRects()].map(r => r.top)).size>1) found.push(m[0])
+                }
+            }
+            return found }""")
     def in_four_ways(self, folder, **cells):
         """Pictures of cells, or of the whole page (None): light and dark, 1280 and 800 wide, as `name_light.png`,
         `name_dark_800.png`
@@ -238,7 +252,9 @@ class Page:
                 for name,cell in cells.items():
                     file = folder/f'{name}_{theme.lower()}{"" if width==1280 else f"_{width}"}.png'
                     self.whole(file) if cell is None else self.picture(file, cell)
-            for cell in cells.values(): assert cell is None or self.fits(cell), f'cell {cell} at {width}'
+            for cell in (c for c in cells.values() if c is not None):
+                assert self.fits(cell), f'cell {cell} at {width}'
+                assert self.torn(cell)==[], f'cell {cell} at {width}'
     def whole(self, path):
         "The page as it stands in the window, as a PNG of few colours"
         from PIL import Image
@@ -265,7 +281,10 @@ class Page:
     def picture(self, path, cell, tallest=None):
         "The outputs of a cell, without the margin, as a PNG of few colours"
         if self.page.locator('.jp-Dialog').count(): self.no_kernel() # a slow machine asks late
-        area = self.cell(cell).locator('.jp-Cell-outputArea')
+        area,window = self.cell(cell).locator('.jp-Cell-outputArea'),self.page.viewport_size
+        highest = max(window['height'], int(area.bounding_box()['height'])+300) # nothing is cut off at the top
+        self.page.set_viewport_size(dict(width=window['width'], height=highest))
+        self.page.mouse.move(0, 0) # a row under the mouse is drawn otherwise
         area.scroll_into_view_if_needed()
         self.page.wait_for_timeout(300)
         margin = area.locator('.jp-OutputArea-output').first.bounding_box()['x']-area.bounding_box()['x']

@@ -37,6 +37,8 @@ def test_form(root, visit, opens, later, images):
     page.see('does not fit: .* and RTX 3060 has 12.0 Gi?B', 1, seconds=90)
     page.see('take 512 instead of 1,024 rows in a micro-batch, and 2 micro-batches: the effective batch stays 1,024',
              1, seconds=90)
+    arrow = page.cell(1).locator('select').first # drawn by the browser, in the colour of the letters
+    assert arrow.evaluate('e => (s => [s.appearance, s.backgroundImage])(getComputedStyle(e))')==['auto', 'none']
     page.in_four_ways(images, form=1)
 
     line = page.cell(1).locator('.widget-hbox').filter(has_text='take 512 instead of').last

@@ -1,15 +1,14 @@
 "What somebody sees who looks at a row and lays two runs side by side in JupyterLab"
 import lab
 
-train = '''import tempfile
-from pathlib import Path
+train = '''from pathlib import Path
 from sage_finetune.runs.run import Run, compare, runs
 from sage_finetune.config import LoRAConfig, TrainingConfig
 from sage_finetune.ui.token_losses import token_losses
 from sage_finetune.rows.formats import create_sample_data
 from sage_finetune.trainer import LoRATrainer
 
-folder = Path(tempfile.mkdtemp())
+folder = Path('looked_at')
 sums = create_sample_data(folder/'sums.json', 'qa', 60)
 def train(name, r, learning_rate):
     LoRATrainer(TrainingConfig(
@@ -38,8 +37,5 @@ def test_row_and_comparison(root, visit, images):
     assert page.cell(2).locator('img').count()==1
     page.see(r'large\s*custom\s*sage-tiny\s*trained', 3)
     page.see('large: trained', 4)
-    for theme in ('Dark', 'Light'):
-        page.theme(theme)
-        for name,cell in (('row', 1), ('compare', 2)):
-            page.picture(images/(f'{name}.png' if theme=='Light' else f'{name}_dark.png'), cell)
+    page.in_four_ways(images, row=1, compare=2, runs=3)
     nothing_wrong(page)

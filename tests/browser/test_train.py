@@ -1,15 +1,12 @@
 "What somebody sees who calls `train()` in a cell, with no dashboard asked for, on a wide page and on a narrow one"
 import lab
 
-cells = ('''import tempfile
-from pathlib import Path
-from sage_finetune import LoRAConfig, LoRATrainer, TrainingConfig
+cells = ('''from sage_finetune import LoRAConfig, LoRATrainer, TrainingConfig
 from sage_finetune.rows.formats import create_sample_data
-folder = Path(tempfile.mkdtemp())
 trainer = LoRATrainer(TrainingConfig(
-    model_name='sage-tiny', data_path=create_sample_data(folder/'sums.json', 'qa', 60), max_length=64, test_size=0.2,
+    model_name='sage-tiny', data_path=create_sample_data('sums.json', 'qa', 60), max_length=64, test_size=0.2,
     per_device_train_batch_size=8, gradient_accumulation_steps=1, max_steps=120, eval_steps=20, logging_steps=10,
-    learning_rate=5e-3, report_to='none', output_dir=folder/'sums', lora=LoRAConfig(r=8)))''',
+    learning_rate=5e-3, report_to='none', output_dir='runs/sums', lora=LoRAConfig(r=8)))''',
          'trainer', 'result = trainer.train()', 'trainer', 'trainer.changes', 'trainer.machine')
 
 

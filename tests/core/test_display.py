@@ -27,21 +27,21 @@ def book(folder):
 
 things = {
     'result': (lambda folder: TrainingResult(12, 3.21, .12, .05, 4.56),
-               'steps 12 held-out loss 3.21 → 0.12 last training loss 0.05 seconds 4.6'),
+               'steps 12 held-out loss 3.21 → 0.12 last training loss 0.05 seconds 4.56'),
     'result without held-out rows': (lambda folder: TrainingResult(1200, None, None, None, 4.5),
                                      'steps 1,200 seconds 4.5'),
     'probe': (lambda folder: Probe(2, 256, 66*2**20, 60*2**20),
-              'Longest batch (2 × 256 tokens): 60.0 MiB, 66.0 MiB predicted (+10.0%)'),
+              'Longest batch (2 × 256 tokens): 60.0 MiB, 66.0 MiB predicted (+10%)'),
     'exam': (lambda folder: Exam([True, False, True, True], [Answer('a', True, 2)]*3+[Answer('b', False, 9)]),
-             '4 questions right, word for word 3 75.0% ended by themselves 3 75.0%'),
+             '4 questions right, word for word 3 75% ended by themselves 3 75%'),
     'packing': (lambda folder: PackingReport(5, 2, 16, 8, 25), '5 documents with 16 tokens packed into 2 rows of 8 '
-                '(at least 2), 100.0% full packed 0 0.0% batches of 8, padded to the longest 9 36.0%'),
+                '(at least 2), 100% full packed 0 0% batches of 8, padded to the longest 9 36%'),
     'changes': (lambda folder: fit_config(TrainingConfig(bf16=True), Machine(cores=2))[1],
                 'load_in_8bit True False quantised weights save GPU memory'),
     'no changes': (lambda folder: Changes(), 'Nothing was changed for this machine.'),
     'codebase': (book, 'facts from 1 files files read 1 Python .env looks like a secret'),
     'board': (lambda folder: Board(['2 plus 2?']), 'Preparing step 0 of 0'),
-    'forgetting': (lambda folder: Forgetting(dict(prose=(10, 1., 2.))), 'prose 10 1 2 +1.000 × 2.72'),
+    'forgetting': (lambda folder: Forgetting(dict(prose=(10, 1., 2.))), 'prose 10 1 2 +1 × 2.72'),
     'comparison': (lambda folder: Comparison([dict(prompt='<b>?', base='[red]', tuned='4')]),
                    '<b>? [red] 4 0 of 1 answers are the same'),
     'config': (lambda folder: LoRAConfig(r=4), 'r 4 8 given by hand')}

@@ -1,5 +1,6 @@
-"A table in a terminal of any width: no line is wider, no number is cut in two, and no letter is lost"
+"A table in a terminal of any width: no line is wider, no word and no quantity is torn, no letter is lost"
 import random
+import re
 from io import StringIO
 
 import pytest
@@ -13,7 +14,8 @@ from sage_finetune.core.settings import config_table
 from sage_finetune.record.progress import progress_table
 from sage_finetune.ui.monitor import Watched, WatchedRuns
 
-words = 'loss', 'q_proj', 'It is in the second drawer.', '训练', 'a'*70, '', 'held out', 'run-017', 'x y z', '[red]'
+words = ('loss', 'q_proj', '12.0 MiB', 'up to 3.5 → 0.649 nats', 'Qwen/Qwen2.5-1.5B-Instruct',
+         'It is in the second drawer.', '训练', 'a'*70, '', 'held out', 'run-017', 'x y z', '[red]')
 numbers = 1, 12_345, 0.00031, 4.6875, -2e-9, 1e18, None
 
 
@@ -50,19 +52,47 @@ def lines_at(width, thing):
     return out.getvalue().split('\n')
 
 
+quantity = re.compile(r'\d[\d.,]* (?:[KMG]iB|s|min|h|nats|tokens(?:/s)?|→ \d[\d.]*|of \d[\d.]*)')
+
+
+def whole_in(lines, row, numeric):
+    "Words, numbers and numbers with their units, each of which must stand in one line"
+    text = ''.join(lines)
+    for v,is_number in zip(row, numeric):
+        if v is None: continue
+        words_of = [w for w in str(v).split() if len(w)<=30]
+        wanted = [number_text(v)] if is_number else [*quantity.findall(str(v)), *words_of]
+        for w in wanted: assert any(w in line for line in lines), (w, text)
+
+
 @pytest.mark.parametrize('name', tables)
 def test_no_width_breaks_it(name):
     table = tables[name]
-    for width in (*range(50, 90, 3 if name.startswith('random') else 7), 120, 160, 200):
+    for width in (*range(50, 90, 3 if name.startswith('random') else 1), *range(90, 201, 10)):
         lines = lines_at(width, table)
         assert max(map(cell_len, lines))<=width, (width, '\n'.join(lines))
         if not isinstance(table, Table): continue
-        text = ''.join(lines).replace(' ', '')
-        for row in table.rows:
-            for v, is_number in zip(row, table.numeric):
-                if is_number and v is not None:
-                    assert any(number_text(v) in line for line in lines), (width, v, '\n'.join(lines))
-                elif isinstance(v, str) and len(v)<=10: assert all(w in text for w in v.split()), (width, v)
+        for row in table.rows: whole_in(lines, row, table.numeric)
+        letters = ''.join(str(v) for row in table.rows for v in row)
+        assert ''.join(lines).count('a')>=letters.count('a'), (width, 'a word that is longer is cut, and not lost')
+
+
+def test_a_hundred_runs_have_a_line_each():
+    heads = 'run', 'task', 'model', 'state', 'loss', 'held out', 'size', 'tags', 'note'
+    rows = [[f'run-{i:03}', 'custom', 'sage-tiny', 'trained', .649, '3.5 → 0.649', '12.0 MiB', *labels]
+            for i,labels in enumerate([['', '']]*99+[['baseline, good', 'the first that answered all ten questions']])]
+    at_80 = lines_at(80, Table([*heads], rows))
+    lines_of_runs = [i for i,line in enumerate(at_80) if line.startswith(' run-')]
+    assert lines_of_runs==[*range(3, 103)] and at_80[3].split()[-2:]==['12.0', 'MiB']
+    assert at_80[103]=='   tags: baseline, good · note: the first that answered all ten questions'
+    for width in range(50, 201):
+        for row in (rows[0], rows[-1]): whole_in(lines_at(width, Table([*heads], [row])), row, [False]*9)
+
+
+def test_no_line_of_a_page_breaks_between_a_number_and_its_unit():
+    page = Table(['size', 'text'], [['12.0 MiB', 'took 3.5 s, and 2 h 03 min in all']], '4 of 60 steps')._repr_html_()
+    held = re.findall('<span style="white-space:nowrap">(.*?)</span>', page)
+    assert held==['4 of 60 steps', '12.0 MiB', '3.5 s,', '2 h 03 min'] and '\xa0' not in page
 
 
 @pytest.mark.parametrize('value, text', [

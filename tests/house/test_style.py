@@ -20,6 +20,12 @@ WITH_CODE = {name: cells for name, cells in notebooks().items() if module_of(cel
 def relative(path): return path.relative_to(ROOT).as_posix()
 
 
+@pytest.mark.parametrize('path', MODULES, ids=relative)
+def test_numbers_are_shown_by_the_one_formatter(path):
+    "Three significant digits for all: `number_text`, `share_text`, `size_text`; no places after the point for some"
+    assert re.findall(r'.*:[+,]*\.(?:\d+%|[1-9]\d*f|[34]g).*', path.read_text(encoding='utf-8'))==[]
+
+
 def code_of(cells): return [c for c in cells if is_exported(c) and not is_imports(c)]
 
 

@@ -173,7 +173,7 @@ def test_what_was_decided_is_not_decided_again(config):
     again = Sweep(c, first.grid, halving=2, quiet=True)
     assert again.decided==[.25]
     assert [p.state for p in again.points]==['waiting', 'waiting', 'ended early', 'ended early']
-    assert again[3].why=='place 4 of 4 after 25% of the steps (held-out loss 3.0000)'
+    assert again[3].why=='place 4 of 4 after 25% of the steps (held-out loss 3)'
     with pytest.raises(SageError, match='the grid, which `halving` had compared'):
         Sweep(c, {'learning_rate': [1e-3]}, halving=2, quiet=True)
 

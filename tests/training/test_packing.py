@@ -8,6 +8,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+from sage_finetune.core.display import share_text
 from sage_finetune.training.batches import Collator
 from sage_finetune.training.packing import best_fit, check_packing, pack_dataset, packing_leak, PackingReport
 from sage_finetune.config import SageError
@@ -210,7 +211,7 @@ def test_every_document_is_there_once_and_whole():
             report.least_rows) == (400, len(packed), tokens, -(-tokens//64))
     longest = [max(len(r['input_ids']) for r in rows[i:i+8]) for i in range(0, 400, 8)]
     assert report.padded == 8*sum(longest)
-    assert ('packed' in report._repr_html_() and f'{report.fill:.1%} full' in str(report)
+    assert ('packed' in report._repr_html_() and f'{share_text(report.fill)} full' in str(report)
             and report.to_dict()['least_rows'] == report.least_rows)
 
 

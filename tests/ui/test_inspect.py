@@ -268,7 +268,7 @@ def test_padding_wrong_lengths_and_odd_data_sets(tok):
     padded = dict(input_ids=[1, 42, 75, 2, 0, 0], labels=[ignored, 42, 75, 2, ignored, ignored],
                   attention_mask=[1, 1, 1, 1, 0, 0])
     assert str(show_row([padded], tokenizer=tok))==(
-        'example 0 of 1: 4 tokens, 3 learned (75.0%), 2 of padding not shown\n<|im_start|>⟦Hi<|im_end|>⟧')
+        'example 0 of 1: 4 tokens, 3 learned (75%), 2 of padding not shown\n<|im_start|>⟦Hi<|im_end|>⟧')
     left = dict(input_ids=[0, 0, 1, 42], labels=[0, 0, 1, 42], attention_mask=[0, 0, 1, 1])
     both = Dataset.from_list([padded, left])
     assert [x.tolist() for x in token_lengths(both)]==[[4, 2], [3, 1]]
