@@ -94,7 +94,7 @@ def test_weights_of_16_bits_are_the_same_bits_and_answer_the_same(tmp_path, caps
     assert (ours.eos_token, ours.pad_token)==(theirs.eos_token, theirs.pad_token)
     said = capsys.readouterr().err.splitlines()
     assert len(said)==1 and 'read once, its weights (99.9% F16) as float16 go to' in said[0]
-    assert put_aside_notes(load_model(str(file)))[-1].endswith('tiny model – ä.gguf (100% F16), stored as float16')
+    assert put_aside_notes(load_model(str(file)))[-1].endswith('tiny model – ä.gguf (99.9% F16), stored as float16')
     assert len(made())==1 and read_json(models_folder()/made()[0]/gguf_note)['stored_as']=='float16'
 
 
