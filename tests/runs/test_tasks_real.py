@@ -54,18 +54,13 @@ def recorded(source, log):
     return '\n'.join(lines)
 
 
-# What each page asserts of `sage-tiny` alone
-TINY = {'02_what_it_learns': {"'harp' not in tenth.tuned and whole.tuned != fifth.tuned"},
-        '03_your_own_trainer': set(),
-        '04_how_much_rank': {'enough < 16'},
-        '05_qlora_on_a_small_card': set(),
-        '06_your_codebase': set(),
-        '08_a_second_task': set(),
-        '09_new_words': set()}
+# What a page asserts of `sage-tiny` alone
+TINY = {'04_how_much_rank': {'enough < 16'}}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', TINY)
+@pytest.mark.parametrize('name', ['02_what_it_learns', '03_your_own_trainer', '04_how_much_rank',
+                                  '05_qlora_on_a_small_card', '06_your_codebase', '08_a_second_task', '09_new_words'])
 def test_a_tutorial_with_its_two_lines_changed(name, tmp_path, monkeypatch):
     "It runs to its end, and what it asserts holds, but for what its text says of `sage-tiny` alone"
     need_small_model(monkeypatch)
@@ -82,7 +77,7 @@ def test_a_tutorial_with_its_two_lines_changed(name, tmp_path, monkeypatch):
     assert run_notebook(path, skip_flags=['notest', 'cuda'], basepath=ROOT, cell_timeout=3600)[0]
     found = [json.loads(line) for line in log.read_text(encoding='utf-8').splitlines()]
     assert len(found)==asserted>0
-    assert {what for what,holds in found if not holds}<=TINY[name]
+    assert {what for what,holds in found if not holds}==TINY.get(name, set())
 
 
 CONTRACT = ['learning_rate=5e-5', 'lora.r=8', 'lora.lora_alpha=16', 'lora.lora_dropout=0.05',
