@@ -19,6 +19,7 @@ from ..core.disk import cannot_write, disk_error
 from ..config import RewardConfig
 from ..base.loading import generate_settings # before transformers: it quiets bitsandbytes
 from ..model.contract import stop_ids
+from ..training.processes import gather_shares, own_share
 from .functions import judge
 
 # %% ../../nbs/rewards/03_rollout.ipynb #28257e1f
@@ -178,6 +179,11 @@ class Group:
         "The reward of each answer"
         return [float('nan') if j.total is None else j.total for j in self.judged]
 
+def _group(q, answered):
+    "A question with its answers and what they are worth"
+    samples,judged = map(list, zip(*answered))
+    return Group(q['at'], f"{q['file']}:{q['line']}", q['question'], list(q['input_ids']), samples, judged)
+
 # %% ../../nbs/rewards/03_rollout.ipynb #568b8326
 def _in_parts(size, items, work):
     "`work` of lists of at most `size` items, of half as many after memory ran out; and how many at a time it was"
@@ -217,20 +223,19 @@ def roll_out(
     step:int, # For the seeds
     at_once:int|None=None, # Answers generated together; None: as the config says
     drawn:list|None=None, # Answers that vLLM has drawn: `Sample`, those of a question one after the other
+    accelerator=None, # Of processes that give every n-th answer each; None: this one gives all
 )->Rollout: # Judged by the rewards, with advantages
     "Answer each question several times, and compare the answers"
     G = config.num_generations
-    asked = [(q['input_ids'], draw_seed(config.seed, step, n, q['at'], k))
-             for n,q in enumerate(questions) for k in range(G)]
+    asked = own_share(accelerator, [(q, draw_seed(config.seed, step, n, q['at'], k))
+                                    for n,q in enumerate(questions) for k in range(G)])
     drawn,size = (drawn, len(drawn)) if drawn else _in_parts(
         at_once or config.answers_at_once, asked, lambda part: sample_answers(
-            model, tokenizer, [ids for ids,_ in part], [s for _,s in part], config))
-    groups = []
-    for n,q in enumerate(questions):
-        row,samples = json.loads(q['row']),drawn[n*G:(n+1)*G]
-        groups.append(Group(q['at'], f"{q['file']}:{q['line']}", q['question'], list(q['input_ids']), samples,
-                            [judge(rewards, q['question'], s.text, dict(row)) for s in samples]))
-    made = Rollout(step, groups, size)
+            model, tokenizer, [q['input_ids'] for q,_ in part], [s for _,s in part], config))
+    judged = [judge(rewards, q['question'], s.text, json.loads(q['row'])) for (q,_),s in zip(asked, drawn)]
+    every = gather_shares(accelerator, [*zip(drawn, judged)])
+    groups = [_group(q, every[n*G:(n+1)*G]) for n,q in enumerate(questions)]
+    made = Rollout(step, groups, min(gather_shares(accelerator, [size])))
     for g,found in zip(groups, advantages(made.rewards, config.scale_rewards).tolist()): g.advantages = found
     return made
 
