@@ -154,11 +154,11 @@ def _answered(trainer, rows, step):
         trainer.at_once = made.at_once
         trainer.say(f'answers: {made.at_once} are generated at a time (memory ran out)')
     trainer.last = made
-    trainer.watch.see(made, trainer.say)
     trainer.meter.add(dict(kl=divergence))
     if trainer.is_world_process_zero():
         trainer.kept.add(made)
         trainer.count_rollout(made)
+    trainer.watch.see(made, trainer.say)
     return batches
 
 # %% ../../nbs/rewards/04_trainer.ipynb #9b082e3f
