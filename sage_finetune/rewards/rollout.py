@@ -30,9 +30,20 @@ def draw_seed(
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), 'little')>>1
 
 def _numbers(seeds, tokens):
-    "Numbers from 0 to 1, (answers, tokens), a stream for each seed"
-    streams = [torch.Generator().manual_seed(s) for s in seeds]
-    return torch.stack([torch.rand(tokens, dtype=torch.float64, generator=g) for g in streams])
+    "Whole numbers, (answers, tokens), a stream for each seed"
+    return torch.stack([torch.randint(2**63-1, (tokens,), generator=torch.Generator().manual_seed(s)) for s in seeds])
+
+# SplitMix64 (Steele et al. 2014), with the sign that torch's numbers have
+_step,_mixes = -7046029254386353131,((30, -4658895280553007687), (27, -7723592293110705685), (31, 1))
+
+def _noise(numbers, tokens):
+    "Noise for each token of a vocabulary, (answers, tokens), from a number for each answer"
+    z = numbers[:, None]+_step*torch.arange(1, tokens+1, device=numbers.device)
+    for n,by in _mixes:
+        z ^= (z>>n).bitwise_and_((1<<64-n)-1) # without the sign that moves in
+        z *= by
+    u = z.bitwise_and_((1<<52)-1).double().add_(.5).div_(2**52)
+    return u.log_().neg_().log_().neg_()
 
 def _cut(scores, top_k, top_p):
     "Scores of which only the likeliest are left"
@@ -44,7 +55,7 @@ def _cut(scores, top_k, top_p):
 
 # %% ../../nbs/rewards/03_rollout.ipynb #d988802d
 class SeededDraw:
-    "Chooses the next token of each answer by numbers that were drawn beforehand; `generate` calls it for each token"
+    "Draws the next token of each answer by numbers that were drawn beforehand; `generate` calls it for each token"
     def __init__(self,
         seeds:list, # One for each answer
         tokens:int, # Of an answer, at most
@@ -56,9 +67,8 @@ class SeededDraw:
     def __call__(self, input_ids, scores):
         temperature,top_p,top_k = self.how
         scores = scores.double()/temperature
-        sums = _cut(scores, top_k, top_p).softmax(-1).cumsum(-1)
-        at = self.numbers[:, len(self.log_probs), None].to(sums)*sums[:, -1:]
-        chosen = (sums<=at).sum(-1, keepdim=True).clamp(max=scores.shape[-1]-1)
+        noise = _noise(self.numbers[:, len(self.log_probs)].to(scores.device), scores.shape[-1])
+        chosen = (_cut(scores, top_k, top_p)+noise).argmax(-1, keepdim=True)
         self.log_probs.append(scores.log_softmax(-1).gather(1, chosen)[:, 0].float())
         return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0).float()
 

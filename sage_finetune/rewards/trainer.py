@@ -405,10 +405,10 @@ def _checked(config):
     return config
 
 def _check_processes(c):
-    "Refuse processes that have no whole model to draw answers with, and a program that answers several of them"
+    "Refuse several processes in a way that was not tried"
     if how := division():
-        raise SageError(f'learning from rewards with {how}: each process draws answers with the whole model, and '
-                        f'{how} divides it; take `--config ddp`')
+        raise SageError(f'learning from rewards with {how}: each process draws answers with the whole model, which was '
+                        f'not tried with {how}; take `--config ddp`')
     if c.vllm is not None and processes()>1:
         raise SageError('`vllm` with several processes was not tried: leave it out, and each process draws its share '
                         'of the answers with transformers, or train in one process')

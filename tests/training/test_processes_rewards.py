@@ -165,7 +165,7 @@ def test_memory_runs_out_in_one_while_answers_are_drawn(data, tmp_path):
     same_answers(tmp_path/'one', tmp_path/'two')
 
 @pytest.mark.parametrize('more,env,why', [
-    ({}, fsdp2, 'learning from rewards with FSDP: each process draws answers with the whole model'),
+    ({}, fsdp2, 'draws answers with the whole model, which was not tried with FSDP'),
     ({}, dict(ACCELERATE_USE_DEEPSPEED='true'), 'learning from rewards with DeepSpeed'),
     (dict(vllm=dict(mode='colocate')), {}, '`vllm` with several processes was not tried'),
     (dict(per_device_train_batch_size=3), {}, 'must be a multiple of `num_generations=4`, got 3')],
