@@ -34,15 +34,17 @@ def _numbers(seeds, tokens):
     return torch.stack([torch.randint(2**63-1, (tokens,), generator=torch.Generator().manual_seed(s)) for s in seeds])
 
 # SplitMix64 (Steele et al. 2014), with the sign that torch's numbers have
-_step,_mixes = -7046029254386353131,((30, -4658895280553007687), (27, -7723592293110705685), (31, 1))
+_step,_mixes = -7046029254386353131,((30, -4658895280553007687), (27, -7723592293110705685))
+
+def _mixed(z, n):
+    z ^= (z>>n).bitwise_and_((1<<64-n)-1) # without the sign that moves in
+    return z
 
 def _noise(numbers, tokens):
     "Noise for each token of a vocabulary, (answers, tokens), from a number for each answer"
     z = numbers[:, None]+_step*torch.arange(1, tokens+1, device=numbers.device)
-    for n,by in _mixes:
-        z ^= (z>>n).bitwise_and_((1<<64-n)-1) # without the sign that moves in
-        z *= by
-    u = z.bitwise_and_((1<<52)-1).double().add_(.5).div_(2**52)
+    for n,by in _mixes: z = _mixed(z, n).mul_(by)
+    u = _mixed(z, 31).bitwise_and_((1<<52)-1).double().add_(.5).mul_(2**-52)
     return u.log_().neg_().log_().neg_()
 
 def _cut(scores, top_k, top_p):
@@ -66,11 +68,11 @@ class SeededDraw:
 
     def __call__(self, input_ids, scores):
         temperature,top_p,top_k = self.how
-        scores = scores.double()/temperature
+        wanted = scores.double()/temperature
         noise = _noise(self.numbers[:, len(self.log_probs)].to(scores.device), scores.shape[-1])
-        chosen = (_cut(scores, top_k, top_p)+noise).argmax(-1, keepdim=True)
-        self.log_probs.append(scores.log_softmax(-1).gather(1, chosen)[:, 0].float())
-        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0).float()
+        chosen = noise.add_(_cut(wanted, top_k, top_p)).argmax(-1, keepdim=True)
+        self.log_probs.append((wanted.gather(1, chosen)[:, 0]-wanted.logsumexp(-1)).float())
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
 # %% ../../nbs/rewards/03_rollout.ipynb #effd46eb
 @dataclass

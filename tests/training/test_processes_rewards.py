@@ -25,7 +25,7 @@ def config(folder, data, **more):
     "Nine questions of which three are held out, two asked in a step: the last of an epoch is asked with the first"
     settings = dict(model_name=str(two_layers), data_path=data, output_dir=folder, test_size=.3, max_steps=6,
                     save_steps=3, eval_steps=2, num_generations=4, per_device_train_batch_size=4,
-                    gradient_accumulation_steps=1, learning_rate=5e-3, max_length=64, max_completion_length=8,
+                    gradient_accumulation_steps=1, learning_rate=2e-3, max_length=64, max_completion_length=8,
                     report_to='none', lora=LoRAConfig(r=4, lora_dropout=0.0))
     return RewardConfig(**settings | more)
 
