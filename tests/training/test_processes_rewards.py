@@ -22,7 +22,7 @@ def vowels(question, answer, row): return sum(c in 'aeiou' for c in answer)/max(
 def applies(question, answer, row): return None if 'aa' in question else float(len(answer)>20)
 
 def config(folder, data, **more):
-    "Nine questions of which three are held out, two asked in a step: the last of an epoch is asked with the first"
+    "Ten questions of which three are held out, two asked in a step: the last of an epoch is asked with its first"
     settings = dict(model_name=str(two_layers), data_path=data, output_dir=folder, test_size=.3, max_steps=6,
                     save_steps=3, eval_steps=2, num_generations=4, per_device_train_batch_size=4,
                     gradient_accumulation_steps=1, learning_rate=2e-3, max_length=64, max_completion_length=8,
@@ -32,7 +32,7 @@ def config(folder, data, **more):
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    rows = [dict(question=f'What is {letter*(i+1)} for?', answer='a') for i,letter in enumerate('abcdefghi')]
+    rows = [dict(question=f'What is {letter*(i+1)} for?', answer='a') for i,letter in enumerate('abcdefghij')]
     return save_rows(tmp_path_factory.mktemp('data')/'questions.jsonl', rows)
 
 
