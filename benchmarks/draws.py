@@ -1,4 +1,4 @@
-"How many answers become others when half as many are generated together: drawn by noise, and by cumulated probabilities"
+"How many answers become others when half as many are generated together: by noise, and by cumulated probabilities"
 import argparse
 import time
 
