@@ -19,6 +19,7 @@ from ..core.disk import cannot_write, disk_error
 from ..config import RewardConfig
 from ..base.loading import generate_settings # before transformers: it quiets bitsandbytes
 from ..model.contract import stop_ids
+from ..training.processes import gather_shares, own_share
 from .functions import judge
 
 # %% ../../nbs/rewards/03_rollout.ipynb #28257e1f
@@ -29,9 +30,22 @@ def draw_seed(
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), 'little')>>1
 
 def _numbers(seeds, tokens):
-    "Numbers from 0 to 1, (answers, tokens), a stream for each seed"
-    streams = [torch.Generator().manual_seed(s) for s in seeds]
-    return torch.stack([torch.rand(tokens, dtype=torch.float64, generator=g) for g in streams])
+    "Whole numbers, (answers, tokens), a stream for each seed"
+    return torch.stack([torch.randint(2**63-1, (tokens,), generator=torch.Generator().manual_seed(s)) for s in seeds])
+
+# SplitMix64 (Steele et al. 2014), with the sign that torch's numbers have
+_step,_mixes = -7046029254386353131,((30, -4658895280553007687), (27, -7723592293110705685))
+
+def _mixed(z, n):
+    z ^= (z>>n).bitwise_and_((1<<64-n)-1) # without the sign that moves in
+    return z
+
+def _noise(numbers, tokens):
+    "Noise for each token of a vocabulary, (answers, tokens), from a number for each answer"
+    z = numbers[:, None]+_step*torch.arange(1, tokens+1, device=numbers.device)
+    for n,by in _mixes: z = _mixed(z, n).mul_(by)
+    u = _mixed(z, 31).bitwise_and_((1<<52)-1).double().add_(.5).mul_(2**-52)
+    return u.log_().neg_().log_().neg_()
 
 def _cut(scores, top_k, top_p):
     "Scores of which only the likeliest are left"
@@ -43,7 +57,7 @@ def _cut(scores, top_k, top_p):
 
 # %% ../../nbs/rewards/03_rollout.ipynb #d988802d
 class SeededDraw:
-    "Chooses the next token of each answer by numbers that were drawn beforehand; `generate` calls it for each token"
+    "Draws the next token of each answer by numbers that were drawn beforehand; `generate` calls it for each token"
     def __init__(self,
         seeds:list, # One for each answer
         tokens:int, # Of an answer, at most
@@ -54,12 +68,11 @@ class SeededDraw:
 
     def __call__(self, input_ids, scores):
         temperature,top_p,top_k = self.how
-        scores = scores.double()/temperature
-        sums = _cut(scores, top_k, top_p).softmax(-1).cumsum(-1)
-        at = self.numbers[:, len(self.log_probs), None].to(sums)*sums[:, -1:]
-        chosen = (sums<=at).sum(-1, keepdim=True).clamp(max=scores.shape[-1]-1)
-        self.log_probs.append(scores.log_softmax(-1).gather(1, chosen)[:, 0].float())
-        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0).float()
+        wanted = scores.double()/temperature
+        noise = _noise(self.numbers[:, len(self.log_probs)].to(scores.device), scores.shape[-1])
+        chosen = noise.add_(_cut(wanted, top_k, top_p)).argmax(-1, keepdim=True)
+        self.log_probs.append((wanted.gather(1, chosen)[:, 0]-wanted.logsumexp(-1)).float())
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
 # %% ../../nbs/rewards/03_rollout.ipynb #effd46eb
 @dataclass
@@ -178,6 +191,11 @@ class Group:
         "The reward of each answer"
         return [float('nan') if j.total is None else j.total for j in self.judged]
 
+def _group(q, answered):
+    "A question with its answers and what they are worth"
+    samples,judged = map(list, zip(*answered))
+    return Group(q['at'], f"{q['file']}:{q['line']}", q['question'], list(q['input_ids']), samples, judged)
+
 # %% ../../nbs/rewards/03_rollout.ipynb #568b8326
 def _in_parts(size, items, work):
     "`work` of lists of at most `size` items, of half as many after memory ran out; and how many at a time it was"
@@ -217,20 +235,19 @@ def roll_out(
     step:int, # For the seeds
     at_once:int|None=None, # Answers generated together; None: as the config says
     drawn:list|None=None, # Answers that vLLM has drawn: `Sample`, those of a question one after the other
+    accelerator=None, # Of processes that give every n-th answer each; None: this one gives all
 )->Rollout: # Judged by the rewards, with advantages
     "Answer each question several times, and compare the answers"
     G = config.num_generations
-    asked = [(q['input_ids'], draw_seed(config.seed, step, n, q['at'], k))
-             for n,q in enumerate(questions) for k in range(G)]
+    asked = own_share(accelerator, [(q, draw_seed(config.seed, step, n, q['at'], k))
+                                    for n,q in enumerate(questions) for k in range(G)])
     drawn,size = (drawn, len(drawn)) if drawn else _in_parts(
         at_once or config.answers_at_once, asked, lambda part: sample_answers(
-            model, tokenizer, [ids for ids,_ in part], [s for _,s in part], config))
-    groups = []
-    for n,q in enumerate(questions):
-        row,samples = json.loads(q['row']),drawn[n*G:(n+1)*G]
-        groups.append(Group(q['at'], f"{q['file']}:{q['line']}", q['question'], list(q['input_ids']), samples,
-                            [judge(rewards, q['question'], s.text, dict(row)) for s in samples]))
-    made = Rollout(step, groups, size)
+            model, tokenizer, [q['input_ids'] for q,_ in part], [s for _,s in part], config))
+    judged = [judge(rewards, q['question'], s.text, json.loads(q['row'])) for (q,_),s in zip(asked, drawn)]
+    every = gather_shares(accelerator, [*zip(drawn, judged)])
+    groups = [_group(q, every[n*G:(n+1)*G]) for n,q in enumerate(questions)]
+    made = Rollout(step, groups, min(gather_shares(accelerator, [size])))
     for g,found in zip(groups, advantages(made.rewards, config.scale_rewards).tolist()): g.advantages = found
     return made
 

@@ -22,7 +22,7 @@ from ..base.loading import model_limits # before transformers: it quiets bitsand
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..core.disk import SageError
-from ..core.machine import Machine
+from ..core.machine import division, Machine, processes
 from ..core.settings import refuse_unknown
 from ..config import RewardConfig, TrainingConfig
 from ..rows.report import DataReport
@@ -34,6 +34,7 @@ from ..training.batches import padding_of
 from ..training.callbacks import read_metrics
 from ..training.loop import ResumableTrainer, TokenMetrics, training_arguments
 from ..training.resume import TrainingResult
+from ..training.processes import gather_shares, of_this_process, own_share
 from ..training.split import check_data_path
 from ..trainer import LoRATrainer
 from ..inference.generate import generate_answers
@@ -83,9 +84,9 @@ class GroupMetrics(TokenMetrics):
     def add(self, sums): # {name: (sum, number)}
         for name,(total,n) in sums.items():
             at = 2*self.names.index(name)
-            self.window[at:at+2] += torch.tensor([float(total), float(n)]).to(self.window)
+            self.window[at:at+2] += self.window.new_tensor([float(total), float(n)])
 
-    def count(self, learned, every): self.local += torch.tensor([float(learned), float(every)]).to(self.local)
+    def count(self, learned, every): self.local += self.local.new_tensor([float(learned), float(every)])
 
     def metrics(self, sums): return {name: s/n for name,s,n in zip(self.names, sums[::2], sums[1::2]) if n}
 
@@ -141,21 +142,23 @@ def _drawn_by_vllm(trainer, asked, step):
 def _answered(trainer, rows, step):
     "The micro-batches of new answers to the questions of a step; they are kept, told and counted"
     c = trainer.config
-    asked = [q for b in rows for q in b['rows']][::c.num_generations]
+    asked = [q for b in gather_shares(trainer.accelerator, rows) for q in b['rows']][::c.num_generations]
     with evaluating(trainer.model), trainer.accelerator.autocast():
         drawn = _drawn_by_vllm(trainer, asked, step+1) if trainer.use_vllm else None
         made = roll_out(trainer.model, trainer.processing_class, asked, trainer.rewards, c, step+1, trainer.at_once,
-                        drawn)
-        rows_at_once = trainer.args.per_device_train_batch_size
-        batches = micro_batches(made, rows_at_once, trainer.pad_id, c.mask_truncated_completions)
+                        drawn, trainer.accelerator)
+        batches = own_share(trainer.accelerator, micro_batches(
+            made, trainer.args.per_device_train_batch_size, trainer.pad_id, c.mask_truncated_completions))
         divergence = _with_log_probs(trainer, batches)
-    if made.at_once<len(asked)*c.num_generations and made.at_once!=(trainer.at_once or c.answers_at_once):
+    if made.at_once<sum(len(b['rows']) for b in rows) and made.at_once!=(trainer.at_once or c.answers_at_once):
         trainer.at_once = made.at_once
         trainer.say(f'answers: {made.at_once} are generated at a time (memory ran out)')
-    trainer.kept.add(made)
     trainer.last = made
+    trainer.meter.add(dict(kl=divergence))
+    if trainer.is_world_process_zero():
+        trainer.kept.add(made)
+        trainer.count_rollout(made)
     trainer.watch.see(made, trainer.say)
-    trainer.count_rollout(made, divergence)
     return batches
 
 # %% ../../nbs/rewards/04_trainer.ipynb #9b082e3f
@@ -215,10 +218,11 @@ class GRPOMixin(ResumableTrainer):
     def _send_telemetry(self): pass
     def create_model_card(self, *args, **kwargs): pass
     def _prepare_inputs(self, inputs): return Trainer._prepare_inputs(self, inputs) # no second rollout
+    def leave_out(self, batch): batch['rows'] = [] # of held-out questions, where another process has one more
 
     def micro_batches(self):
         a,c = self.args,self.config
-        per_step = a.train_batch_size*a.gradient_accumulation_steps//c.num_generations
+        per_step = a.train_batch_size*a.gradient_accumulation_steps*a.world_size//c.num_generations
         return QuestionBatches(len(self.train_dataset), per_step, c.num_generations, a.train_batch_size,
                                self.iterations, a.seed)
 
@@ -253,13 +257,16 @@ class GRPOLoop(GRPOMixin):
         self.notes.rows(self.rollouts[first])
         return self.rollouts[first],None
 
-    def count_rollout(self, made, divergence):
-        "Count a rollout"
+    def count_rollout(self, made):
+        "Count the answers of all processes"
         samples = [s for g in made.groups for s in g.samples]
         judged = [j for g in made.groups for j in g.judged]
         self.meter.add(_judged_figures(made.rewards, judged, [r.name for r in self.rewards]) | dict(
-            kl=divergence, length=(sum(len(s.ids) for s in samples), len(samples)),
+            length=(sum(len(s.ids) for s in samples), len(samples)),
             cut_off=(sum(not s.ended for s in samples), len(samples))))
+
+    def _compute_loss(self, model, inputs):
+        with of_this_process(self.accelerator): return super()._compute_loss(model, inputs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss,n = self._compute_loss(model, inputs),inputs['completion_mask'].sum().item()
@@ -286,27 +293,33 @@ class GRPOLoop(GRPOMixin):
 # %% ../../nbs/rewards/04_trainer.ipynb #fc8457fd
 class GRPOEvaluation(GRPOLoop):
     "Held-out questions, and what a checkpoint needs beside the weights"
+    used_again = None # Micro-batches of all processes, where the step after a checkpoint learns from them too
+
     def held_out(self, batches):
-        names,sums = [r.name for r in self.rewards],{}
+        meter = GroupMetrics(self.args.device, names := [r.name for r in self.rewards])
         with evaluating(self.model):
-            for rows in (b['rows'] for b in batches):
+            for rows in filter(None, (b['rows'] for b in batches)):
                 said = generate_answers(self.model, self.processing_class, [(q['input_ids'], []) for q in rows],
                                         self.config.max_completion_length)
                 judged = [judge(self.rewards, q['question'], a.text, json.loads(q['row'])) for q,a in zip(rows, said)]
-                found = _judged_figures(None, judged, names) | dict(
+                meter.add(_judged_figures(None, judged, names) | dict(
                     length=(sum(a.tokens for a in said), len(said)),
-                    cut_off=(sum(not a.stopped for a in said), len(said)))
-                for k,(total,n) in found.items(): sums[k] = sums.get(k, (0, 0))[0]+total,sums.get(k, (0, 0))[1]+n
-        means = {k: total/n for k,(total,n) in sums.items() if n}
+                    cut_off=(sum(not a.stopped for a in said), len(said))))
+        means = meter.metrics(self.accelerator.reduce(meter.window).tolist())
         if 'reward' not in means:
             raise SageError('no answer to a held-out question has a reward: look at `rewards` with `check_rewards`')
         return dict(loss=-means['reward']) | means
 
+    def _save_checkpoint(self, model, trial):
+        begun = self.state.global_step-self.state.global_step%self.iterations
+        again = self.rollouts.get(begun) if begun!=self.state.global_step else None
+        self.used_again = again and gather_shares(self.accelerator, again)
+        super()._save_checkpoint(model, trial)
+
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
-        begun = self.state.global_step-self.state.global_step%self.iterations
-        if begun!=self.state.global_step and begun in self.rollouts:
-            torch.save(self.rollouts[begun], f'{output_dir or self.args.output_dir}/rollout.pt')
+        if self.used_again and self.args.should_save:
+            torch.save(self.used_again, f'{output_dir or self.args.output_dir}/rollout.pt')
 
     def _load_from_checkpoint(self, checkpoint, model=None):
         super()._load_from_checkpoint(checkpoint, model)
@@ -314,7 +327,8 @@ class GRPOEvaluation(GRPOLoop):
         if not file.is_file(): return
         step,rows = int(Path(checkpoint).name.rpartition('-')[2]),self.args.per_device_train_batch_size
         kept = torch.load(file, weights_only=True)
-        self.rollouts[step-step%self.iterations] = [part for b in kept for part in _split(b, rows)]
+        parts = [part for b in kept for part in _split(b, rows)]
+        self.rollouts[step-step%self.iterations] = own_share(self.accelerator, parts)
 
 # %% ../../nbs/rewards/04_trainer.ipynb #e18b0072
 def _split(batch, rows):
@@ -326,7 +340,8 @@ def _split(batch, rows):
 class _Trim(TrainerCallback):
     "Forget the answers that came after the checkpoint that a run goes on from"
     def __init__(self, kept): self.kept = kept
-    def on_train_begin(self, args, state, control, **kwargs): self.kept.trim(state.global_step)
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero: self.kept.trim(state.global_step)
 
 # %% ../../nbs/rewards/04_trainer.ipynb #e7e023bb
 def _has_fused_head(trl):
@@ -386,7 +401,17 @@ def _checked(config):
         raise ValueError(f'`config` must be a RewardConfig, got {type(config).__name__}: '
                          f'make one with `RewardConfig.like(config)`')
     _check_reference(config)
+    _check_processes(config)
     return config
+
+def _check_processes(c):
+    "Refuse several processes in a way that was not tried"
+    if how := division():
+        raise SageError(f'learning from rewards with {how}: each process draws answers with the whole model, which was '
+                        f'not tried with {how}; take `--config ddp`')
+    if c.vllm is not None and processes()>1:
+        raise SageError('`vllm` with several processes was not tried: leave it out, and each process draws its share '
+                        'of the answers with transformers, or train in one process')
 
 def _check_reference(c):
     "Refuse what would make the model without its adapter another one than it was"
@@ -470,10 +495,8 @@ def _probe_longest(run):
     return Probe(n, longest+c.max_completion_length, predicted, held+measured)
 
 # %% ../../nbs/rewards/04_trainer.ipynb #e2f8dc10
-def _check_loop(run, processes):
-    "Refuse several processes, and answers that the model has no positions for"
-    if processes>1:
-        raise SageError('learning from rewards trains in one process: start it without torchrun or accelerate')
+def _check_loop(run):
+    "Refuse answers that the model has no positions for"
     most,longest = model_limits(run.model).positions,max(map(len, run.dataset['input_ids']))
     if most and longest+run.config.max_completion_length>most:
         raise ValueError(f'a question has {longest:,} tokens and `max_completion_length` is '
@@ -515,7 +538,7 @@ class RewardTrainer(LoRATrainer):
 
     def loop(self, **how):
         "TRL's trainer, with the rollouts of this package"
-        _check_loop(self, how['args'].world_size)
+        _check_loop(self)
         return _trl_loop()[0](**how, rewards=self.rewards, config=self.config, kept=self.kept,
                               pad_id=padding_of(self.tokenizer, self.model))
 
