@@ -9,8 +9,10 @@ __all__ = ['smoothed', 'rate_of_ramp', 'RateRamp', 'find_rate', 'find_rate_comma
 
 # %% ../../nbs/runs/09_rate_finder.ipynb #09fa0005
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
+from time import perf_counter
 from typing import Annotated, Optional
 
 from typer import echo, Option
@@ -20,6 +22,7 @@ from sage_finetune.core.display import (
     falling, figure_file, on_any_background, Panel, save_figure, Shown, shown_figure, Table
 )
 from ..config import TrainingConfig
+from ..record.metrics import duration_text
 
 # %% ../../nbs/runs/09_rate_finder.ipynb #09fa0009
 def smoothed(
@@ -133,6 +136,7 @@ def find_rate(
     steps:int=40, # Of the ramp
     lowest:float=1e-5, # Rate of the first step
     highest:float=1e-1, # Rate of the last step
+    say:Callable=lambda text: None, # Told after two steps how long it will take
 )->RateRamp: # A picture and a table
     "Take some steps at rising learning rates, and suggest one"
     import torch
@@ -143,9 +147,13 @@ def find_rate(
         scaler = torch.amp.GradScaler(device, enabled=trainer.args.fp16)
         share = [g['lr']/config.learning_rate for g in optimizer.param_groups] # LoRA+ and the like
         trainer.model.train()
+        began = perf_counter()
         for rate,batches in zip(rates, _batches_for(trainer, steps)):
             for g,s in zip(optimizer.param_groups, share): g['lr'] = rate*s
             losses.append(_one_step(trainer, batches, scaler))
+            if len(losses)==2:
+                say(f'{steps} steps of {config.effective_batch_size} rows at rising rates, about '
+                    f'{duration_text((perf_counter()-began)*steps/2)}')
             if not losses[-1]<3*max(1.0, losses[0]): break # NaN too
     seen = [l if math.isfinite(l) else 99.0 for l in losses]
     return RateRamp(config.model_name, rates[:len(seen)], seen, config.effective_batch_size)
@@ -165,6 +173,7 @@ def find_rate_command(
     rows,given = data if len(data)>1 else data[0],parsed_settings(set or [])
     settings = quick_settings(model, rows, given) | given
     settings['lora'] = quick_settings(model, rows, given).get('lora', {}) | given.get('lora', {})
-    found = find_rate(TrainingConfig.from_dict(settings | dict(model_name=model, data_path=rows)), steps)
+    config = TrainingConfig.from_dict(settings | dict(model_name=model, data_path=rows))
+    found = find_rate(config, steps, say=lambda text: echo(text, err=True))
     if plot: save_figure(found.plot(), plot)
     echo(str(found))

@@ -1,6 +1,7 @@
 """What the pages promise for a real model, held on one: SmolLM2-135M, from PyPI's wheel"""
 import ast
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,25 @@ def test_a_tutorial_with_its_two_lines_changed(name, tmp_path, monkeypatch):
     found = [json.loads(line) for line in log.read_text(encoding='utf-8').splitlines()]
     assert len(found)==asserted>0
     assert {what for what,holds in found if not holds}==TINY.get(name, set())
+
+
+@pytest.mark.slow
+def test_a_ramp_finds_a_rate_that_the_sweep_found_too(tmp_path, monkeypatch, capsys):
+    "`find-rate` on facts: with each of these rates the sweep (`benchmarks/rates.jsonl`) took over four fifths of a loss"
+    from sage_finetune.cli import main
+    need_small_model(monkeypatch)
+    halls = dict(zip('violin viola cello harp flute oboe horn tuba'.split(), 'red blue green white'.split()*2))
+    wordings = 'Where does the {} rehearse?','In which hall is the {}?','Where do I find the {}?'
+    rows = tmp_path/'rows.jsonl'
+    rows.write_text(''.join(json.dumps(dict(question=w.format(i), answer=f'The {i} rehearses in the {h} hall.'))+'\n'
+                            for w in wordings for i,h in halls.items()), encoding='utf-8')
+    assert main(['find-rate', '--model', 'smollm2-135m', '--data', str(rows), '--steps', '24', '--set',
+                 'per_device_train_batch_size=8', '--set', 'max_length=64'])==0
+    said = capsys.readouterr()
+    assert '24 steps of 8 rows at rising rates, about ' in said.err
+    rate = float(re.search(r'Suggested: (\S+),', said.out)[1])
+    print(said.out)
+    assert 5e-4<=rate<=1e-2
 
 
 CONTRACT = ['learning_rate=5e-5', 'lora.r=8', 'lora.lora_alpha=16', 'lora.lora_dropout=0.05',
