@@ -10,7 +10,7 @@ __all__ = ['visible', 'number_text', 'Shown', 'Table', 'html_text', 'html_of', '
            'on_any_background', 'in_notebook', 'enable_widgets', 'show_widgets', 'Clickable', 'handle_widgets']
 
 # %% ../../nbs/core/01_display.ipynb #fd235349
-import html,math,re,sys,unicodedata
+import html,math,re,sys
 from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,7 +38,7 @@ def number_text(
 )->str: # Such as "4.69", "0.000312", "12,345"; a whole number in full
     "A number to three significant digits, without an exponent where it can be without"
     if signed and value>0: return f'+{number_text(value)}'
-    if isinstance(value, int) or not math.isfinite(value) or value==0: return f'{value:,}'.removesuffix('.0')
+    if isinstance(value, int) or not math.isfinite(value) or value==0: return f'{value or 0:,}'
     digits,_,power = f'{value:.2e}'.partition('e')
     if not -5<=int(power)<15: return f'{digits.rstrip("0").rstrip(".")}e{int(power)}'
     text = f'{float(f"{value:.2e}") if int(power)<3 else value:,.{max(0, 2-int(power))}f}'
@@ -52,7 +52,8 @@ def _cell_text(value):
 def _width(text):
     "How many places one line takes in a terminal"
     if text.isascii(): return len(text)
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in 'WF' else 1 for c in text)
+    from rich.cells import cell_len
+    return cell_len(text)
 
 def _padded(text, width, right):
     fill = ' '*(width-_width(text))
@@ -115,7 +116,7 @@ def _check_table(table):
 
 # %% ../../nbs/core/01_display.ipynb #6f849b6e
 def _plain_table(t):
-    cells = [[_cell_text(v).replace('\n', '↵') for v in r] for r in t.rows]
+    cells = [[_cell_text(v).replace('\n', '↵').expandtabs(4) for v in r] for r in t.rows]
     heads = [*map(visible, t.columns)]
     widths = [max(map(_width, column)) for column in zip(heads, *cells)]
     line = lambda values: '  '.join(_padded(v, w, right) for v,w,right in zip(values, widths, t.numeric))
@@ -172,10 +173,12 @@ def _cut(word, width):
         lines[-1] += letter
     return lines
 
+def _lines(text): return _tied(text).expandtabs(4).split('\n')
+
 def _folded(text, width):
     "A text in lines of a width, broken between words; only a word that is longer itself is cut"
     lines = []
-    for line in _tied(text).split('\n'):
+    for line in _lines(text):
         now,*words = [piece for word in line.split(' ') for piece in _cut(word, width)]
         for word in words:
             if _width(now)+1+_width(word)<=width: now = f'{now} {word}'
@@ -195,7 +198,7 @@ def _measures(t):
     "How narrow each column may be, numbers and words of up to 30 letters whole, and how wide it would be at most"
     for i,(head,number) in enumerate(zip(t.columns, t.numeric)):
         texts = [_cell_text(r[i]) for r in t.rows]
-        lines = [line for text in (_tied(head), *map(_tied, texts)) for line in text.split('\n')]
+        lines = [line for text in (head, *texts) for line in _lines(text)]
         word = max(_width(word) for line in lines for word in line.split(' '))
         yield max([min(30, word), *map(_width, texts if number else ())]),max(map(_width, lines))
 

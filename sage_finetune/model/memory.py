@@ -254,7 +254,7 @@ class Probe(Shown):
         return None if self.predicted is None else round(self.predicted/self.measured - 1, 4)
     def shown(self):
         predicted = ('' if self.predicted is None
-                     else f', {size_text(self.predicted)} predicted ({share_text(self.error+0, signed=True)})') # no -0%
+                     else f', {size_text(self.predicted)} predicted ({share_text(self.error, signed=True)})')
         spilled = ('' if not self.beyond else f'; {size_text(self.beyond)} more than the card had free, so the driver '
                    f'may have moved memory off it, which is many times slower: take fewer rows or tokens')
         return Table([], [], f'Longest batch ({self.rows} × {self.tokens:,} tokens): '

@@ -97,5 +97,21 @@ def test_no_line_of_a_page_breaks_between_a_number_and_its_unit():
 
 @pytest.mark.parametrize('value, text', [
     (4.6875, '4.69'), (0.5, '0.5'), (1234.56, '1,235'), (999.6, '1,000'), (99.96, '100'), (0.000999, '0.000999'),
-    (1e-7, '1e-7'), (-0.00031249, '-0.000312'), (0, '0'), (-0.0, '-0'), (10**6, '1,000,000'), (float('inf'), 'inf')])
+    (1e-7, '1e-7'), (-0.00031249, '-0.000312'), (0, '0'), (-0.0, '0'), (10**6, '1,000,000'), (float('inf'), 'inf')])
 def test_three_digits(value, text): assert number_text(value)==text
+
+
+@pytest.mark.parametrize('text', ['a\tb\tc', 'नमस्ते दुनिया', 'กำลังเรียน', '👩‍👩‍👧‍👦 all', '☃️ snow', 'no\u200bbreak', '\u1112\u1161\u11ab'],
+                         ids=['tabs', 'hindi', 'thai', 'family', 'emoji', 'nothing seen', 'jamo'])
+def test_columns_stand_below_one_another_whatever_is_in_them(text):
+    table = Table(['text', 'next'], [[text, '|'], ['plain', '|'], [f'{text} '*12, '|']], bars=[1, .5, 0])
+    for lines in (str(table).split('\n'), lines_at(40, table), lines_at(80, table)):
+        found = {cell_len(line.partition('|')[0]) for line in lines if '|' in line}
+        assert len(found)==1 and not any('\t' in line for line in lines), (found, '\n'.join(lines))
+
+
+def test_the_narrowest_terminals_show_every_letter():
+    table = Table(['run', 'loss', '说'], [['a_name', 0.25, '训练'], ['b', None, '']], 'title', 'note 12.0 MiB', bars=[1, 0])
+    for width in range(2, 20): # a letter of two places has no room in one
+        text = ''.join(''.join(lines_at(width, table)).split())
+        assert all(letter in text for letter in 'a_name0.25训练title')
