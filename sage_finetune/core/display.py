@@ -221,7 +221,7 @@ def _fitting(t, room):
 # %% ../../nbs/core/01_display.ipynb #a0d00001
 def _lines_below(t, row, n, room):
     "What has no room beside the first columns; nothing for what is empty"
-    rest = (': '.join(filter(None, (c, text))) for c,v in zip(t.columns[n:], row[n:]) if (text := _cell_text(v)))
+    rest = (': '.join(filter(None, (str(c), text))) for c,v in zip(t.columns[n:], row[n:]) if (text := _cell_text(v)))
     return [f'   {line}' for line in _folded(' · '.join(rest), room-3) if line]
 
 def _table_lines(t, room):

@@ -51,9 +51,10 @@ def _cut(scores, top_k, top_p):
     "Scores of which only the likeliest are left"
     if top_k: scores = scores.masked_fill(scores<scores.topk(min(top_k, scores.shape[-1]))[0][:, -1:], -torch.inf)
     if not top_p or top_p>=1: return scores
-    ordered,at = scores.sort(descending=True)
-    before = ordered.softmax(-1).cumsum(-1)-ordered.softmax(-1)
-    return scores.masked_fill(torch.zeros_like(before>=top_p).scatter(1, at, before>=top_p), -torch.inf)
+    shares,at = scores.sort(descending=True)
+    shares = shares.softmax(-1)
+    out = shares.cumsum(-1).sub_(shares)>=top_p
+    return scores.masked_fill(torch.zeros_like(out).scatter_(1, at, out), -torch.inf)
 
 # %% ../../nbs/rewards/03_rollout.ipynb #d988802d
 class SeededDraw:
@@ -69,8 +70,9 @@ class SeededDraw:
     def __call__(self, input_ids, scores):
         temperature,top_p,top_k = self.how
         wanted = scores.double()/temperature
+        left = _cut(wanted, top_k, top_p) # before there is noise, for want of memory
         noise = _noise(self.numbers[:, len(self.log_probs)].to(scores.device), scores.shape[-1])
-        chosen = noise.add_(_cut(wanted, top_k, top_p)).argmax(-1, keepdim=True)
+        chosen = noise.add_(left).argmax(-1, keepdim=True)
         self.log_probs.append((wanted.gather(1, chosen)[:, 0]-wanted.logsumexp(-1)).float())
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 

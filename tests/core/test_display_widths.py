@@ -115,3 +115,7 @@ def test_the_narrowest_terminals_show_every_letter():
     for width in range(2, 20): # a letter of two places has no room in one
         text = ''.join(''.join(lines_at(width, table)).split())
         assert all(letter in text for letter in 'a_name0.25训练title')
+
+
+def test_headings_may_be_numbers():
+    assert '39: 139' in ' '.join(' '.join(lines_at(40, Table([*range(40)], [[*range(100, 140)]]))).split())
