@@ -46,8 +46,7 @@ def number_text(
 
 def _cell_text(value):
     "A value as text: numbers with separators or three digits, nothing for None"
-    if value is None: return ''
-    return number_text(value) if _is_number(value) else visible(value)
+    return '' if value is None else number_text(value) if _is_number(value) else visible(value)
 
 def _width(text):
     "How many places one line takes in a terminal"

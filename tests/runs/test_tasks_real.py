@@ -83,7 +83,7 @@ def test_a_tutorial_with_its_two_lines_changed(name, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_ramp_finds_a_rate_that_the_sweep_found_too(tmp_path, monkeypatch, capsys):
-    "`find-rate` on facts: with each of these rates the sweep (`benchmarks/rates.jsonl`) took over four fifths of a loss"
+    "`find-rate` on facts: each of these rates took over four fifths of a loss in the sweep (`benchmarks/rates.jsonl`)"
     from sage_finetune.cli import main
     need_small_model(monkeypatch)
     halls = dict(zip('violin viola cello harp flute oboe horn tuba'.split(), 'red blue green white'.split()*2))
