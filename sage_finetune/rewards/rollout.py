@@ -51,7 +51,7 @@ def _cut(scores, top_k, top_p):
     "Scores of which only the likeliest are left"
     if top_k: scores = scores.masked_fill(scores<scores.topk(min(top_k, scores.shape[-1]))[0][:, -1:], -torch.inf)
     if not top_p or top_p>=1: return scores
-    shares,at = scores.sort(descending=True)
+    shares,at = scores.sort(descending=True, stable=True)
     shares = shares.softmax(-1)
     out = shares.cumsum(-1).sub_(shares)>=top_p
     return scores.masked_fill(torch.zeros_like(out).scatter_(1, at, out), -torch.inf)
