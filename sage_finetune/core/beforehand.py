@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 from urllib.request import getproxies
+
 from .disk import read_json
 from .display import number_text
 from .machine import Change

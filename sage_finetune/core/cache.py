@@ -19,6 +19,7 @@ from io import StringIO
 from pathlib import Path
 from shlex import quote
 from zipfile import BadZipFile, ZipFile
+
 from .display import share_text
 from sage_finetune.core.disk import (
     cache_root, discard, file_digest, read_json, SageError, whole_folder, write_json
